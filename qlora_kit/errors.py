@@ -1,0 +1,76 @@
+"""What can go wrong, as one tree. Every fault a user can cause derives from QloraKitError.
+
+QloraKitError
+├── RecipeError       the recipe is at fault; holds every fault found, not only the first
+├── DataError         a data source cannot be read, or has nothing to train on
+├── ModelError        a base model cannot be found, read, or used as asked
+├── AdapterError      an adapter is unreadable, or belongs to another base
+├── HardwareError     the machine lacks what was asked for (a precision, memory, disk)
+├── RunError          a run directory is taken, missing, or incomplete
+└── TrainingError     training cannot go on (a loss or gradient that is not finite)
+
+The command line turns each into one message and exit code 1. Our own bugs are `assert`s and
+stay tracebacks. A measurement that misses its budget is not an error: it is a finding, and
+verbs report it through their exit code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class QloraKitError(Exception):
+    """A fault the user can mend; its message says what, got, do."""
+
+
+class DataError(QloraKitError):
+    """A data source that cannot be read or has nothing to train on."""
+
+
+class ModelError(QloraKitError):
+    """A base model that cannot be found, read, or used as asked."""
+
+
+class AdapterError(QloraKitError):
+    """An adapter that is unreadable or belongs to another base."""
+
+
+class HardwareError(QloraKitError):
+    """The machine lacks what was asked for."""
+
+
+class RunError(QloraKitError):
+    """A run directory that is taken, missing, or incomplete."""
+
+
+class TrainingError(QloraKitError):
+    """Training cannot go on."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing wrong with a recipe.
+
+    `path` is the dotted key (`lora.r`), empty for the file as a whole; `message` says what
+    was expected and what was got; `hint`, where there is one, what to do.
+    """
+
+    path: str
+    message: str
+    hint: str = ""
+
+    def __str__(self) -> str:
+        where = f"{self.path}: " if self.path else ""
+        return f"{where}{self.message}" + (f" ({self.hint})" if self.hint else "")
+
+
+class RecipeError(QloraKitError):
+    """Every fault found in one recipe."""
+
+    def __init__(self, source: str, faults: list[Fault]):
+        assert faults, "a RecipeError needs at least one fault"
+        self.source = source
+        self.faults = faults
+        lines = "\n".join(f"  - {fault}" for fault in faults)
+        count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
+        super().__init__(f"{source} has {count}:\n{lines}")
