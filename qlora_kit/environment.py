@@ -1,0 +1,228 @@
+"""What this machine can do. The only module that reads environment variables.
+
+Nothing here imports torch at the top: `qlora-kit check` and `--help` must stay instant.
+Functions that probe the hardware import it when called.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.errors import HardwareError
+
+if TYPE_CHECKING:
+    import torch
+
+REPORTED_PACKAGES = (
+    "torch",
+    "transformers",
+    "bitsandbytes",
+    "peft",
+    "accelerate",
+    "datasets",
+    "safetensors",
+    "tokenizers",
+)
+
+# A backward product in bf16 must not be slower than this many times the fp32 one to count
+# as native: emulated bf16 is 20 to 100 times slower, native is faster.
+_NATIVE_BF16_MAX_SLOWDOWN = 2.0
+
+
+def cache_dir() -> Path:
+    """Where downloaded and converted models are kept; `QLORA_KIT_CACHE` moves it."""
+    moved = os.environ.get("QLORA_KIT_CACHE")
+    if moved:
+        return Path(moved).expanduser()
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("qlora_kit"))
+
+
+def hub_is_offline() -> bool:
+    """Whether the user forbids network calls to the model hub (HF_HUB_OFFLINE and kin)."""
+    names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    return any(
+        os.environ.get(name, "").upper() in {"1", "TRUE", "YES", "ON"} for name in names
+    )
+
+
+def world_size() -> int:
+    """Number of processes in this launch, 1 when started without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def thread_limit_is_set() -> bool:
+    """Whether the user has chosen the number of compute threads (OMP_NUM_THREADS)."""
+    return bool(os.environ.get("OMP_NUM_THREADS"))
+
+
+def quiet_upstream() -> None:
+    """Turn off upstream telemetry and progress bars before those libraries are imported."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One machine as training sees it. Sizes in bytes."""
+
+    device: str
+    device_name: str
+    num_devices: int
+    device_memory_bytes: int | None
+    num_cpus: int
+    host_memory_bytes: int
+    native_bf16: bool
+    native_fp16: bool
+    native_tf32: bool
+    reason: str
+    """Why `native_bf16` is what it is: the evidence, in words."""
+
+
+@lru_cache(maxsize=1)
+def probe_hardware() -> Hardware:
+    """Ask the machine, not its name: a CPU's bf16 is timed, a GPU's asked without emulation."""
+    import psutil
+    import torch
+
+    memory = psutil.virtual_memory().total
+    cpus = available_cpus()
+    if torch.cuda.is_available():
+        native = bool(torch.cuda.is_bf16_supported(including_emulation=False))
+        properties = torch.cuda.get_device_properties(0)
+        capability = f"{properties.major}.{properties.minor}"
+        return Hardware(
+            device="cuda",
+            device_name=properties.name,
+            num_devices=torch.cuda.device_count(),
+            device_memory_bytes=properties.total_memory,
+            num_cpus=cpus,
+            host_memory_bytes=memory,
+            native_bf16=native,
+            native_fp16=True,
+            native_tf32=properties.major >= 8,
+            reason=f"{properties.name} (compute capability {capability}) "
+            + ("has bfloat16 units" if native else "has no bfloat16 units"),
+        )
+    native, reason = _probe_cpu_bf16()
+    return Hardware(
+        device="cpu",
+        device_name=_cpu_name(),
+        num_devices=0,
+        device_memory_bytes=None,
+        num_cpus=cpus,
+        host_memory_bytes=memory,
+        native_bf16=native,
+        native_fp16=False,
+        native_tf32=False,
+        reason=reason,
+    )
+
+
+def _probe_cpu_bf16() -> tuple[bool, str]:
+    """Time one backward-shaped product (g @ W) in both dtypes; emulated bf16 gives itself away."""
+    import time
+
+    import torch
+
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return False, "this CPU has no native bfloat16 (oneDNN reports no support)"
+
+    def seconds(dtype: torch.dtype) -> float:
+        gradient = torch.ones(64, 512, dtype=dtype)
+        weight = torch.ones(512, 512, dtype=dtype)
+        gradient @ weight
+        best = float("inf")
+        for _ in range(3):
+            start = time.perf_counter()
+            gradient @ weight
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    ratio = seconds(torch.bfloat16) / seconds(torch.float32)
+    native = ratio <= _NATIVE_BF16_MAX_SLOWDOWN
+    return (
+        native,
+        f"a bfloat16 product takes {ratio:.1f} times a float32 one on this CPU",
+    )
+
+
+def resolve_compute_dtype(asked: str, hardware: Hardware) -> tuple[str, str]:
+    """The dtype to compute in, and why, for `quantization.compute_dtype`.
+
+    Raises:
+        HardwareError: `asked` names a dtype that this machine can only emulate.
+    """
+    if asked == "float32":
+        return "float32", "asked for"
+    if asked == "bfloat16":
+        if not hardware.native_bf16:
+            raise HardwareError(
+                f"quantization.compute_dtype is bfloat16, but {hardware.reason}; "
+                "use auto or float32"
+                + (" or float16" if hardware.native_fp16 else "")
+                + " (emulated bfloat16 trains about 70 times slower)."
+            )
+        return "bfloat16", "asked for"
+    if asked == "float16":
+        if not hardware.native_fp16:
+            raise HardwareError(
+                "quantization.compute_dtype is float16, but this machine trains on "
+                f"{hardware.device_name}, where float16 is emulated; use auto or float32."
+            )
+        return "float16", "asked for"
+    if hardware.native_bf16:
+        return "bfloat16", hardware.reason
+    if hardware.native_fp16:
+        return "float16", f"{hardware.reason}; float16 with a gradient scaler instead"
+    return "float32", hardware.reason
+
+
+def available_cpus() -> int:
+    """Cores this process may use, which under a container or Slurm is fewer than exist."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def package_versions() -> dict[str, str | None]:
+    """Installed version of every package a run depends on; None where it is missing."""
+    return {name: _version(name) for name in REPORTED_PACKAGES}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def describe() -> dict[str, Any]:
+    """What `environment.json` of a run holds, less what only the run knows."""
+    from dataclasses import asdict
+
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": package_versions(),
+        "hardware": asdict(probe_hardware()),
+    }

@@ -1,0 +1,34 @@
+"""Recipes: frozen specs, one file per section, read from YAML. Pure: no torch."""
+
+from qlora_kit.recipe.data import DataSpec, SourceSpec
+from qlora_kit.recipe.evaluate import EvaluateSpec, GenerateSpec
+from qlora_kit.recipe.export import ExportSpec, MergeSpec
+from qlora_kit.recipe.load import (
+    load_recipe,
+    recipe_from_dict,
+    recipe_hash,
+    save_recipe,
+)
+from qlora_kit.recipe.lora import LoraSpec
+from qlora_kit.recipe.model import ModelSpec
+from qlora_kit.recipe.quantization import QuantizationSpec
+from qlora_kit.recipe.recipe import Recipe
+from qlora_kit.recipe.train import TrainSpec
+
+__all__ = [
+    "DataSpec",
+    "EvaluateSpec",
+    "ExportSpec",
+    "GenerateSpec",
+    "LoraSpec",
+    "MergeSpec",
+    "ModelSpec",
+    "QuantizationSpec",
+    "Recipe",
+    "SourceSpec",
+    "TrainSpec",
+    "load_recipe",
+    "recipe_from_dict",
+    "recipe_hash",
+    "save_recipe",
+]

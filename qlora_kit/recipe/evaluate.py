@@ -1,0 +1,59 @@
+"""`evaluate:` what is measured on the eval sources, for base and tuned model alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from qlora_kit.errors import Fault
+from qlora_kit.recipe.base import Spec
+
+
+class GenerateSpec(Spec):
+    """Greedy answers to the eval prompts, compared with the reference."""
+
+    metrics: tuple[Literal["exact_match"], ...] = ("exact_match",)
+    """What to compute from the answers."""
+
+    max_new_tokens: int = Field(default=128, gt=0)
+    """Tokens an answer may have."""
+
+    batch_size: int = Field(default=16, gt=0)
+    """Prompts answered at once."""
+
+    max_rows: int | None = Field(default=200, gt=0)
+    """Answer only the first rows of the eval sources; null answers all."""
+
+
+class EvaluateSpec(Spec):
+    """Measurements on the eval sources."""
+
+    perplexity: bool = True
+    """exp of the mean loss per supervised token."""
+
+    window_tokens: int | None = Field(default=None, gt=1)
+    """Length of the sliding window over long texts; unset: data.max_length."""
+
+    stride_tokens: int | None = Field(default=None, gt=0)
+    """How far the window moves; unset: half of it. Only the tokens past the overlap count."""
+
+    generate: GenerateSpec | None = None
+    """Generate and compare; unset: only perplexity."""
+
+    baseline: bool = True
+    """Measure the base model as well, side by side."""
+
+    def contradictions(self) -> Iterator[Fault]:
+        if (
+            self.window_tokens
+            and self.stride_tokens
+            and self.stride_tokens > self.window_tokens
+        ):
+            yield Fault(
+                "stride_tokens",
+                f"{self.stride_tokens} is longer than the window ({self.window_tokens}), "
+                "so tokens between windows would never be measured",
+                "make it at most the window",
+            )

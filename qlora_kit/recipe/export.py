@@ -1,0 +1,40 @@
+"""`export:` what a finished run is turned into."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from qlora_kit.recipe.base import Spec
+
+
+class MergeSpec(Spec):
+    """How the adapter is added to the base, and how far the result may be from what was trained."""
+
+    base: Literal["auto", "dequantized", "original"] = "auto"
+    """`dequantized` is the graph that was trained; `original` the 16-bit weights, often better
+    but not what was evaluated. `auto` measures both on held-out rows and keeps the one with
+    the lower loss among those within max_kl."""
+
+    dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
+    """What the sum is rounded to, once. `auto` is the dtype of the base's checkpoint."""
+
+    max_kl: float = Field(default=1e-3, gt=0)
+    """Budget: mean KL divergence in nats per token from the trained graph to the merged one."""
+
+    max_rows: int = Field(default=64, gt=0)
+    """Held-out rows that the merge is measured on."""
+
+    max_shard_bytes: int = Field(default=4 * 1024**3, gt=0)
+    """Size at which a new safetensors shard begins."""
+
+
+class ExportSpec(Spec):
+    """Artifacts made at the end of `train`; each can also be made later by its own verb."""
+
+    merge: bool = False
+    """Merge after training and certify the result."""
+
+    merge_options: MergeSpec = MergeSpec()
+    """How, when it is merged."""

@@ -1,0 +1,56 @@
+"""`model:` which base model, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from qlora_kit.errors import Fault
+from qlora_kit.recipe.base import Spec
+
+
+class ModelSpec(Spec):
+    """The base model and its tokenizer."""
+
+    name_or_path: str = Field(min_length=1)
+    """A hub id (`Qwen/Qwen3-8B`), a local folder, a `.gguf` file, or `demo/smollm2-135m-instruct`."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub id. The commit it resolves to is recorded with the run."""
+
+    gguf_file: str | None = None
+    """Name of the GGUF file to take when a hub id or folder holds several."""
+
+    tokenizer_name_or_path: str | None = None
+    """Take the tokenizer from here instead of from the model."""
+
+    chat_template: str | None = None
+    """A Jinja file whose chat template replaces the tokenizer's own."""
+
+    attn_implementation: Literal[
+        "auto",
+        "sdpa",
+        "eager",
+        "flash_attention_2",
+        "flash_attention_3",
+        "flex_attention",
+    ] = "auto"
+    """Attention kernel; `auto` leaves the choice to transformers (SDPA where the model has it)."""
+
+    trust_remote_code: bool = False
+    """Run Python code that ships with the model. Off: such a model is refused."""
+
+    allow_pickle: bool = False
+    """Read `.bin`/`.pt` weights, which can run code when loaded. Off: safetensors only."""
+
+    def contradictions(self) -> Iterator[Fault]:
+        if self.revision is not None and self.name_or_path.startswith("demo/"):
+            yield Fault("revision", "the demo model has no revisions", "remove it")
+        if self.name_or_path.endswith(".gguf") and self.gguf_file is not None:
+            yield Fault(
+                "gguf_file",
+                "name_or_path already names a GGUF file",
+                "remove gguf_file",
+            )

@@ -1,0 +1,88 @@
+"""The whole recipe: one frozen spec per section, and what may not be combined across them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import Field
+
+from qlora_kit.errors import Fault
+from qlora_kit.recipe.base import Spec
+from qlora_kit.recipe.data import DataSpec
+from qlora_kit.recipe.evaluate import EvaluateSpec
+from qlora_kit.recipe.export import ExportSpec
+from qlora_kit.recipe.lora import LoraSpec
+from qlora_kit.recipe.model import ModelSpec
+from qlora_kit.recipe.quantization import QuantizationSpec
+from qlora_kit.recipe.train import TrainSpec
+
+
+class Recipe(Spec):
+    """A qlora_kit recipe. Only `model` and `data` have to be given."""
+
+    model: ModelSpec
+    """The base model and its tokenizer."""
+
+    quantization: QuantizationSpec = QuantizationSpec()
+    """Precision of the frozen base."""
+
+    lora: LoraSpec = LoraSpec()
+    """The adapter that is trained."""
+
+    data: DataSpec
+    """What is trained and evaluated on."""
+
+    train: TrainSpec = TrainSpec()
+    """Optimisation, precision, logging, saving."""
+
+    evaluate: EvaluateSpec = EvaluateSpec()
+    """What is measured."""
+
+    export: ExportSpec = ExportSpec()
+    """What a finished run is turned into."""
+
+    run_dir: str = Field(default="", min_length=1)
+    """Folder of the run; unset: `runs/` and the recipe's file name."""
+
+    def contradictions(self) -> Iterator[Fault]:
+        """Faults between sections; those within one are its own to report."""
+        if self.train.eval_strategy != "no" and not self.data.eval:
+            yield Fault(
+                "train.eval_strategy",
+                "data.eval names no source",
+                "add one or remove it",
+            )
+        if self.evaluate.generate is not None and not self.data.eval:
+            yield Fault(
+                "evaluate.generate", "data.eval names no source", "add one or remove it"
+            )
+        if self.export.merge and not self.data.eval:
+            yield Fault(
+                "export.merge",
+                "a merge is certified on held-out rows, and data.eval names no source",
+                "add one",
+            )
+        window = self.evaluate.window_tokens or self.data.max_length
+        if self.evaluate.stride_tokens and self.evaluate.stride_tokens > window:
+            yield Fault(
+                "evaluate.stride_tokens",
+                f"{self.evaluate.stride_tokens} is longer than the window ({window})",
+                "make it at most the window",
+            )
+        yield from self._precision_contradictions()
+
+    def _precision_contradictions(self) -> Iterator[Fault]:
+        wanted = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+        precision, compute = self.train.precision, self.quantization.compute_dtype
+        if precision != "auto" and compute != "auto" and wanted[precision] != compute:
+            yield Fault(
+                "train.precision",
+                f"{precision} contradicts quantization.compute_dtype: {compute}",
+                "leave one of them on auto",
+            )
+        if self.quantization.num_bits == 16 and self.lora.init == "loftq":
+            yield Fault(
+                "lora.init",
+                "loftq corrects a quantization error, and this base is not quantized",
+                "use init: default or pissa",
+            )

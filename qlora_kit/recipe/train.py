@@ -1,0 +1,175 @@
+"""`train:` optimisation, precision, and what is logged and saved on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from qlora_kit.errors import Fault
+from qlora_kit.recipe.base import Spec
+
+Optimizer = Literal[
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_8bit",
+    "paged_adamw_8bit",
+    "paged_adamw_32bit",
+    "ademamix",
+    "ademamix_8bit",
+    "paged_ademamix_8bit",
+    "paged_ademamix_32bit",
+    "lion_8bit",
+    "lion_32bit",
+    "paged_lion_8bit",
+    "paged_lion_32bit",
+    "rmsprop",
+    "rmsprop_bnb_8bit",
+    "adagrad",
+    "adafactor",
+    "sgd",
+]
+
+Schedule = Literal[
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "reduce_lr_on_plateau",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+]
+
+Tracker = Literal["tensorboard", "wandb", "mlflow"]
+
+
+class TrainSpec(Spec):
+    """The Hugging Face Trainer's settings, under its own names."""
+
+    learning_rate: float = Field(default=2e-4, gt=0)
+    """Peak learning rate."""
+
+    num_train_epochs: float = Field(default=1.0, gt=0)
+    """Passes over the training rows; max_steps overrides it."""
+
+    max_steps: int | None = Field(default=None, gt=0)
+    """Stop after this many optimizer updates."""
+
+    per_device_train_batch_size: int = Field(default=4, gt=0)
+    """Sequences per device in one forward-backward."""
+
+    per_device_eval_batch_size: int = Field(default=8, gt=0)
+    """Sequences per device in one evaluation forward."""
+
+    gradient_accumulation_steps: int = Field(default=4, gt=0)
+    """Forward-backwards per update; global batch = this × per device × devices."""
+
+    gradient_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third slower."""
+
+    optim: Optimizer = "paged_adamw_8bit"
+    """Optimizer. The paged 8-bit ones keep 2 bytes of state per trainable parameter and spill
+    to host memory under pressure; on a CPU they run unpaged."""
+
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+
+    adam_beta1: float = Field(default=0.9, ge=0, lt=1)
+    """Decay of the gradient's running mean."""
+
+    adam_beta2: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the squared gradient's running mean."""
+
+    adam_epsilon: float = Field(default=1e-8, gt=0)
+    """Added to the denominator of the update."""
+
+    loraplus_lr_ratio: float | None = Field(default=None, gt=0)
+    """Learning rate of B as a multiple of A's, LoRA+ (arXiv:2402.12354); 16 is the paper's."""
+
+    lr_scheduler_type: Schedule = "cosine"
+    """Learning-rate schedule."""
+
+    lr_scheduler_kwargs: dict[str, float | int | str | bool] = Field(
+        default_factory=dict
+    )
+    """Further arguments of the schedule, such as `num_cycles` or `min_lr`."""
+
+    warmup_steps: float = Field(default=0.03, ge=0)
+    """Updates of linear warm-up; below 1 it is a share of all updates."""
+
+    max_grad_norm: float = Field(default=1.0, ge=0)
+    """Clip the gradient's norm to this; 0 turns clipping off."""
+
+    neftune_noise_alpha: float | None = Field(default=None, gt=0)
+    """Noise on the embeddings, NEFTune (arXiv:2310.05914); 5 is a usual value."""
+
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
+    """Autocast dtype; `auto` follows quantization.compute_dtype. fp16 trains with a scaler."""
+
+    tf32: bool | None = None
+    """Allow TF32 in float32 products; unset leaves torch's own setting."""
+
+    seed: int = Field(default=42, ge=0, lt=2**32)
+    """Seeds Python, NumPy, torch, the adapter's start and the order of rows."""
+
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = (
+        "random"
+    )
+    """Order of rows; group_by_length wastes the least on padding."""
+
+    logging_steps: int = Field(default=5, gt=0)
+    """Updates between two lines of log.jsonl."""
+
+    eval_strategy: Literal["no", "steps", "epoch"] = "no"
+    """When to compute the eval loss during training."""
+
+    eval_steps: int | None = Field(default=None, gt=0)
+    """Updates between evaluations, with eval_strategy: steps."""
+
+    save_strategy: Literal["no", "steps", "epoch"] = "epoch"
+    """When to write a checkpoint; the final adapter is written in any case."""
+
+    save_steps: int = Field(default=500, gt=0)
+    """Updates between checkpoints, with save_strategy: steps."""
+
+    save_total_limit: int | None = Field(default=2, gt=0)
+    """Checkpoints to keep, newest first."""
+
+    report_to: tuple[Tracker, ...] = ()
+    """Experiment trackers; none by default, and never any telemetry of our own."""
+
+    def contradictions(self) -> Iterator[Fault]:
+        if self.eval_strategy == "steps" and self.eval_steps is None:
+            yield Fault(
+                "eval_steps", "eval_strategy: steps needs it", "try eval_steps: 50"
+            )
+        if self.eval_steps is not None and self.eval_strategy != "steps":
+            yield Fault(
+                "eval_steps",
+                f"has no effect with eval_strategy: {self.eval_strategy}",
+                "set eval_strategy: steps",
+            )
+        if self.max_steps is not None and self.warmup_steps >= max(self.max_steps, 1):
+            yield Fault(
+                "warmup_steps",
+                f"{self.warmup_steps:g} is not below max_steps ({self.max_steps})",
+                "shorten the warm-up",
+            )
+        if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
+            yield Fault(
+                "warmup_steps", f"must be whole above 1, got {self.warmup_steps}"
+            )
+        if (
+            self.lr_scheduler_type == "reduce_lr_on_plateau"
+            and self.eval_strategy == "no"
+        ):
+            yield Fault(
+                "lr_scheduler_type",
+                "reduce_lr_on_plateau needs evaluation during training",
+                "set eval_strategy: steps",
+            )
