@@ -1,0 +1,1 @@
+"""Base models, adapters on them, and what they cost in memory."""

@@ -1,0 +1,176 @@
+"""A GGUF file's tokenizer as a plain tokenizer.json.
+
+transformers rebuilds a byte-level BPE tokenizer from a GGUF file with losses: it ignores
+`tokenizer.ggml.pre` (so digits and runs of spaces are split differently from the original), takes
+the begin token for the end token, and decodes with clean-up. So byte-level BPE is built here from
+the metadata; other kinds keep transformers' result, with the special tokens put right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from qlora_kit.errors import ModelError
+
+# Token types of the GGUF specification (`tokenizer.ggml.token_type`).
+_CONTROL = 3
+_USER_DEFINED = 4
+
+# Tokens that models reserve for padding, or never produce inside a conversation; the best first.
+_PAD_CANDIDATES = (
+    "<|finetune_right_pad_id|>",
+    "<|pad|>",
+    "<pad>",
+    "[PAD]",
+    "<|vision_pad|>",
+    "<|endoftext|>",
+    "<unk>",
+)
+
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+
+
+@dataclass(frozen=True)
+class PreTokenizer:
+    """How one `tokenizer.ggml.pre` splits text before BPE merges it."""
+
+    split: str | None = None
+    """Regular expression whose matches are kept apart; None is GPT-2's own."""
+    individual_digits: bool = False
+    nfc: bool = False
+    ignore_merges: bool = False
+    """Take a word that is in the vocabulary as it is, without merging up to it."""
+    adds_bos: bool = False
+    """Whether bos is prepended where the file does not say (`tokenizer.ggml.add_bos_token`)."""
+
+
+_GPT2 = PreTokenizer()
+_DIGITS = PreTokenizer(individual_digits=True)
+_LLAMA3 = PreTokenizer(split=_LLAMA3_SPLIT, ignore_merges=True, adds_bos=True)
+_QWEN2 = PreTokenizer(split=_QWEN2_SPLIT, nfc=True)
+
+PRE_TOKENIZERS: dict[str, PreTokenizer] = {
+    "gpt-2": _GPT2,
+    "phi-2": _GPT2,
+    "olmo": _GPT2,
+    "mpt": _GPT2,
+    "smollm": _DIGITS,
+    "starcoder": _DIGITS,
+    "refact": _DIGITS,
+    "command-r": _DIGITS,
+    "llama3": _LLAMA3,
+    "llama-v3": _LLAMA3,
+    "llama-bpe": _LLAMA3,
+    "qwen2": _QWEN2,
+    "deepseek-r1-qwen": _QWEN2,
+}
+"""`tokenizer.ggml.pre` as llama.cpp names it, for the tokenizers whose rules are known for sure."""
+
+
+def build_tokenizer(
+    gguf_path: Path, metadata: Mapping[str, Any], max_length: int
+) -> tuple[PreTrainedTokenizerBase, list[str]]:
+    """The tokenizer of a GGUF file, and what about it could not be made sure of.
+
+    Args:
+        metadata: the file's key-value pairs.
+        max_length: tokens the model was made for; becomes `model_max_length`.
+
+    Raises:
+        ModelError: the file carries no vocabulary.
+    """
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    if not tokens:
+        raise ModelError(
+            f"{gguf_path} carries no tokenizer (no tokenizer.ggml.tokens); "
+            "use a GGUF file of a whole language model, not of an adapter or a projector."
+        )
+    warnings: list[str] = []
+    kind = metadata.get("tokenizer.ggml.model")
+    pre = _GPT2
+    if kind == "gpt2":
+        name = metadata.get("tokenizer.ggml.pre", "default")
+        pre = PRE_TOKENIZERS.get(name, _GPT2)
+        if name not in PRE_TOKENIZERS:
+            warnings.append(
+                f"the tokenizer's splitting rule {name!r} is not known here: GPT-2's is used, and "
+                "numbers, spaces and non-English text may be split differently from the original"
+            )
+        backend = _byte_level_bpe(metadata, pre)
+    else:
+        warnings.append(
+            f"the tokenizer (kind {kind!r}) is transformers' conversion, unchecked: compare the "
+            "ids of a few texts with the original's"
+        )
+        loaded = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
+        backend = loaded.backend_tokenizer
+
+    special = _special_tokens(metadata)
+    if "pad_token" not in special:
+        warnings.append("no token is fit for padding (it must not be the end token): none is set")
+    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", pre.adds_bos or kind == "llama")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        **{"bos_token": None, "eos_token": None, **special},
+        add_bos_token=bool(adds_bos) and "bos_token" in special,
+        add_eos_token=bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
+        model_max_length=max_length,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+    tokenizer.chat_template = metadata.get("tokenizer.chat_template")
+    return tokenizer, warnings
+
+
+def _byte_level_bpe(metadata: Mapping[str, Any], pre: PreTokenizer) -> Tokenizer:
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
+    vocab = {token: index for index, token in enumerate(tokens)}
+    backend = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=pre.ignore_merges))
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.split is None)
+    steps: list[pre_tokenizers.PreTokenizer] = []
+    if pre.individual_digits:
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if pre.split is not None:
+        steps.append(pre_tokenizers.Split(Regex(pre.split), behavior="isolated"))
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, byte_level]) if steps else byte_level
+    backend.decoder = decoders.ByteLevel()
+    if pre.nfc:
+        backend.normalizer = normalizers.NFC()
+    types: list[int] = metadata.get("tokenizer.ggml.token_type", [])
+    for token, token_type in zip(tokens, types, strict=False):
+        if token_type == _CONTROL:
+            backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
+        elif token_type == _USER_DEFINED:
+            backend.add_tokens([AddedToken(token, normalized=False, special=False)])
+    return backend
+
+
+def _special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """bos, eos, unk and pad by the ids that the file states; pad is never eos."""
+    tokens: list[str] = metadata["tokenizer.ggml.tokens"]
+    keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    special: dict[str, str] = {}
+    for name, key in keys.items():
+        index = metadata.get(f"tokenizer.ggml.{key}_token_id")
+        if index is not None and 0 <= index < len(tokens):
+            special[name] = tokens[index]
+    eos = special.get("eos_token")
+    if special.get("pad_token", eos) == eos:
+        special.pop("pad_token", None)
+        present = set(tokens)
+        fit = [token for token in _PAD_CANDIDATES if token in present and token != eos]
+        if fit:
+            special["pad_token"] = fit[0]
+    return special
