@@ -1,0 +1,1 @@
+"""What a run tells a person, without saying how it is shown."""
