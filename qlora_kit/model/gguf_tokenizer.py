@@ -13,7 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    normalizers,
+    pre_tokenizers,
+)
 from tokenizers.models import BPE
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -39,6 +46,15 @@ _LLAMA3_SPLIT = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2_SPLIT = _LLAMA3_SPLIT.replace(r"\p{N}{1,3}", r"\p{N}")
+_QWEN35_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}"
+    r"| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN_SPLIT = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 @dataclass(frozen=True)
@@ -58,47 +74,41 @@ class PreTokenizer:
 _GPT2 = PreTokenizer()
 _DIGITS = PreTokenizer(individual_digits=True)
 _LLAMA3 = PreTokenizer(split=_LLAMA3_SPLIT, ignore_merges=True, adds_bos=True)
-_QWEN2 = PreTokenizer(split=_QWEN2_SPLIT, nfc=True)
 
 PRE_TOKENIZERS: dict[str, PreTokenizer] = {
     "gpt-2": _GPT2,
-    "phi-2": _GPT2,
-    "olmo": _GPT2,
-    "mpt": _GPT2,
     "smollm": _DIGITS,
     "starcoder": _DIGITS,
     "refact": _DIGITS,
-    "command-r": _DIGITS,
     "llama3": _LLAMA3,
     "llama-v3": _LLAMA3,
     "llama-bpe": _LLAMA3,
-    "qwen2": _QWEN2,
-    "deepseek-r1-qwen": _QWEN2,
+    "qwen2": PreTokenizer(split=_QWEN2_SPLIT, nfc=True),
+    "deepseek-r1-qwen": PreTokenizer(split=_QWEN2_SPLIT, nfc=True),
+    "qwen35": PreTokenizer(split=_QWEN35_SPLIT, nfc=True),
+    "tekken": PreTokenizer(split=_TEKKEN_SPLIT, ignore_merges=True, adds_bos=True),
 }
 """`tokenizer.ggml.pre` as llama.cpp names it, for the tokenizers whose rules are known for sure."""
 
 
 def build_tokenizer(
-    gguf_path: Path, metadata: Mapping[str, Any], max_length: int
+    gguf_path: Path, metadata: Mapping[str, Any]
 ) -> tuple[PreTrainedTokenizerBase, list[str]]:
     """The tokenizer of a GGUF file, and what about it could not be made sure of.
 
     Args:
         metadata: the file's key-value pairs.
-        max_length: tokens the model was made for; becomes `model_max_length`.
 
     Raises:
-        ModelError: the file carries no vocabulary.
+        ModelError: the file carries no vocabulary, or one that contradicts itself.
     """
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    if not tokens:
+    if not metadata.get("tokenizer.ggml.tokens"):
         raise ModelError(
-            f"{gguf_path} carries no tokenizer (no tokenizer.ggml.tokens); "
-            "use a GGUF file of a whole language model, not of an adapter or a projector."
+            f"{gguf_path.name} carries no tokenizer (no tokenizer.ggml.tokens); "
+            "use a GGUF file of a whole language model."
         )
     warnings: list[str] = []
     kind = metadata.get("tokenizer.ggml.model")
-    pre = _GPT2
     if kind == "gpt2":
         name = metadata.get("tokenizer.ggml.pre", "default")
         pre = PRE_TOKENIZERS.get(name, _GPT2)
@@ -107,36 +117,45 @@ def build_tokenizer(
                 f"the tokenizer's splitting rule {name!r} is not known here: GPT-2's is used, and "
                 "numbers, spaces and non-English text may be split differently from the original"
             )
-        backend = _byte_level_bpe(metadata, pre)
+        backend, adds_bos = _byte_level_bpe(gguf_path, metadata, pre), pre.adds_bos
     else:
         warnings.append(
             f"the tokenizer (kind {kind!r}) is transformers' conversion, unchecked: compare the "
             "ids of a few texts with the original's"
         )
-        loaded = AutoTokenizer.from_pretrained(gguf_path.parent, gguf_file=gguf_path.name)
-        backend = loaded.backend_tokenizer
+        backend, adds_bos = _converted_by_transformers(gguf_path, kind), kind == "llama"
 
     special = _special_tokens(metadata)
-    if "pad_token" not in special:
-        warnings.append("no token is fit for padding (it must not be the end token): none is set")
-    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", pre.adds_bos or kind == "llama")
-    tokenizer = PreTrainedTokenizerFast(
+    for name in ("eos_token", "pad_token"):
+        if name not in special:
+            warnings.append(f"the file names no token that can be the {name}: none is set")
+    if "tokenizer.chat_template" not in metadata:
+        warnings.append("the file carries no chat template")
+    adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos))
+    limit = metadata.get(f"{metadata['general.architecture']}.context_length")
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=backend,
         **{"bos_token": None, "eos_token": None, **special},
-        add_bos_token=bool(adds_bos) and "bos_token" in special,
+        add_bos_token=adds_bos and "bos_token" in special,
         add_eos_token=bool(metadata.get("tokenizer.ggml.add_eos_token", False)),
-        model_max_length=max_length,
         model_input_names=["input_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
+        **({"model_max_length": int(limit)} if limit else {}),
     )
     tokenizer.chat_template = metadata.get("tokenizer.chat_template")
     return tokenizer, warnings
 
 
-def _byte_level_bpe(metadata: Mapping[str, Any], pre: PreTokenizer) -> Tokenizer:
+def _byte_level_bpe(path: Path, metadata: Mapping[str, Any], pre: PreTokenizer) -> Tokenizer:
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata.get("tokenizer.ggml.merges", [])]
     vocab = {token: index for index, token in enumerate(tokens)}
+    strange = next((m for m in merges if len(m) != 2 or not {*m, "".join(m)} <= vocab.keys()), None)
+    if strange is not None:
+        raise ModelError(
+            f"{path.name} is damaged: its tokenizer merges {strange}, which is not in its "
+            "vocabulary; fetch the file again."
+        )
     backend = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=pre.ignore_merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.split is None)
     steps: list[pre_tokenizers.PreTokenizer] = []
@@ -157,10 +176,28 @@ def _byte_level_bpe(metadata: Mapping[str, Any], pre: PreTokenizer) -> Tokenizer
     return backend
 
 
+def _converted_by_transformers(path: Path, kind: str | None) -> Tokenizer:
+    try:
+        loaded: Any = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise ModelError(
+            f"transformers cannot rebuild the tokenizer (kind {kind!r}) of {path.name}: {error!r}; "
+            "use the original safetensors model."
+        ) from error
+    backend = loaded.backend_tokenizer
+    assert isinstance(backend, Tokenizer)
+    return backend
+
+
 def _special_tokens(metadata: Mapping[str, Any]) -> dict[str, str]:
     """bos, eos, unk and pad by the ids that the file states; pad is never eos."""
     tokens: list[str] = metadata["tokenizer.ggml.tokens"]
-    keys = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    keys = {
+        "bos_token": "bos",
+        "eos_token": "eos",
+        "unk_token": "unknown",
+        "pad_token": "padding",
+    }
     special: dict[str, str] = {}
     for name, key in keys.items():
         index = metadata.get(f"tokenizer.ggml.{key}_token_id")

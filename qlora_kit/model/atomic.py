@@ -1,0 +1,79 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from qlora_kit.errors import HardwareError
+
+_LEFTOVER_SECONDS = 24 * 3600
+
+
+@contextmanager
+def draft_beside(folder: Path) -> Iterator[Path]:
+    """A hidden scratch folder on the disk of `folder`, gone when the block ends.
+
+    What a killed process leaves is removed by the next use that is a day younger.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in folder.parent.glob(f".{folder.name}.*.draft"):
+        if time.time() - leftover.stat().st_mtime > _LEFTOVER_SECONDS:
+            shutil.rmtree(leftover, ignore_errors=True)
+    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.draft")
+    draft.mkdir()
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+@contextmanager
+def published_folder(folder: Path) -> Iterator[Path]:
+    """A draft of flat files that becomes `folder` in one step when the block ends well.
+
+    Of two processes that make the same folder the first wins, and the other's draft is dropped.
+    """
+    with draft_beside(folder) as draft:
+        yield draft
+        for path in draft.iterdir():
+            # safetensors writes files that only their owner may read; the others follow the umask.
+            path.chmod(draft.stat().st_mode & 0o666)
+            _fsync(path)
+        _fsync(draft)
+        try:
+            draft.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise
+        _fsync(folder.parent)
+
+
+def require_disk(parent: Path, needed_bytes: int, what: str) -> None:
+    """Make sure that `needed_bytes` fit into `parent`, which need not exist yet.
+
+    Raises:
+        HardwareError: they do not fit.
+    """
+    place = parent.absolute()
+    while not place.exists():
+        place = place.parent
+    free_bytes = shutil.disk_usage(place).free
+    if free_bytes < needed_bytes:
+        raise HardwareError(
+            f"no room on the disk for {what}: {needed_bytes:,} bytes needed, {free_bytes:,} free "
+            f"in {place}; make room, or set QLORA_KIT_CACHE to a folder on another disk."
+        )
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
