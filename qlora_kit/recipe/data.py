@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from collections.abc import Iterator
 from typing import Literal
 
@@ -10,6 +11,8 @@ from pydantic import Field
 from qlora_kit.errors import Fault
 from qlora_kit.recipe.base import Spec
 
+FILE_ENDINGS = (".json", ".jsonl", ".txt")
+
 
 class SourceSpec(Spec):
     """One source of rows."""
@@ -17,11 +20,19 @@ class SourceSpec(Spec):
     path: str = Field(min_length=1)
     """A `.json` or `.jsonl` file, a `.txt` file, a hub id, or `demo/commands`."""
 
-    split: str = "train"
-    """Split of a hub data set or of the demo task; a local file has only one."""
+    split: str = Field(default="train", min_length=1)
+    """Split of a hub data set or of the demo task; a local file has only `train`."""
 
     max_rows: int | None = Field(default=None, gt=0)
     """Use only the first rows of the source."""
+
+    def contradictions(self) -> Iterator[Fault]:
+        if self.path.endswith(FILE_ENDINGS) and self.split != "train":
+            yield Fault(
+                "split",
+                f"a file is not divided into splits, got '{self.split}'",
+                "remove it, and name a file for each part",
+            )
 
 
 class DataSpec(Spec):
@@ -46,11 +57,15 @@ class DataSpec(Spec):
     """Share of the rows that may be dropped or truncated before the run stops instead."""
 
     def contradictions(self) -> Iterator[Fault]:
-        held_out = {(source.path, source.split) for source in self.eval}
+        held_out = {_identity(source) for source in self.eval}
         for number, source in enumerate(self.train):
-            if (source.path, source.split) in held_out:
+            if _identity(source) in held_out:
                 yield Fault(
                     f"train.{number}",
                     f"{source.path} (split {source.split}) is also an eval source",
                     "hold out different rows",
                 )
+
+
+def _identity(source: SourceSpec) -> tuple[str, str]:
+    return posixpath.normpath(source.path), source.split

@@ -14,7 +14,7 @@ from qlora_kit.recipe.base import Spec
 class GenerateSpec(Spec):
     """Greedy answers to the eval prompts, compared with the reference."""
 
-    metrics: tuple[Literal["exact_match"], ...] = ("exact_match",)
+    metrics: tuple[Literal["exact_match"], ...] = Field(default=("exact_match",), min_length=1)
     """What to compute from the answers."""
 
     max_new_tokens: int = Field(default=128, gt=0)
@@ -40,20 +40,25 @@ class EvaluateSpec(Spec):
     """How far the window moves; unset: half of it. Only the tokens past the overlap count."""
 
     generate: GenerateSpec | None = None
-    """Generate and compare; unset: only perplexity."""
+    """Generate and compare; unset: only perplexity. `{}` takes every default."""
 
     baseline: bool = True
     """Measure the base model as well, side by side."""
 
     def contradictions(self) -> Iterator[Fault]:
-        if (
-            self.window_tokens
-            and self.stride_tokens
-            and self.stride_tokens > self.window_tokens
-        ):
-            yield Fault(
-                "stride_tokens",
-                f"{self.stride_tokens} is longer than the window ({self.window_tokens}), "
-                "so tokens between windows would never be measured",
-                "make it at most the window",
-            )
+        if self.window_tokens and self.stride_tokens and self.stride_tokens > self.window_tokens:
+            yield stride_fault("", self.stride_tokens, f"window_tokens ({self.window_tokens})")
+        if not self.perplexity:
+            for name in ("window_tokens", "stride_tokens"):
+                if getattr(self, name) is not None:
+                    yield Fault(name, "has no effect with perplexity: false", "remove one of them")
+
+
+def stride_fault(prefix: str, stride_tokens: int, window: str) -> Fault:
+    """A stride longer than its window, wherever the window's length comes from."""
+    return Fault(
+        f"{prefix}stride_tokens",
+        f"{stride_tokens} is longer than {window}, so tokens between windows would never be "
+        "measured",
+        "make it at most the window",
+    )

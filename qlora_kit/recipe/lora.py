@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, PositiveFloat, PositiveInt
 
 from qlora_kit.errors import Fault
 from qlora_kit.recipe.base import Spec
+
+Name = Annotated[str, Field(min_length=1)]
 
 
 class LoraSpec(Spec):
@@ -17,17 +20,17 @@ class LoraSpec(Spec):
     r: int = Field(default=16, gt=0)
     """Rank of the update."""
 
-    alpha: float = Field(default=32, gt=0)
+    alpha: float = Field(default=32.0, gt=0)
     """The update is scaled by alpha / r (alpha / sqrt(r) with use_rslora)."""
 
     dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout on the adapter's input during training."""
 
-    target_modules: str | tuple[str, ...] = "all-linear"
+    target_modules: Name | tuple[Name, ...] = "all-linear"
     """`all-linear` (every linear layer but the head and expert routers), a list of module
     names, or a regular expression over full names."""
 
-    exclude_modules: tuple[str, ...] = ()
+    exclude_modules: tuple[Name, ...] = ()
     """Modules to leave out of target_modules."""
 
     use_rslora: bool = False
@@ -36,51 +39,31 @@ class LoraSpec(Spec):
     use_dora: bool = False
     """Train magnitude and direction apart, DoRA (arXiv:2402.09353). Slower per step."""
 
-    rank_pattern: dict[str, int] = Field(default_factory=dict)
+    rank_pattern: dict[Name, PositiveInt] = Field(default_factory=dict)
     """Rank by module name or regular expression, where it differs from r."""
 
-    alpha_pattern: dict[str, float] = Field(default_factory=dict)
+    alpha_pattern: dict[Name, PositiveFloat] = Field(default_factory=dict)
     """Alpha by module name or regular expression, where it differs from alpha."""
 
-    modules_to_save: tuple[str, ...] = ()
+    modules_to_save: tuple[Name, ...] = ()
     """Unquantized modules trained in full and saved with the adapter, such as `lm_head`."""
 
     init: Literal["default", "gaussian", "pissa", "loftq"] = "default"
     """How A and B start. `pissa` and `loftq` fit them to the base; both are computed against
     the quantized base, from the 16-bit weights."""
 
-    new_tokens: tuple[str, ...] = ()
+    new_tokens: tuple[Name, ...] = ()
     """Tokens to add to the vocabulary; only their embedding rows are trained."""
 
     def contradictions(self) -> Iterator[Fault]:
-        for name, pattern in (
-            ("rank_pattern", self.rank_pattern),
-            ("alpha_pattern", self.alpha_pattern),
-        ):
-            for module, value in pattern.items():
-                if value <= 0:
-                    yield Fault(
-                        f"{name}.{module}", f"must be greater than 0, got {value}"
-                    )
-        if isinstance(self.target_modules, tuple) and not self.target_modules:
-            yield Fault(
-                "target_modules", "must name at least one module", "try all-linear"
-            )
+        yield from self._pattern_faults()
         if self.use_dora and self.init in ("pissa", "loftq"):
-            yield Fault(
-                "init", f"{self.init} does not go with use_dora", "use init: default"
-            )
-        repeated = sorted(
-            {token for token in self.new_tokens if self.new_tokens.count(token) > 1}
-        )
+            yield Fault("init", f"{self.init} does not go with use_dora", "use init: default")
+        repeated = sorted({token for token in self.new_tokens if self.new_tokens.count(token) > 1})
         if repeated:
-            yield Fault(
-                "new_tokens", f"named twice: {', '.join(repeated)}", "name each once"
-            )
+            yield Fault("new_tokens", f"named twice: {', '.join(repeated)}", "name each once")
         if any(not token.strip() for token in self.new_tokens):
-            yield Fault(
-                "new_tokens", "a token is empty or only white space", "remove it"
-            )
+            yield Fault("new_tokens", "a token is only white space", "remove it")
         embeddings = {"embed_tokens", "wte"} & set(self.modules_to_save)
         if self.new_tokens and embeddings:
             yield Fault(
@@ -88,3 +71,27 @@ class LoraSpec(Spec):
                 f"modules_to_save already trains all of {sorted(embeddings)[0]}",
                 "drop one of the two",
             )
+
+    def _pattern_faults(self) -> Iterator[Fault]:
+        """PEFT matches text in target_modules against full names, keys of patterns at their end."""
+        if self.target_modules == ():
+            yield Fault("target_modules", "must name at least one module", "try all-linear")
+        if isinstance(self.target_modules, str) and self.target_modules != "all-linear":
+            yield from _regex_faults("target_modules", self.target_modules)
+            if re.fullmatch(r"\w+", self.target_modules):
+                yield Fault(
+                    "target_modules",
+                    f"text is a regular expression over full names, and '{self.target_modules}' "
+                    "matches no layer",
+                    f"write a list: [{self.target_modules}]",
+                )
+        for name in ("rank_pattern", "alpha_pattern"):
+            for module in getattr(self, name):
+                yield from _regex_faults(f"{name}.{module}", module)
+
+
+def _regex_faults(path: str, pattern: str) -> Iterator[Fault]:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        yield Fault(path, f"is not a regular expression: {error}", "escape it, or write a list")

@@ -15,18 +15,19 @@ class ModelSpec(Spec):
     """The base model and its tokenizer."""
 
     name_or_path: str = Field(min_length=1)
-    """A hub id (`Qwen/Qwen3-8B`), a local folder, a `.gguf` file, or `demo/smollm2-135m-instruct`."""
+    """A hub id (`Qwen/Qwen3-8B`), a local folder, a `.gguf` file, or the built-in
+    `demo/smollm2-135m-instruct`."""
 
-    revision: str | None = None
+    revision: str | None = Field(default=None, min_length=1)
     """Branch, tag or commit of a hub id. The commit it resolves to is recorded with the run."""
 
-    gguf_file: str | None = None
+    gguf_file: str | None = Field(default=None, min_length=1)
     """Name of the GGUF file to take when a hub id or folder holds several."""
 
-    tokenizer_name_or_path: str | None = None
+    tokenizer_name_or_path: str | None = Field(default=None, min_length=1)
     """Take the tokenizer from here instead of from the model."""
 
-    chat_template: str | None = None
+    chat_template: str | None = Field(default=None, min_length=1)
     """A Jinja file whose chat template replaces the tokenizer's own."""
 
     attn_implementation: Literal[
@@ -46,11 +47,13 @@ class ModelSpec(Spec):
     """Read `.bin`/`.pt` weights, which can run code when loaded. Off: safetensors only."""
 
     def contradictions(self) -> Iterator[Fault]:
-        if self.revision is not None and self.name_or_path.startswith("demo/"):
-            yield Fault("revision", "the demo model has no revisions", "remove it")
-        if self.name_or_path.endswith(".gguf") and self.gguf_file is not None:
-            yield Fault(
-                "gguf_file",
-                "name_or_path already names a GGUF file",
-                "remove gguf_file",
-            )
+        is_gguf = self.name_or_path.endswith(".gguf")
+        is_demo = self.name_or_path.startswith("demo/")
+        if is_demo and self.gguf_file is not None:
+            yield Fault("gguf_file", "the demo model is one file", "remove it")
+        is_file = self.name_or_path.startswith((".", "/", "~")) or is_gguf
+        if self.revision is not None and (is_demo or is_file):
+            yield Fault("revision", "only a hub id has revisions", "remove it")
+        if is_gguf and self.gguf_file is not None:
+            message = "name_or_path already names a GGUF file"
+            yield Fault("gguf_file", message, "remove gguf_file")

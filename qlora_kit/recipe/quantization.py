@@ -14,11 +14,15 @@ from qlora_kit.recipe.base import Spec
 class QuantizationSpec(Spec):
     """Precision of the frozen base. 4-bit NF4 with double quantization unless said otherwise."""
 
-    load_in_4bit: bool = True
-    """Keep linear layers in 4 bits (QLoRA). Off, and 8-bit off: a 16- or 32-bit base."""
-
     load_in_8bit: bool = False
-    """Keep linear layers in 8 bits, LLM.int8(). Turns 4-bit off unless that is set as well."""
+    """Keep linear layers in 8 bits, LLM.int8(), instead of in 4."""
+
+    load_in_4bit: bool = Field(
+        default_factory=lambda given: not given.get("load_in_8bit", False),
+        json_schema_extra={"default": True},
+    )
+    """Keep linear layers in 4 bits (QLoRA); the default unless load_in_8bit is on. With both off,
+    a 16- or 32-bit base."""
 
     quant_type: Literal["nf4", "fp4"] = "nf4"
     """4-bit data type. NF4 has the lower error on normally distributed weights."""
@@ -47,29 +51,16 @@ class QuantizationSpec(Spec):
 
     def contradictions(self) -> Iterator[Fault]:
         if self.load_in_4bit and self.load_in_8bit:
-            yield Fault(
-                "load_in_8bit", "load_in_4bit is on as well", "choose one of them"
-            )
+            yield Fault("load_in_8bit", "load_in_4bit is on as well", "choose one of them")
         if self.num_bits == 16 and self.skip_modules:
-            yield Fault(
-                "skip_modules", "nothing is quantized", "remove it or turn 4-bit on"
-            )
-        changed = self.model_fields_set
-        if self.load_in_8bit:
-            for name in ("quant_type", "double_quant", "quant_storage"):
-                if name in changed and getattr(self, name) != _DEFAULTS[name]:
-                    yield Fault(
-                        name, "only 4-bit bases have it, this one is 8-bit", "remove it"
-                    )
-        elif (
-            "int8_threshold" in changed
-            and self.int8_threshold != _DEFAULTS["int8_threshold"]
-        ):
-            yield Fault(
-                "int8_threshold", "only 8-bit bases have it", "set load_in_8bit: true"
-            )
-
-
-_DEFAULTS = {
-    name: field.default for name, field in QuantizationSpec.model_fields.items()
-}
+            yield Fault("skip_modules", "nothing is quantized", "remove it or turn 4-bit on")
+        if self.num_bits != 4:
+            width = f"this one is {self.num_bits}-bit" if self.num_bits == 8 else "this one is not"
+            message = f"only 4-bit bases have it, and {width}"
+            if self.quant_type != "nf4":
+                yield Fault("quant_type", message, "remove it")
+            if self.quant_storage != "uint8":
+                yield Fault("quant_storage", message, "remove it")
+        if self.num_bits != 8 and self.int8_threshold != 6.0:
+            message = "only 8-bit bases have it"
+            yield Fault("int8_threshold", message, "set load_in_8bit: true, or remove it")

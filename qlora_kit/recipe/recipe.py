@@ -9,7 +9,7 @@ from pydantic import Field
 from qlora_kit.errors import Fault
 from qlora_kit.recipe.base import Spec
 from qlora_kit.recipe.data import DataSpec
-from qlora_kit.recipe.evaluate import EvaluateSpec
+from qlora_kit.recipe.evaluate import EvaluateSpec, stride_fault
 from qlora_kit.recipe.export import ExportSpec
 from qlora_kit.recipe.lora import LoraSpec
 from qlora_kit.recipe.model import ModelSpec
@@ -41,7 +41,7 @@ class Recipe(Spec):
     export: ExportSpec = ExportSpec()
     """What a finished run is turned into."""
 
-    run_dir: str = Field(default="", min_length=1)
+    run_dir: str = Field(default="runs/recipe", min_length=1)
     """Folder of the run; unset: `runs/` and the recipe's file name."""
 
     def contradictions(self) -> Iterator[Fault]:
@@ -53,22 +53,16 @@ class Recipe(Spec):
                 "add one or remove it",
             )
         if self.evaluate.generate is not None and not self.data.eval:
-            yield Fault(
-                "evaluate.generate", "data.eval names no source", "add one or remove it"
-            )
+            yield Fault("evaluate.generate", "data.eval names no source", "add one or remove it")
         if self.export.merge and not self.data.eval:
             yield Fault(
                 "export.merge",
                 "a merge is certified on held-out rows, and data.eval names no source",
                 "add one",
             )
-        window = self.evaluate.window_tokens or self.data.max_length
-        if self.evaluate.stride_tokens and self.evaluate.stride_tokens > window:
-            yield Fault(
-                "evaluate.stride_tokens",
-                f"{self.evaluate.stride_tokens} is longer than the window ({window})",
-                "make it at most the window",
-            )
+        stride, longest = self.evaluate.stride_tokens, self.data.max_length
+        if stride and self.evaluate.window_tokens is None and stride > longest:
+            yield stride_fault("evaluate.", stride, f"the window, data.max_length ({longest})")
         yield from self._precision_contradictions()
 
     def _precision_contradictions(self) -> Iterator[Fault]:

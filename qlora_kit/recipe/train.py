@@ -9,6 +9,9 @@ from pydantic import Field
 
 from qlora_kit.errors import Fault
 from qlora_kit.recipe.base import Spec
+from qlora_kit.recipe.schedule import DEFAULT_WARMUP, Schedule, schedule_faults
+
+_DEFAULT_SAVE_STEPS = 500
 
 Optimizer = Literal[
     "adamw_torch",
@@ -29,20 +32,6 @@ Optimizer = Literal[
     "adagrad",
     "adafactor",
     "sgd",
-]
-
-Schedule = Literal[
-    "linear",
-    "cosine",
-    "cosine_with_restarts",
-    "polynomial",
-    "constant",
-    "constant_with_warmup",
-    "inverse_sqrt",
-    "reduce_lr_on_plateau",
-    "cosine_with_min_lr",
-    "cosine_warmup_with_min_lr",
-    "warmup_stable_decay",
 ]
 
 Tracker = Literal["tensorboard", "wandb", "mlflow"]
@@ -94,12 +83,10 @@ class TrainSpec(Spec):
     lr_scheduler_type: Schedule = "cosine"
     """Learning-rate schedule."""
 
-    lr_scheduler_kwargs: dict[str, float | int | str | bool] = Field(
-        default_factory=dict
-    )
+    lr_scheduler_kwargs: dict[str, float | int | str | bool] = Field(default_factory=dict)
     """Further arguments of the schedule, such as `num_cycles` or `min_lr`."""
 
-    warmup_steps: float = Field(default=0.03, ge=0)
+    warmup_steps: float = Field(default=DEFAULT_WARMUP, ge=0)
     """Updates of linear warm-up; below 1 it is a share of all updates."""
 
     max_grad_norm: float = Field(default=1.0, ge=0)
@@ -117,9 +104,7 @@ class TrainSpec(Spec):
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Seeds Python, NumPy, torch, the adapter's start and the order of rows."""
 
-    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = (
-        "random"
-    )
+    train_sampling_strategy: Literal["random", "sequential", "group_by_length"] = "random"
     """Order of rows; group_by_length wastes the least on padding."""
 
     logging_steps: int = Field(default=5, gt=0)
@@ -134,7 +119,7 @@ class TrainSpec(Spec):
     save_strategy: Literal["no", "steps", "epoch"] = "epoch"
     """When to write a checkpoint; the final adapter is written in any case."""
 
-    save_steps: int = Field(default=500, gt=0)
+    save_steps: int = Field(default=_DEFAULT_SAVE_STEPS, gt=0)
     """Updates between checkpoints, with save_strategy: steps."""
 
     save_total_limit: int | None = Field(default=2, gt=0)
@@ -145,31 +130,31 @@ class TrainSpec(Spec):
 
     def contradictions(self) -> Iterator[Fault]:
         if self.eval_strategy == "steps" and self.eval_steps is None:
-            yield Fault(
-                "eval_steps", "eval_strategy: steps needs it", "try eval_steps: 50"
-            )
+            yield Fault("eval_steps", "eval_strategy: steps needs it", "try eval_steps: 50")
         if self.eval_steps is not None and self.eval_strategy != "steps":
             yield Fault(
                 "eval_steps",
                 f"has no effect with eval_strategy: {self.eval_strategy}",
                 "set eval_strategy: steps",
             )
-        if self.max_steps is not None and self.warmup_steps >= max(self.max_steps, 1):
+        if self.max_steps is not None and self.warmup_steps >= self.max_steps:
             yield Fault(
                 "warmup_steps",
                 f"{self.warmup_steps:g} is not below max_steps ({self.max_steps})",
                 "shorten the warm-up",
             )
         if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
-            yield Fault(
-                "warmup_steps", f"must be whole above 1, got {self.warmup_steps}"
-            )
-        if (
-            self.lr_scheduler_type == "reduce_lr_on_plateau"
-            and self.eval_strategy == "no"
-        ):
-            yield Fault(
-                "lr_scheduler_type",
-                "reduce_lr_on_plateau needs evaluation during training",
-                "set eval_strategy: steps",
-            )
+            message = f"must be whole above 1, got {self.warmup_steps:g}"
+            yield Fault("warmup_steps", message, "below 1 it is a share of all updates")
+        if self.save_steps != _DEFAULT_SAVE_STEPS and self.save_strategy != "steps":
+            message = f"has no effect with save_strategy: {self.save_strategy}"
+            yield Fault("save_steps", message, "set save_strategy: steps")
+        if self.lr_scheduler_type == "reduce_lr_on_plateau" and self.eval_strategy == "no":
+            message = "reduce_lr_on_plateau needs evaluation during training"
+            yield Fault("lr_scheduler_type", message, "set eval_strategy: steps")
+        yield from schedule_faults(
+            self.lr_scheduler_type,
+            self.lr_scheduler_kwargs,
+            learning_rate=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+        )
