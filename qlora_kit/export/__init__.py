@@ -1,0 +1,1 @@
+"""What a finished run becomes: a merged model, measured and certified; a dense checkpoint."""

@@ -1,0 +1,102 @@
+"""Which parameter of the model each tensor of a checkpoint is.
+
+transformers renames tensors on loading, and fuses some of them. Where every tensor that is
+quantized or adapted is exactly one parameter, a checkpoint can be rewritten tensor by tensor
+under its own names, which every other tool knows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from qlora_kit.model.skeleton import Skeleton, name_matches
+from qlora_kit.recipe import QuantizationSpec
+
+# What bitsandbytes keeps beside a quantized weight: `X.weight.absmax`, `X.SCB` and so on.
+_QUANTIZATION_STATE = re.compile(
+    r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$"
+    r"|\.(SCB|weight_format)$"
+)
+
+
+@dataclass(frozen=True)
+class NameMap:
+    """Checkpoint tensor → parameter of the skeleton, one to one."""
+
+    parameters: dict[str, str]
+    """Less the tensors of `passed` and `unused`."""
+    passed: tuple[str, ...]
+    """Tensors that transformers fuses on loading and nobody changes; copied as they are."""
+    unused: tuple[str, ...]
+    """Tensors that the model does not load."""
+    fused: tuple[str, ...]
+    """Tensors that are fused on loading and would have to change: streaming is impossible."""
+
+    def tensor_of(self, parameter: str) -> str | None:
+        """The checkpoint's name of a parameter, None where it has none."""
+        inverse = {value: key for key, value in self.parameters.items()}
+        return inverse.get(parameter)
+
+
+def map_names(skeleton: Skeleton, names: Iterable[str], changed: Collection[str]) -> NameMap:
+    """Match the names of a checkpoint; `changed` are the modules that are quantized or adapted."""
+    model = skeleton.model
+    mapping = get_model_conversion_mapping(model)
+    renamings = [one for one in mapping if isinstance(one, WeightRenaming)]
+    converters = [one for one in mapping if isinstance(one, WeightConverter)]
+    state = model.state_dict()
+    parameters: dict[str, str] = {}
+    passed, unused, fused = [], [], []
+    for name in names:
+        if is_quantization_state(name):
+            continue
+        renamed, pattern = rename_source_key(
+            name, renamings, converters, model.base_model_prefix, state
+        )
+        if renamed not in state and name in state:
+            renamed, pattern = name, None
+        if renamed not in state:
+            unused.append(name)
+        elif pattern is None:
+            parameters[name] = renamed
+        elif _targets(renamed, pattern, converters) & set(changed):
+            fused.append(name)
+        else:
+            passed.append(name)
+    return NameMap(parameters, tuple(passed), tuple(unused), tuple(fused))
+
+
+def _targets(renamed: str, pattern: str, converters: list[WeightConverter]) -> set[str]:
+    """Modules of every parameter that a converter makes of the tensors it matched."""
+    (converter,) = [one for one in converters if pattern in one.source_patterns][:1]
+    first = converter.target_patterns[0]
+    return {module_of(renamed.replace(first, target)) for target in converter.target_patterns} | {
+        module_of(renamed)
+    }
+
+
+def module_of(parameter: str) -> str:
+    return parameter.rpartition(".")[0]
+
+
+def is_quantization_state(name: str) -> bool:
+    return _QUANTIZATION_STATE.search(name) is not None
+
+
+def quantized_modules(skeleton: Skeleton, quantization: QuantizationSpec) -> frozenset[str]:
+    """The linear modules that training kept in 4 or 8 bits."""
+    if quantization.num_bits == 16:
+        return frozenset()
+    skips = (*quantization.skip_modules, *(skeleton.model._keep_in_fp32_modules or ()))
+    return frozenset(name for name in skeleton.linear_modules if not name_matches(name, skips))
+
+
+def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
+    """Parameter → the one that it is tied to."""
+    return dict(model.all_tied_weights_keys)

@@ -1,0 +1,64 @@
+"""Write tensors into safetensors shards, one at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+_INDEX = "model.safetensors.index.json"
+
+
+class ShardWriter:
+    """Collects tensors up to `max_shard_bytes`, writes a shard, forgets them.
+
+    A tensor larger than that gets a shard of its own.
+    """
+
+    def __init__(self, folder: Path, max_shard_bytes: int):
+        self.folder = folder
+        self.num_bytes = 0
+        self._limit = max_shard_bytes
+        self._pending: dict[str, torch.Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self._limit:
+            self._flush()
+        assert name not in self._pending
+        self._pending[name] = tensor.contiguous()
+        self._pending_bytes += size
+        self.num_bytes += size
+
+    def close(self) -> None:
+        """Write what is pending, give the shards their names, and write the index."""
+        if self._pending:
+            self._flush()
+        count = len(self._shards)
+        if count == 1:
+            self._scratch(1).rename(self.folder / "model.safetensors")
+            return
+        weight_map = {}
+        for number, names in enumerate(self._shards, start=1):
+            file_name = f"model-{number:05}-of-{count:05}.safetensors"
+            self._scratch(number).rename(self.folder / file_name)
+            weight_map.update(dict.fromkeys(names, file_name))
+        index = {
+            "metadata": {"total_size": self.num_bytes},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        (self.folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+    def _flush(self) -> None:
+        path = self._scratch(len(self._shards) + 1)
+        save_file(self._pending, path, metadata={"format": "pt"})
+        self._shards.append(list(self._pending))
+        self._pending = {}
+        self._pending_bytes = 0
+
+    def _scratch(self, number: int) -> Path:
+        return self.folder / f"shard-{number:05}.safetensors"
