@@ -1,0 +1,234 @@
+"""The builder of this package: a model and the eval rows in, figures out."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.data.render import Prompt, TokenSequence, render, render_prompt
+from qlora_kit.data.schema import Conversation, Example, PlainText, PromptCompletion
+from qlora_kit.errors import DataError, ModelError
+from qlora_kit.evaluate.forward import CausalModel, context_tokens
+from qlora_kit.evaluate.generation import (
+    Answer,
+    count_exact,
+    exact_match,
+    generate_answers,
+)
+from qlora_kit.evaluate.perplexity import Perplexity, measure_perplexity
+from qlora_kit.report.reporter import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from qlora_kit.data.prepare import Part
+    from qlora_kit.model.base import Base
+    from qlora_kit.recipe import DataSpec, EvaluateSpec
+
+NUM_SAMPLES = 5
+MAX_QUESTION_CHARACTERS = 200
+PERPLEXITY_BATCH_SIZE = 8
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer to show: the end of the question, what was wanted, what came."""
+
+    origin: str
+    question: str
+    reference: str
+    answer: str
+    is_exact: bool
+
+
+@dataclass(frozen=True)
+class ModelEvaluation:
+    """The figures of one model; those that were not asked for are None.
+
+    `num_rows` is how many prompts were answered; of those, `num_exact` as the reference has it,
+    `num_unstopped` ran into the limit of new tokens, and `num_too_long` left no room to answer.
+    """
+
+    name: str
+    perplexity: Perplexity | None
+    exact_match: float | None
+    num_rows: int
+    num_exact: int
+    num_unstopped: int
+    num_too_long: int
+    samples: tuple[Sample, ...]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """The base, which is the same model with its adapter off, and the tuned model."""
+
+    base: ModelEvaluation | None
+    tuned: ModelEvaluation
+
+    def as_dict(self) -> dict[str, Any]:
+        return {
+            "base": self.base.as_dict() if self.base else None,
+            "tuned": self.tuned.as_dict(),
+        }
+
+
+def evaluate_model(
+    name: str,
+    model: CausalModel,
+    base: Base,
+    part: Part,
+    spec: EvaluateSpec,
+    data: DataSpec,
+    reporter: Reporter = SILENT,
+) -> ModelEvaluation:
+    """Measure one model on the eval rows.
+
+    `model` is the base's own, the one with an adapter on it, or a merged one; from `base` come
+    tokenizer, compute dtype and the tokens that end an answer.
+
+    Raises:
+        ModelError: the window is longer than the model's context.
+        DataError: nothing is supervised.
+    """
+    started = time.perf_counter()
+    perplexity = None
+    if spec.perplexity:
+        perplexity = _perplexity(name, model, base, part, spec, data, reporter)
+    answers: list[Answer] = []
+    samples: tuple[Sample, ...] = ()
+    if spec.generate is not None:
+        examples, prompts = _prompts(part, base, spec.generate.max_rows)
+        if not prompts:
+            reporter.warn("evaluate.generate: no eval row has an answer to compare with.")
+        with reporter.progress(f"{name}: answering", len(prompts)) as progress:
+            answers = generate_answers(
+                model,
+                base.tokenizer,
+                prompts,
+                max_new_tokens=spec.generate.max_new_tokens,
+                batch_size=spec.generate.batch_size,
+                stop_ids=base.stop_ids,
+                compute_dtype=base.compute_dtype,
+                progress=progress,
+            )
+        samples = _samples(examples, answers)
+    return ModelEvaluation(
+        name=name,
+        perplexity=perplexity,
+        exact_match=exact_match(answers) if answers else None,
+        num_rows=len(answers),
+        num_exact=count_exact(answers),
+        num_unstopped=sum(not one.stopped and not one.too_long for one in answers),
+        num_too_long=sum(one.too_long for one in answers),
+        samples=samples,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def evaluate_side_by_side(
+    model: PeftModel,
+    base: Base,
+    part: Part,
+    spec: EvaluateSpec,
+    data: DataSpec,
+    reporter: Reporter = SILENT,
+) -> SideBySide:
+    """Measure the model with its adapter off (unless `spec.baseline` is false) and on."""
+    before = None
+    if spec.baseline:
+        with model.disable_adapter():
+            before = evaluate_model("base", model, base, part, spec, data, reporter)
+    return SideBySide(before, evaluate_model("tuned", model, base, part, spec, data, reporter))
+
+
+def evaluation_sequences(part: Part, base: Base, data: DataSpec) -> tuple[TokenSequence, ...]:
+    """What perplexity is measured on: plain texts whole, everything else as it is trained.
+
+    Training cuts a plain text into pieces; here a sliding window reads it through.
+    """
+    texts = [example for example in part.examples if isinstance(example, PlainText)]
+    cut = {example.origin for example in texts}
+    kept = [sequence for sequence in part.sequences if sequence.origin not in cut]
+    return (*kept, *(render(text, base.tokenizer, data.loss_on) for text in texts))
+
+
+def window_size(model: CausalModel, spec: EvaluateSpec, data: DataSpec) -> int:
+    """Tokens the model reads at once when perplexity is measured.
+
+    Raises:
+        ModelError: they exceed its context.
+    """
+    window = spec.window_tokens or data.max_length
+    limit = context_tokens(model)
+    if limit is not None and window > limit:
+        key = "evaluate.window_tokens" if spec.window_tokens else "data.max_length"
+        raise ModelError(
+            f"{key} is {window}, but the model's context is {limit} tokens; set "
+            f"evaluate.window_tokens to {limit} or less."
+        )
+    return window
+
+
+def _perplexity(
+    name: str,
+    model: CausalModel,
+    base: Base,
+    part: Part,
+    spec: EvaluateSpec,
+    data: DataSpec,
+    reporter: Reporter,
+) -> Perplexity:
+    sequences = evaluation_sequences(part, base, data)
+    num_tokens = sum(sequence.num_supervised for sequence in sequences)
+    if not num_tokens:
+        raise DataError("perplexity cannot be measured: the eval rows have nothing supervised.")
+    with reporter.progress(f"{name}: perplexity", num_tokens) as progress:
+        return measure_perplexity(
+            model,
+            sequences,
+            pad_token_id=base.tokenizer.pad_token_id,
+            batch_size=PERPLEXITY_BATCH_SIZE,
+            window_tokens=window_size(model, spec, data),
+            stride_tokens=spec.stride_tokens,
+            compute_dtype=base.compute_dtype,
+            progress=progress,
+        )
+
+
+def _prompts(part: Part, base: Base, max_rows: int | None) -> tuple[list[Example], list[Prompt]]:
+    examples: list[Example] = []
+    prompts: list[Prompt] = []
+    for example in part.examples:
+        if len(prompts) == max_rows:
+            break
+        prompt = render_prompt(example, base.tokenizer)
+        if prompt is not None:
+            examples.append(example)
+            prompts.append(prompt)
+    return examples, prompts
+
+
+def _samples(examples: Sequence[Example], answers: Sequence[Answer]) -> tuple[Sample, ...]:
+    pairs = zip(examples[:NUM_SAMPLES], answers[:NUM_SAMPLES], strict=True)
+    return tuple(
+        Sample(a.origin, _question(example), a.reference, a.text, a.is_exact)
+        for example, a in pairs
+    )
+
+
+def _question(example: Example) -> str:
+    """The end of what the model is asked."""
+    if isinstance(example, Conversation):
+        asked = [m["content"] for m in example.messages[:-1] if m["role"] != "assistant"]
+        text = asked[-1] if asked else ""
+    else:
+        assert isinstance(example, PromptCompletion)
+        text = example.prompt
+    return text.strip()[-MAX_QUESTION_CHARACTERS:]

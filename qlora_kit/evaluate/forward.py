@@ -1,0 +1,151 @@
+"""One forward pass for measuring: precision, modes, and logits only where they are needed."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias, Union
+
+import torch
+from peft import PeftModel
+
+from qlora_kit.data.collate import Collator
+from qlora_kit.data.render import TokenSequence
+from qlora_kit.errors import ModelError
+from qlora_kit.evaluate.windows import batch_windows, scored_positions
+from qlora_kit.report.reporter import Progress
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CausalModel: TypeAlias = Union["PreTrainedModel", PeftModel]
+
+NO_PROGRESS = Progress()
+
+# float32 copies of logits are made for this many numbers at a time.
+CHUNK_CELLS = 2**24
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What a model says at the supervised tokens of one window.
+
+    `index` is the window's place in the list that was given; `logits` has shape
+    (num_tokens, vocabulary), in the dtype the model computes in; `targets` has shape (num_tokens,).
+    """
+
+    index: int
+    logits: torch.Tensor
+    targets: torch.Tensor
+
+
+@contextmanager
+def inference_context(
+    device: torch.device | str, compute_dtype: torch.dtype | None = None
+) -> Iterator[None]:
+    """No gradients, and autocast where the model computes in 16 bits.
+
+    A base in 16 bits has norms and adapters in float32, which only autocast brings together.
+    None, like float32, means no autocast. `torch.inference_mode` is not used: whatever a module
+    keeps from such a forward pass (rotary tables, repacked weights) could not be trained with.
+    """
+    with torch.no_grad():
+        if compute_dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast(torch.device(device).type, dtype=compute_dtype):
+                yield
+        else:
+            yield
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """`model.eval()` while the context lasts; then every module is as it was."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def score_windows(
+    model: CausalModel,
+    windows: Sequence[TokenSequence],
+    *,
+    pad_token_id: int,
+    batch_size: int,
+    compute_dtype: torch.dtype | None = None,
+) -> Iterator[Scored]:
+    """Logits at the supervised tokens of every window, longest windows first.
+
+    Raises:
+        ModelError: logits are not a number; names the row.
+    """
+    keeps = _takes_logits_to_keep(model)
+    batches = batch_windows(windows, batch_size, vocab_size(model), not keeps)
+    for batch in batches:
+        with evaluation_mode(model), inference_context(model.device, compute_dtype):
+            scored = _score_batch(model, [windows[i] for i in batch], pad_token_id, keeps)
+        for index, (logits, targets) in zip(batch, scored, strict=True):
+            _require_numbers(logits, windows[index].origin)
+            yield Scored(index, logits, targets)
+
+
+def vocab_size(model: CausalModel) -> int:
+    return int(model.config.get_text_config().vocab_size)
+
+
+def context_tokens(model: CausalModel) -> int | None:
+    """How many tokens the model can attend to; None where its config sets no limit."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return int(limit) if limit else None
+
+
+def token_chunks(num_tokens: int, vocabulary: int) -> Iterator[slice]:
+    """Slices of tokens whose logits are few enough to be copied to a wider dtype."""
+    step = max(1, CHUNK_CELLS // vocabulary)
+    for start in range(0, num_tokens, step):
+        yield slice(start, start + step)
+
+
+def _score_batch(
+    model: CausalModel, batch: Sequence[TokenSequence], pad_token_id: int, keeps: bool
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Padding stands on the right, where a causal model's earlier positions never see it."""
+    tensors = Collator(pad_token_id)(batch)
+    positions = [scored_positions(window) for window in batch]
+    columns = sorted({p - 1 for row in positions for p in row})
+    options = {"logits_to_keep": torch.tensor(columns)} if keeps else {}
+    input_ids, attention_mask = tensors["input_ids"], tensors["attention_mask"]
+    assert isinstance(input_ids, torch.Tensor)
+    assert isinstance(attention_mask, torch.Tensor)
+    output = model(
+        input_ids=input_ids.to(model.device),
+        attention_mask=attention_mask.to(model.device),
+        use_cache=False,
+        **options,
+    )
+    place = {p: number for number, p in enumerate(columns)} if keeps else None
+    scored = []
+    for number, (window, row) in enumerate(zip(batch, positions, strict=True)):
+        kept = [place[p - 1] if place else p - 1 for p in row]
+        logits = output.logits[number, torch.tensor(kept)]
+        targets = torch.tensor([window.labels[p] for p in row], device=logits.device)
+        scored.append((logits, targets))
+    return scored
+
+
+def _takes_logits_to_keep(model: CausalModel) -> bool:
+    inner = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+
+
+def _require_numbers(logits: torch.Tensor, origin: str) -> None:
+    if torch.isnan(logits).any():
+        raise ModelError(
+            f"the model's output for {origin} is not a number (NaN): its weights are damaged, or "
+            "it overflows in this precision; try quantization.compute_dtype: float32."
+        )
