@@ -289,4 +289,4 @@ def _set_token_ids(
     }
     for key, value in ids.items():
         setattr(model.config, key, value)
-    model.generation_config = GenerationConfig(**ids)  # type: ignore[no-untyped-call]
+    model.generation_config = GenerationConfig(**ids)

@@ -133,7 +133,7 @@ def build_tokenizer(
         warnings.append("the file carries no chat template")
     adds_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", adds_bos))
     limit = metadata.get(f"{metadata['general.architecture']}.context_length")
-    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    tokenizer: PreTrainedTokenizerBase = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         **{"bos_token": None, "eos_token": None, **special},
         add_bos_token=adds_bos and "bos_token" in special,
