@@ -32,6 +32,11 @@ class Part:
     sequences: tuple[TokenSequence, ...]
     ledger: Ledger
 
+    @classmethod
+    def empty(cls) -> Part:
+        """The part of a recipe that names no source for it."""
+        return cls((), (), Ledger())
+
     @property
     def num_supervised(self) -> int:
         return sum(sequence.num_supervised for sequence in self.sequences)

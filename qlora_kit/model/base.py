@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -96,9 +95,7 @@ def load_base(
     tokenizer_folder = source.folder
     if spec.tokenizer_name_or_path is not None:
         tokenizer_folder = resolve_source(spec.tokenizer_name_or_path).folder
-    tokenizer = load_tokenizer(
-        tokenizer_folder, spec.chat_template, spec.trust_remote_code
-    )
+    tokenizer = load_tokenizer(tokenizer_folder, spec.chat_template, spec.trust_remote_code)
     pad = ensure_padding(tokenizer)
     model = _load_model(source, spec, quantization, skeleton, compute_dtype, hardware)
     check_vocabulary(model, tokenizer)
@@ -153,6 +150,33 @@ def prequantized_settings(skeleton: Skeleton) -> dict[str, Any] | None:
     return dict(settings if isinstance(settings, dict) else settings.to_dict())
 
 
+def stored_quantization(spec: ModelSpec) -> QuantizationSpec | None:
+    """The settings that a bitsandbytes checkpoint was saved with; None where it is not one."""
+    from qlora_kit.recipe import QuantizationSpec
+
+    source = resolve_source(
+        spec.name_or_path,
+        spec.revision,
+        spec.gguf_file,
+        spec.allow_pickle,
+        spec.trust_remote_code,
+    )
+    settings = getattr(
+        load_config(source.folder, spec.trust_remote_code), "quantization_config", None
+    )
+    if settings is None:
+        return None
+    stored = settings if isinstance(settings, dict) else settings.to_dict()
+    if stored.get("quant_method") != "bitsandbytes":
+        return None
+    if not (stored.get("load_in_4bit") or stored.get("_load_in_4bit")):
+        return QuantizationSpec(load_in_4bit=False, load_in_8bit=True)
+    return QuantizationSpec(
+        quant_type=stored.get("bnb_4bit_quant_type", "fp4"),
+        double_quant=stored.get("bnb_4bit_use_double_quant", False),
+    )
+
+
 def refuse_experts(skeleton: Skeleton, quantization: QuantizationSpec) -> None:
     """Fused experts are plain parameters, which bitsandbytes passes over without a word."""
     if skeleton.expert_parameters and quantization.num_bits < 16:
@@ -176,6 +200,7 @@ def _load_model(
     hardware: Hardware,
 ) -> PreTrainedModel:
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
 
     bnb = bitsandbytes_config(quantization, skeleton, compute_dtype)
     stored = prequantized_settings(skeleton)
@@ -185,9 +210,7 @@ def _load_model(
     options: dict[str, Any] = {
         "dtype": compute_dtype,
         "quantization_config": bnb,
-        "device_map": {
-            "": hardware.device if hardware.device == "cpu" else f"{hardware.device}:0"
-        },
+        "device_map": {"": hardware.device if hardware.device == "cpu" else f"{hardware.device}:0"},
         "trust_remote_code": spec.trust_remote_code,
         "use_safetensors": not spec.allow_pickle,
         "local_files_only": True,
@@ -198,20 +221,16 @@ def _load_model(
         options.pop("quantization_config")
     if spec.allow_pickle:
         options["use_safetensors"] = None
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
     try:
         model = AutoModelForCausalLM.from_pretrained(source.folder, **options)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        reason = (
-            str(error).strip().splitlines()[0]
-            if str(error).strip()
-            else type(error).__name__
-        )
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(f"{source.name} cannot be loaded: {reason}") from error
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
-            module.compute_dtype = (
-                compute_dtype  # a prequantized checkpoint keeps its own
-            )
+            module.compute_dtype = compute_dtype  # a prequantized checkpoint keeps its own
             module.compute_type_is_set = True
     model.requires_grad_(False)
     model.eval()
@@ -253,9 +272,7 @@ def _require_same_quantization(
                 )
 
 
-def check_vocabulary(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Every id the tokenizer can give must have an embedding."""
     rows = model.get_input_embeddings().weight.shape[0]
     if len(tokenizer) > rows:
@@ -285,11 +302,7 @@ def _quant_state_bytes(state: Any) -> int:
     tensors = [state.absmax, state.code]
     if state.nested:
         tensors += [state.offset, state.state2.absmax, state.state2.code]
-    return sum(
-        tensor.numel() * tensor.element_size()
-        for tensor in tensors
-        if tensor is not None
-    )
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 def require_quantized(
@@ -349,13 +362,3 @@ def quantization_record(
 
 def describe_quantized(quantized: Quantized) -> dict[str, Any]:
     return {**asdict(quantized), "share": quantized.share}
-
-
-def silence_known_warnings() -> None:
-    """Upstream warnings about what is handled here, and which a user can do nothing about."""
-    for pattern in (
-        ".*Falling back to non-paged.*",
-        ".*MatMul8bitLt: inputs will be cast.*",
-        ".*does not support gradient checkpointing.*use_reentrant.*",
-    ):
-        warnings.filterwarnings("ignore", message=pattern)

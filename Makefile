@@ -1,0 +1,44 @@
+# Everything here starts from a fresh clone: python3 (>= 3.10), make and a package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test test-full check format lock
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+install: $(INSTALLED) ## the virtual environment, pinned and hash-checked
+
+# uv is installed by pip into the environment and does the rest; a second run does nothing.
+$(INSTALLED): requirements.txt requirements-uv.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else f"Python 3.10 or newer is needed, {sys.executable} is {v.major}.{v.minor}; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --require-hashes --requirement requirements-uv.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --require-hashes --requirement requirements.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+quickstart: $(INSTALLED) ## teach a small model a task, merge it, certify it (about ten minutes on two cores)
+	$(BIN)/qlora-kit train recipes/quickstart.yaml
+
+test: $(INSTALLED) ## every test that needs no GPU
+	$(BIN)/python -m pytest
+
+test-full: $(INSTALLED) ## the same, and the slow ones
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: $(INSTALLED) ## before a commit: format, lint, types, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/unit
+
+format: $(INSTALLED) ## rewrite the code in the house format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: $(INSTALLED) ## resolve requirements.txt anew from pyproject.toml and constraints.txt
+	$(BIN)/uv pip compile --quiet pyproject.toml --group dev --constraints constraints.txt --universal --python-version 3.10 --generate-hashes --no-header --no-emit-index-url --output-file requirements.txt

@@ -1,0 +1,160 @@
+"""One folder per run: what is in it, and who may write there."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from qlora_kit import environment
+from qlora_kit.errors import HardwareError, RunError
+from qlora_kit.recipe import Recipe, load_recipe, recipe_hash, save_recipe
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Names of everything that a run leaves behind."""
+
+    folder: Path
+
+    @property
+    def recipe(self) -> Path:
+        return self.folder / "recipe.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.folder / "environment.json"
+
+    @property
+    def ledger(self) -> Path:
+        return self.folder / "data" / "ledger.json"
+
+    @property
+    def log(self) -> Path:
+        return self.folder / "log.jsonl"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.folder / "evaluation.json"
+
+    @property
+    def summary(self) -> Path:
+        return self.folder / "summary.json"
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def merged(self) -> Path:
+        return self.folder / "merged"
+
+    @property
+    def last_good(self) -> Path:
+        return self.folder / "last-good"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.summary.is_file()
+
+
+def create_run(recipe: Recipe) -> RunDirectory:
+    """Make the folder and write the resolved recipe and the environment into it.
+
+    Raises:
+        RunError: the folder holds another run, or something that is no run.
+    """
+    run = RunDirectory(Path(recipe.run_dir))
+    if run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
+        raise RunError(_taken(run, recipe))
+    try:
+        run.ledger.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(
+            f"run_dir {run.folder} cannot be made: {error.strerror}."
+        ) from None
+    save_recipe(recipe, run.recipe)
+    write_json(
+        run.environment,
+        {
+            "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "recipe_sha256": recipe_hash(recipe),
+            "seed": recipe.train.seed,
+            **environment.describe(),
+        },
+    )
+    return run
+
+
+def finished_run(recipe: Recipe) -> RunDirectory | None:
+    """The run of this very recipe, where it is there and finished."""
+    run = RunDirectory(Path(recipe.run_dir))
+    if not run.is_finished or not run.recipe.is_file():
+        return None
+    return run if recipe_hash(load_recipe(run.recipe)) == recipe_hash(recipe) else None
+
+
+def open_run(folder: Path) -> tuple[RunDirectory, Recipe]:
+    """A run that has an adapter, and its recipe.
+
+    Raises:
+        RunError: the folder is not there, is no run, or has no adapter yet.
+    """
+    run = RunDirectory(folder)
+    if not folder.is_dir():
+        raise RunError(f"{folder} does not exist.")
+    if not run.recipe.is_file():
+        raise RunError(f"{folder} is not a run: it has no recipe.yaml.")
+    if not run.adapter.is_dir():
+        raise RunError(f"{folder} has no adapter yet; its training did not end.")
+    return run, load_recipe(run.recipe)
+
+
+def is_run(folder: Path) -> bool:
+    return (folder / "recipe.yaml").is_file()
+
+
+def fresh_folder(recipe: Recipe) -> str:
+    """A folder beside the recipe's own that is free: runs/x-2, runs/x-3, …"""
+    wanted = Path(recipe.run_dir)
+    number = 2
+    while (free := wanted.with_name(f"{wanted.name}-{number}")).exists():
+        number += 1
+    return str(free)
+
+
+def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
+    """Raises HardwareError where the disk has no room for what will be written."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    if free < needed_bytes:
+        raise HardwareError(
+            f"{what} needs {needed_bytes / 1e9:.2f} GB on the disk of {existing}, which has "
+            f"{free / 1e9:.2f} GB free. Make room, or choose another run_dir."
+        )
+
+
+def write_json(path: Path, values: Any) -> None:
+    """Write beside the final place, then rename: a reader never meets half a file."""
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    scratch.write_text(
+        json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+    scratch.replace(path)
+
+
+def _taken(run: RunDirectory, recipe: Recipe) -> str:
+    other = f"`run_dir={fresh_folder(recipe)}`"
+    if not run.recipe.is_file():
+        return f"run_dir {run.folder} is not empty and holds no run; choose another: {other}."
+    state = "a finished run" if run.is_finished else "a run that was not finished"
+    return (
+        f"run_dir {run.folder} already holds {state}. Nothing there was touched. Train into a new "
+        f"folder with --fresh, or choose one: {other}."
+    )

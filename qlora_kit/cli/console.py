@@ -1,0 +1,97 @@
+"""The terminal's side of a Reporter: lines, tables and a progress bar."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+from rich.text import Text
+
+from qlora_kit.report.reporter import Progress, Reporter
+
+# Without a terminal, a line is printed each time this share of the work is done.
+_LOG_SHARE = 0.1
+
+
+class _Bar(Progress):
+    def __init__(self, bar: RichProgress, task: TaskID):
+        self._bar = bar
+        self._task = task
+
+    def update(self, advance: int = 1, **fields: str) -> None:
+        self._bar.update(self._task, advance=advance, figures="  ".join(fields.values()))
+
+
+class _Lines(Progress):
+    """Progress where there is no terminal to redraw: now and then a line."""
+
+    def __init__(self, console: Console, name: str, total: int):
+        self._console = console
+        self._name = name
+        self._total = total
+        self._done = 0
+        self._next = _LOG_SHARE
+
+    def update(self, advance: int = 1, **fields: str) -> None:
+        self._done += advance
+        share = self._done / max(self._total, 1)
+        if share >= self._next:
+            figures = "  ".join(value for value in fields.values() if value)
+            self._console.print(
+                Text(f"{self._name:9} {self._done}/{self._total}  {figures}".rstrip()),
+                soft_wrap=True,
+            )
+            while self._next <= share:
+                self._next += _LOG_SHARE
+
+
+class ConsoleReporter(Reporter):
+    """Shows everything on a terminal, or as plain lines in a file."""
+
+    def __init__(self, console: Console):
+        self._console = console
+
+    def say(self, text: str) -> None:
+        self._console.print(Text(text), soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        self._console.print(Text(f"warning   {text}", style="yellow"), soft_wrap=True)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+        for number, column in enumerate(columns):
+            table.add_column(column, justify="left" if number == 0 else "right")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        self._console.print(table)
+
+    @contextmanager
+    def progress(self, name: str, total: int) -> Iterator[Progress]:
+        if not self._console.is_terminal:
+            yield _Lines(self._console, name, total)
+            return
+        bar = RichProgress(
+            TextColumn("{task.description:9}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+        )
+        with bar:
+            yield _Bar(bar, bar.add_task(name, total=total, figures=""))
+
+
+def console_reporter(to_stderr: bool = False) -> ConsoleReporter:
+    """The reporter of a verb; with --json, figures alone go to standard output."""
+    return ConsoleReporter(Console(stderr=to_stderr, highlight=False))

@@ -1,0 +1,64 @@
+"""`qlora-kit evaluate RUN|MODEL`: perplexity and exact match on held-out rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora_kit.cli.arguments import AsJson, Force, Overrides, SubjectName
+from qlora_kit.errors import Fault, RecipeError
+from qlora_kit.recipe import load_recipe
+
+NAME = "evaluate"
+
+
+def command(
+    subject: SubjectName,
+    overrides: Overrides = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            help="The recipe whose data and evaluate sections are used; a run has its own."
+        ),
+    ] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a run (base and tuned side by side) or any model on held-out rows."""
+    from qlora_kit.checkpoint.run_directory import is_run
+
+    own = Path(subject).expanduser() / "recipe.yaml" if is_run(Path(subject).expanduser()) else None
+    path = recipe or own
+    if path is None:
+        raise RecipeError(
+            subject, [Fault("", "is not a run, so say what to measure it on", "--recipe RECIPE")]
+        )
+    loaded = load_recipe(path, overrides or ())
+    if not loaded.data.eval:
+        raise RecipeError(
+            str(path), [Fault("data.eval", "names no source to measure on", "add one")]
+        )
+
+    from qlora_kit.checkpoint.run_directory import write_json
+    from qlora_kit.cli.console import console_reporter
+    from qlora_kit.data.prepare import prepare_part
+    from qlora_kit.report import narrate
+    from qlora_kit.run import evaluate_held_out
+    from qlora_kit.subject import load_subject
+
+    reporter = console_reporter(to_stderr=as_json)
+    tested = load_subject(subject, loaded.model if own is None else None, force, reporter)
+    part = prepare_part(
+        "eval", loaded.data.eval, tested.base.tokenizer, loaded.data, tested.base.stop_ids
+    )
+    values = evaluate_held_out(tested.model, tested.base, part, loaded, reporter)
+    if tested.run is not None and not overrides and recipe is None:
+        write_json(tested.run.evaluation, values)
+    if as_json:
+        print(json.dumps(values, indent=2, ensure_ascii=False))
+    else:
+        narrate.evaluation(reporter, values)
+        narrate.samples(reporter, values["tuned"])

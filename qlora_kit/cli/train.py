@@ -1,0 +1,52 @@
+"""`qlora-kit train RECIPE`: the straight line."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from qlora_kit.cli.arguments import AsJson, Overrides, RecipePath
+from qlora_kit.recipe import load_recipe
+
+NAME = "train"
+
+
+def command(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Train into a new folder; nothing is deleted.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Train, evaluate, and export what the recipe says."""
+    from pathlib import Path
+
+    from qlora_kit.checkpoint.run_directory import finished_run, fresh_folder
+    from qlora_kit.cli.console import console_reporter
+    from qlora_kit.errors import RecipeError
+    from qlora_kit.preflight import preflight
+    from qlora_kit.report import narrate
+
+    loaded = load_recipe(recipe, overrides or ())
+    faults = preflight(loaded)
+    if faults:
+        raise RecipeError(str(recipe), faults)
+    reporter = console_reporter(to_stderr=as_json)
+    if fresh and Path(loaded.run_dir).exists():
+        loaded = loaded.model_copy(update={"run_dir": fresh_folder(loaded)})
+    finished = None if fresh else finished_run(loaded)
+    if finished is not None:
+        reporter.say(f"{finished.folder} is finished; --fresh trains again into a new folder.")
+        narrate.summary(reporter, finished, loaded)
+        values = json.loads(finished.summary.read_text(encoding="utf-8"))
+    else:
+        from qlora_kit.run import run_recipe
+
+        result = run_recipe(loaded, reporter)
+        values = json.loads(result.run.summary.read_text(encoding="utf-8"))
+    if as_json:
+        print(json.dumps(values, indent=2))
+    raise typer.Exit(0 if values["holds"] else 1)

@@ -1,0 +1,181 @@
+"""What a run says about itself, phase by phase, in the words a practitioner uses."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.data.render import IGNORE_INDEX
+from qlora_kit.report.reporter import Reporter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qlora_kit.checkpoint.run_directory import RunDirectory
+    from qlora_kit.data.ledger import Ledger
+    from qlora_kit.data.prepare import Part
+    from qlora_kit.environment import Hardware
+    from qlora_kit.model.adapter import Adapted
+    from qlora_kit.model.base import Base
+    from qlora_kit.recipe import QuantizationSpec, Recipe
+
+_MIB = 1024**2
+_GIB = 1024**3
+
+
+def hardware(
+    reporter: Reporter, machine: Hardware, compute_dtype: str, why: str, precision: str
+) -> None:
+    memory = machine.device_memory_bytes or machine.host_memory_bytes
+    reporter.say(
+        f"machine   {machine.device_name}, {machine.num_cpus} cores, {memory / _GIB:.0f} GiB"
+    )
+    reporter.say(f"compute   {compute_dtype}, trained in {precision}: {why}")
+
+
+def base(reporter: Reporter, loaded: Base, quantization: QuantizationSpec) -> None:
+    counted = loaded.quantized
+    how = {
+        4: f"{quantization.quant_type.upper()}{' with double quantization' if quantization.double_quant else ''}",
+        8: "LLM.int8()",
+        16: f"{str(loaded.compute_dtype).removeprefix('torch.')}, not quantized",
+    }[quantization.num_bits]
+    share = f", {counted.share:.1%} of the parameters quantized" if counted.num_quantized else ""
+    reporter.say(
+        f"base      {loaded.source.name}: {counted.num_parameters / 1e6:,.1f} M parameters in "
+        f"{counted.weight_bytes / _MIB:,.0f} MiB, {how}{share}"
+    )
+    reporter.say(f"padding   {loaded.pad.token} ({loaded.pad.reason})")
+
+
+def data(
+    reporter: Reporter, train: Part, held_out: Part, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    rows = [
+        _ledger_row(name, part.ledger)
+        for name, part in (("train", train), ("eval", held_out))
+        if part.sequences
+    ]
+    reporter.table(
+        "where every row and token went",
+        ("", "rows", "dropped", "truncated", "supervised", "context", "cut", "dropped tokens"),
+        rows,
+    )
+    for part in (train, held_out):
+        for reason, origins in part.ledger.examples.items():
+            reporter.warn(f"{reason}: for example {', '.join(origins)}")
+    reporter.say(
+        "first     " + marked(train.sequences[0].labels, train.sequences[0].input_ids, tokenizer)
+    )
+
+
+def marked(
+    labels: tuple[int, ...], input_ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase
+) -> str:
+    """The text of a sequence, with what is trained on between ⟦ and ⟧."""
+    pieces: list[str] = []
+    run: list[int] = []
+    supervised = False
+    for token, label in [*zip(input_ids, labels, strict=True), (None, None)]:
+        now = label is not None and label != IGNORE_INDEX
+        if token is None or now != supervised:
+            text = tokenizer.decode(run)
+            pieces.append(f"⟦{text}⟧" if supervised and text else text)
+            run, supervised = [], now
+        if token is not None:
+            run.append(token)
+    return "".join(pieces).replace("\n", "↵")
+
+
+def _ledger_row(name: str, ledger: Ledger) -> tuple[str, ...]:
+    return (
+        name,
+        f"{ledger.num_rows:,}",
+        f"{sum(ledger.dropped.values()):,}",
+        f"{ledger.truncated:,}",
+        f"{ledger.supervised_tokens:,}",
+        f"{ledger.context_tokens:,}",
+        f"{ledger.cut_tokens:,}",
+        f"{ledger.dropped_tokens:,}",
+    )
+
+
+def adapter(reporter: Reporter, adapted: Adapted, recipe: Recipe, num_sequences: int) -> None:
+    from qlora_kit.train.train import num_update_steps
+
+    kinds = ", ".join(f"{name} ×{count}" for name, count in sorted(adapted.targets.items()))
+    share = adapted.num_trainable / adapted.num_parameters
+    reporter.say(
+        f"adapter   r={recipe.lora.r}, {adapted.num_trainable:,} of {adapted.num_parameters:,} "
+        f"parameters trained ({share:.2%}), on {kinds}"
+    )
+    train = recipe.train
+    global_batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    reporter.say(
+        f"schedule  {num_update_steps(num_sequences, train)} steps of {global_batch} sequences "
+        f"({train.per_device_train_batch_size} × {train.gradient_accumulation_steps} accumulated), "
+        f"{train.optim}, learning rate {train.learning_rate:g} {train.lr_scheduler_type}"
+    )
+
+
+def summary(reporter: Reporter, run: RunDirectory, recipe: Recipe) -> None:
+    """One screen: what came out, what it is worth, what to do next."""
+    values = json.loads(run.summary.read_text(encoding="utf-8"))
+    training, memory = values["training"], values["memory"]
+    reporter.say("")
+    reporter.say(
+        f"trained   {training['num_steps']} steps in {training['seconds']:.0f} s, "
+        f"{training['tokens_per_second']:,.0f} tokens/s; loss {training['first_loss']:.3f} → "
+        f"{training['last_loss']:.3f}; peak memory {memory['peak_bytes'] / _MIB:,.0f} MiB "
+        f"({memory['peak_phase']})"
+    )
+    evaluation(reporter, values["evaluation"])
+    if values["certificate"] is not None:
+        certificate(reporter, values["certificate"])
+    reporter.say("")
+    reporter.say(f"Everything is in {run.folder}. What next:")
+    reporter.say(f"  qlora-kit chat {run.folder}")
+    if recipe.data.eval:
+        reporter.say(f"  qlora-kit evaluate {run.folder}")
+    if values["certificate"] is None:
+        reporter.say(f"  qlora-kit merge {run.folder}")
+    else:
+        reporter.say(
+            f'  python -c "from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{run.merged}')\""
+        )
+
+
+def evaluation(reporter: Reporter, values: dict[str, Any] | None) -> None:
+    """Base and tuned model side by side."""
+    if not values:
+        return
+    rows = []
+    for key, name in (("base", "base"), ("tuned", "tuned")):
+        measured = values.get(key)
+        if measured is None:
+            continue
+        perplexity, exact = measured["perplexity"], measured["exact_match"]
+        rows.append(
+            (
+                name,
+                f"{perplexity['perplexity']:.3f}" if perplexity else "–",
+                f"{exact:.1%}" if exact is not None else "–",
+                f"{measured['num_exact']} of {measured['num_rows']}" if exact is not None else "–",
+                f"{measured['num_unstopped']}" if exact is not None else "–",
+            )
+        )
+    columns = ("held-out rows", "perplexity", "exact match", "rows", "never stopped")
+    reporter.table("", columns, rows)
+
+
+def samples(reporter: Reporter, measured: dict[str, Any], count: int = 3) -> None:
+    """A few answers, as they came."""
+    for sample in measured["samples"][:count]:
+        mark = "✓" if sample["is_exact"] else f"✗ wanted {sample['reference']}"
+        reporter.say(f"  {sample['question']}")
+        reporter.say(f"  → {sample['answer']}  {mark}")
+
+
+def certificate(reporter: Reporter, values: dict[str, Any]) -> None:
+    raise NotImplementedError

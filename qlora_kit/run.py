@@ -1,0 +1,144 @@
+"""The straight line from a recipe to a certified model. Read this first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlora_kit.checkpoint.run_directory import RunDirectory, create_run, write_json
+from qlora_kit.data.prepare import Part, prepare_part
+from qlora_kit.environment import probe_hardware, resolve_compute_dtype
+from qlora_kit.evaluate.evaluate import evaluate_model, evaluate_side_by_side
+from qlora_kit.export.merge_run import merge_after_training
+from qlora_kit.model.adapter import attach_adapter
+from qlora_kit.model.base import Base, load_base, prepare_for_training
+from qlora_kit.model.saved import save_adapter
+from qlora_kit.recipe import Recipe, recipe_hash
+from qlora_kit.report import narrate
+from qlora_kit.report.reporter import SILENT, Reporter
+from qlora_kit.train.arguments import require_tf32, resolve_precision
+from qlora_kit.train.memory import MemoryWatch
+from qlora_kit.train.train import TrainResult, train_adapter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run made, and what it is worth."""
+
+    run: RunDirectory
+    trained: TrainResult
+    evaluation: dict[str, Any]
+    certificate: dict[str, Any] | None
+
+    @property
+    def holds(self) -> bool:
+        """Whether every budget of the recipe was met."""
+        return self.certificate is None or bool(self.certificate["passed"])
+
+
+def run_recipe(recipe: Recipe, reporter: Reporter = SILENT) -> RunResult:
+    """Train, evaluate, merge and certify what a recipe describes.
+
+    Raises:
+        QloraKitError: whatever is at fault, before the work that it would spoil.
+    """
+    hardware = probe_hardware()
+    compute_dtype, why = resolve_compute_dtype(recipe.quantization.compute_dtype, hardware)
+    precision = resolve_precision(recipe.train.precision, compute_dtype, hardware)
+    require_tf32(recipe.train.tf32, hardware)
+    narrate.hardware(reporter, hardware, compute_dtype, why, precision)
+
+    with MemoryWatch(hardware.device) as memory:
+        memory.phase("loading")
+        base = load_base(
+            recipe.model, recipe.quantization, getattr(torch, compute_dtype), why, hardware
+        )
+        prepare_for_training(base.model)
+        narrate.base(reporter, base, recipe.quantization)
+
+        train, held_out = prepare_data(recipe, base)
+        narrate.data(reporter, train, held_out, base.tokenizer)
+
+        adapted = attach_adapter(base, recipe.lora, recipe.train.seed)
+        narrate.adapter(reporter, adapted, recipe, len(train.sequences))
+
+        run = create_run(recipe)
+        write_json(run.ledger, {"train": train.ledger.as_dict(), "eval": held_out.ledger.as_dict()})
+        trained = train_adapter(
+            adapted.model,
+            base,
+            train.sequences,
+            held_out.sequences,
+            recipe.train,
+            precision,
+            hardware,
+            run,
+            memory,
+            reporter,
+        )
+        save_adapter(adapted.model, base, recipe.quantization, recipe_hash(recipe), run.adapter)
+
+        memory.phase("evaluating")
+        evaluation = evaluate_held_out(adapted.model, base, held_out, recipe, reporter)
+        write_json(run.evaluation, evaluation)
+
+        memory.phase("merging")
+        certificate = merge_after_training(
+            adapted.model, base, held_out, recipe, run, hardware, reporter
+        )
+
+    result = RunResult(run, trained, evaluation, certificate)
+    write_json(run.summary, summary_of(result, memory))
+    narrate.summary(reporter, result.run, recipe)
+    return result
+
+
+def prepare_data(recipe: Recipe, base: Base) -> tuple[Part, Part]:
+    """Training and held-out rows, rendered; the held-out part is empty where none is named."""
+    parts = [
+        prepare_part(name, sources, base.tokenizer, recipe.data, base.stop_ids)
+        if sources
+        else Part.empty()
+        for name, sources in (("train", recipe.data.train), ("eval", recipe.data.eval))
+    ]
+    return parts[0], parts[1]
+
+
+def evaluate_held_out(
+    model: PeftModel | PreTrainedModel,
+    base: Base,
+    held_out: Part,
+    recipe: Recipe,
+    reporter: Reporter = SILENT,
+) -> dict[str, Any]:
+    """Figures on the held-out rows, of base and tuned model where there is an adapter.
+
+    Empty where no eval source is named.
+    """
+    if not held_out.sequences:
+        return {}
+    if model is base.model:
+        measured = evaluate_model(
+            "tuned", model, base, held_out, recipe.evaluate, recipe.data, reporter
+        )
+        return {"base": None, "tuned": measured.as_dict()}
+    return evaluate_side_by_side(
+        model, base, held_out, recipe.evaluate, recipe.data, reporter
+    ).as_dict()
+
+
+def summary_of(result: RunResult, memory: MemoryWatch) -> dict[str, Any]:
+    """`summary.json`, whose presence says that the run is finished."""
+    return {
+        "training": result.trained.as_dict(),
+        "memory": memory.as_dict(),
+        "evaluation": result.evaluation,
+        "certificate": result.certificate,
+        "holds": result.holds,
+    }

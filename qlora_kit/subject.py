@@ -1,0 +1,107 @@
+"""What a verb works on when it is given RUN|MODEL: a run, an adapter folder, or a whole model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlora_kit.checkpoint.run_directory import RunDirectory, is_run, open_run
+from qlora_kit.environment import probe_hardware, resolve_compute_dtype
+from qlora_kit.errors import AdapterError
+from qlora_kit.model.base import Base, load_base, prepare_for_training, stored_quantization
+from qlora_kit.model.manifest import MANIFEST_FILE, read_manifest
+from qlora_kit.model.saved import load_adapter
+from qlora_kit.recipe import ModelSpec, QuantizationSpec, Recipe
+from qlora_kit.report.reporter import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model ready to be measured or talked to."""
+
+    name: str
+    model: PeftModel | PreTrainedModel
+    base: Base
+    run: RunDirectory | None
+    recipe: Recipe | None
+    """Of the run; None for a model that is not one."""
+
+    @property
+    def has_adapter(self) -> bool:
+        return self.model is not self.base.model
+
+
+def load_subject(
+    name: str, model_spec: ModelSpec | None = None, force: bool = False, reporter: Reporter = SILENT
+) -> Subject:
+    """Load a run (its base with its adapter), an adapter folder, or a model as it stands.
+
+    `model_spec` says how a model is read (trust_remote_code, allow_pickle, chat_template).
+
+    Raises:
+        QloraKitError: nothing of the kind is there, or the adapter belongs to another base.
+    """
+    folder = Path(name).expanduser()
+    if is_run(folder):
+        run, recipe = open_run(folder)
+        model, base = _with_adapter(recipe.model, recipe.quantization, run.adapter, force, reporter)
+        return Subject(name, model, base, run, recipe)
+    if (folder / "adapter_config.json").is_file():
+        spec, quantization = _from_manifest(folder)
+        model, base = _with_adapter(spec, quantization, folder, force, reporter)
+        return Subject(name, model, base, None, None)
+    spec = (model_spec or ModelSpec(name_or_path=name)).model_copy(update={"name_or_path": name})
+    base = _plain(spec)
+    return Subject(name, base.model, base, None, None)
+
+
+def _with_adapter(
+    spec: ModelSpec,
+    quantization: QuantizationSpec,
+    adapter: Path,
+    force: bool,
+    reporter: Reporter,
+) -> tuple[PeftModel, Base]:
+    # The adapter's tokenizer is the one that was trained with: its template, its added tokens.
+    with_tokenizer = spec.model_copy(
+        update={"tokenizer_name_or_path": str(adapter), "chat_template": None}
+    )
+    base = _load(with_tokenizer, quantization)
+    prepare_for_training(base.model)  # the graph that was trained has its norms in float32
+    model, differing = load_adapter(base, quantization, adapter, force)
+    for one in differing:
+        reporter.warn(f"forced onto another base: {one}")
+    return model, base
+
+
+def _from_manifest(folder: Path) -> tuple[ModelSpec, QuantizationSpec]:
+    if not (folder / MANIFEST_FILE).is_file():
+        raise AdapterError(
+            f"{folder} is an adapter without {MANIFEST_FILE}, so nobody knows how its base was "
+            "quantized; give the run's folder instead."
+        )
+    manifest = read_manifest(folder)
+    kept: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in manifest.quantization.items()
+    }
+    spec = ModelSpec(name_or_path=manifest.base_name, revision=manifest.base_revision)
+    return spec, QuantizationSpec(**kept)
+
+
+def _plain(spec: ModelSpec) -> Base:
+    """A model as it stands on disk: quantized if it is stored so, else in 16 or 32 bits."""
+    return _load(spec, stored_quantization(spec) or QuantizationSpec(load_in_4bit=False))
+
+
+def _load(spec: ModelSpec, quantization: QuantizationSpec) -> Base:
+    hardware = probe_hardware()
+    dtype, why = resolve_compute_dtype(quantization.compute_dtype, hardware)
+    return load_base(spec, quantization, getattr(torch, dtype), why, hardware)

@@ -1,0 +1,92 @@
+"""From a TrainSpec to the Trainer's arguments: the one place that builds them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_kit.environment import Hardware
+from qlora_kit.errors import HardwareError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
+
+    from qlora_kit.recipe import TrainSpec
+
+_DTYPE_OF = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+_PRECISION_OF = {dtype: precision for precision, dtype in _DTYPE_OF.items()}
+
+
+def resolve_precision(asked: str, compute_dtype: str, hardware: Hardware) -> str:
+    """Autocast precision: `auto` follows the compute dtype.
+
+    Raises:
+        HardwareError: the machine has no units for what was asked.
+    """
+    precision = _PRECISION_OF[compute_dtype] if asked == "auto" else asked
+    if precision == "bf16" and not hardware.native_bf16:
+        raise HardwareError(f"train.precision is bf16, but {hardware.reason}; use auto or fp32.")
+    if precision == "fp16" and not hardware.native_fp16:
+        raise HardwareError(
+            f"train.precision is fp16, but {hardware.device_name} has no float16 units; "
+            "use auto or fp32."
+        )
+    return precision
+
+
+def require_tf32(asked: bool | None, hardware: Hardware) -> None:
+    """Raises HardwareError where TF32 is asked of a machine without it."""
+    if asked and not hardware.native_tf32:
+        raise HardwareError(
+            f"train.tf32 is true, but {hardware.device_name} has no TF32; remove it."
+        )
+
+
+def training_arguments(
+    spec: TrainSpec, precision: str, hardware: Hardware, output_dir: Path, run_name: str
+) -> TrainingArguments:
+    """Upstream arguments; logging, progress and checkpoints of our own hang on callbacks."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
+        output_dir=str(output_dir),
+        run_name=run_name,
+        per_device_train_batch_size=spec.per_device_train_batch_size,
+        per_device_eval_batch_size=spec.per_device_eval_batch_size,
+        gradient_accumulation_steps=spec.gradient_accumulation_steps,
+        num_train_epochs=spec.num_train_epochs,
+        max_steps=-1 if spec.max_steps is None else spec.max_steps,
+        learning_rate=spec.learning_rate,
+        lr_scheduler_type=spec.lr_scheduler_type,
+        lr_scheduler_kwargs=dict(spec.lr_scheduler_kwargs),
+        warmup_steps=spec.warmup_steps,
+        optim=spec.optim,
+        weight_decay=spec.weight_decay,
+        adam_beta1=spec.adam_beta1,
+        adam_beta2=spec.adam_beta2,
+        adam_epsilon=spec.adam_epsilon,
+        max_grad_norm=spec.max_grad_norm,
+        neftune_noise_alpha=spec.neftune_noise_alpha,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        tf32=spec.tf32 if hardware.native_tf32 else None,
+        seed=spec.seed,
+        data_seed=spec.seed,
+        train_sampling_strategy=spec.train_sampling_strategy,
+        logging_steps=spec.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,  # it would replace a NaN by an average and go on
+        eval_strategy=spec.eval_strategy,
+        eval_steps=spec.eval_steps,
+        prediction_loss_only=True,
+        save_strategy=spec.save_strategy,
+        save_steps=spec.save_steps,
+        save_total_limit=spec.save_total_limit,
+        report_to=list(spec.report_to) or "none",
+        use_cpu=hardware.device == "cpu",
+        dataloader_pin_memory=hardware.device != "cpu",
+        remove_unused_columns=False,
+        disable_tqdm=True,
+        log_level="error",
+        ddp_find_unused_parameters=False,
+    )

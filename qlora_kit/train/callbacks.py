@@ -1,0 +1,115 @@
+"""What happens at each step besides training: the log, the progress bar, the memory watch."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import (
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from qlora_kit.report.reporter import Progress, Reporter
+from qlora_kit.train.memory import MemoryWatch
+
+if TYPE_CHECKING:
+    from qlora_kit.train.trainer import QloraTrainer
+
+_MIB = 1024**2
+
+
+class StepCallback(TrainerCallback):
+    """Writes `log.jsonl` and drives the progress bar."""
+
+    def __init__(
+        self,
+        log_path: Path,
+        progress: Progress,
+        memory: MemoryWatch,
+        reporter: Reporter,
+    ):
+        self.log_path = log_path
+        self.progress = progress
+        self.memory = memory
+        self.reporter = reporter
+        self.trainer: QloraTrainer | None = None
+        self.losses: list[float] = []
+        self._warned = False
+        self._start = self._last_time = time.monotonic()
+        self._last_tokens = 0
+        self._last_loss = ""
+        self._rate = 0.0
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        self._start = self._last_time = time.monotonic()
+
+    def on_step_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        **_: Any,
+    ) -> None:
+        assert self.trainer is not None
+        host, device = self.memory.step()
+        now = time.monotonic()
+        tokens = self.trainer.num_real_tokens
+        rate = (tokens - self._last_tokens) / max(now - self._last_time, 1e-9)
+        self._rate = rate if self._rate == 0 else 0.8 * self._rate + 0.2 * rate
+        self._last_time, self._last_tokens = now, tokens
+        self.progress.update(
+            1,
+            loss=self._last_loss,
+            tokens=f"{self._rate:,.0f} tok/s",
+            memory=f"{(device or host) / _MIB:,.0f} MiB",
+        )
+        slope = self.memory.growth_per_step() if state.global_step % 20 == 0 else None
+        if slope is not None and not self._warned:
+            self._warned = True
+            self.reporter.warn(
+                f"memory grows steadily, by {slope / _MIB:.2f} MiB a step "
+                f"(now {host / _MIB:,.0f} MiB)."
+            )
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        assert self.trainer is not None
+        logs = logs or {}
+        if "loss" in logs:
+            self.losses.append(float(logs["loss"]))
+            self._last_loss = f"loss {float(logs['loss']):.3f}"
+        elapsed = time.monotonic() - self._start
+        line = {
+            "step": state.global_step,
+            "epoch": state.epoch,
+            **{name: _plain(value) for name, value in logs.items() if name != "epoch"},
+            "tokens": self.trainer.num_real_tokens,
+            "tokens_per_second": round(self.trainer.num_real_tokens / max(elapsed, 1e-9), 1),
+            "seconds": round(elapsed, 2),
+            "host_bytes": self.memory.host_at_steps[-1] if self.memory.host_at_steps else None,
+        }
+        with self.log_path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    number = float(value) if not isinstance(value, str | bool) and value is not None else value
+    return None if isinstance(number, float) and not math.isfinite(number) else number

@@ -1,0 +1,122 @@
+"""Train an adapter: the builder of this package."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from qlora_kit.data.collate import Collator
+from qlora_kit.data.render import TokenSequence
+from qlora_kit.environment import Hardware
+from qlora_kit.model.base import Base
+from qlora_kit.report.reporter import Reporter
+from qlora_kit.train.arguments import training_arguments
+from qlora_kit.train.callbacks import StepCallback
+from qlora_kit.train.memory import MemoryWatch
+from qlora_kit.train.trainer import QloraTrainer
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from qlora_kit.checkpoint.run_directory import RunDirectory
+    from qlora_kit.recipe import TrainSpec
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What training did."""
+
+    num_steps: int
+    first_loss: float
+    last_loss: float
+    num_tokens: int
+    """Real tokens, without padding, counted once per pass."""
+    seconds: float
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.num_tokens / self.seconds
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "tokens_per_second": self.tokens_per_second}
+
+
+def num_update_steps(num_sequences: int, spec: TrainSpec, num_processes: int = 1) -> int:
+    """Optimizer updates that the Trainer will make."""
+    if spec.max_steps is not None:
+        return spec.max_steps
+    batches = math.ceil(num_sequences / (spec.per_device_train_batch_size * num_processes))
+    per_epoch = max(math.ceil(batches / spec.gradient_accumulation_steps), 1)
+    return math.ceil(spec.num_train_epochs * per_epoch)
+
+
+def train_adapter(
+    model: PeftModel,
+    base: Base,
+    sequences: Sequence[TokenSequence],
+    eval_sequences: Sequence[TokenSequence],
+    spec: TrainSpec,
+    precision: str,
+    hardware: Hardware,
+    run_dir: RunDirectory,
+    memory: MemoryWatch,
+    reporter: Reporter,
+) -> TrainResult:
+    """Train in place.
+
+    Raises:
+        TrainingError: a loss or gradient was not finite; the last good adapter is kept.
+    """
+    transformers.set_seed(spec.seed)
+    model.config.use_cache = False
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    args = training_arguments(spec, precision, hardware, run_dir.folder, run_dir.folder.name)
+    pad_token_id = base.tokenizer.pad_token_id
+    assert isinstance(pad_token_id, int)
+
+    def keep_last_good(step: int) -> str:
+        model.save_pretrained(run_dir.last_good, save_embedding_layers=False)
+        return f"The adapter as it was after step {step} is kept in {run_dir.last_good}. "
+
+    with reporter.progress("training", num_update_steps(len(sequences), spec)) as progress:
+        callback = StepCallback(run_dir.log, progress, memory, reporter)
+        trainer = QloraTrainer(
+            model=model,
+            args=args,
+            train_dataset=list(sequences),
+            eval_dataset=list(eval_sequences) or None,
+            data_collator=Collator(pad_token_id),
+            callbacks=[callback],
+            loraplus_lr_ratio=spec.loraplus_lr_ratio,
+            on_stop=keep_last_good,
+        )
+        trainer.remove_callback(transformers.PrinterCallback)
+        callback.trainer = trainer
+        memory.phase("training")
+        start = time.monotonic()
+        with warnings.catch_warnings():
+            # On a CPU paged optimizers run unpaged, which is what is meant there.
+            warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+            trainer.train()
+        if hardware.device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.monotonic() - start
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_disable()
+    model.config.use_cache = True
+    model.eval()
+    return TrainResult(
+        num_steps=trainer.state.global_step,
+        first_loss=callback.losses[0],
+        last_loss=callback.losses[-1],
+        num_tokens=trainer.num_real_tokens,
+        seconds=seconds,
+    )
