@@ -1,0 +1,98 @@
+"""Small models and tokenizers that tests share. Nothing here needs a network or a GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+# Before torch is imported: two cores, and other processes on them.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
+    "message['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+_CORPUS = [
+    "turn the kitchen lamp to 30 percent, please",
+    'the quick brown fox jumps over the lazy dog {"action":"set","value":12}',
+    "user system assistant hello how are you fine thanks goodbye",
+]
+
+
+def build_tokenizer(folder: Path, chat_template: str | None = CHATML) -> None:
+    """A byte-level BPE tokenizer with ChatML's special tokens, saved to `folder`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_CORPUS, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        model_max_length=512,
+    )
+    fast.chat_template = chat_template
+    fast.save_pretrained(folder)
+
+
+def build_llama(folder: Path, *, tied: bool = True, seed: int = 0, **config: object) -> Path:
+    """A random two-layer Llama with the tokenizer above, saved to `folder`."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    build_tokenizer(folder)
+    torch.manual_seed(seed)
+    values: dict[str, object] = {
+        "vocab_size": 384,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    LlamaForCausalLM(LlamaConfig(**{**values, **config})).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """One compute thread: the suite measures nothing, and two oversubscribe a busy machine."""
+    import torch
+
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_llama(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """Real data sets; tests that need them skip visibly where they are absent."""
+    if not DATA.is_dir():
+        pytest.skip(f"the shared data sets are not at {DATA}")
+    return DATA
