@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import bitsandbytes as bnb
 import torch
@@ -15,25 +15,27 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.errors import ModelError
 from qlora_kit.export.checkpoint import Checkpoint
-from qlora_kit.export.names import NameMap, map_names, module_of, quantized_modules
+from qlora_kit.export.names import NameMap, module_of, quantized_modules
 from qlora_kit.model.skeleton import Skeleton
 from qlora_kit.model.weight import dequantized_weight
 from qlora_kit.recipe import QuantizationSpec
 
+_STATE_PARTS = ("absmax", "quant_map", "nested_absmax", "nested_quant_map")
+_STATE_BLOBS = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
+
 
 @dataclass(frozen=True)
 class DenseTensor:
-    """One tensor of a checkpoint."""
+    """One tensor of a base."""
 
     name: str
     """In the checkpoint."""
     parameter: str | None
-    """In the model; None for a tensor that is copied as it is."""
+    """In the model; None for one that is fused with others on loading."""
     value: torch.Tensor
-    """float32, in the checkpoint's own shape and orientation."""
+    """float32 in the checkpoint's shape and orientation; tensors of integers as they are."""
     dtype: torch.dtype
-    """What it is stored in; of a quantized weight, what it was quantized from where that is
-    known, else float32."""
+    """What it is stored in."""
 
     @property
     def module(self) -> str | None:
@@ -47,77 +49,55 @@ class AsTrained:
     quantization: QuantizationSpec
     compute_dtype: torch.dtype
     device: str = "cpu"
-    """Where it is quantized; devices may round a block's scale differently."""
+    """Where it was quantized; kinds of devices may round a block's scale differently."""
 
 
 def iterate_dense(
-    folder: Path,
-    skeleton: Skeleton,
-    as_trained: AsTrained | None,
-    changed: Collection[str] = (),
-    allow_pickle: bool = False,
+    checkpoint: Checkpoint, names: NameMap, skeleton: Skeleton, as_trained: AsTrained | None
 ) -> Iterator[DenseTensor]:
-    """Every tensor of the checkpoint that the model loads, in float32.
+    """Every tensor that the model loads, in float32, with no more than one in memory.
 
     With `as_trained` each value is the one that the trained model computed with: weights that
     training quantized go through the same quantization and back, everything else through the
-    compute dtype. Without, values are as stored; weights that are stored quantized are
-    dequantized from what is stored either way. `changed` are further modules whose tensors the
-    caller will change.
+    dtype it was loaded in. Without, values are as stored. A weight that is stored quantized is
+    dequantized from what is stored, either way.
 
     Raises:
-        ModelError: `requires_memory` is true of this checkpoint, or it is damaged.
+        ModelError: a tensor is fused on loading and would have to change (`names.fused`).
     """
-    with Checkpoint(folder, allow_pickle) as checkpoint:
-        quantized = (
-            frozenset[str]()
-            if as_trained is None
-            else quantized_modules(skeleton, as_trained.quantization)
+    if names.fused:
+        raise ModelError(
+            f"{checkpoint.folder}: {names.fused[0]} is fused with others when it is loaded, so it "
+            "cannot be changed on its own."
         )
-        names = map_names(skeleton, checkpoint.names(), {*changed, *quantized})
-        if names.fused:
-            raise ModelError(
-                f"{folder}: {names.fused[0]} is fused with others on loading, so it cannot be "
-                "rewritten on its own."
-            )
-        yield from _stream(checkpoint, names, skeleton, as_trained, quantized)
-
-
-def _stream(
-    checkpoint: Checkpoint,
-    names: NameMap,
-    skeleton: Skeleton,
-    as_trained: AsTrained | None,
-    quantized: Collection[str],
-) -> Iterator[DenseTensor]:
+    quantized: Collection[str] = ()
+    if as_trained is not None:
+        quantized = quantized_modules(skeleton, as_trained.quantization)
     for name in names.passed:
         tensor = checkpoint.tensor(name)
-        yield DenseTensor(name, None, tensor.float(), tensor.dtype)
+        yield DenseTensor(name, None, _widen(tensor), tensor.dtype)
     for name, parameter in names.parameters.items():
         module = skeleton.model.get_submodule(module_of(parameter))
+        transposed = isinstance(module, Conv1D)
         if is_stored_quantized(checkpoint, name):
             value = read_quantized(checkpoint, name)
-            if isinstance(module, Conv1D):
-                value = value.T.contiguous()
-            yield DenseTensor(name, parameter, value, torch.float32)
+            value = value.T.contiguous() if transposed else value
+            yield DenseTensor(name, parameter, value, checkpoint.describe(name)[1])
             continue
-        tensor = checkpoint.tensor(name)
-        if not tensor.is_floating_point():
-            yield DenseTensor(name, parameter, tensor, tensor.dtype)
-            continue
-        value = tensor
-        if as_trained is not None:
+        value = checkpoint.tensor(name)
+        dtype = value.dtype
+        if as_trained is not None and value.is_floating_point():
             value = value.to(loaded_dtype(skeleton, parameter, as_trained.compute_dtype))
             if parameter.endswith(".weight") and module_of(parameter) in quantized:
-                value = requantize(value, isinstance(module, Conv1D), as_trained)
-        yield DenseTensor(name, parameter, value.float(), tensor.dtype)
+                value = requantize(value, transposed, as_trained)
+        yield DenseTensor(name, parameter, _widen(value), dtype)
 
 
 def requantize(weight: torch.Tensor, transposed: bool, as_trained: AsTrained) -> torch.Tensor:
-    """Quantize as loading did and dequantize in float32; shape and orientation stay.
+    """Quantize as loading does, and dequantize in float32; shape and orientation stay.
 
-    weight: (out, in), or (in, out) where `transposed` (GPT-2's Conv1D, which bitsandbytes
-    quantizes the other way round).
+    weight: (out, in), or (in, out) where `transposed`: bitsandbytes quantizes GPT-2's Conv1D
+    the other way round.
     """
     turned = weight.T if transposed else weight
     num_out, num_in = turned.shape
@@ -144,7 +124,7 @@ def requantize(weight: torch.Tensor, transposed: bool, as_trained: AsTrained) ->
 
 
 def is_stored_quantized(checkpoint: Checkpoint, name: str) -> bool:
-    """Whether a weight is stored by bitsandbytes in 4 or 8 bits."""
+    """Whether `name` is a weight that bitsandbytes stored in 4 or 8 bits."""
     return name.endswith(".weight") and (
         f"{name}.absmax" in checkpoint or _scale_name(name) in checkpoint
     )
@@ -158,26 +138,46 @@ def read_quantized(checkpoint: Checkpoint, name: str) -> torch.Tensor:
         scale = checkpoint.tensor(scale_name)
         return stored.float() * (scale.float().view(-1, 1) / 127.0)
     parts = {
-        part.removeprefix(f"{name}."): checkpoint.tensor(part)
-        for part in checkpoint.names()
-        if part.startswith(f"{name}.")
+        part: checkpoint.tensor(f"{name}.{part}")
+        for part in (*_STATE_PARTS, *_STATE_BLOBS)
+        if f"{name}.{part}" in checkpoint
     }
-    state = QuantState.from_dict(parts, device=torch.device("cpu"))
+    try:
+        state = QuantState.from_dict(parts, device=torch.device("cpu"))
+    except (KeyError, ValueError) as error:
+        raise ModelError(
+            f"{checkpoint.folder}: {name} lacks a part of its quantization state ({error}); the "
+            "checkpoint is damaged. Get it again."
+        ) from error
     state.dtype = torch.float32
-    return bnb.functional.dequantize_4bit(stored, state)
+    dense: torch.Tensor = bnb.functional.dequantize_4bit(stored, state)
+    return dense
 
 
-def loaded_dtype(skeleton: Skeleton, parameter: str, compute_dtype: torch.dtype) -> torch.dtype:
-    """What loading casts a parameter to: some models keep some of theirs in float32."""
-    model = skeleton.model
-    kept = list(model._keep_in_fp32_modules_strict or ())
-    if compute_dtype == torch.float16:
-        kept += list(model._keep_in_fp32_modules or ())
-    if compute_dtype != torch.float32 and any(
-        re.search(rf"(^|\.){one}(\.|$)", parameter) for one in kept
-    ):
+def loaded_dtype(skeleton: Skeleton, parameter: str, dtype: torch.dtype) -> torch.dtype:
+    """What loading in `dtype` casts a parameter to: some models keep some in float32."""
+    plan: dict[str, torch.dtype] = skeleton.model._get_dtype_plan(dtype)
+    for pattern, kept in plan.items():
+        if re.search(pattern.replace("*", ".*"), parameter):
+            return kept
+    return dtype
+
+
+def stored_dtype(checkpoint: Checkpoint, names: NameMap) -> torch.dtype:
+    """The dtype that most of a checkpoint's unquantized numbers have."""
+    counts: Counter[torch.dtype] = Counter()
+    for name in (*names.parameters, *names.passed):
+        shape, dtype = checkpoint.describe(name)
+        if dtype.is_floating_point and not is_stored_quantized(checkpoint, name):
+            counts[dtype] += shape.numel()
+    if not counts:
         return torch.float32
-    return compute_dtype
+    dtype = counts.most_common(1)[0][0]
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def _widen(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _scale_name(name: str) -> str:

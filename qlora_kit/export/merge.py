@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
-import copy
-import shutil
 import statistics
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.errors import AdapterError, HardwareError, ModelError, RunError
-from qlora_kit.export.delta import SavedAdapter, merge_weight, read_adapter, survival
-from qlora_kit.export.dense import AsTrained, DenseTensor, iterate_dense
-from qlora_kit.export.names import tied_parameters
-from qlora_kit.export.shards import ShardWriter
+from qlora_kit.errors import ModelError, RunError
+from qlora_kit.export.apply import MergedTensor, Merger
+from qlora_kit.export.checkpoint import Checkpoint
+from qlora_kit.export.delta import SavedAdapter, read_adapter, survival
+from qlora_kit.export.dense import AsTrained, iterate_dense, loaded_dtype, requantize
+from qlora_kit.export.in_memory import iterate_in_memory
+from qlora_kit.export.names import module_of, quantized_modules
+from qlora_kit.export.plan import DtypeName, MergePlan, plan_merge
+from qlora_kit.export.shards import ShardWriter, require_room
+from qlora_kit.export.surroundings import (
+    copy_code,
+    save_config,
+    save_generation_config,
+    save_tokenizer,
+)
+from qlora_kit.export.trained import BaseKind, TrainedAdapter
 from qlora_kit.model.atomic import draft_beside
-from qlora_kit.model.skeleton import Skeleton
-from qlora_kit.model.source import ModelSource
+from qlora_kit.model.base import bitsandbytes_config
 from qlora_kit.recipe import QuantizationSpec
 from qlora_kit.report.reporter import SILENT, Progress, Reporter
 
-BaseKind = Literal["dequantized", "original"]
-DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
+QuantType = Literal["nf4", "fp4"]
+
+MAX_SHARD_BYTES = 4 * 1024**3
 
 
 @dataclass(frozen=True)
 class Survival:
-    """How much of each update is left after rounding; 1 is all of it."""
+    """How much of each low-rank update is left as stored; 1 is all of it."""
 
     min: float
     median: float
@@ -45,6 +57,7 @@ class MergeResult:
     folder: Path
     base: BaseKind
     dtype: str
+    """What the weights are stored in; `nf4` or `fp4` where they were quantized again."""
     survival: Survival | None
     """None where the adapter has no low-rank update."""
     num_modules: int
@@ -52,64 +65,62 @@ class MergeResult:
     seconds: float
 
 
-@dataclass
-class _Ledger:
-    """What has been merged so far."""
-
-    survivals: dict[str, float] = field(default_factory=dict)
-    seen: set[str] = field(default_factory=set)
-
-
 def merge_adapter(
-    *,
-    source: ModelSource,
-    skeleton: Skeleton,
-    adapter_folder: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    quantization: QuantizationSpec,
-    compute_dtype: torch.dtype,
+    trained: TrainedAdapter,
     base: BaseKind,
     out: Path,
+    *,
     dtype: DtypeName = "auto",
-    max_shard_bytes: int = 4 * 1024**3,
-    device: str = "cpu",
-    allow_pickle: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    requantize_to: QuantType | None = None,
     reporter: Reporter = SILENT,
 ) -> MergeResult:
-    """Merge into `out`, which appears whole or not at all.
+    """Merge into the folder `out`, which appears whole or not at all.
 
-    `device` is where training quantized the base; it quantizes there again.
+    Memory holds one tensor and one shard at a time. `requantize_to` quantizes the sum again,
+    which loses most of a light update: look at `survival`, and prefer base `original` for it.
 
     Raises:
         RunError: `out` exists.
-        ModelError: the base cannot be read, or the sum does not fit the dtype.
-        AdapterError: a tensor of the adapter belongs to no parameter of this base.
+        ModelError: the base cannot be read, has no such original, or overflows the dtype.
+        AdapterError: a tensor of the adapter fits no parameter of this base.
         HardwareError: no room on the disk.
     """
-    start = time.monotonic()
+    started = time.monotonic()
     require_absent(out)
-    adapter = read_adapter(adapter_folder, skeleton)
-    as_trained = AsTrained(quantization, compute_dtype, device) if base == "dequantized" else None
-    rounded = _target_dtype(dtype, skeleton)
-    with draft_beside(out) as draft:
-        writer = ShardWriter(draft, max_shard_bytes)
-        ledger = _Ledger()
-        tensors = iterate_dense(source.folder, skeleton, as_trained, adapter.modules, allow_pickle)
-        with reporter.progress(f"merge ({base})", len(skeleton.model.state_dict())) as progress:
-            for dense in tensors:
-                _merge_one(dense, adapter, skeleton, rounded, writer, ledger, progress)
+    trained.require_base(base)
+    adapter = read_adapter(trained.folder, trained.skeleton)
+    again = None if requantize_to is None else _again(trained, requantize_to)
+    lost = _Survivals(again, trained)
+    with (
+        Checkpoint(trained.source.folder, trained.allow_pickle) as checkpoint,
+        draft_beside(out) as draft,
+    ):
+        plan = plan_merge(trained, base, dtype, checkpoint, adapter)
+        plan.say(reporter)
+        require_room(out, plan.num_bytes * (2 if again else 1))
+        dense = draft / "dense"
+        dense.mkdir()
+        writer = ShardWriter(dense, max_shard_bytes)
+        with reporter.progress(f"merging into the {base} base", plan.num_tensors) as progress:
+            tensors = _merged(trained, base, checkpoint, adapter, plan, progress)
+            for name, value in _rounded(trained, plan, tensors, lost):
+                writer.add(name, value)
         writer.close()
-        _save_config(skeleton.model.config, rounded, draft)
-        tokenizer.save_pretrained(draft)
-        draft.rename(out)
+        _save_surroundings(trained, plan, dense)
+        finished = dense
+        if again is not None:
+            finished = _quantize_again(trained, again, dense, draft / "quantized", max_shard_bytes)
+        num_bytes = sum(path.stat().st_size for path in finished.glob("*.safetensors"))
+        finished.rename(out)
     return MergeResult(
         folder=out,
         base=base,
-        dtype=str(rounded).removeprefix("torch."),
-        survival=_summary(ledger.survivals),
+        dtype=requantize_to or str(plan.dtype).removeprefix("torch."),
+        survival=lost.summary(),
         num_modules=len(adapter.modules),
-        num_bytes=writer.num_bytes,
-        seconds=time.monotonic() - start,
+        num_bytes=num_bytes,
+        seconds=time.monotonic() - started,
     )
 
 
@@ -119,57 +130,124 @@ def require_absent(out: Path) -> None:
         raise RunError(f"{out} exists already; remove it, or name another folder.")
 
 
-def _merge_one(
-    dense: DenseTensor,
+@dataclass
+class _Survivals:
+    """What each update lost, as it is found out."""
+
+    again: AsTrained | None
+    trained: TrainedAdapter
+    shares: dict[str, float] = field(default_factory=dict)
+
+    def note(self, merged: MergedTensor, rounded: torch.Tensor) -> None:
+        if merged.base is None or merged.parameter is None:
+            return
+        module = module_of(merged.parameter)
+        stored = rounded.float()
+        if self.again is not None and module in quantized_modules(
+            self.trained.skeleton, self.again.quantization
+        ):
+            transposed = isinstance(self.trained.skeleton.model.get_submodule(module), Conv1D)
+            stored = requantize(rounded, transposed, self.again)
+        rows = merged.base.shape[0]
+        self.shares[module] = survival(
+            merged.value[:rows] - merged.base, stored[:rows], merged.base
+        )
+
+    def summary(self) -> Survival | None:
+        if not self.shares:
+            return None
+        worst = min(self.shares, key=self.shares.__getitem__)
+        return Survival(self.shares[worst], statistics.median(self.shares.values()), worst)
+
+
+def _merged(
+    trained: TrainedAdapter,
+    base: BaseKind,
+    checkpoint: Checkpoint,
     adapter: SavedAdapter,
-    skeleton: Skeleton,
-    dtype: torch.dtype,
-    writer: ShardWriter,
-    ledger: _Ledger,
+    plan: MergePlan,
     progress: Progress,
-) -> None:
-    progress.update()
-    value = dense.value
-    if dense.parameter is not None and dense.module is not None:
-        ledger.seen.add(dense.parameter)
-        if dense.parameter in adapter.replaced:
-            value = adapter.replaced[dense.parameter].float()
-        elif dense.parameter == f"{dense.module}.weight" and dense.module in adapter.lora:
-            value = merge_weight(adapter, dense.module, skeleton, dense.value)
-            kept = value.to(dtype)
-            ledger.survivals[dense.module] = survival(value - dense.value, kept, dense.value)
-    writer.add(dense.name, _round(value, dtype, dense.name))
+) -> Iterator[MergedTensor]:
+    if plan.streams:
+        as_trained = trained.as_trained if base == "dequantized" else None
+        tensors = iterate_dense(checkpoint, plan.names, trained.skeleton, as_trained)
+    else:
+        tensors = iterate_in_memory(trained, base)
+    for merged in Merger(adapter, trained.skeleton, plan.ties, plan.vocabulary).merge(tensors):
+        progress.update()
+        yield merged
 
 
-def _round(value: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
-    if not value.is_floating_point():
-        return value
-    rounded = value.to(dtype)
+def _rounded(
+    trained: TrainedAdapter,
+    plan: MergePlan,
+    tensors: Iterator[MergedTensor],
+    lost: _Survivals,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Round once; under the names of the checkpoint, whichever way they were read."""
+    collected: dict[str, torch.Tensor] = {}
+    for merged in tensors:
+        rounded = _round(merged, trained, plan.dtype)
+        lost.note(merged, rounded)
+        if plan.streams:
+            yield merged.name, rounded
+        else:
+            collected[merged.name] = rounded
+    if collected:
+        yield from revert_weight_conversion(trained.skeleton.model, collected).items()
+
+
+def _round(merged: MergedTensor, trained: TrainedAdapter, dtype: torch.dtype) -> torch.Tensor:
+    if not merged.value.is_floating_point():
+        return merged.value
+    if merged.parameter is not None:
+        dtype = loaded_dtype(trained.skeleton, merged.parameter, dtype)
+    rounded = merged.value.to(dtype)
     if dtype == torch.float16 and not torch.isfinite(rounded).all():
         raise ModelError(
-            f"{name} reaches {value.abs().max():.3g}, which float16 cannot hold (65504); merge "
-            "with dtype bfloat16 or float32."
+            f"{merged.name} reaches {merged.value.abs().max():.3g}, and float16 ends at 65504; "
+            "merge with dtype bfloat16 or float32."
         )
     return rounded
 
 
-def _target_dtype(dtype: DtypeName, skeleton: Skeleton) -> torch.dtype:
-    if dtype != "auto":
-        return getattr(torch, dtype)
-    stored = skeleton.model.config.dtype
-    if isinstance(stored, str):
-        stored = getattr(torch, stored)
-    return stored if isinstance(stored, torch.dtype) else torch.float32
+def _save_surroundings(trained: TrainedAdapter, plan: MergePlan, folder: Path) -> None:
+    config = trained.skeleton.model.config
+    tied = bool(trained.skeleton.model.all_tied_weights_keys)
+    save_config(
+        config,
+        folder,
+        dtype=plan.dtype,
+        num_rows=plan.vocabulary.num_rows if plan.vocabulary.grown else None,
+        ties=plan.ties.config_ties if tied else None,
+    )
+    save_generation_config(trained.source.folder, config, trained.tokenizer.eos_token_id, folder)
+    save_tokenizer(trained.tokenizer, folder)
+    if trained.trust_remote_code:
+        copy_code(trained.source.folder, folder)
 
 
-def _save_config(config: PreTrainedConfig, dtype: torch.dtype, folder: Path) -> None:
-    config = copy.deepcopy(config)
-    config.dtype = dtype
-    config.save_pretrained(folder)
+def _again(trained: TrainedAdapter, quant_type: QuantType) -> AsTrained:
+    settings = QuantizationSpec(
+        quant_type=quant_type, skip_modules=trained.quantization.skip_modules
+    )
+    return AsTrained(settings, trained.compute_dtype, trained.device)
 
 
-def _summary(survivals: dict[str, float]) -> Survival | None:
-    if not survivals:
-        return None
-    worst = min(survivals, key=survivals.__getitem__)
-    return Survival(survivals[worst], statistics.median(survivals.values()), worst)
+def _quantize_again(
+    trained: TrainedAdapter, again: AsTrained, dense: Path, folder: Path, max_shard_bytes: int
+) -> Path:
+    """Load the merged model in 4 bits and save it as such."""
+    model = AutoModelForCausalLM.from_pretrained(
+        dense,
+        dtype=again.compute_dtype,
+        quantization_config=bitsandbytes_config(
+            again.quantization, trained.skeleton, again.compute_dtype
+        ),
+        device_map={"": again.device},
+        trust_remote_code=trained.trust_remote_code,
+        local_files_only=True,
+    )
+    model.save_pretrained(folder, max_shard_size=max_shard_bytes)
+    save_tokenizer(trained.tokenizer, folder)
+    return folder

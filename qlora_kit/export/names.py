@@ -11,7 +11,6 @@ import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
@@ -27,21 +26,16 @@ _QUANTIZATION_STATE = re.compile(
 
 @dataclass(frozen=True)
 class NameMap:
-    """Checkpoint tensor → parameter of the skeleton, one to one."""
+    """What becomes of the tensors of one checkpoint; a quantized weight counts as one."""
 
     parameters: dict[str, str]
-    """Less the tensors of `passed` and `unused`."""
+    """Tensor → parameter of the model, one to one."""
     passed: tuple[str, ...]
-    """Tensors that transformers fuses on loading and nobody changes; copied as they are."""
+    """Tensors that are fused on loading and that nobody changes."""
     unused: tuple[str, ...]
     """Tensors that the model does not load."""
     fused: tuple[str, ...]
-    """Tensors that are fused on loading and would have to change: streaming is impossible."""
-
-    def tensor_of(self, parameter: str) -> str | None:
-        """The checkpoint's name of a parameter, None where it has none."""
-        inverse = {value: key for key, value in self.parameters.items()}
-        return inverse.get(parameter)
+    """Tensors that are fused on loading and would have to change: no streaming then."""
 
 
 def map_names(skeleton: Skeleton, names: Iterable[str], changed: Collection[str]) -> NameMap:
@@ -73,12 +67,11 @@ def map_names(skeleton: Skeleton, names: Iterable[str], changed: Collection[str]
 
 
 def _targets(renamed: str, pattern: str, converters: list[WeightConverter]) -> set[str]:
-    """Modules of every parameter that a converter makes of the tensors it matched."""
-    (converter,) = [one for one in converters if pattern in one.source_patterns][:1]
-    first = converter.target_patterns[0]
-    return {module_of(renamed.replace(first, target)) for target in converter.target_patterns} | {
-        module_of(renamed)
-    }
+    """Modules of every parameter that a converter makes of the tensors it matches."""
+    converter = next(one for one in converters if pattern in one.source_patterns)
+    first, *others = converter.target_patterns
+    made = [renamed, *(renamed.replace(first, other) for other in others)]
+    return {module_of(parameter) for parameter in made}
 
 
 def module_of(parameter: str) -> str:
@@ -95,8 +88,3 @@ def quantized_modules(skeleton: Skeleton, quantization: QuantizationSpec) -> fro
         return frozenset()
     skips = (*quantization.skip_modules, *(skeleton.model._keep_in_fp32_modules or ()))
     return frozenset(name for name in skeleton.linear_modules if not name_matches(name, skips))
-
-
-def tied_parameters(model: PreTrainedModel) -> dict[str, str]:
-    """Parameter → the one that it is tied to."""
-    return dict(model.all_tied_weights_keys)

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+
+from qlora_kit.errors import HardwareError
+
+# Tokenizer and configs, generously.
+_SURROUNDINGS_BYTES = 64 * 2**20
 
 _INDEX = "model.safetensors.index.json"
 
@@ -62,3 +68,20 @@ class ShardWriter:
 
     def _scratch(self, number: int) -> Path:
         return self.folder / f"shard-{number:05}.safetensors"
+
+
+def require_room(out: Path, needed_bytes: int) -> None:
+    """Make sure that `needed_bytes` fit onto the disk of `out`, which need not exist yet.
+
+    Raises:
+        HardwareError: they do not.
+    """
+    place = out.absolute()
+    while not place.exists():
+        place = place.parent
+    free_bytes = shutil.disk_usage(place).free
+    if free_bytes < needed_bytes + _SURROUNDINGS_BYTES:
+        raise HardwareError(
+            f"no room for {out}: it takes {needed_bytes:,} bytes, and {free_bytes:,} are free in "
+            f"{place}; make room, or name a folder on another disk."
+        )
