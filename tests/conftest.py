@@ -90,6 +90,11 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_llama(tmp_path_factory.mktemp("tiny-llama"))
 
 
+@pytest.fixture(scope="session")
+def tiny_llama_untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_llama(tmp_path_factory.mktemp("tiny-llama-untied"), tied=False)
+
+
 @pytest.fixture
 def shared_data() -> Path:
     """Real data sets; tests that need them skip visibly where they are absent."""

@@ -111,6 +111,7 @@ def train_adapter(
         seconds = time.monotonic() - start
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_disable()
+        base.model.disable_input_require_grads()
     model.config.use_cache = True
     model.eval()
     return TrainResult(

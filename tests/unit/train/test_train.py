@@ -1,0 +1,328 @@
+"""Training on a tiny model: what it computes, what it refuses, what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from qlora_kit.checkpoint.run_directory import RunDirectory
+from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
+from qlora_kit.environment import probe_hardware
+from qlora_kit.errors import TrainingError
+from qlora_kit.model.adapter import Adapted, attach_adapter, require_float32_trainables
+from qlora_kit.model.base import Base, load_base, prepare_for_training
+from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec, TrainSpec
+from qlora_kit.report.reporter import SILENT
+from qlora_kit.train.memory import MemoryWatch
+from qlora_kit.train.train import TrainResult, num_update_steps, train_adapter
+
+POISONED_TOKEN = 300
+
+
+def sequences(count: int = 16, length: int = 12) -> list[TokenSequence]:
+    """Rows of different lengths; the first half of each is context."""
+    generator = torch.Generator().manual_seed(7)
+    made = []
+    for number in range(count):
+        size = length + number % 5
+        ids = torch.randint(3, 290, (size,), generator=generator).tolist()
+        labels = [IGNORE_INDEX] * (size // 2) + ids[size // 2 :]
+        made.append(TokenSequence(tuple(ids), tuple(labels), f"rows.jsonl:{number + 1}"))
+    return made
+
+
+@dataclass(frozen=True)
+class Setup:
+    base: Base
+    adapted: Adapted
+
+
+Start = Callable[..., Setup]
+
+
+@pytest.fixture
+def start(tiny_llama: Path) -> Start:
+    def build(seed: int = 1, folder: Path = tiny_llama, **lora: object) -> Setup:
+        hardware = probe_hardware()
+        base = load_base(
+            ModelSpec(name_or_path=str(folder)),
+            QuantizationSpec(),
+            torch.float32,
+            "test",
+            hardware,
+        )
+        prepare_for_training(base.model)
+        return Setup(base, attach_adapter(base, LoraSpec(r=4, alpha=8, **lora), seed))
+
+    return build
+
+
+def train(
+    setup: Setup,
+    folder: Path,
+    rows: list[TokenSequence],
+    precision: str = "fp32",
+    eval_rows: list[TokenSequence] | None = None,
+    **spec: object,
+) -> TrainResult:
+    values: dict[str, object] = {
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "logging_steps": 1,
+        "learning_rate": 1e-2,
+        "save_strategy": "no",
+        "warmup_steps": 0,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    return train_adapter(
+        setup.adapted.model,
+        setup.base,
+        rows,
+        eval_rows or [],
+        TrainSpec(**{**values, **spec}),
+        precision,
+        probe_hardware(),
+        RunDirectory(folder),
+        MemoryWatch(),
+        SILENT,
+    )
+
+
+def adapter_of(setup: Setup) -> dict[str, torch.Tensor]:
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in setup.adapted.model.named_parameters()
+        if parameter.requires_grad
+    }
+
+
+def log_lines(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def test_it_learns_and_the_base_stays_as_it_was(start: Start, tmp_path: Path) -> None:
+    setup = start()
+    frozen = {
+        name: parameter.detach().clone()
+        for name, parameter in setup.adapted.model.named_parameters()
+        if not parameter.requires_grad
+    }
+    result = train(setup, tmp_path, sequences(), num_train_epochs=4)
+    assert result.last_loss < result.first_loss - 0.1
+    assert result.num_steps == 16
+    for name, parameter in setup.adapted.model.named_parameters():
+        if name in frozen:
+            assert torch.equal(parameter, frozen[name]), name
+
+
+def test_same_seed_same_adapter_other_seed_other_adapter(start: Start, tmp_path: Path) -> None:
+    adapters = []
+    for number, seed in enumerate((1, 1, 2)):
+        setup = start(seed=seed, dropout=0.1)
+        train(setup, tmp_path / str(number), sequences(), seed=seed)
+        adapters.append(adapter_of(setup))
+    first, second, other = adapters
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_accumulated_micro_batches_equal_one_batch(start: Start, tmp_path: Path) -> None:
+    """1 × 8 and 8 × 1 weigh every supervised token alike, whatever the rows' lengths."""
+    adapters = []
+    for micro, accumulated in ((8, 1), (1, 8)):
+        setup = start()
+        train(
+            setup,
+            tmp_path / str(micro),
+            sequences(),
+            per_device_train_batch_size=micro,
+            gradient_accumulation_steps=accumulated,
+            train_sampling_strategy="sequential",
+            optim="sgd",
+            learning_rate=0.5,
+        )
+        adapters.append(adapter_of(setup))
+    for name in adapters[0]:
+        torch.testing.assert_close(adapters[0][name], adapters[1][name], rtol=1e-4, atol=1e-6)
+
+
+def test_recomputing_activations_changes_no_number(start: Start, tmp_path: Path) -> None:
+    adapters = []
+    for number, recompute in enumerate((True, False)):
+        setup = start()
+        train(setup, tmp_path / str(number), sequences(), gradient_checkpointing=recompute)
+        adapters.append(adapter_of(setup))
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
+def test_first_loss_is_transformers_own(start: Start, tmp_path: Path) -> None:
+    setup = start()
+    rows = sequences(4)
+    total = count = 0.0
+    for row in rows:
+        labels = torch.tensor([row.labels])
+        with torch.no_grad():
+            loss = setup.adapted.model(input_ids=torch.tensor([row.input_ids]), labels=labels).loss
+        total += float(loss) * row.num_supervised
+        count += row.num_supervised
+    result = train(setup, tmp_path, rows, max_steps=1)
+    assert result.first_loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_padding_is_not_counted_as_tokens(start: Start, tmp_path: Path) -> None:
+    rows = sequences()
+    result = train(start(), tmp_path, rows)
+    assert result.num_tokens == sum(len(row.input_ids) for row in rows)
+
+
+def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_adapter(
+    start: Start, tmp_path: Path, tiny_llama_untied: Path
+) -> None:
+    setup = start(folder=tiny_llama_untied)
+    with torch.no_grad():
+        setup.base.model.get_input_embeddings().weight[POISONED_TOKEN] = math.nan
+    rows = sequences(8)
+    bad = (*rows[5].input_ids[:-1], POISONED_TOKEN)
+    rows[5] = TokenSequence((POISONED_TOKEN, *bad[1:]), rows[5].labels, "rows.jsonl:6")
+    folder = tmp_path / "run"
+    with pytest.raises(TrainingError, match=r"loss became nan at step 2.*rows\.jsonl:6") as error:
+        train(setup, folder, rows, train_sampling_strategy="sequential")
+    kept = RunDirectory(folder).last_good
+    assert str(kept) in str(error.value)
+    from safetensors.torch import load_file
+
+    saved = load_file(kept / "adapter_model.safetensors")
+    assert saved
+    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+    assert any(tensor.abs().max() > 0 for name, tensor in saved.items() if "lora_B" in name)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(
+    start: Start, tmp_path: Path
+) -> None:
+    setup = start()
+    before = adapter_of(setup)
+    name, parameter = next(
+        (n, p) for n, p in setup.adapted.model.named_parameters() if p.requires_grad
+    )
+    parameter.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(TrainingError, match=r"gradient norm became .* at step 1"):
+        train(setup, tmp_path, sequences(8))
+    assert torch.equal(parameter, before[name])
+
+
+def test_trainables_in_16_bits_are_our_bug(start: Start) -> None:
+    setup = start()
+    require_float32_trainables(setup.adapted.model)
+    setup.adapted.model.to(torch.bfloat16)
+    with pytest.raises(AssertionError, match="not float32"):
+        require_float32_trainables(setup.adapted.model)
+
+
+def test_loraplus_gives_b_its_own_rate(start: Start, tmp_path: Path) -> None:
+    """With a ratio, B moves further and A as before; sgd makes the step proportional."""
+    steps = []
+    for number, ratio in enumerate((None, 16.0)):
+        setup = start()
+        before = adapter_of(setup)
+        train(
+            setup,
+            tmp_path / str(number),
+            sequences(4),
+            max_steps=1,
+            optim="adamw_torch",
+            loraplus_lr_ratio=ratio,
+            learning_rate=1e-3,
+            lr_scheduler_type="constant",
+        )
+        after = adapter_of(setup)
+        moved = {name: (after[name] - before[name]).abs().max().item() for name in after}
+        steps.append(max(value for name, value in moved.items() if "lora_B" in name))
+    assert steps[1] == pytest.approx(16 * steps[0], rel=0.01)
+
+
+def test_neftune_changes_training_and_leaves_no_hook(start: Start, tmp_path: Path) -> None:
+    losses = []
+    for number, alpha in enumerate((None, 50.0)):
+        setup = start()
+        result = train(setup, tmp_path / str(number), sequences(4), neftune_noise_alpha=alpha)
+        losses.append(result.first_loss)
+        assert not setup.base.model.get_input_embeddings()._forward_hooks
+    assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize(
+    "optim", ["paged_adamw_8bit", "adamw_8bit", "paged_adamw_32bit", "lion_8bit", "adafactor"]
+)
+def test_optimizers_train_without_a_warning(
+    start: Start, tmp_path: Path, optim: str, recwarn: pytest.WarningsRecorder
+) -> None:
+    train(start(), tmp_path, sequences(8), optim=optim, learning_rate=1e-3)
+    assert not [str(one.message) for one in recwarn if "aged optimizers" in str(one.message)]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "kwargs"),
+    [
+        ("linear", {}),
+        ("cosine", {}),
+        ("cosine_with_restarts", {"num_cycles": 2}),
+        ("polynomial", {}),
+        ("constant", {}),
+        ("constant_with_warmup", {}),
+        ("inverse_sqrt", {}),
+        ("cosine_with_min_lr", {"min_lr": 1e-4}),
+        ("cosine_warmup_with_min_lr", {"min_lr": 1e-4}),
+        ("warmup_stable_decay", {"num_decay_steps": 2}),
+    ],
+)
+def test_every_schedule_runs(
+    start: Start, tmp_path: Path, schedule: str, kwargs: dict[str, float]
+) -> None:
+    train(
+        start(),
+        tmp_path,
+        sequences(16),
+        lr_scheduler_type=schedule,
+        lr_scheduler_kwargs=kwargs,
+        warmup_steps=1,
+    )
+    rates = [line["learning_rate"] for line in log_lines(tmp_path) if "learning_rate" in line]
+    assert len(rates) == 4
+    assert max(rates) == pytest.approx(1e-2)
+
+
+def test_log_has_one_line_per_logged_step_and_the_eval_loss(start: Start, tmp_path: Path) -> None:
+    rows = sequences()
+    train(start(), tmp_path, rows, eval_rows=rows[:4], eval_strategy="steps", eval_steps=2)
+    lines = log_lines(tmp_path)
+    steps = [line["step"] for line in lines if "loss" in line]
+    assert steps == [1, 2, 3, 4]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [2, 4]
+    assert all(line["tokens"] > 0 and line["seconds"] >= 0 for line in lines)
+
+
+@pytest.mark.parametrize(("rows", "micro", "accumulated", "epochs"), [(17, 4, 2, 1), (16, 4, 3, 2)])
+def test_predicted_number_of_steps_is_the_real_one(
+    start: Start, tmp_path: Path, rows: int, micro: int, accumulated: int, epochs: int
+) -> None:
+    spec = TrainSpec(
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulated,
+        num_train_epochs=epochs,
+    )
+    result = train(
+        start(),
+        tmp_path,
+        sequences(rows),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=accumulated,
+        num_train_epochs=epochs,
+    )
+    assert result.num_steps == num_update_steps(rows, spec)
