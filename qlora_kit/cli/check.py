@@ -8,7 +8,6 @@ import typer
 
 from qlora_kit.cli.arguments import AsJson, Overrides, RecipePath
 from qlora_kit.errors import RecipeError
-from qlora_kit.recipe import load_recipe
 
 NAME = "check"
 
@@ -16,6 +15,7 @@ NAME = "check"
 def command(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Find every fault of a recipe at once, without loading anything."""
     from qlora_kit.preflight import preflight
+    from qlora_kit.recipe import load_recipe
 
     try:
         loaded = load_recipe(recipe, overrides or ())

@@ -10,7 +10,6 @@ import typer
 
 from qlora_kit.cli.arguments import AsJson, Force, Overrides, SubjectName
 from qlora_kit.errors import Fault, RecipeError
-from qlora_kit.recipe import load_recipe
 
 NAME = "evaluate"
 
@@ -29,6 +28,7 @@ def command(
 ) -> None:
     """Measure a run (base and tuned side by side) or any model on held-out rows."""
     from qlora_kit.checkpoint.run_directory import is_run
+    from qlora_kit.recipe import load_recipe
 
     own = Path(subject).expanduser() / "recipe.yaml" if is_run(Path(subject).expanduser()) else None
     path = recipe or own

@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from qlora_kit.cli.arguments import AsJson, Overrides, RecipePath
-from qlora_kit.recipe import load_recipe
 
 NAME = "train"
 
@@ -28,6 +27,7 @@ def command(
     from qlora_kit.cli.console import console_reporter
     from qlora_kit.errors import RecipeError
     from qlora_kit.preflight import preflight
+    from qlora_kit.recipe import load_recipe
     from qlora_kit.report import narrate
 
     loaded = load_recipe(recipe, overrides or ())
