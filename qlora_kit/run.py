@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_kit.checkpoint.run_directory import RunDirectory, create_run, write_json
+from qlora_kit.checkpoint.run_directory import (
+    RunDirectory,
+    create_run,
+    require_disk,
+    require_free,
+    write_json,
+)
 from qlora_kit.data.prepare import Part, prepare_part
 from qlora_kit.environment import probe_hardware, resolve_compute_dtype
 from qlora_kit.evaluate.evaluate import evaluate_model, evaluate_side_by_side
 from qlora_kit.export.merge_run import merge_after_training
-from qlora_kit.model.adapter import attach_adapter
+from qlora_kit.model.adapter import Adapted, attach_adapter
 from qlora_kit.model.base import Base, load_base, prepare_for_training
 from qlora_kit.model.saved import save_adapter
 from qlora_kit.recipe import Recipe, recipe_hash
@@ -48,6 +55,7 @@ def run_recipe(recipe: Recipe, reporter: Reporter = SILENT) -> RunResult:
     Raises:
         QloraKitError: whatever is at fault, before the work that it would spoil.
     """
+    require_free(recipe)
     hardware = probe_hardware()
     compute_dtype, why = resolve_compute_dtype(recipe.quantization.compute_dtype, hardware)
     precision = resolve_precision(recipe.train.precision, compute_dtype, hardware)
@@ -68,6 +76,7 @@ def run_recipe(recipe: Recipe, reporter: Reporter = SILENT) -> RunResult:
         adapted = attach_adapter(base, recipe.lora, recipe.train.seed)
         narrate.adapter(reporter, adapted, recipe, len(train.sequences))
 
+        require_disk(Path(recipe.run_dir), bytes_to_write(recipe, adapted), "this run")
         run = create_run(recipe)
         write_json(run.ledger, {"train": train.ledger.as_dict(), "eval": held_out.ledger.as_dict()})
         trained = train_adapter(
@@ -131,6 +140,19 @@ def evaluate_held_out(
     return evaluate_side_by_side(
         model, base, held_out, recipe.evaluate, recipe.data, reporter
     ).as_dict()
+
+
+def bytes_to_write(recipe: Recipe, adapted: Adapted) -> int:
+    """At most what the run will leave on the disk: checkpoints, adapter, merged models.
+
+    A checkpoint holds the adapter and its optimizer's two states, each in float32 at most; a
+    merge whose base is chosen by measurement is there twice for a while.
+    """
+    adapter = 4 * adapted.num_trainable
+    kept = 0 if recipe.train.save_strategy == "no" else (recipe.train.save_total_limit or 2) + 1
+    merges = {True: 2 if recipe.export.merge_options.base == "auto" else 1, False: 0}
+    merged = 4 * adapted.num_parameters * merges[recipe.export.merge]
+    return adapter * (1 + 3 * kept) + merged
 
 
 def summary_of(result: RunResult, memory: MemoryWatch) -> dict[str, Any]:

@@ -62,15 +62,21 @@ class RunDirectory:
         return self.summary.is_file()
 
 
+def require_free(recipe: Recipe) -> None:
+    """Raises RunError where the recipe's folder holds anything; asked before the work begins."""
+    run = RunDirectory(Path(recipe.run_dir))
+    if run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
+        raise RunError(_taken(run, recipe))
+
+
 def create_run(recipe: Recipe) -> RunDirectory:
     """Make the folder and write the resolved recipe and the environment into it.
 
     Raises:
         RunError: the folder holds another run, or something that is no run.
     """
+    require_free(recipe)
     run = RunDirectory(Path(recipe.run_dir))
-    if run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
-        raise RunError(_taken(run, recipe))
     try:
         run.ledger.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
