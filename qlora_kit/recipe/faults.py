@@ -173,9 +173,10 @@ def _type_hint(place: _Place, annotation: Any, got: Any) -> str:
     path = ".".join(str(part) for part in place.path)
     branches = shape.members(annotation)
     kinds = [shape.kind(branch) for branch in branches]
-    if got is None and path not in _EXAMPLES:
+    if got is None:
         is_entry = isinstance(place.path[-1], int)
-        return "remove the entry" if is_entry else "remove the key to get its default"
+        removing = "remove the entry" if is_entry else "remove the key to get its default"
+        return _EXAMPLES.get(path, removing)
     if isinstance(got, float) and int in kinds and got.is_integer():
         return f"write {int(got)}"
     if isinstance(got, str) and {int, float, bool} & set(kinds) and _reads_as(got, kinds):
@@ -220,14 +221,15 @@ def _as_entry(annotation: Any, got: Any) -> str:
 def _unknown_key(place: _Place) -> Fault:
     path = ".".join(str(part) for part in place.path)
     key = str(place.path[-1])
-    spec = next(one for one in shape.members(shape.at(place.path[:-1])) if shape.is_spec(one))
-    homes = [home for home in shape.paths_of(key) if home != path]
-    if key in OTHER_NAMES:
+    parent = path.removesuffix(key)
+    homes = shape.paths_of(key)
+    homes_below = [home for home in homes if parent and home.startswith(parent)]
+    if key in OTHER_NAMES and not homes_below:
         return Fault(path, "unknown key", f"here it is {OTHER_NAMES[key]}")
     if homes:
-        return Fault(path, "unknown key here", f"it belongs at {' or '.join(homes)}")
+        return Fault(path, "unknown key here", f"it belongs at {' or '.join(homes_below or homes)}")
+    spec = next(one for one in shape.members(shape.at(place.path[:-1])) if shape.is_spec(one))
     known = list(spec.model_fields)
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-    if near:
-        return Fault(path, "unknown key", f"did you mean '{near[0]}'?")
-    return Fault(path, "unknown key", f"known here: {', '.join(known)}")
+    hint = f"did you mean '{near[0]}'?" if near else f"known here: {', '.join(known)}"
+    return Fault(path, "unknown key", hint)

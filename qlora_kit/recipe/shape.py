@@ -98,14 +98,15 @@ def _member_words(member: Any) -> str:
 
 def paths_of(key: str) -> list[str]:
     """Every dotted path in a recipe that ends in `key`; 0 stands for any place in a list."""
-    return [path for path in _all_paths(Recipe, "") if path.rpartition(".")[2] == key]
+    return [path for path in all_paths() if path.rpartition(".")[2] == key]
 
 
-def _all_paths(spec: type[Spec], prefix: str) -> Iterator[str]:
+def all_paths(spec: type[Spec] = Recipe, prefix: str = "") -> Iterator[str]:
+    """Every dotted path of a recipe, sections before what is in them."""
     for name, field in spec.model_fields.items():
         yield prefix + name
         for member in members(field.annotation):
             if is_spec(member):
-                yield from _all_paths(member, f"{prefix}{name}.")
+                yield from all_paths(member, f"{prefix}{name}.")
             elif kind(member) is tuple and is_spec(get_args(member)[0]):
-                yield from _all_paths(get_args(member)[0], f"{prefix}{name}.0.")
+                yield from all_paths(get_args(member)[0], f"{prefix}{name}.0.")

@@ -167,6 +167,8 @@ class _Inspection:
         value = str(node.value)
         if any("\ud800" <= character <= "\udfff" for character in value):
             return "holds half of a surrogate pair, which is not a character"
+        if "\0" in value:
+            return "holds a NUL character"
         plain_tag = self._loader.resolve(  # type: ignore[no-untyped-call]
             yaml.ScalarNode, value, (True, False)
         )
