@@ -60,6 +60,8 @@ class MergeResult:
     """What the weights are stored in; `nf4` or `fp4` where they were quantized again."""
     survival: Survival | None
     """None where the adapter has no low-rank update."""
+    tied: bool
+    """Whether embedding and head are one tensor."""
     num_modules: int
     num_bytes: int
     seconds: float
@@ -118,10 +120,23 @@ def merge_adapter(
         base=base,
         dtype=requantize_to or str(plan.dtype).removeprefix("torch."),
         survival=lost.summary(),
+        tied=plan.ties.config_ties,
         num_modules=len(adapter.modules),
         num_bytes=num_bytes,
         seconds=time.monotonic() - started,
     )
+
+
+def predict_bytes(trained: TrainedAdapter, base: BaseKind, dtype: DtypeName = "auto") -> int:
+    """What the merged weights will take on the disk.
+
+    Raises:
+        ModelError, AdapterError: it cannot be merged.
+    """
+    trained.require_base(base)
+    adapter = read_adapter(trained.folder, trained.skeleton)
+    with Checkpoint(trained.source.folder, trained.allow_pickle) as checkpoint:
+        return plan_merge(trained, base, dtype, checkpoint, adapter).num_bytes
 
 
 def require_absent(out: Path) -> None:

@@ -1,0 +1,101 @@
+"""The model card of a merged folder, from its certificate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.recipe.yaml import dump_yaml
+
+CARD_FILE = "README.md"
+
+
+def write_card(certificate: dict[str, Any], folder: Path) -> None:
+    (folder / CARD_FILE).write_text(model_card(certificate), encoding="utf-8")
+
+
+def model_card(certificate: dict[str, Any]) -> str:
+    """Markdown with the front matter that the hub reads."""
+    trained_on = certificate["trained_on"]
+    name = trained_on["name"]
+    front = dump_yaml(
+        {
+            "base_model": name if trained_on["kind"] == "hub" else Path(name).name,
+            "base_model_relation": "finetune",
+            "library_name": "transformers",
+            "pipeline_tag": "text-generation",
+            "tags": ["qlora", "lora", "merged", "qlora-kit"],
+        }
+    )
+    return "\n".join(
+        [
+            f"---\n{front}---\n",
+            f"# {Path(name).name}, fine-tuned and merged\n",
+            _how_made(certificate),
+            "## What it is worth\n",
+            _verdict(certificate),
+            _figures(certificate),
+            "## How to load it\n",
+            _loading(),
+            "`certificate.json` holds all figures, and the SHA-256 of every file.\n",
+        ]
+    )
+
+
+def _how_made(certificate: dict[str, Any]) -> str:
+    trained_on = certificate["trained_on"]
+    settings = trained_on["quantization"]
+    bits = 4 if settings["load_in_4bit"] else 8 if settings["load_in_8bit"] else 16
+    kept = f"kept in {bits} bits" + (f" ({settings['quant_type']})" if bits == 4 else "")
+    revision = f" at revision `{trained_on['revision']}`" if trained_on["revision"] else ""
+    base = {
+        "dequantized": "the dequantized weights that it was trained on",
+        "original": "the original weights, before quantization"
+        if bits < 16
+        else "the weights that it was trained on",
+    }[certificate["base"]]
+    return (
+        f"A LoRA adapter was trained on `{Path(trained_on['name']).name}`{revision}, {kept}, and "
+        f"added in float32 to {base}. The sum was rounded once, to {certificate['dtype']}.\n"
+    )
+
+
+def _verdict(certificate: dict[str, Any]) -> str:
+    found = "within" if certificate["passed"] else "**not within**"
+    lines = [
+        "Measured against the adapter on its base, which is the model that was trained and "
+        f"evaluated, on {certificate['divergence']['num_tokens']} held-out tokens. It is {found} "
+        f"the budget of {certificate['max_kl']:g} nats per token.\n"
+    ]
+    lines += [f"- does not come back on loading: {one}" for one in certificate["reload_faults"]]
+    return "\n".join(lines) + "\n"
+
+
+def _figures(certificate: dict[str, Any]) -> str:
+    figures = certificate["divergence"]
+    rows = [
+        ("mean KL divergence (nats per token)", f"{figures['kl_mean']:.3g}"),
+        ("largest KL divergence of a token", f"{figures['kl_max']:.3g}"),
+        ("same most likely token", f"{figures['top1_agreement']:.3%}"),
+        ("largest change of a log-probability", f"{figures['max_abs_delta_logp']:.3g}"),
+        ("perplexity of the trained model", f"{figures['reference_perplexity']:.5g}"),
+        ("perplexity of this one", f"{figures['candidate_perplexity']:.5g}"),
+    ]
+    survival = certificate["survival"]
+    if survival is not None:
+        rows += [
+            ("share of each update that is left, median", f"{survival['median']:.2%}"),
+            (f"the same, least (`{survival['worst']}`)", f"{survival['min']:.2%}"),
+        ]
+    lines = ["| figure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _loading() -> str:
+    return (
+        "```python\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
+        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
+        "```\n"
+    )

@@ -1,0 +1,96 @@
+"""Measure a merged folder, and write down what it is worth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import qlora_kit
+from qlora_kit.environment import Hardware, package_versions
+from qlora_kit.evaluate.divergence import Recorded, compare_to_recorded
+from qlora_kit.export.card import write_card
+from qlora_kit.export.choose import Candidate
+from qlora_kit.export.delta import WEIGHTS_FILE
+from qlora_kit.export.merge import MergeResult
+from qlora_kit.export.reload import load_plain, measuring_dtype, reload_faults
+from qlora_kit.export.trained import TrainedAdapter
+from qlora_kit.model.base import quantization_record
+from qlora_kit.model.manifest import MANIFEST_FILE, file_sha256, read_manifest
+from qlora_kit.report.reporter import SILENT, Reporter
+
+CERTIFICATE_FILE = "certificate.json"
+BATCH_SIZE = 8
+_FORMAT = 1
+
+
+def measure(
+    result: MergeResult,
+    trained: TrainedAdapter,
+    recorded: Recorded,
+    max_kl: float,
+    hardware: Hardware,
+    reporter: Reporter = SILENT,
+) -> Candidate:
+    """Load the folder as anybody would, and compare it with what the trained graph said."""
+    stored = getattr(torch, result.dtype, trained.compute_dtype)
+    dtype = measuring_dtype(stored, hardware)
+    model, faults = load_plain(result.folder, dtype, hardware, trained.trust_remote_code)
+    faults += reload_faults(model, result.folder, trained, result.tied)
+    with reporter.progress(f"measuring ({result.base} base)", recorded.num_tokens) as progress:
+        divergence = compare_to_recorded(
+            model,
+            recorded,
+            pad_token_id=trained.tokenizer.pad_token_id,
+            batch_size=BATCH_SIZE,
+            compute_dtype=dtype,
+            progress=progress,
+        )
+    return Candidate(result, divergence, tuple(faults), max_kl)
+
+
+def certify(
+    chosen: Candidate,
+    candidates: Sequence[Candidate],
+    trained: TrainedAdapter,
+    max_kl: float,
+    recipe_sha256: str | None,
+) -> dict[str, Any]:
+    """Write the model card and certificate.json into the folder of `chosen`; returns the latter."""
+    folder = chosen.result.folder
+    certificate: dict[str, Any] = {
+        "format": _FORMAT,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "qlora_kit_version": qlora_kit.__version__,
+        "versions": package_versions(),
+        "max_kl": max_kl,
+        **chosen.as_dict(),
+        "trained_on": {
+            "name": trained.source.name,
+            "kind": trained.source.kind,
+            "revision": trained.source.revision,
+            "fingerprint": _fingerprint(trained.folder),
+            "quantization": quantization_record(trained.quantization, trained.compute_dtype),
+        },
+        "adapter_sha256": file_sha256(trained.folder / WEIGHTS_FILE),
+        "recipe_sha256": recipe_sha256,
+        "candidates": [one.as_dict() for one in candidates],
+    }
+    write_card(certificate, folder)
+    certificate["files"] = {
+        path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.is_file()
+    }
+    text = json.dumps(certificate, indent=2, ensure_ascii=False)
+    (folder / CERTIFICATE_FILE).write_text(text + "\n", encoding="utf-8")
+    return certificate
+
+
+def _fingerprint(adapter_folder: Path) -> str | None:
+    """Of the base, where the adapter has a manifest that names it."""
+    if not (adapter_folder / MANIFEST_FILE).is_file():
+        return None
+    return read_manifest(adapter_folder).base_fingerprint

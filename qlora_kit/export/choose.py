@@ -1,0 +1,76 @@
+"""Which of several merges to keep."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qlora_kit.evaluate.divergence import Divergence
+from qlora_kit.export.merge import MergeResult
+from qlora_kit.report.reporter import Reporter
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One merge, measured against the graph that was trained."""
+
+    result: MergeResult
+    divergence: Divergence
+    faults: tuple[str, ...]
+    """What does not come back when its folder is loaded."""
+    max_kl: float
+
+    @property
+    def passed(self) -> bool:
+        return self.divergence.kl_mean <= self.max_kl and not self.faults
+
+    def as_dict(self) -> dict[str, Any]:
+        survival = self.result.survival
+        return {
+            "base": self.result.base,
+            "dtype": self.result.dtype,
+            "passed": self.passed,
+            "reload_faults": list(self.faults),
+            "divergence": asdict(self.divergence),
+            "survival": None if survival is None else asdict(survival),
+            "num_modules": self.result.num_modules,
+            "num_bytes": self.result.num_bytes,
+            "seconds": round(self.result.seconds, 2),
+        }
+
+
+def choose_base(candidates: Sequence[Candidate]) -> Candidate:
+    """Of those within the budget the one with the lowest held-out loss; else the nearest."""
+    within = [one for one in candidates if one.passed]
+    if within:
+        return min(within, key=lambda one: one.divergence.candidate_loss)
+    return min(candidates, key=lambda one: one.divergence.kl_mean)
+
+
+def show_candidates(
+    candidates: Sequence[Candidate], chosen: Candidate, max_kl: float, reporter: Reporter
+) -> None:
+    """Figures of every candidate, the trained graph first."""
+    reference = candidates[0].divergence
+    rows = [
+        ["adapter on its base", f"{reference.reference_perplexity:.4g}", "", "", "", ""],
+        *(_row(one, one is chosen) for one in candidates),
+    ]
+    reporter.table(
+        f"Merge, on {reference.num_tokens} held-out tokens (budget: KL {max_kl:g})",
+        ["model", "perplexity", "KL", "same top token", "max |Δ log p|", "ΔW kept"],
+        rows,
+    )
+
+
+def _row(candidate: Candidate, is_chosen: bool) -> list[str]:
+    divergence, survival = candidate.divergence, candidate.result.survival
+    return [
+        f"{candidate.result.base} base, {candidate.result.dtype}{' ← kept' if is_chosen else ''}",
+        f"{divergence.candidate_perplexity:.4g}",
+        f"{divergence.kl_mean:.2g}{'' if candidate.passed else ' over budget'}",
+        f"{divergence.top1_agreement:.2%}",
+        f"{divergence.max_abs_delta_logp:.2g}",
+        "" if survival is None else f"{survival.median:.1%} (min {survival.min:.1%})",
+    ]

@@ -1,0 +1,148 @@
+"""An adapter from the disk, back on its base, with rows to measure it on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from qlora_kit.checkpoint.run_directory import is_run, open_run
+from qlora_kit.data.prepare import prepare_part
+from qlora_kit.environment import Hardware
+from qlora_kit.errors import AdapterError, DataError
+from qlora_kit.export.delta import read_config
+from qlora_kit.export.trained import TrainedAdapter, trained_adapter
+from qlora_kit.model.base import load_base, prepare_for_training
+from qlora_kit.model.manifest import MANIFEST_FILE, Manifest, read_manifest
+from qlora_kit.model.saved import load_adapter
+from qlora_kit.model.tokenizer import ensure_padding, load_tokenizer
+from qlora_kit.recipe import DataSpec, ModelSpec, QuantizationSpec, SourceSpec, recipe_hash
+from qlora_kit.report.reporter import SILENT, Reporter
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from qlora_kit.data.render import TokenSequence
+
+
+@dataclass
+class Reopened:
+    """A trained adapter in memory."""
+
+    trained: TrainedAdapter
+    held_out: tuple[TokenSequence, ...]
+    recipe_sha256: str | None
+    _model: PeftModel | None
+
+    def take_model(self) -> PeftModel:
+        """The adapter on its base; given away once, so that it can be freed."""
+        model, self._model = self._model, None
+        assert model is not None, "the model was taken already"
+        return model
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What an adapter folder was made from."""
+
+    folder: Path
+    model: ModelSpec
+    quantization: QuantizationSpec
+    compute_dtype: torch.dtype
+    data: DataSpec | None
+    recipe_sha256: str | None
+
+
+def reopen_adapter(
+    folder: Path,
+    hardware: Hardware,
+    *,
+    data: Path | None = None,
+    force: bool = False,
+    reporter: Reporter = SILENT,
+) -> Reopened:
+    """Open a run directory or an adapter folder.
+
+    `data` is a file of held-out rows instead of the run's own. With `force`, an adapter without
+    a manifest is taken to belong to the base its PEFT files name, kept in 4 bits as by default.
+
+    Raises:
+        RunError: no such run. AdapterError: no adapter, or another base's. DataError: no rows.
+    """
+    origin = _of_run(folder) if is_run(folder) else _of_adapter(folder, hardware, force)
+    sources = (SourceSpec(path=str(data)),) if data else origin.data.eval if origin.data else ()
+    if not sources:
+        raise DataError(
+            f"{folder} names no held-out rows to measure the merge on; name a file with --data."
+        )
+    if force:
+        reporter.warn(f"{folder} is taken to belong to {origin.model.name_or_path}, unchecked.")
+    base = load_base(
+        origin.model, origin.quantization, origin.compute_dtype, "as in training", hardware
+    )
+    prepare_for_training(base.model)
+    if (origin.folder / "tokenizer_config.json").is_file():
+        tokenizer = load_tokenizer(origin.folder, trust_remote_code=origin.model.trust_remote_code)
+        ensure_padding(tokenizer)
+        base = replace(base, tokenizer=tokenizer)
+    spec = origin.data or DataSpec(train=sources)
+    held_out = prepare_part("eval", sources, base.tokenizer, spec, base.stop_ids)
+    model, differing = load_adapter(base, origin.quantization, origin.folder, force)
+    for one in differing:
+        reporter.warn(f"forced: {one}")
+    return Reopened(
+        trained_adapter(origin.folder, base, origin.quantization, origin.model),
+        held_out.sequences,
+        origin.recipe_sha256,
+        model,
+    )
+
+
+def _of_run(folder: Path) -> _Origin:
+    run, recipe = open_run(folder)
+    manifest = read_manifest(run.adapter)
+    return _Origin(
+        folder=run.adapter,
+        model=recipe.model,
+        quantization=recipe.quantization,
+        compute_dtype=_compute_dtype(manifest),
+        data=recipe.data,
+        recipe_sha256=recipe_hash(recipe),
+    )
+
+
+def _of_adapter(folder: Path, hardware: Hardware, force: bool) -> _Origin:
+    if is_run(folder.parent) and folder.name == "adapter":
+        return _of_run(folder.parent)
+    config = read_config(folder)
+    if (folder / MANIFEST_FILE).is_file() or not force:
+        manifest = read_manifest(folder)
+        settings = {k: v for k, v in manifest.quantization.items() if k != "compute_dtype"}
+        return _Origin(
+            folder=folder,
+            model=ModelSpec(name_or_path=manifest.base_name, revision=manifest.base_revision),
+            quantization=QuantizationSpec.model_validate(settings),
+            compute_dtype=_compute_dtype(manifest),
+            data=None,
+            recipe_sha256=manifest.recipe_sha256,
+        )
+    if not config.base_model_name_or_path:
+        raise AdapterError(f"{folder} does not name its base, not even in PEFT's own files.")
+    dtype = torch.bfloat16 if hardware.native_bf16 else torch.float32
+    return _Origin(
+        folder=folder,
+        model=ModelSpec(name_or_path=config.base_model_name_or_path, revision=config.revision),
+        quantization=QuantizationSpec(),
+        compute_dtype=dtype,
+        data=None,
+        recipe_sha256=None,
+    )
+
+
+def _compute_dtype(manifest: Manifest) -> torch.dtype:
+    dtype = getattr(torch, str(manifest.quantization.get("compute_dtype")), None)
+    if not isinstance(dtype, torch.dtype):
+        raise AdapterError(f"{MANIFEST_FILE} does not say what the adapter was trained in.")
+    return dtype
