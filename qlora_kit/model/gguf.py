@@ -107,6 +107,7 @@ def gguf_to_folder(
         linked.symlink_to(gguf_path.resolve())
         model = _load(linked, metadata, dtype)
         tokenizer, warnings = build_tokenizer(linked, metadata)
+    _require_fitting_shapes(gguf_path, model)
     _require_all_used(gguf_path, reader, model)
     _require_finite(gguf_path, model)
     if scaling:
@@ -220,7 +221,7 @@ def _load(linked: Path, metadata: Mapping[str, Any], dtype: str) -> PreTrainedMo
             quantization_config=GgufConfig(dequantize=True),
             output_loading_info=True,
         )
-    except (ValueError, KeyError, NotImplementedError, RuntimeError) as error:
+    except (ValueError, KeyError, NotImplementedError, RuntimeError, AssertionError) as error:
         raise ModelError(
             f"transformers cannot load {linked.name} (architecture "
             f"{metadata['general.architecture']!r}) from GGUF: {error}; "
@@ -235,6 +236,21 @@ def _load(linked: Path, metadata: Mapping[str, Any], dtype: str) -> PreTrainedMo
         )
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def _require_fitting_shapes(path: Path, model: PreTrainedModel) -> None:
+    """Refuse tensors whose shapes contradict the config, which GGUF loading takes as they come:
+    the folder could not be loaded again.
+    """
+    with torch.device("meta"):
+        expected = AutoModelForCausalLM.from_config(model.config).state_dict()
+    for name, tensor in model.state_dict().items():
+        if tensor.shape != expected[name].shape:
+            raise ModelError(
+                f"{path.name} has {name} of shape {tuple(tensor.shape)}, but by the settings that "
+                f"transformers reads from the file it would be {tuple(expected[name].shape)}; "
+                "use the original safetensors model."
+            )
 
 
 def _require_all_used(path: Path, reader: gguf.GGUFReader, model: PreTrainedModel) -> None:

@@ -74,6 +74,7 @@ def test_every_rule_gives_the_text_back(pre: str) -> None:
         "<tool> x<|im_end|>",
     ):
         assert tokenizer.decode(tokenizer(text).input_ids) == text
+    assert tokenizer.clean_up_tokenization_spaces is False
     assert warnings == ["the file carries no chat template"]
 
 
