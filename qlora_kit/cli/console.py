@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -19,8 +20,10 @@ from rich.text import Text
 
 from qlora_kit.report.reporter import Progress, Reporter
 
-# Without a terminal, a line is printed each time this share of the work is done.
-_LOG_SHARE = 0.1
+# Without a terminal a line is printed this often, so that a log shows life and stays short.
+_LOG_SECONDS = 15.0
+# Without a terminal there is no width to keep to; tables are given this many columns.
+_LOG_WIDTH = 132
 
 
 class _Bar(Progress):
@@ -40,19 +43,17 @@ class _Lines(Progress):
         self._name = name
         self._total = total
         self._done = 0
-        self._next = _LOG_SHARE
+        self._last = time.monotonic()
 
     def update(self, advance: int = 1, **fields: str) -> None:
         self._done += advance
-        share = self._done / max(self._total, 1)
-        if share >= self._next:
-            figures = "  ".join(value for value in fields.values() if value)
-            self._console.print(
-                Text(f"{self._name:9} {self._done}/{self._total}  {figures}".rstrip()),
-                soft_wrap=True,
-            )
-            while self._next <= share:
-                self._next += _LOG_SHARE
+        now = time.monotonic()
+        if now - self._last < _LOG_SECONDS:
+            return
+        self._last = now
+        figures = "  ".join(value for value in fields.values() if value)
+        line = f"{self._name}: {self._done:,} of {self._total:,}  {figures}".rstrip()
+        self._console.print(Text(line), soft_wrap=True)
 
 
 class ConsoleReporter(Reporter):
@@ -94,4 +95,7 @@ class ConsoleReporter(Reporter):
 
 def console_reporter(to_stderr: bool = False) -> ConsoleReporter:
     """The reporter of a verb; with --json, figures alone go to standard output."""
-    return ConsoleReporter(Console(stderr=to_stderr, highlight=False))
+    console = Console(stderr=to_stderr, highlight=False)
+    if not console.is_terminal:
+        console = Console(stderr=to_stderr, highlight=False, width=_LOG_WIDTH)
+    return ConsoleReporter(console)

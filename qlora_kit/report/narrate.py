@@ -178,4 +178,14 @@ def samples(reporter: Reporter, measured: dict[str, Any], count: int = 3) -> Non
 
 
 def certificate(reporter: Reporter, values: dict[str, Any]) -> None:
-    raise NotImplementedError
+    """One line: what the merge is worth, and whether that is within its budget."""
+    measured = values["divergence"]
+    verdict = "certified" if values["passed"] else "OVER BUDGET"
+    reporter.say(
+        f"merged    {verdict}: {values['base']} base in {values['dtype']}, KL {measured['kl_mean']:.2g} "
+        f"nats/token (budget {values['max_kl']:g}), same top token {measured['top1_agreement']:.2%}, "
+        f"max |Δ log p| {measured['max_abs_delta_logp']:.2g}, perplexity "
+        f"{measured['reference_perplexity']:.4f} → {measured['candidate_perplexity']:.4f}"
+    )
+    for fault in values["reload_faults"]:
+        reporter.warn(f"the merged folder does not reload as it was: {fault}")

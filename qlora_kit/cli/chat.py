@@ -1,0 +1,138 @@
+"""`qlora-kit chat RUN|MODEL`: talk to it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from io import TextIOWrapper
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qlora_kit.cli.arguments import Force, SubjectName
+from qlora_kit.errors import DataError
+
+if TYPE_CHECKING:
+    from qlora_kit.report.reporter import Reporter
+    from qlora_kit.subject import Subject
+
+NAME = "chat"
+
+_HELP = "/reset starts anew, /exit or Ctrl-D ends; Ctrl-C stops an answer."
+
+
+def command(
+    subject: SubjectName,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What the model is told beforehand.")
+    ] = None,
+    temperature: Annotated[
+        float, typer.Option(min=0.0, help="0 takes the likeliest token; above, tokens are drawn.")
+    ] = 0.0,
+    force: Force = False,
+) -> None:
+    """Talk to a run or a model. Lines piped in are answered one by one; only answers go to stdout."""
+    from qlora_kit.cli.console import console_reporter
+    from qlora_kit.subject import load_subject
+
+    reporter = console_reporter(to_stderr=True)
+    loaded = load_subject(subject, None, force, reporter)
+    has_template = bool(loaded.base.tokenizer.chat_template)
+    if system is not None and not has_template:
+        raise DataError(
+            "--system needs a chat template, and the tokenizer has none; put the text in front "
+            "of your prompt instead."
+        )
+    if not has_template:
+        reporter.say("The tokenizer has no chat template: each line is continued as plain text.")
+    if sys.stdin.isatty():
+        reporter.say(f"{loaded.name} listens. {_HELP}")
+    before = [{"role": "system", "content": system}] if system is not None else []
+    if not converse(loaded, before, max_new_tokens, temperature, reporter):
+        raise typer.Exit(1)
+
+
+def converse(
+    subject: Subject,
+    before: list[dict[str, str]],
+    max_new_tokens: int,
+    temperature: float,
+    reporter: Reporter,
+) -> bool:
+    """Answer line after line until they end; whether each one could be answered.
+
+    `before` holds the messages that every conversation begins with.
+    """
+    from qlora_kit.chat import prompt_ids, room_for_answer, stream_reply
+
+    messages = list(before)
+    all_answered = True
+    for line in _lines():
+        if line == "/exit":
+            break
+        if line == "/reset":
+            messages = list(before)
+            continue
+        asked = [*messages, {"role": "user", "content": line}]
+        input_ids = prompt_ids(subject.base.tokenizer, asked)
+        room = room_for_answer(subject, input_ids)
+        if room is not None and room <= 0:
+            all_answered = False
+            reporter.warn(_context_full(len(input_ids), room, bool(messages[len(before) :])))
+            continue
+        reply = stream_reply(subject, input_ids, _write, max_new_tokens, temperature)
+        _write("\n")
+        if reply.ending == "interrupted" and not sys.stdin.isatty():
+            raise KeyboardInterrupt
+        if reply.ending == "length":
+            reporter.say(f"(cut at {max_new_tokens} tokens; --max-new-tokens allows more)")
+        elif reply.ending == "context":
+            reporter.warn("the model's context is full: the answer ends here; /reset starts anew.")
+        messages = [*asked, {"role": "assistant", "content": reply.text}]
+    return all_answered
+
+
+def _context_full(num_tokens: int, room: int, has_history: bool) -> str:
+    what = "the conversation" if has_history else "this line"
+    return (
+        f"{what} has {num_tokens} tokens, and the model's context holds {num_tokens + room}: "
+        "there is no room for an answer. "
+        + ("/reset starts anew." if has_history else "Give a shorter one.")
+    )
+
+
+def _lines() -> Iterator[str]:
+    """What the user says, line by line, empty lines left out; ends with the input."""
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    if not sys.stdin.isatty():
+        yield from filter(None, (line.strip() for line in sys.stdin))
+        return
+    with suppress(ImportError):
+        import readline  # noqa: F401  # arrow keys and history, where the system has it
+    while True:
+        try:
+            line = _ask()
+        except EOFError:
+            print(file=sys.stderr)
+            return
+        except KeyboardInterrupt:
+            print(f"\n{_HELP}", file=sys.stderr)
+            continue
+        if line:
+            yield line
+
+
+def _ask() -> str:
+    """One line from the terminal; the prompt stays off a redirected standard output."""
+    if sys.stdout.isatty():
+        return input("> ").strip()
+    print("> ", end="", file=sys.stderr, flush=True)
+    return input().strip()
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)
