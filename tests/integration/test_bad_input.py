@@ -1,0 +1,177 @@
+"""Whatever is wrong: one message that says what, got, do; exit code 1; nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from .conftest import Call, write_recipe, write_rows
+
+Spoil = Callable[[Path, Path], list[str]]
+"""Damages (folder, copied model) and returns overrides."""
+
+
+def no_weights(folder: Path, model: Path) -> list[str]:
+    (model / "model.safetensors").unlink()
+    return []
+
+
+def truncated_weights(folder: Path, model: Path) -> list[str]:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    return []
+
+
+def no_template(folder: Path, model: Path) -> list[str]:
+    (model / "chat_template.jinja").unlink()
+    return []
+
+
+def empty_data(folder: Path, model: Path) -> list[str]:
+    (folder / "train.jsonl").write_text("")
+    return []
+
+
+def broken_json(folder: Path, model: Path) -> list[str]:
+    with (folder / "train.jsonl").open("a") as file:
+        file.write('{"messages": [\n')
+    return []
+
+
+def nothing_supervised(folder: Path, model: Path) -> list[str]:
+    write_rows(folder / "train.jsonl", [{"messages": [{"role": "user", "content": "hello"}]}])
+    return []
+
+
+def too_long(folder: Path, model: Path) -> list[str]:
+    return ["data.max_length=8"]
+
+
+def taken_folder(folder: Path, model: Path) -> list[str]:
+    (folder / "run").mkdir()
+    (folder / "run" / "notes.txt").write_text("mine")
+    return []
+
+
+def override(*values: str) -> Spoil:
+    return lambda folder, model: list(values)
+
+
+CASES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
+    "no weights": (no_weights, ("weights",)),
+    "truncated shard": (truncated_weights, ("model.safetensors",)),
+    "no chat template": (no_template, ("chat template", "model.chat_template")),
+    "empty data": (empty_data, ("train.jsonl",)),
+    "broken JSON": (broken_json, ("train.jsonl:49", "not JSON")),
+    "nothing supervised": (nothing_supervised, ("nothing supervised",)),
+    "rows too long": (too_long, ("longer than max_length",)),
+    "folder taken": (taken_folder, ("not empty", "run-2")),
+    "unknown key": (override("lora.rnak=3"), ("lora.rnak", "unknown key")),
+    "wrong type": (override("train.max_steps=ten"), ("train.max_steps", "ten")),
+    "out of range": (override("lora.r=0"), ("lora.r", "greater than 0")),
+    "contradiction": (
+        override("quantization.load_in_4bit=true", "quantization.load_in_8bit=true"),
+        ("load_in_8bit", "choose one"),
+    ),
+    "no such model": (override("model.name_or_path=./nowhere"), ("nowhere",)),
+    "no such data": (override("data.train.0.path=nowhere.jsonl"), ("nowhere.jsonl",)),
+    "targets nothing": (override("lora.target_modules=[nonsense]"), ("nonsense", "q_proj")),
+    "bf16 on this CPU": (override("train.precision=bf16"), ("bf16",)),
+    "TF32 on a CPU": (override("train.tf32=true"), ("TF32",)),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_clear_message_and_nothing_written(
+    name: str, tmp_path: Path, tiny_llama: Path, call: Call
+) -> None:
+    spoil, words = CASES[name]
+    if name == "bf16 on this CPU":
+        from qlora_kit.environment import probe_hardware
+
+        if probe_hardware().native_bf16:
+            pytest.skip("this machine has native bfloat16")
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    recipe = write_recipe(tmp_path, model)
+    overrides = spoil(tmp_path, model)
+    before = sorted(path for path in tmp_path.rglob("*"))
+    said = call("train", str(recipe), *overrides)
+    assert said.code == 1
+    assert said.err.startswith("error: ")
+    assert "Traceback" not in said.err
+    for word in words:
+        assert word in said.err
+    assert sorted(path for path in tmp_path.rglob("*")) == before, "something was written"
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, ("no such file",)),
+        ("model: {name_or_path: x", ("line 1",)),
+        ("model: {name_or_path: x}\nmodel: {name_or_path: y}\n", ("already set on line 1",)),
+        ("", ("is empty",)),
+        ("- a\n- b\n", ("mapping",)),
+        ("model: {name_or_path: x}\n", ("data", "required")),
+    ],
+)
+def test_recipes_that_are_none(
+    text: str | None, words: tuple[str, ...], tmp_path: Path, call: Call
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    if text is not None:
+        path.write_text(text)
+    for verb in ("check", "train"):
+        said = call(verb, str(path))
+        assert said.code == 1
+        assert all(word in said.err for word in words), said.err
+
+
+def test_adapter_of_another_base_is_refused(
+    tmp_path: Path, tiny_llama_untied: Path, finished: object, call: Call
+) -> None:
+    """The base's folder now holds other weights of the same shapes."""
+    from .conftest import FinishedRun
+
+    assert isinstance(finished, FinishedRun)
+    from conftest import build_llama
+
+    other = build_llama(tmp_path / "other", seed=5)
+    run = tmp_path / "run"
+    shutil.copytree(finished.folder, run)
+    recipe = json.loads(json.dumps(_yaml(run / "recipe.yaml")))
+    recipe["model"]["name_or_path"] = str(other)
+    (run / "recipe.yaml").write_text(json.dumps(recipe))
+    said = call("evaluate", str(run))
+    assert said.code == 1
+    assert "does not belong to this base" in said.err
+    assert "--force" in said.err
+    forced = call("evaluate", str(run), "--force")
+    assert forced.code == 0, forced.err
+    assert "forced onto another base" in forced.out
+
+
+def _yaml(path: Path) -> dict[str, dict[str, object]]:
+    from qlora_kit.recipe.yaml import parse_yaml
+
+    values = parse_yaml(path.read_text(), str(path))
+    assert isinstance(values, dict)
+    return values
+
+
+def test_unknown_run(tmp_path: Path, call: Call) -> None:
+    for verb in ("merge", "evaluate"):
+        said = call(verb, str(tmp_path / "nowhere"))
+        assert said.code == 1
+        assert "nowhere" in said.err
+
+
+def test_bad_usage_is_exit_code_2(call: Call) -> None:
+    assert call("train").code == 2
+    assert call("nonsense").code == 2
+    assert call("merge", "x", "--base", "sideways").code == 2
