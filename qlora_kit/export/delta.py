@@ -8,10 +8,12 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -186,6 +188,8 @@ def _merged_leaf(adapter: SavedAdapter, name: str, leaf: nn.Module) -> nn.Module
     container = _container(name, leaf)
     config = copy.deepcopy(adapter.config)
     config.target_modules = {name}
+    config.rank_pattern = _matching(config.rank_pattern, name)
+    config.alpha_pattern = _matching(config.alpha_pattern, name)
     config.exclude_modules = None
     config.layers_to_transform = None
     config.modules_to_save = None
@@ -217,6 +221,12 @@ def _merged_leaf(adapter: SavedAdapter, name: str, leaf: nn.Module) -> nn.Module
     merged = layer.get_base_layer()
     assert isinstance(merged, nn.Module)
     return merged
+
+
+def _matching(pattern: dict[str, Any], name: str) -> dict[str, Any]:
+    """The entry that holds for one module; PEFT warns about the others."""
+    key = get_pattern_key(pattern.keys(), name)
+    return {key: pattern[key]} if key in pattern else {}
 
 
 def _dense_leaf(

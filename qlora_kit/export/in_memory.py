@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
@@ -14,7 +15,10 @@ from qlora_kit.model.base import bitsandbytes_config, prequantized_settings
 from qlora_kit.model.weight import dequantized_weight
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from qlora_kit.export.trained import BaseKind, TrainedAdapter
+    from qlora_kit.model.skeleton import Skeleton
 
 
 def iterate_in_memory(trained: TrainedAdapter, base: BaseKind) -> Iterator[DenseTensor]:
@@ -37,17 +41,26 @@ def iterate_in_memory(trained: TrainedAdapter, base: BaseKind) -> Iterator[Dense
         local_files_only=True,
         **options,
     )
-    tied = {target for target, _ in model.all_tied_weights_keys.items()}
+    return iterate_loaded(model, skeleton)
+
+
+def iterate_loaded(model: PreTrainedModel, skeleton: Skeleton) -> Iterator[DenseTensor]:
+    """The tensors of a model in memory, quantized or not, each of those that are tied once."""
     for name, tensor in model.state_dict().items():
-        if name in tied or is_quantization_state(name):
+        if name in model.all_tied_weights_keys or is_quantization_state(name):
             continue
         value = tensor
         if name.endswith(".weight"):
-            value = dequantized_weight(model.get_submodule(module_of(name)))
-            turned = isinstance(skeleton.model.get_submodule(module_of(name)), Conv1D)
-            if turned and tensor.dtype != value.dtype and not tensor.is_floating_point():
+            module = module_of(name)
+            value = dequantized_weight(model.get_submodule(module))
+            if is_turned(model.get_submodule(module), skeleton.model.get_submodule(module)):
                 value = value.T.contiguous()
         value = value.cpu()
         yield DenseTensor(
             name, name, value.float() if value.is_floating_point() else value, tensor.dtype
         )
+
+
+def is_turned(module: nn.Module, plain: nn.Module) -> bool:
+    """Whether `module` is a bitsandbytes layer in place of a Conv1D, (out, in) for (in, out)."""
+    return isinstance(plain, Conv1D) and isinstance(module, nn.Linear)

@@ -213,15 +213,24 @@ def _rounded(
 
 
 def _round(merged: MergedTensor, trained: TrainedAdapter, dtype: torch.dtype) -> torch.Tensor:
-    if not merged.value.is_floating_point():
-        return merged.value
     if merged.parameter is not None:
         dtype = loaded_dtype(trained.skeleton, merged.parameter, dtype)
-    rounded = merged.value.to(dtype)
+    return round_to(merged.value, dtype, merged.name)
+
+
+def round_to(value: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:
+    """Cast a tensor of floats; one of integers stays.
+
+    Raises:
+        ModelError: float16 cannot hold it.
+    """
+    if not value.is_floating_point():
+        return value
+    rounded = value.to(dtype)
     if dtype == torch.float16 and not torch.isfinite(rounded).all():
         raise ModelError(
-            f"{merged.name} reaches {merged.value.abs().max():.3g}, and float16 ends at 65504; "
-            "merge with dtype bfloat16 or float32."
+            f"{name} reaches {value.abs().max():.3g}, and float16 ends at 65504; write bfloat16 "
+            "or float32 instead."
         )
     return rounded
 

@@ -1,0 +1,248 @@
+"""A bitsandbytes checkpoint, 4- or 8-bit, as plain 16- or 32-bit safetensors."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from bitsandbytes.nn import Linear4bit
+from transformers import AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+
+from qlora_kit.data.render import TokenSequence
+from qlora_kit.environment import Hardware
+from qlora_kit.errors import ModelError
+from qlora_kit.evaluate.divergence import Divergence, compare_to_recorded, record_logprobs
+from qlora_kit.export.checkpoint import Checkpoint
+from qlora_kit.export.dense import (
+    DenseTensor,
+    is_stored_quantized,
+    iterate_dense,
+    loaded_dtype,
+    stored_dtype,
+)
+from qlora_kit.export.in_memory import iterate_loaded
+from qlora_kit.export.merge import MAX_SHARD_BYTES, require_absent, round_to
+from qlora_kit.export.names import NameMap, map_names, module_of
+from qlora_kit.export.plan import DtypeName
+from qlora_kit.export.reload import load_plain, measuring_dtype
+from qlora_kit.export.shards import ShardWriter, require_room
+from qlora_kit.export.surroundings import copy_code, save_config
+from qlora_kit.export.ties import resolve_ties
+from qlora_kit.model.atomic import draft_beside
+from qlora_kit.model.base import prequantized_settings
+from qlora_kit.model.skeleton import Skeleton, build_skeleton, load_config
+from qlora_kit.report.reporter import SILENT, Reporter
+
+# LLM.int8() rounds activations as well, which dense weights do not: its figures differ by that.
+MAX_KL = {4: 1e-3, 8: 2e-2}
+
+_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+_NOT_COMPANIONS = ("config.json", "certificate.json")
+_NUM_SEQUENCES = 4
+_SEQUENCE_TOKENS = 32
+_BATCH_SIZE = 2
+
+
+@dataclass(frozen=True)
+class DequantizeResult:
+    """A dense model on the disk, compared with the quantized one that it was."""
+
+    folder: Path
+    num_bits: int
+    """What it was stored in."""
+    dtype: str
+    num_modules: int
+    """Weights that were quantized."""
+    num_bytes: int
+    divergence: Divergence | None
+    """On random tokens, from the quantized model to the dense one; None where it was not asked."""
+    faults: tuple[str, ...]
+    """What does not come back when the folder is loaded."""
+    max_kl: float
+    seconds: float
+
+    @property
+    def passed(self) -> bool:
+        near = self.divergence is None or self.divergence.kl_mean <= self.max_kl
+        return near and not self.faults
+
+
+def dequantize_checkpoint(
+    folder: Path,
+    out: Path,
+    hardware: Hardware,
+    *,
+    dtype: DtypeName = "auto",
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    compare: bool = True,
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    reporter: Reporter = SILENT,
+) -> DequantizeResult:
+    """Write `folder` into `out` with every weight dense; `out` appears whole or not at all.
+
+    Dequantized in float32 and rounded once, a tensor at a time. `compare` loads both models, one
+    after the other.
+
+    Raises:
+        ModelError: it is no bitsandbytes checkpoint, is damaged, or overflows the dtype.
+        RunError: `out` exists. HardwareError: no room on the disk.
+    """
+    started = time.monotonic()
+    require_absent(out)
+    skeleton = build_skeleton(load_config(folder, trust_remote_code), trust_remote_code)
+    num_bits = _require_bitsandbytes(folder, skeleton)
+    with Checkpoint(folder, allow_pickle) as checkpoint, draft_beside(out) as draft:
+        quantized = {
+            module_of(name) for name in checkpoint.names() if is_stored_quantized(checkpoint, name)
+        }
+        names = map_names(skeleton, checkpoint.names(), quantized)
+        rounded = stored_dtype(checkpoint, names) if dtype == "auto" else getattr(torch, dtype)
+        require_room(out, _num_bytes(skeleton, rounded))
+        dense = draft / "dense"
+        dense.mkdir()
+        writer = ShardWriter(dense, max_shard_bytes)
+        num_tensors = len(names.parameters) + len(names.passed) + len(names.fused)
+        with reporter.progress("dequantizing", num_tensors) as progress:
+            for name, value in _tensors(
+                checkpoint, names, skeleton, rounded, hardware, trust_remote_code
+            ):
+                writer.add(name, value)
+                progress.update()
+        writer.close()
+        _copy_companions(folder, dense, trust_remote_code)
+        save_config(skeleton.model.config, dense, dtype=rounded)
+        divergence: Divergence | None = None
+        faults: tuple[str, ...] = ()
+        if compare:
+            divergence, faults = _compare(
+                folder, dense, draft, rounded, hardware, trust_remote_code, reporter
+            )
+        dense.rename(out)
+    return DequantizeResult(
+        folder=out,
+        num_bits=num_bits,
+        dtype=str(rounded).removeprefix("torch."),
+        num_modules=len(quantized),
+        num_bytes=writer.num_bytes,
+        divergence=divergence,
+        faults=faults,
+        max_kl=MAX_KL[num_bits],
+        seconds=time.monotonic() - started,
+    )
+
+
+def _require_bitsandbytes(folder: Path, skeleton: Skeleton) -> int:
+    """Bits that it is stored in."""
+    settings = prequantized_settings(skeleton)
+    if settings is None:
+        raise ModelError(
+            f"{folder} is not quantized: its config.json has no quantization_config. There is "
+            "nothing to do."
+        )
+    method = settings.get("quant_method")
+    if method != "bitsandbytes":
+        raise ModelError(
+            f"{folder} is quantized with {method}; only bitsandbytes checkpoints are dequantized."
+        )
+    return 8 if settings.get("load_in_8bit") or settings.get("_load_in_8bit") else 4
+
+
+def _tensors(
+    checkpoint: Checkpoint,
+    names: NameMap,
+    skeleton: Skeleton,
+    dtype: torch.dtype,
+    hardware: Hardware,
+    trust_remote_code: bool,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names as in the checkpoint, values rounded once."""
+    ties = resolve_ties(skeleton, checkpoint, names, None)
+    if not names.fused:
+        for dense in iterate_dense(checkpoint, names, skeleton, None):
+            if dense.parameter not in ties.duplicates:
+                yield dense.name, _round(dense, skeleton, dtype)
+        return
+    model = _load_quantized(checkpoint.folder, hardware, trust_remote_code)
+    collected = {
+        dense.name: _round(dense, skeleton, dtype) for dense in iterate_loaded(model, skeleton)
+    }
+    yield from revert_weight_conversion(skeleton.model, collected).items()
+
+
+def _round(dense: DenseTensor, skeleton: Skeleton, dtype: torch.dtype) -> torch.Tensor:
+    if dense.parameter is not None:
+        dtype = loaded_dtype(skeleton, dense.parameter, dtype)
+    return round_to(dense.value, dtype, dense.name)
+
+
+def _num_bytes(skeleton: Skeleton, dtype: torch.dtype) -> int:
+    return sum(parameter.numel() for parameter in skeleton.model.parameters()) * dtype.itemsize
+
+
+def _copy_companions(folder: Path, out: Path, trust_remote_code: bool) -> None:
+    """Tokenizer, templates and generation config, as they are."""
+    for pattern in _COMPANIONS:
+        for path in sorted(folder.glob(pattern)):
+            if path.name not in _NOT_COMPANIONS and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, out / path.name)
+    if trust_remote_code:
+        copy_code(folder, out)
+
+
+def _load_quantized(folder: Path, hardware: Hardware, trust_remote_code: bool) -> Any:
+    """The quantized model, computing in float32."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=torch.float32,
+        device_map={"": hardware.device},
+        trust_remote_code=trust_remote_code,
+        local_files_only=True,
+    )
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.compute_dtype = torch.float32
+            module.compute_type_is_set = True
+    return model.eval()
+
+
+def _compare(
+    folder: Path,
+    dense: Path,
+    scratch: Path,
+    dtype: torch.dtype,
+    hardware: Hardware,
+    trust_remote_code: bool,
+    reporter: Reporter,
+) -> tuple[Divergence, tuple[str, ...]]:
+    """Both models on random tokens, one after the other."""
+    quantized = _load_quantized(folder, hardware, trust_remote_code)
+    rows = _random_sequences(quantized.config.get_text_config().vocab_size)
+    with reporter.progress("comparing", 2 * _NUM_SEQUENCES * (_SEQUENCE_TOKENS - 1)) as progress:
+        options: dict[str, Any] = {
+            "pad_token_id": 0,
+            "batch_size": _BATCH_SIZE,
+            "progress": progress,
+        }
+        recorded = record_logprobs(quantized, rows, scratch, **options)
+        del quantized
+        plain, faults = load_plain(
+            dense, measuring_dtype(dtype, hardware), hardware, trust_remote_code
+        )
+        return compare_to_recorded(plain, recorded, **options), tuple(faults)
+
+
+def _random_sequences(vocab_size: int) -> list[TokenSequence]:
+    generator = torch.Generator().manual_seed(0)
+    shape = (_NUM_SEQUENCES, _SEQUENCE_TOKENS)
+    rows = torch.randint(0, vocab_size, shape, generator=generator).tolist()
+    return [
+        TokenSequence(tuple(ids), tuple(ids), f"random row {number}")
+        for number, ids in enumerate(rows)
+    ]
