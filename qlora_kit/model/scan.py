@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+import pickle
+import uuid
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -13,11 +16,23 @@ from safetensors import SafetensorError, safe_open
 
 from qlora_kit.environment import cache_dir
 from qlora_kit.errors import ModelError
+from qlora_kit.model.weights import weight_files as weight_files
 
-# A tensor is sampled at its two ends and its middle: enough to tell two models apart, and
-# nothing to wait for.
+# What the fingerprint takes of a tensor besides the sum of all its words: its two ends and its
+# middle, which tell apart what a sum cannot, the order.
 _SAMPLE_ELEMENTS = 1024
-_SCAN_VERSION = 1
+# Large enough to keep the cost of a call small, small enough to stay in a processor's cache.
+_BLOCK_ELEMENTS = 1 << 20
+_SCAN_VERSION = 2
+
+# Exponent and fraction, without the sign: (integer of the same width, mask, bits of infinity).
+# Whatever is above or equal to infinity's bits is infinite or not a number (IEEE 754).
+_MAGNITUDE_BITS = {
+    torch.float64: (torch.int64, 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
+    torch.float32: (torch.int32, 0x7FFF_FFFF, 0x7F80_0000),
+    torch.bfloat16: (torch.int16, 0x7FFF, 0x7F80),
+    torch.float16: (torch.int16, 0x7FFF, 0x7C00),
+}
 
 
 @dataclass(frozen=True)
@@ -25,8 +40,9 @@ class WeightScan:
     """What one pass over the weights found."""
 
     fingerprint: str
-    """SHA-256 over the name, shape, dtype and samples of every tensor; the same however the
-    checkpoint is cut into shards."""
+    """SHA-256 over the name, shape, dtype, samples and sum of every tensor: the same however the
+    checkpoint is cut into shards, another one when any weight has changed. A copy in another
+    dtype, or one that stores a tied head twice, counts as another checkpoint."""
     non_finite: tuple[str, ...]
     """Tensors that hold NaN or infinity."""
 
@@ -37,71 +53,9 @@ class WeightScan:
             more = len(self.non_finite) - 3
             raise ModelError(
                 f"{shown}{f' and {more} more' if more > 0 else ''}: holds NaN or infinity, which "
-                "quantization would spread over its neighbours. The checkpoint is damaged; get it again."
+                "quantization would spread over its neighbours. The checkpoint is damaged; get it "
+                "again."
             )
-
-
-def weight_files(folder: Path, allow_pickle: bool = False) -> list[Path]:
-    """The checkpoint's files, in the order of their names.
-
-    Raises:
-        ModelError: there are none, or only ones that must not be read.
-    """
-    for index_name in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        index = folder / index_name
-        if index.is_file() and (allow_pickle or "safetensors" in index_name):
-            names = sorted(set(_weight_map(index).values()))
-            missing = [name for name in names if not (folder / name).is_file()]
-            if missing:
-                raise ModelError(
-                    f"{folder} lacks {missing[0]}, which its index names: the download is incomplete."
-                )
-            return [folder / name for name in names]
-    single = folder / "model.safetensors"
-    if single.is_file():
-        return [single]
-    found = sorted(folder.glob("*.safetensors"))
-    found = [path for path in found if not path.name.startswith("adapter")]
-    if found:
-        return found
-    pickles = sorted(folder.glob("*.bin"))
-    if pickles and allow_pickle:
-        return pickles
-    if pickles:
-        raise ModelError(
-            f"{folder} holds its weights as pickles ({pickles[0].name}), which can run code when they "
-            "are read. Convert them to safetensors, or set model.allow_pickle: true."
-        )
-    raise ModelError(f"{folder} holds no weights (no .safetensors file).")
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ModelError(f"{index} is not a safetensors index.") from None
-
-
-def iterate_tensors(files: list[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every tensor of a checkpoint by name, one at a time.
-
-    Raises:
-        ModelError: a file is truncated or not what its name says.
-    """
-    for path in files:
-        if path.suffix == ".bin":
-            yield from torch.load(
-                path, map_location="cpu", weights_only=True, mmap=True
-            ).items()
-            continue
-        try:
-            with safe_open(path, framework="pt") as shard:
-                for name in shard.keys():
-                    yield name, shard.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ModelError(
-                f"{path} cannot be read as safetensors ({error}); it is truncated or damaged. Get it again."
-            ) from None
 
 
 def scan_weights(folder: Path, allow_pickle: bool = False) -> WeightScan:
@@ -111,64 +65,129 @@ def scan_weights(folder: Path, allow_pickle: bool = False) -> WeightScan:
         ModelError: weights are missing, truncated or damaged.
     """
     files = weight_files(folder, allow_pickle)
-    remembered = _remembered_path(files)
-    if remembered.is_file():
-        values = json.loads(remembered.read_text())
-        return WeightScan(values["fingerprint"], tuple(values["non_finite"]))
-    scan = _scan(files)
-    remembered.parent.mkdir(parents=True, exist_ok=True)
-    scratch = remembered.with_suffix(f".{hash(files[0]) & 0xFFFF:x}")
-    scratch.write_text(
-        json.dumps(
-            {"fingerprint": scan.fingerprint, "non_finite": list(scan.non_finite)}
-        )
-    )
-    scratch.replace(remembered)
+    kept_at = _kept_at(files)
+    kept = _read_kept(kept_at)
+    if kept is not None:
+        return kept
+    scan = _scan(iterate_tensors(files))
+    _keep(scan, kept_at)
     return scan
 
 
-def _remembered_path(files: list[Path]) -> Path:
+def iterate_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every tensor of a checkpoint by name, one at a time.
+
+    Raises:
+        ModelError: a file is truncated or not what its name says.
+    """
+    for path in files:
+        if path.suffix == ".safetensors":
+            yield from _safetensors(path)
+        else:
+            yield from _pickled(path).items()
+
+
+def _safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as shard:
+            for name in shard.keys():  # noqa: SIM118 - not a mapping
+                yield name, shard.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path} cannot be read as safetensors ({error}); it is truncated or damaged. Get it "
+            "again."
+        ) from None
+
+
+def _pickled(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        is_zip = zipfile.is_zipfile(
+            path
+        )  # what torch has written since 1.6; only that can be mapped
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{path} cannot be read as PyTorch weights: {reason}") from None
+    if not isinstance(state, dict):
+        raise ModelError(f"{path} holds a {type(state).__name__} and no weights by name.")
+    return {name: value for name, value in state.items() if isinstance(value, torch.Tensor)}
+
+
+def _kept_at(files: Iterable[Path]) -> Path:
     """Where the scan of exactly these files is kept: path, size and time of change decide."""
     identity = [
-        (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns)
-        for path in files
+        (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files
     ]
     digest = hashlib.sha256(json.dumps([_SCAN_VERSION, identity]).encode()).hexdigest()
     return cache_dir() / "scans" / f"{digest[:32]}.json"
 
 
-def _scan(files: list[Path]) -> WeightScan:
+def _read_kept(path: Path) -> WeightScan | None:
+    """None where there is none, or where what is there is not one."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return WeightScan(str(values["fingerprint"]), tuple(map(str, values["non_finite"])))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _keep(scan: WeightScan, path: Path) -> None:
+    """Written beside its place and renamed, so that no other process reads half of it.
+
+    A cache that cannot be written to costs the next use a scan, and is no reason to stop.
+    """
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return
+    try:
+        scratch.write_text(json.dumps(asdict(scan)), encoding="utf-8")
+        scratch.replace(path)
+    except OSError:
+        scratch.unlink(missing_ok=True)
+
+
+def _scan(tensors: Iterable[tuple[str, torch.Tensor]]) -> WeightScan:
     digests: dict[str, str] = {}
     non_finite = []
-    for name, tensor in iterate_tensors(files):
-        digests[name] = _sampled_digest(tensor)
-        if (
-            tensor.is_floating_point()
-            and tensor.element_size() > 1
-            and not _is_finite(tensor)
-        ):
+    for name, tensor in tensors:
+        flat = tensor.contiguous().reshape(-1)
+        digests[name] = _digest(tuple(tensor.shape), flat)
+        if not _is_finite(flat):
             non_finite.append(name)
-    fingerprint = hashlib.sha256(
-        json.dumps(digests, sort_keys=True).encode()
-    ).hexdigest()
+    fingerprint = hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
     return WeightScan(fingerprint, tuple(sorted(non_finite)))
 
 
-def _is_finite(tensor: torch.Tensor) -> bool:
-    """One sum instead of a mask as large as the tensor; a finite sum proves all are finite."""
-    total = tensor.sum(dtype=torch.float32)
-    return bool(torch.isfinite(total)) or bool(torch.isfinite(tensor).all())
+def _is_finite(flat: torch.Tensor) -> bool:
+    """By the bits of each number, which is fifteen times as fast as torch.isfinite on a CPU."""
+    if flat.dtype not in _MAGNITUDE_BITS or flat.numel() == 0:
+        return True
+    integer, mask, infinity = _MAGNITUDE_BITS[flat.dtype]
+    bits = flat.view(integer)
+    return all(int((block & mask).max()) < infinity for block in bits.split(_BLOCK_ELEMENTS))
 
 
-def _sampled_digest(tensor: torch.Tensor) -> str:
-    flat = tensor.reshape(-1)
+def _digest(shape: tuple[int, ...], flat: torch.Tensor) -> str:
     middle = flat.numel() // 2
     pieces = [
         flat[:_SAMPLE_ELEMENTS],
         flat[middle : middle + _SAMPLE_ELEMENTS],
         flat[-_SAMPLE_ELEMENTS:],
     ]
-    digest = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+    digest = hashlib.sha256(f"{flat.dtype}{shape}{_word_sum(flat)}".encode())
     for piece in pieces:
         digest.update(piece.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _word_sum(flat: torch.Tensor) -> int:
+    """The sum of all 8-byte words modulo 2^64, and of the bytes that are left over.
+
+    Integers, because a sum of floats differs with the number of threads.
+    """
+    data = flat.view(torch.uint8)
+    whole = data.numel() // 8 * 8
+    words = int(data[:whole].view(torch.int64).sum())
+    return words + int(data[whole:].sum(dtype=torch.int64))

@@ -104,6 +104,21 @@ def inspect_weights(folder: Path) -> WeightFiles:
     raise ModelError(f"{folder} holds no weights: no {SINGLE_FILE} and no {INDEX_FILE}.")
 
 
+def weight_files(folder: Path, allow_pickle: bool = False) -> tuple[Path, ...]:
+    """The files that loading a model folder reads, where they may be read.
+
+    Raises:
+        ModelError: there are none, one is damaged, or they are pickles and those are not allowed.
+    """
+    weights = inspect_weights(folder)
+    if weights.format == "pickle" and not allow_pickle:
+        raise ModelError(
+            f"{folder} holds its weights as pickles ({weights.files[0].name}), which can run code "
+            "when they are read. Convert them to safetensors, or set model.allow_pickle: true."
+        )
+    return weights.files
+
+
 def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of one safetensors file, in the order of the file's header.
 
