@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 
 NUM_SAMPLES = 5
 MAX_QUESTION_CHARACTERS = 200
-PERPLEXITY_BATCH_SIZE = 8
+PERPLEXITY_BATCH_SIZE = 64
+"""Rows at most; `windows.BATCH_TOKENS` and `windows.LOGITS_BYTES` bound long ones."""
 
 
 @dataclass(frozen=True)
@@ -153,10 +154,16 @@ def evaluation_sequences(part: Part, base: Base, data: DataSpec) -> tuple[TokenS
 
     Training cuts a plain text into pieces; here a sliding window reads it through.
     """
-    texts = [example for example in part.examples if isinstance(example, PlainText)]
+    texts = [example for example in _kept_examples(part) if isinstance(example, PlainText)]
     cut = {example.origin for example in texts}
     kept = [sequence for sequence in part.sequences if sequence.origin not in cut]
     return (*kept, *(render(text, base.tokenizer, data.loss_on) for text in texts))
+
+
+def _kept_examples(part: Part) -> list[Example]:
+    """Without the rows that were dropped; the ledger tells which."""
+    origins = {sequence.origin for sequence in part.sequences}
+    return [example for example in part.examples if example.origin in origins]
 
 
 def window_size(model: CausalModel, spec: EvaluateSpec, data: DataSpec) -> int:
@@ -205,7 +212,7 @@ def _perplexity(
 def _prompts(part: Part, base: Base, max_rows: int | None) -> tuple[list[Example], list[Prompt]]:
     examples: list[Example] = []
     prompts: list[Prompt] = []
-    for example in part.examples:
+    for example in _kept_examples(part):
         if len(prompts) == max_rows:
             break
         prompt = render_prompt(example, base.tokenizer)

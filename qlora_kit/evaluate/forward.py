@@ -94,6 +94,11 @@ def score_windows(
             yield Scored(index, logits, targets)
 
 
+def base_model_of(model: CausalModel) -> PreTrainedModel:
+    """The transformers model, inside its adapter's wrapper or as it stands."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
 def vocab_size(model: CausalModel) -> int:
     return int(model.config.get_text_config().vocab_size)
 
@@ -132,15 +137,16 @@ def _score_batch(
     scored = []
     for number, (window, row) in enumerate(zip(batch, positions, strict=True)):
         kept = [place[p - 1] if place else p - 1 for p in row]
-        logits = output.logits[number, torch.tensor(kept)]
+        logits = output.logits[number]
+        if len(kept) < len(logits):
+            logits = logits[torch.tensor(kept, device=logits.device)]
         targets = torch.tensor([window.labels[p] for p in row], device=logits.device)
         scored.append((logits, targets))
     return scored
 
 
 def _takes_logits_to_keep(model: CausalModel) -> bool:
-    inner = model.get_base_model() if isinstance(model, PeftModel) else model
-    return "logits_to_keep" in inspect.signature(inner.forward).parameters
+    return "logits_to_keep" in inspect.signature(base_model_of(model).forward).parameters
 
 
 def _require_numbers(logits: torch.Tensor, origin: str) -> None:

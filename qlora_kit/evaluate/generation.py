@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from qlora_kit.errors import DataError
 from qlora_kit.evaluate.forward import (
     NO_PROGRESS,
     CausalModel,
+    base_model_of,
     context_tokens,
     evaluation_mode,
     inference_context,
@@ -101,10 +103,10 @@ def exact_match(answers: Sequence[Answer]) -> float:
 def greedy_config(
     max_new_tokens: int, stop_ids: frozenset[int], pad_token_id: int
 ) -> GenerationConfig:
-    """Plain greedy decoding, whatever the model's own generation config prefers.
+    """Plain greedy decoding.
 
-    `generate` fills every field that is left at None from the model's own config, so those that
-    would change the answer, or only warn, are set to what has no effect.
+    `generate` fills every field that is left at None from the model's own config, so whatever
+    would change the answer is set to what has no effect.
     """
     from transformers import GenerationConfig
 
@@ -125,6 +127,24 @@ def greedy_config(
         pad_token_id=pad_token_id,
         eos_token_id=sorted(stop_ids) or None,
     )
+
+
+@contextmanager
+def own_settings_aside(model: CausalModel) -> Iterator[None]:
+    """Put the model's generation config aside while the context lasts.
+
+    Some of its fields (forced or suppressed tokens, max_length) have no value without effect,
+    and would come back through `generate`.
+    """
+    from transformers import GenerationConfig
+
+    inner = base_model_of(model)
+    own = inner.generation_config
+    inner.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        inner.generation_config = own
 
 
 def _room(model: CausalModel, prompt: Prompt, max_new_tokens: int) -> int:
@@ -153,9 +173,10 @@ def _generate(
     attention_mask = torch.tensor(
         [[0] * gap + [1] * (longest - gap) for gap in gaps], device=model.device
     )
-    output: torch.Tensor = model.generate(  # type: ignore[operator]
-        input_ids=input_ids, attention_mask=attention_mask, generation_config=config
-    )
+    with own_settings_aside(model):
+        output: torch.Tensor = model.generate(  # type: ignore[operator]
+            input_ids=input_ids, attention_mask=attention_mask, generation_config=config
+        )
     rows: list[list[int]] = output[:, longest:].tolist()
     return rows
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
 
-# Logits of one forward pass may take this much; a large vocabulary is what fills a device.
+# Limits of one forward pass: its logits, of which a large vocabulary makes too many, and its
+# tokens, padding included.
 LOGITS_BYTES = 512 * 2**20
+BATCH_TOKENS = 8192
 
 
 def split_windows(
@@ -81,7 +84,7 @@ def batch_windows(
     """Indices of `windows`, batch by batch, longest first: a run short of memory fails at once.
 
     The order depends on what the windows hold, not on how they came, so results do not either.
-    A batch has fewer than `batch_size` rows where its logits would exceed `LOGITS_BYTES`.
+    A batch has fewer than `batch_size` rows where they would exceed a limit above.
     `logits_everywhere` says that the model cannot leave out positions that are not measured.
     """
 
@@ -92,15 +95,20 @@ def batch_windows(
     max_cells = LOGITS_BYTES // (4 * vocab_size)
     batches: list[list[int]] = []
     columns: set[int] = set()
+    longest = 0
     for index in sorted(range(len(windows)), key=order):
         window = windows[index]
         wanted = set(
             range(len(window.input_ids)) if logits_everywhere else scored_positions(window)
         )
-        full = not batches or len(batches[-1]) == batch_size
-        if full or (len(batches[-1]) + 1) * len(columns | wanted) > max_cells:
+        num_rows = len(batches[-1]) + 1 if batches else math.inf
+        if (
+            num_rows > batch_size
+            or num_rows * longest > BATCH_TOKENS
+            or num_rows * len(columns | wanted) > max_cells
+        ):
             batches.append([])
-            columns = set()
+            columns, longest = set(), len(window.input_ids)
         batches[-1].append(index)
         columns |= wanted
     return batches
