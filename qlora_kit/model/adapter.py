@@ -12,11 +12,15 @@ from torch import nn
 from qlora_kit.errors import AdapterError
 from qlora_kit.model.base import Base, count_quantized
 from qlora_kit.model.loftq import fit_to_quantization_error
+from qlora_kit.model.skeleton import Skeleton
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
     from qlora_kit.recipe import LoraSpec
+
+# Names that PEFT translates to fused expert parameters and routers, whatever carries them.
+_NAMES_OF_FUSED_EXPERTS = {"gate", "w1", "w2", "w3", "gate_proj", "up_proj", "down_proj"}
 
 
 @dataclass(frozen=True)
@@ -48,11 +52,14 @@ def attach_adapter(base: Base, spec: LoraSpec, seed: int) -> Adapted:
         model = get_peft_model(base.model, config, revision=base.source.revision)
     except (ValueError, RuntimeError, TypeError) as error:
         raise AdapterError(f"lora: {str(error).strip().splitlines()[0]}") from error
+    if model.peft_config["default"].target_parameters:
+        raise AdapterError(
+            f"lora.target_modules: {spec.target_modules!r} reaches fused experts or their router, "
+            "which this version cannot merge; name the attention's modules, or use all-linear."
+        )
     adapted = describe_adapted(model)
     if not adapted.targets and not spec.modules_to_save and not token_ids:
-        raise AdapterError(
-            f"lora.target_modules: {spec.target_modules!r} matches no module."
-        )
+        raise AdapterError(f"lora.target_modules: {spec.target_modules!r} matches no module.")
     if spec.init == "loftq":
         fit_to_quantization_error(model, base.source.folder)
     return adapted
@@ -63,6 +70,8 @@ def lora_config(base: Base, spec: LoraSpec, token_ids: list[int]) -> LoraConfig:
     from peft import LoraConfig
 
     targets = spec.target_modules
+    if targets == "all-linear" and base.skeleton.expert_parameters:
+        targets = linear_beside_experts(base.skeleton)
     return LoraConfig(
         task_type="CAUSAL_LM",
         r=spec.r,
@@ -81,6 +90,19 @@ def lora_config(base: Base, spec: LoraSpec, token_ids: list[int]) -> LoraConfig:
     )
 
 
+def linear_beside_experts(skeleton: Skeleton) -> tuple[str, ...]:
+    """What all-linear means where experts are fused: the linear layers outside them.
+
+    PEFT would read the shorthand as the model of old, with every expert and the router in it.
+    """
+    leaves = {
+        name.rpartition(".")[2]
+        for name in skeleton.linear_modules
+        if name not in skeleton.router_modules
+    }
+    return tuple(sorted(leaves - _NAMES_OF_FUSED_EXPERTS))
+
+
 def add_tokens(base: Base, tokens: tuple[str, ...]) -> list[int]:
     """Add tokens to the vocabulary, growing the embeddings where they have no spare rows.
 
@@ -91,9 +113,7 @@ def add_tokens(base: Base, tokens: tuple[str, ...]) -> list[int]:
         return []
     known = [token for token in tokens if token in base.tokenizer.get_vocab()]
     if known:
-        raise AdapterError(
-            f"lora.new_tokens: the vocabulary has {', '.join(known)} already."
-        )
+        raise AdapterError(f"lora.new_tokens: the vocabulary has {', '.join(known)} already.")
     base.tokenizer.add_tokens(list(tokens), special_tokens=False)
     if len(base.tokenizer) > base.model.get_input_embeddings().weight.shape[0]:
         base.model.resize_token_embeddings(len(base.tokenizer), mean_resizing=True)
@@ -108,9 +128,7 @@ def _token_targets(base: Base, token_ids: list[int]) -> dict[str, list[int]] | N
     embedding = names[id(base.model.get_input_embeddings())].rpartition(".")[2]
     targets = {embedding: token_ids}
     if not base.model.config.get_text_config().tie_word_embeddings:
-        targets[names[id(base.model.get_output_embeddings())].rpartition(".")[2]] = (
-            token_ids
-        )
+        targets[names[id(base.model.get_output_embeddings())].rpartition(".")[2]] = token_ids
     return targets
 
 
@@ -126,9 +144,7 @@ def _refuse_unmatched(model: nn.Module, spec: LoraSpec) -> None:
         wanted["target_modules"] = spec.target_modules
     for key, modules in wanted.items():
         unmatched = [
-            one
-            for one in modules
-            if not any(n == one or n.endswith(f".{one}") for n in names)
+            one for one in modules if not any(n == one or n.endswith(f".{one}") for n in names)
         ]
         if unmatched:
             raise AdapterError(
@@ -142,10 +158,7 @@ def _refuse_unmatched(model: nn.Module, spec: LoraSpec) -> None:
         from peft.utils.other import get_pattern_key
 
         for one in pattern:
-            if not any(
-                get_pattern_key([one], name) == one and _hits(one, name)
-                for name in names
-            ):
+            if not any(get_pattern_key([one], name) == one and _hits(one, name) for name in names):
                 raise AdapterError(f"lora.{key}: {one} matches no module.")
 
 
@@ -165,9 +178,7 @@ def describe_adapted(model: PeftModel) -> Adapted:
         if isinstance(module, LoraLayer)
     )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Adapted(
-        model, trainable, count_quantized(model).num_parameters, dict(targets)
-    )
+    return Adapted(model, trainable, count_quantized(model).num_parameters, dict(targets))
 
 
 def require_float32_trainables(model: nn.Module) -> None:
@@ -176,9 +187,5 @@ def require_float32_trainables(model: nn.Module) -> None:
     Raises:
         AssertionError: something cast them down; our bug, not the user's.
     """
-    down = [
-        n
-        for n, p in model.named_parameters()
-        if p.requires_grad and p.dtype != torch.float32
-    ]
+    down = [n for n, p in model.named_parameters() if p.requires_grad and p.dtype != torch.float32]
     assert not down, f"trainable parameters are not float32: {down[:3]}"

@@ -90,6 +90,7 @@ def load_base(
     config = load_config(source.folder, spec.trust_remote_code)
     skeleton = build_skeleton(config, spec.trust_remote_code)
     refuse_experts(skeleton, quantization)
+    refuse_foreign_linears(skeleton, quantization)
     scan = scan_weights(source.folder, spec.allow_pickle)
     scan.require_finite()
     tokenizer_folder = source.folder
@@ -188,6 +189,22 @@ def refuse_experts(skeleton: Skeleton, quantization: QuantizationSpec) -> None:
             f"({skeleton.expert_parameters[0]} and {len(skeleton.expert_parameters) - 1} more, "
             f"{share:.0%} of the parameters), which bitsandbytes would leave in 16 bits. Load it "
             "in 16 bits (quantization.load_in_4bit: false), or take a dense model."
+        )
+
+
+def refuse_foreign_linears(skeleton: Skeleton, quantization: QuantizationSpec) -> None:
+    """Subclasses of a linear layer would stay in 16 bits without a word as well."""
+    missed = [
+        name
+        for name in skeleton.foreign_linear_modules
+        if not name_matches(name, list(quantization.skip_modules))
+    ]
+    if missed and quantization.num_bits < 16:
+        raise ModelError(
+            f"{len(missed)} linear layers of {skeleton.model.config.model_type} are of a class of "
+            f"their own, which bitsandbytes does not quantize ({', '.join(missed[:3])} …). Load the "
+            "model in 16 bits (quantization.load_in_4bit: false), or name them in "
+            "quantization.skip_modules."
         )
 
 

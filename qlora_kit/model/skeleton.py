@@ -27,6 +27,8 @@ class Skeleton:
     """Modules that the library never quantizes: the head, and what is tied to it."""
     expert_parameters: tuple[str, ...]
     """Fused expert weights: parameters with three dimensions outside any linear module."""
+    foreign_linear_modules: tuple[str, ...]
+    """Linear layers of a class of their own, which bitsandbytes passes over."""
     router_modules: tuple[str, ...]
     """Linear modules that choose experts."""
 
@@ -46,25 +48,15 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = (
-            str(error).strip().splitlines()[0]
-            if str(error).strip()
-            else type(error).__name__
-        )
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         hint = ""
         if "trust_remote_code" in str(error):
             reason = "the model brings its own Python code"
-            hint = (
-                " Set model.trust_remote_code: true if you trust where it comes from."
-            )
-        raise ModelError(
-            f"{folder}/config.json cannot be used: {reason}.{hint}"
-        ) from error
+            hint = " Set model.trust_remote_code: true if you trust where it comes from."
+        raise ModelError(f"{folder}/config.json cannot be used: {reason}.{hint}") from error
 
 
-def build_skeleton(
-    config: PreTrainedConfig, trust_remote_code: bool = False
-) -> Skeleton:
+def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> Skeleton:
     """Build the model on the meta device; costs no memory for weights.
 
     Raises:
@@ -73,11 +65,17 @@ def build_skeleton(
     from transformers import AutoModelForCausalLM
     from transformers.quantizers.base import get_keys_to_not_convert
 
+    from transformers import AutoModelForMaskedLM
+
+    fills_gaps = type(config) in AutoModelForMaskedLM._model_mapping
+    if fills_gaps and getattr(config, "is_decoder", True) is False:
+        raise ModelError(
+            f"architecture {config.model_type} reads in both directions, so it is not a causal "
+            "language model; take one that generates text."
+        )
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code
-            )
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, ImportError, AttributeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(
@@ -91,6 +89,11 @@ def build_skeleton(
         model=model,
         linear_modules=tuple(name for name in linear if not name_matches(name, skips)),
         default_skips=skips,
+        foreign_linear_modules=tuple(
+            name
+            for name in linear
+            if not name_matches(name, skips) and not _bitsandbytes_takes(model.get_submodule(name))
+        ),
         expert_parameters=tuple(_expert_parameters(model)),
         router_modules=routers,
     )
@@ -101,6 +104,13 @@ def is_linear(module: nn.Module) -> bool:
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, nn.Linear | Conv1D)
+
+
+def _bitsandbytes_takes(module: nn.Module) -> bool:
+    """transformers' rule for what it replaces: the very class, no subclass of it."""
+    from transformers.pytorch_utils import Conv1D
+
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
 
 
 def name_matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:

@@ -60,6 +60,12 @@ class Recipe(Spec):
                 "a merge is certified on held-out rows, and data.eval names no source",
                 "add one",
             )
+        if self.export.merge_options.base == "dequantized" and self.quantization.num_bits == 16:
+            yield Fault(
+                "export.merge_options.base",
+                "dequantized names the quantized base that was trained, and this one is not quantized",
+                "use original or auto",
+            )
         stride, longest = self.evaluate.stride_tokens, self.data.max_length
         if stride and self.evaluate.window_tokens is None and stride > longest:
             yield stride_fault("evaluate.", stride, f"the window, data.max_length ({longest})")

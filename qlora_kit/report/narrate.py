@@ -79,7 +79,7 @@ def marked(
     for token, label in [*zip(input_ids, labels, strict=True), (None, None)]:
         now = label is not None and label != IGNORE_INDEX
         if token is None or now != supervised:
-            text = tokenizer.decode(run)
+            text = str(tokenizer.decode(run))
             pieces.append(f"⟦{text}⟧" if supervised and text else text)
             run, supervised = [], now
         if token is not None:

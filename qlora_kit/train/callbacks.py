@@ -39,11 +39,9 @@ class StepCallback(TrainerCallback):
         self.memory = memory
         self.reporter = reporter
         self.trainer: QloraTrainer | None = None
-        self.losses: list[float] = []
         self._warned = False
         self._start = self._last_time = time.monotonic()
         self._last_tokens = 0
-        self._last_loss = ""
         self._rate = 0.0
 
     def on_train_begin(
@@ -71,7 +69,7 @@ class StepCallback(TrainerCallback):
         self._last_time, self._last_tokens = now, tokens
         self.progress.update(
             1,
-            loss=self._last_loss,
+            loss=f"loss {self.trainer.step_losses[-1]:.3f}",
             tokens=f"{self._rate:,.0f} tok/s",
             memory=f"{(device or host) / _MIB:,.0f} MiB",
         )
@@ -93,9 +91,6 @@ class StepCallback(TrainerCallback):
     ) -> None:
         assert self.trainer is not None
         logs = logs or {}
-        if "loss" in logs:
-            self.losses.append(float(logs["loss"]))
-            self._last_loss = f"loss {float(logs['loss']):.3f}"
         elapsed = time.monotonic() - self._start
         line = {
             "step": state.global_step,

@@ -116,8 +116,8 @@ def train_adapter(
     model.eval()
     return TrainResult(
         num_steps=trainer.state.global_step,
-        first_loss=callback.losses[0],
-        last_loss=callback.losses[-1],
+        first_loss=trainer.step_losses[0],
+        last_loss=trainer.step_losses[-1],
         num_tokens=trainer.num_real_tokens,
         seconds=seconds,
     )

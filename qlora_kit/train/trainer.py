@@ -33,6 +33,9 @@ class QloraTrainer(Trainer):
         self.on_stop = on_stop
         self.num_real_tokens = 0
         self.window_origins: list[str] = []
+        self.step_losses: list[float] = []
+        """Loss of each optimizer step: the mean over the supervised tokens of its batches."""
+        self._window_loss = 0.0
         self._trainables_checked = False
 
     def training_step(
@@ -48,6 +51,7 @@ class QloraTrainer(Trainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             self.stop("loss", float(loss), origins)
+        self._window_loss += float(loss)
         return loss
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -66,6 +70,8 @@ class QloraTrainer(Trainer):
         if not finite and self.accelerator.scaler.get_scale() < 1.0:
             self.stop("gradient norm", float(grad_norm), self.window_origins)
         self.window_origins = []
+        self.step_losses.append(self._window_loss)
+        self._window_loss = 0.0
         return grad_norm
 
     def prediction_step(
@@ -83,7 +89,7 @@ class QloraTrainer(Trainer):
             return super().create_optimizer(model)
         from peft.optimizers import create_loraplus_optimizer
 
-        optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
         self.optimizer = create_loraplus_optimizer(
             model=self.model,
             optimizer_cls=optimizer_cls,
