@@ -17,19 +17,13 @@ class Collator:
     pad_token_id: int
     multiple: int = 1
 
-    def __call__(
-        self, sequences: Sequence[TokenSequence]
-    ) -> dict[str, torch.Tensor | list[str]]:
+    def __call__(self, sequences: Sequence[TokenSequence]) -> dict[str, torch.Tensor | list[str]]:
         """Tensors of shape (batch, length), and `origins`, the rows they come from."""
         longest = max(len(sequence.input_ids) for sequence in sequences)
         length = -(-longest // self.multiple) * self.multiple
         return {
-            "input_ids": self._pad(
-                [s.input_ids for s in sequences], length, self.pad_token_id
-            ),
-            "attention_mask": self._pad(
-                [[1] * len(s.input_ids) for s in sequences], length, 0
-            ),
+            "input_ids": self._pad([s.input_ids for s in sequences], length, self.pad_token_id),
+            "attention_mask": self._pad([[1] * len(s.input_ids) for s in sequences], length, 0),
             "labels": self._pad([s.labels for s in sequences], length, IGNORE_INDEX),
             "origins": [sequence.origin for sequence in sequences],
         }

@@ -6,15 +6,27 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+NUM_SHOWN = 3
+TRUNCATED = "truncated"
+END_CUT = "the end token of an answer was cut off"
+
 
 @dataclass
 class Ledger:
-    """Counts for one part (train or eval). Every row is in one bucket, every token in one."""
+    """Counts for one part (train or eval). Every row is in one bucket, every token in one.
+
+    Of the rows, some are kept (a few of those truncated) and the others dropped, each for one
+    reason. Of the tokens that were rendered, and those that were repeated, some are supervised,
+    some context, some cut off a kept row, and some went with a dropped row. A row that could not
+    be rendered has no tokens.
+    """
 
     num_rows: int = 0
     num_kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     truncated: int = 0
+    ends_cut: int = 0
+    """Truncated rows that lost the token which ends an answer: it is not seen to stop there."""
     split: int = 0
     """Plain texts cut into several sequences, losing nothing."""
     num_sequences: int = 0
@@ -23,13 +35,26 @@ class Ledger:
     cut_tokens: int = 0
     dropped_tokens: int = 0
     rendered_tokens: int = 0
-    """Tokens of all rows before anything was dropped or cut; the others add up to it."""
+    """Tokens of all rows before anything was dropped, cut or repeated."""
+    repeated_tokens: int = 0
+    """Context tokens that a split text has twice, so that each of its tokens is predicted."""
+    noted: Counter[str] = field(default_factory=Counter)
+    """What else should be known of rows that were kept, and of how many."""
     examples: dict[str, list[str]] = field(default_factory=dict)
     """Reason → origins of up to three rows."""
 
+    def drop(self, reason: str, origin: str, num_tokens: int = 0) -> None:
+        self.dropped[reason] += 1
+        self.dropped_tokens += num_tokens
+        self.example(reason, origin)
+
     def note(self, reason: str, origin: str) -> None:
+        self.noted[reason] += 1
+        self.example(reason, origin)
+
+    def example(self, reason: str, origin: str) -> None:
         shown = self.examples.setdefault(reason, [])
-        if len(shown) < 3:
+        if len(shown) < NUM_SHOWN:
             shown.append(origin)
 
     @property
@@ -37,18 +62,27 @@ class Ledger:
         """Rows dropped or truncated."""
         return sum(self.dropped.values()) + self.truncated
 
+    def findings(self) -> list[str]:
+        """What became of rows that were not simply kept: how many, and where to look."""
+        counts = {
+            **{reason: (count, f"dropped, {reason}") for reason, count in self.dropped.items()},
+            TRUNCATED: (self.truncated, TRUNCATED),
+            END_CUT: (self.ends_cut, END_CUT),
+            **{note: (count, note) for note, count in self.noted.items()},
+        }
+        return [
+            f"{count:,} of {self.num_rows:,} rows: {what} ({', '.join(self.examples[reason])}"
+            + (", …)" if count > NUM_SHOWN else ")")
+            for reason, (count, what) in counts.items()
+            if count
+        ]
+
     def check_balance(self) -> None:
         """Assert that no row and no token is missing from the sums."""
-        assert self.num_rows == self.num_kept + sum(self.dropped.values()), (
-            "rows do not balance"
-        )
-        tokens = (
-            self.supervised_tokens
-            + self.context_tokens
-            + self.cut_tokens
-            + self.dropped_tokens
-        )
-        assert self.rendered_tokens == tokens, "tokens do not balance"
+        assert self.num_rows == self.num_kept + sum(self.dropped.values()), "rows do not balance"
+        given = self.rendered_tokens + self.repeated_tokens
+        found = self.supervised_tokens + self.context_tokens + self.cut_tokens + self.dropped_tokens
+        assert given == found, "tokens do not balance"
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -57,11 +91,14 @@ class Ledger:
                 "kept": self.num_kept,
                 "dropped": dict(self.dropped),
                 "truncated": self.truncated,
+                "ends_cut": self.ends_cut,
                 "split": self.split,
+                "noted": dict(self.noted),
             },
             "sequences": self.num_sequences,
             "tokens": {
                 "rendered": self.rendered_tokens,
+                "repeated": self.repeated_tokens,
                 "supervised": self.supervised_tokens,
                 "context": self.context_tokens,
                 "cut": self.cut_tokens,

@@ -1,22 +1,25 @@
 """From an example to token ids and labels.
 
-Which tokens are supervised is found in the rendered text, for any chat template: an assistant
-turn begins where the template, given the turns before it, asks the model to speak, and ends
-with the special token that closes it. Tokens inside are labelled; everything else is context.
+Which tokens of a conversation are supervised is found from the outside, for any chat template:
+an answer begins where the template, given the messages before it, asks the assistant to speak,
+and ends with the special token that closes it. Tokens inside are labelled, all else is context.
+
+Training sees the very tokens that generation sees: what comes before an answer is encoded as
+the prompt that asks for it, even where the tokenizer would merge its end into the answer.
+
+An answer that the template writes in another way once more messages follow (reasoning that is
+stripped from earlier turns, for one) is context there: the model is never asked to write it so.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
-from jinja2 import TemplateError
-
+from qlora_kit.data.encode import as_generated, encode, encode_after, eos_id, with_bos
 from qlora_kit.data.schema import Conversation, Example, PlainText, PromptCompletion
-from qlora_kit.errors import DataError
+from qlora_kit.data.template import RowRefused, apply_template, special_tokens, turn_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,17 +27,24 @@ if TYPE_CHECKING:
 IGNORE_INDEX = -100
 LossOn = Literal["assistant", "all"]
 
+NOTE_REWRITTEN = "an earlier answer is context only: the chat template rewrites it later on"
+NOTE_MERGED = "an earlier answer is context only: its first token begins before it"
+NOTE_UNASKED = "what the assistant says first is context only: nothing asks for it"
+NOTE_LEFT_OUT = "the chat template leaves out text of a message"
+
 
 @dataclass(frozen=True)
 class TokenSequence:
     """One rendered example.
 
-    `labels[i]` is `input_ids[i]` where token i is supervised, else IGNORE_INDEX.
+    `labels[i]` is `input_ids[i]` where token i is supervised, else IGNORE_INDEX. Nothing
+    predicts the first token, so it never is. `notes` say what a person should know of the row.
     """
 
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     origin: str
+    notes: tuple[str, ...] = ()
 
     @property
     def num_supervised(self) -> int:
@@ -50,183 +60,189 @@ class Prompt:
     origin: str
 
 
-def render(
-    example: Example, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
-) -> TokenSequence:
+@dataclass(frozen=True)
+class _Answer:
+    """An assistant turn: the text that asks for it, and where its end token begins."""
+
+    opening: str
+    end: int
+
+
+def render(example: Example, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> TokenSequence:
     """Token ids and labels of one example.
 
     Raises:
-        DataError: the template is missing, fails, or does not show where a turn ends.
+        DataError: the tokenizer cannot render such examples at all.
+        RowRefused: it can, but not this one.
     """
     if isinstance(example, Conversation):
         return _render_conversation(example, tokenizer, loss_on)
     if isinstance(example, PromptCompletion):
-        prompt_ids = _encode(tokenizer, example.prompt)
-        ids = [*prompt_ids, *_continue(tokenizer, example.completion)]
-        num_context = len(prompt_ids) if loss_on == "assistant" else 0
-    else:
-        ids = [*_encode(tokenizer, example.text), *_end(tokenizer)]
-        num_context = 0
-    labels = [IGNORE_INDEX] * num_context + ids[num_context:]
-    return TokenSequence(tuple(ids), tuple(labels), example.origin)
+        return _render_completion(example, tokenizer, loss_on)
+    ids = _with_eos(tokenizer, with_bos(tokenizer, encode(tokenizer, example.text)))
+    spans = [(0, len(ids))] if example.text.strip() else []
+    return _sequence(ids, spans, example.origin)
 
 
-def render_prompt(
-    example: Example, tokenizer: PreTrainedTokenizerBase
-) -> Prompt | None:
-    """The example up to its last answer, for generation; None where nothing is to be answered."""
+def render_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> Prompt | None:
+    """The example up to its last answer, for generation; None where nothing asks for one."""
     if isinstance(example, PlainText):
         return None
     if isinstance(example, PromptCompletion):
-        ids = _encode(tokenizer, example.prompt)
-        return Prompt(tuple(ids), example.completion.strip(), example.origin)
-    if example.messages[-1]["role"] != "assistant":
+        ids = with_bos(tokenizer, encode(tokenizer, example.prompt))
+        reference = as_generated(tokenizer, example.completion)
+        return Prompt(tuple(ids), reference, example.origin) if ids else None
+    *asked, answer = example.messages
+    if not asked or answer["role"] != "assistant":
         return None
-    text = _apply_template(
-        example.messages[:-1], tokenizer, example.origin, prompt=True
-    )
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return Prompt(tuple(ids), example.messages[-1]["content"].strip(), example.origin)
-
-
-def _render_conversation(
-    example: Conversation, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
-) -> TokenSequence:
-    text = _apply_template(example.messages, tokenizer, example.origin)
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-    if loss_on == "all":
-        return TokenSequence(tuple(ids), tuple(ids), example.origin)
-    labels = [IGNORE_INDEX] * len(ids)
-    for start, end in supervised_spans(example, text, tokenizer):
-        for position, (first, last) in enumerate(offsets):
-            if first >= start and last <= end and last > first:
-                labels[position] = ids[position]
-    return TokenSequence(tuple(ids), tuple(labels), example.origin)
-
-
-def supervised_spans(
-    example: Conversation, text: str, tokenizer: PreTrainedTokenizerBase
-) -> list[tuple[int, int]]:
-    """Character ranges of `text` that the assistant says, each with its end-of-turn token.
-
-    Raises:
-        DataError: the template rewrites earlier turns, or closes a turn with no special token.
-    """
-    spans = []
-    for number, message in enumerate(example.messages):
-        if message["role"] != "assistant":
-            continue
-        opening = _apply_template(
-            example.messages[:number], tokenizer, example.origin, prompt=True
-        )
-        if not text.startswith(opening):
-            raise DataError(
-                f"{example.origin}: the chat template renders the turns before message {number} "
-                "differently once more turns follow, so the assistant's tokens cannot be told "
-                "apart. Train on every token with data.loss_on: all, or use another template."
-            )
-        start = len(opening)
-        content = message["content"].strip()
-        found = text.find(content, start)
-        if found < 0:
-            raise DataError(
-                f"{example.origin}: the chat template changes the text of message {number}, "
-                "so the assistant's tokens cannot be told apart."
-            )
-        closing = _special_tokens(tokenizer).search(text, found + len(content))
-        between = text[found + len(content) : closing.start()] if closing else "-"
-        if closing is None or between.strip():
-            raise DataError(
-                f"{example.origin}: the chat template closes message {number} with no special "
-                "token, so the model would never learn to stop. Use another template "
-                "(model.chat_template), or add the end token to it."
-            )
-        spans.append((start, closing.end()))
-    return spans
+    opening = apply_template(asked, tokenizer, example.origin, prompt=True)
+    try:
+        text = apply_template(example.messages, tokenizer, example.origin)
+        found = _find_answer(example, len(asked), text, tokenizer)
+        said = text[len(opening) : found.end] if found else answer["content"]
+    except RowRefused:
+        said = answer["content"]
+    ids = encode(tokenizer, opening)
+    return Prompt(tuple(ids), as_generated(tokenizer, said), example.origin)
 
 
 def end_of_turn_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that closes an assistant turn, as the template writes it.
 
     Raises:
-        DataError: see `supervised_spans`.
+        DataError: see `turn_end`.
     """
-    probe = Conversation(
-        (
-            {"role": "user", "content": "Hello"},
-            {"role": "assistant", "content": "Hi there"},
-        ),
-        "the chat template's check",
-    )
-    sequence = _render_conversation(probe, tokenizer, "assistant")
-    supervised = [label for label in sequence.labels if label != IGNORE_INDEX]
-    if not supervised:
-        raise DataError(
-            "the chat template's check: no token of the answer is supervised."
-        )
-    return supervised[-1]
+    return turn_end(tokenizer).id
 
 
-def _apply_template(
-    messages: Sequence[dict[str, str]],
+def _render_completion(
+    example: PromptCompletion, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
+) -> TokenSequence:
+    text = example.prompt + example.completion
+    encoded, [prompt] = encode_after(tokenizer, text, [example.prompt], example.origin)
+    num_context = len(with_bos(tokenizer, prompt)) if loss_on == "assistant" else 0
+    ids = with_bos(tokenizer, encoded.ids)
+    ids = _with_eos(tokenizer, ids) if len(ids) > num_context else [*ids, eos_id(tokenizer)]
+    return _sequence(ids, [(num_context, len(ids))], example.origin)
+
+
+def _render_conversation(
+    example: Conversation, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
+) -> TokenSequence:
+    for message in example.messages:
+        spelled = special_tokens(tokenizer).search(message["content"])
+        if spelled:
+            reason = f"a message spells the special token {spelled.group()}"
+            raise RowRefused(example.origin, reason)
+    text = apply_template(example.messages, tokenizer, example.origin)
+    notes = [NOTE_LEFT_OUT] if _leaves_out(example, text) else []
+    if loss_on == "all":
+        ids = encode(tokenizer, text)
+        return _sequence(ids, [(0, len(ids))], example.origin, notes)
+    said = [
+        number
+        for number, message in enumerate(example.messages)
+        if message["role"] == "assistant" and number >= example.num_given
+    ]
+    if 0 in said:
+        notes.append(NOTE_UNASKED)
+        said.remove(0)
+    if not said:
+        return _sequence(encode(tokenizer, text), [], example.origin, notes)
+    answers = [_find_answer(example, number, text, tokenizer) for number in said]
+    if None in answers:
+        notes.append(NOTE_REWRITTEN)
+    found = [answer for answer in answers if answer is not None]
+    if not found:
+        reason = "the chat template rewrites every answer once more messages follow"
+        raise RowRefused(example.origin, reason)
+    return _label_answers(text, found, tokenizer, example.origin, notes)
+
+
+def _find_answer(
+    example: Conversation, number: int, text: str, tokenizer: PreTrainedTokenizerBase
+) -> _Answer | None:
+    """Where message `number` stands in the rendered `text`.
+
+    None where it does not stand there as it would if it were the last message.
+    """
+    opening = apply_template(example.messages[:number], tokenizer, example.origin, prompt=True)
+    own = text
+    if number + 1 < len(example.messages):
+        own = apply_template(example.messages[: number + 1], tokenizer, example.origin)
+    if not own.startswith(opening):
+        reason = "the chat template does not begin an answer with the words that ask for it"
+        raise RowRefused(example.origin, reason)
+    end_token = turn_end(tokenizer).text
+    end = own.find(end_token, len(opening))
+    if end < 0:
+        raise RowRefused(example.origin, f"the chat template closes no answer with {end_token}")
+    if _squeeze(example.messages[number]["content"]) not in _squeeze(own[len(opening) : end]):
+        raise RowRefused(example.origin, "the chat template leaves out part of an answer")
+    if not text.startswith(own[: end + len(end_token)]):
+        return None
+    return _Answer(opening, end)
+
+
+def _label_answers(
+    text: str,
+    answers: Sequence[_Answer],
     tokenizer: PreTrainedTokenizerBase,
     origin: str,
-    prompt: bool = False,
-) -> str:
-    if not tokenizer.chat_template:
-        raise DataError(
-            f"{origin} holds a conversation, but the tokenizer has no chat template. Name a "
-            "Jinja file with model.chat_template, take an instruct model, or give rows as "
-            "prompt and completion."
-        )
-    try:
-        text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=prompt
-        )
-    except TemplateError as error:
-        raise DataError(
-            f"{origin}: the chat template refuses this conversation: {error}"
-        ) from None
-    assert isinstance(text, str)
-    return text
+    notes: list[str],
+) -> TokenSequence:
+    """Supervise the answers; the last has its prompt before it, token for token.
+
+    So an earlier one may follow other tokens than its own prompt would end with (two line breaks
+    that are one token at the end of a text, and two before a word), but the same text.
+    """
+    openings = [answer.opening for answer in answers]
+    encoded, prompts = encode_after(tokenizer, text, openings, origin)
+    end_id = turn_end(tokenizer).id
+    spans = []
+    for answer, prompt in zip(answers, prompts, strict=True):
+        end = encoded.token_at(answer.end)
+        if end is None or encoded.ids[end] != end_id:
+            raise RowRefused(origin, "the tokenizer does not keep the token that ends an answer")
+        is_prefix = encoded.ids[: len(prompt)] == prompt
+        start = len(prompt) if is_prefix else encoded.token_from(len(answer.opening))
+        if start is None:
+            notes.append(NOTE_MERGED)
+        else:
+            spans.append((start, end + 1))
+    return _sequence(encoded.ids, spans, origin, notes)
 
 
-@lru_cache(maxsize=8)
-def _special_token_pattern(tokens: tuple[str, ...]) -> re.Pattern[str]:
-    return re.compile(
-        "|".join(re.escape(token) for token in sorted(tokens, key=len, reverse=True))
-    )
+def _sequence(
+    ids: Sequence[int],
+    spans: Sequence[tuple[int, int]],
+    origin: str,
+    notes: Sequence[str] = (),
+) -> TokenSequence:
+    labels = [IGNORE_INDEX] * len(ids)
+    for start, end in spans:
+        labels[max(start, 1) : end] = ids[max(start, 1) : end]
+    return TokenSequence(tuple(ids), tuple(labels), origin, tuple(dict.fromkeys(notes)))
 
 
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    named = set(tokenizer.all_special_tokens)
-    added = {
-        str(token) for token in tokenizer.added_tokens_decoder.values() if token.special
-    }
-    return _special_token_pattern(tuple(sorted(named | added)))
+def _leaves_out(example: Conversation, text: str) -> bool:
+    """Whether some message is not in the text, or not after the one before; spaces apart."""
+    squeezed = _squeeze(text)
+    position = 0
+    for message in example.messages:
+        content = _squeeze(message["content"])
+        found = squeezed.find(content, position)
+        if found < 0:
+            return True
+        position = found + len(content)
+    return False
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Ids of a text that begins a sequence: with BOS where the model wants one, without an end."""
-    ids = list(tokenizer(text)["input_ids"])
-    if (
-        ids
-        and ids[-1] == tokenizer.eos_token_id
-        and not text.endswith(tokenizer.eos_token)
-    ):
-        ids.pop()
-    return ids
+def _squeeze(text: str) -> str:
+    return "".join(text.split())
 
 
-def _continue(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    return [*tokenizer(text, add_special_tokens=False)["input_ids"], *_end(tokenizer)]
-
-
-def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    if tokenizer.eos_token_id is None:
-        raise DataError(
-            "the tokenizer has no end-of-sequence token, so the model would never learn to stop; "
-            "take another tokenizer with model.tokenizer_name_or_path."
-        )
-    return [tokenizer.eos_token_id]
+def _with_eos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
+    """Ids that end a sequence: with EOS, once."""
+    end_id = eos_id(tokenizer)
+    return ids if ids[-1:] == [end_id] else [*ids, end_id]

@@ -1,0 +1,398 @@
+"""Every row and every token is accounted for, and the model is taught to stop."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerBase
+
+from qlora_kit.data.ledger import END_CUT, TRUNCATED
+from qlora_kit.data.prepare import (
+    NOTHING_LEFT,
+    NOTHING_SUPERVISED,
+    OVERLENGTH,
+    Part,
+    prepare_part,
+    prove_end_of_turn,
+    read_examples,
+)
+from qlora_kit.data.render import IGNORE_INDEX, NOTE_REWRITTEN, render, render_prompt
+from qlora_kit.data.schema import Conversation, PlainText
+from qlora_kit.errors import DataError
+from qlora_kit.recipe import DataSpec, SourceSpec
+
+from .formats import CHATML, FORMATS, NO_END, R1, build, tokenizer_of
+
+SPELLED = "a message spells the special token <|im_end|>"
+
+
+def talk(question: str, answer: str = "fine") -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "user", "content": question},
+            {"role": "assistant", "content": answer},
+        ]
+    }
+
+
+def write(folder: Path, rows: Iterable[dict[str, Any]], name: str = "rows.jsonl") -> SourceSpec:
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return SourceSpec(path=str(path))
+
+
+def spec_of(source: SourceSpec, **values: Any) -> DataSpec:
+    return DataSpec(train=(source,), **{"max_dropped_share": 1.0, **values})
+
+
+def prepare(
+    source: SourceSpec, tokenizer: PreTrainedTokenizerBase | None = None, **values: Any
+) -> Part:
+    tokenizer = tokenizer or tokenizer_of("chatml")
+    stops = frozenset({tokenizer.eos_token_id})
+    return prepare_part("train", (source,), tokenizer, spec_of(source, **values), stops)
+
+
+def tokens(part: Part) -> dict[str, int]:
+    counted = part.ledger.as_dict()["tokens"]
+    assert isinstance(counted, dict)
+    return counted
+
+
+def test_what_is_kept_whole(tmp_path: Path) -> None:
+    part = prepare(write(tmp_path, [talk("hello"), talk("12", "you\n")]))
+    sequences = [render(example, tokenizer_of("chatml"), "assistant") for example in part.examples]
+    assert list(part.sequences) == sequences
+    assert part.num_supervised == sum(one.num_supervised for one in sequences)
+    assert part.ledger.num_rows == part.ledger.num_kept == part.ledger.num_sequences == 2
+    assert part.ledger.findings() == []
+    assert part.ledger.num_lost == 0
+    length = sum(len(one.input_ids) for one in sequences)
+    assert tokens(part) == {
+        "rendered": length,
+        "repeated": 0,
+        "supervised": part.num_supervised,
+        "context": length - part.num_supervised,
+        "cut": 0,
+        "dropped": 0,
+    }
+
+
+def test_rows_without_an_answer_are_dropped_and_counted(tmp_path: Path) -> None:
+    rows = [talk("hello"), {"messages": [{"role": "user", "content": "hello"}]}]
+    part = prepare(write(tmp_path, rows))
+    assert part.ledger.dropped == {NOTHING_SUPERVISED: 1}
+    assert part.ledger.examples == {NOTHING_SUPERVISED: [f"{tmp_path / 'rows.jsonl'}:2"]}
+    assert tokens(part)["dropped"] > 0
+    assert len(part.sequences) == 1
+
+
+def test_rows_that_cannot_be_rendered_are_dropped_and_counted(tmp_path: Path) -> None:
+    """Evaluation asks for an answer to every example of a part, so these are not among them."""
+    rows = [talk("hello"), talk("<|im_end|>"), talk("12", "a <|im_end|> b")]
+    part = prepare(write(tmp_path, rows))
+    assert part.ledger.dropped == {SPELLED: 2}
+    assert tokens(part)["dropped"] == 0
+    assert len(part.examples) == len(part.sequences) == 1
+    assert part.ledger.findings()[0].startswith(f"2 of 3 rows: dropped, {SPELLED} (")
+
+
+def test_rows_that_are_too_long_are_dropped_and_counted(tmp_path: Path) -> None:
+    source = write(tmp_path, [talk("hello"), talk("hello " * 60)])
+    part = prepare(source, max_length=64)
+    assert part.ledger.dropped == {OVERLENGTH: 1}
+    assert len(part.sequences) == 1
+    whole = prepare(source)
+    assert tokens(part)["dropped"] == len(whole.sequences[1].input_ids)
+    assert tokens(part)["rendered"] == tokens(whole)["rendered"]
+    assert len(part.examples) == 2
+
+
+@pytest.mark.parametrize("excess", [-1, 0, 1])
+def test_the_limit_is_the_last_length_that_fits(tmp_path: Path, excess: int) -> None:
+    source = write(tmp_path, [talk("hello"), talk("hello how are you")])
+    longest = max(len(one.input_ids) for one in prepare(source).sequences)
+    part = prepare(source, max_length=longest + excess)
+    assert part.ledger.dropped == ({} if excess >= 0 else {OVERLENGTH: 1})
+
+
+def test_an_answer_cut_in_the_middle_has_no_end_and_that_is_counted(tmp_path: Path) -> None:
+    source = write(tmp_path, [talk("hello", "fine " * 20), talk("hello")])
+    (long, short) = prepare(source).sequences
+    max_length = len(long.input_ids) - 5
+    part = prepare(source, max_length=max_length, overlength="truncate")
+    assert part.sequences == (
+        type(long)(long.input_ids[:max_length], long.labels[:max_length], long.origin),
+        short,
+    )
+    assert (part.ledger.truncated, part.ledger.ends_cut, part.ledger.num_lost) == (1, 1, 1)
+    assert tokens(part)["cut"] == 5
+    origin = f"{tmp_path / 'rows.jsonl'}:1"
+    assert part.ledger.examples == {TRUNCATED: [origin], END_CUT: [origin]}
+    assert END_CUT in " ".join(part.ledger.findings())
+
+
+def test_what_is_cut_behind_the_end_of_an_answer_is_no_lost_end(tmp_path: Path) -> None:
+    more = [*talk("hello")["messages"], {"role": "user", "content": "how are you " * 20}]
+    source = write(tmp_path, [{"messages": more}])
+    (sequence,) = prepare(source).sequences
+    end = max(place for place, label in enumerate(sequence.labels) if label != IGNORE_INDEX)
+    for max_length, ends_cut in ((end, 1), (end + 1, 0), (end + 2, 0)):
+        part = prepare(source, max_length=max_length, overlength="truncate")
+        assert (part.ledger.truncated, part.ledger.ends_cut) == (1, ends_cut)
+
+
+def test_a_row_cut_before_its_answer_is_dropped_and_booked_once(tmp_path: Path) -> None:
+    source = write(tmp_path, [talk("hello " * 30), talk("hello")])
+    part = prepare(source, max_length=32, overlength="truncate")
+    assert part.ledger.dropped == {NOTHING_LEFT: 1}
+    assert (part.ledger.truncated, part.ledger.num_lost) == (0, 1)
+    assert tokens(part)["cut"] == 0
+    assert tokens(part)["dropped"] == len(prepare(source).sequences[0].input_ids)
+
+
+def test_an_answer_beyond_the_limit_is_an_error_where_asked(tmp_path: Path) -> None:
+    source = write(tmp_path, [talk("hello"), talk("hello " * 60)])
+    with pytest.raises(DataError) as caught:
+        prepare(source, max_length=64, overlength="error")
+    message = str(caught.value)
+    assert "1 of 2 rows are longer than data.max_length, 64 tokens" in message
+    assert f"{tmp_path / 'rows.jsonl'}:2" in message
+    assert "data.overlength is error" in message
+
+
+def test_that_error_is_about_length_alone(tmp_path: Path) -> None:
+    source = write(tmp_path, [talk("hello"), talk("<|im_end|>")])
+    part = prepare(source, overlength="error")
+    assert part.ledger.dropped == {SPELLED: 1}
+    with pytest.raises(DataError, match=r"more than the 1\.0% allowed") as caught:
+        prepare(source, overlength="error", max_dropped_share=0.01)
+    assert "max_length" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("share", "allowed"), [(0.0, False), (0.24, False), (0.25, True)])
+@pytest.mark.parametrize("overlength", ["drop", "truncate"])
+def test_losses_beyond_the_allowed_share(
+    tmp_path: Path, overlength: str, share: float, allowed: bool
+) -> None:
+    """Dropped or truncated, a row counts; the message says how many, why, and where to look."""
+    rows = [talk("hello"), talk("hello", "how are you " * 9), talk("12"), talk("you")]
+    source, values = write(tmp_path, rows), {"max_length": 40, "overlength": overlength}
+    if allowed:
+        assert prepare(source, **values, max_dropped_share=share).ledger.num_lost == 1
+        return
+    with pytest.raises(DataError) as caught:
+        prepare(source, **values, max_dropped_share=share)
+    message = str(caught.value)
+    assert "data.train: 1 of 4 rows (25.0%) would be dropped or truncated" in message
+    assert f"more than the {share:.1%} allowed" in message
+    assert f"{tmp_path / 'rows.jsonl'}:2" in message
+    assert "raise data.max_length (now 40) or data.max_dropped_share" in message
+
+
+def test_nothing_to_train_on(tmp_path: Path) -> None:
+    """Whatever share may be dropped, all of it may not."""
+    source = write(tmp_path, [{"messages": [{"role": "user", "content": "hello"}]}, talk("</s>")])
+    with pytest.raises(DataError, match="every row was dropped") as caught:
+        prepare(source, tokenizer_of("mistral"))
+    message = str(caught.value)
+    assert f"1 of 2 rows: dropped, {NOTHING_SUPERVISED} ({tmp_path / 'rows.jsonl'}:1)" in message
+    assert "dropped, a message spells the special token </s>" in message
+
+
+def test_a_long_text_is_split_and_loses_nothing(tmp_path: Path) -> None:
+    text = "the quick brown fox 12 " * 20
+    source = write(tmp_path, [{"text": text}, {"text": "hello"}, {"text": " "}])
+    (whole, short) = prepare(source).sequences
+    for max_length in (8, 9, 64, len(whole.input_ids) - 1):
+        part = prepare(source, max_length=max_length, overlength="error")
+        *pieces, last = part.sequences
+        assert last == short
+        assert all(2 <= len(piece.input_ids) <= max_length for piece in pieces)
+        assert all(piece.num_supervised == len(piece.input_ids) - 1 for piece in pieces)
+        ids = [token for piece in pieces for token in piece.input_ids[1:]]
+        assert (whole.input_ids[0], *ids) == whole.input_ids
+        assert part.num_supervised == whole.num_supervised + short.num_supervised
+        assert (part.ledger.split, part.ledger.num_lost) == (1, 1)
+        assert tokens(part)["repeated"] == len(pieces) - 1
+
+
+def test_what_is_known_of_kept_rows_is_counted(tmp_path: Path) -> None:
+    rows = [{"messages": talk("hello")["messages"] * 2}, talk("hello")]
+    part = prepare(write(tmp_path, rows), tokenizer_of("qwen3"))
+    assert part.ledger.noted == {NOTE_REWRITTEN: 1}
+    assert part.ledger.num_lost == 0
+    assert NOTE_REWRITTEN in part.ledger.examples
+
+
+WORDS = st.lists(st.sampled_from(["hello", "fine", "12", "é🙂", "<|im_end|>", "\n"]), max_size=12)
+ANY_ROW = st.one_of(
+    st.builds(lambda a, b: talk(" ".join(a), " ".join(b)), WORDS, WORDS),
+    st.builds(lambda a: {"messages": [{"role": "user", "content": " ".join(a)}]}, WORDS),
+)
+ANY_TEXT = st.builds(lambda words: {"text": " ".join(words)}, WORDS)
+
+
+@settings(
+    max_examples=60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    rows=st.lists(ANY_ROW, min_size=1, max_size=6) | st.lists(ANY_TEXT, min_size=1, max_size=6),
+    max_length=st.integers(8, 60),
+    overlength=st.sampled_from(["drop", "truncate"]),
+    loss_on=st.sampled_from(["assistant", "all"]),
+)
+def test_the_books_balance(
+    tmp_path: Path, rows: list[dict[str, Any]], max_length: int, overlength: str, loss_on: str
+) -> None:
+    source = write(tmp_path, rows)
+    try:
+        part = prepare(source, max_length=max_length, overlength=overlength, loss_on=loss_on)
+    except DataError as error:
+        assert "every row was dropped" in str(error)
+        return
+    ledger = part.ledger
+    assert ledger.num_rows == len(rows) == ledger.num_kept + sum(ledger.dropped.values())
+    assert ledger.num_sequences == len(part.sequences)
+    assert all(len(one.input_ids) <= max_length for one in part.sequences)
+    assert all(one.num_supervised for one in part.sequences)
+    assert ledger.supervised_tokens == part.num_supervised
+    assert ledger.supervised_tokens + ledger.context_tokens == sum(
+        len(one.input_ids) for one in part.sequences
+    )
+    rendered = [render(example, tokenizer_of("chatml"), loss_on) for example in part.examples]
+    assert ledger.rendered_tokens == sum(len(one.input_ids) for one in rendered)
+
+
+def test_several_sources_keep_their_order(tmp_path: Path) -> None:
+    sources = (
+        write(tmp_path, [talk("hello"), talk("12")], "b.jsonl"),
+        write(tmp_path, [{"text": "one"}], "a.jsonl"),
+        SourceSpec(path="demo/commands", split="test", max_rows=2),
+    )
+    origins = [example.origin for example in read_examples(sources)]
+    b, a = tmp_path / "b.jsonl", tmp_path / "a.jsonl"
+    assert origins == [f"{b}:1", f"{b}:2", f"{a}:1", "demo/commands:1", "demo/commands:2"]
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_end_of_a_turn_is_proved(name: str, loss_on: str) -> None:
+    tokenizer = tokenizer_of(name)
+    end = tokenizer.convert_tokens_to_ids(FORMATS[name].end)
+    assert prove_end_of_turn(tokenizer, frozenset({end, 7}), loss_on) == end
+    with pytest.raises(DataError, match="the tuned model would not stop") as caught:
+        prove_end_of_turn(tokenizer, frozenset({end + 1}), loss_on)
+    assert f"ends a turn with {FORMATS[name].end}" in str(caught.value)
+    with pytest.raises(DataError, match="generation stops only at nothing"):
+        prove_end_of_turn(tokenizer, frozenset(), loss_on)
+
+
+def test_a_template_that_never_ends_a_turn_stops_the_run(tmp_path: Path) -> None:
+    source = write(tmp_path, [talk("hello")])
+    for loss_on in ("assistant", "all"):
+        with pytest.raises(DataError, match="would never learn to stop"):
+            prepare(source, build(template=NO_END), loss_on=loss_on)
+    with pytest.raises(DataError, match="the tuned model would not stop"):
+        prepare(source, build(template=CHATML.replace("<|im_end|>", "<|endoftext|>")))
+
+
+def test_a_prompt_unlike_any_answer_stops_the_run_unless_all_is_trained(tmp_path: Path) -> None:
+    source = write(tmp_path, [talk("hello")])
+    with pytest.raises(DataError, match="does not begin an answer with the words that ask for it"):
+        prepare(source, build(template=R1))
+    assert prepare(source, build(template=R1), loss_on="all").num_supervised
+
+
+def test_rows_without_a_template_need_no_end_of_turn(tmp_path: Path) -> None:
+    source = write(tmp_path, [{"prompt": "hello", "completion": " fine"}])
+    assert prepare(source, build(template=None)).num_supervised
+    with pytest.raises(DataError, match="the tokenizer has no chat template"):
+        prepare(write(tmp_path, [talk("hello")]), build(template=None))
+
+
+def test_an_empty_part() -> None:
+    assert Part.empty().num_supervised == 0
+    Part.empty().ledger.check_balance()
+
+
+SETS = {
+    "snips/intent_train.jsonl": 4000,
+    "snips/intent_valid.jsonl": 700,
+    "snips/slots_train.jsonl": 4000,
+    "snips/slots_valid.jsonl": 700,
+    "zh/alpaca_zh_demo.json": 1000,
+}
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_real_conversations(shared_data: Path, name: str) -> None:
+    """Every row is read; of the first of them, every answer is supervised as it stands."""
+    source = SourceSpec(path=str(shared_data / name))
+    assert len(read_examples((source,))) == SETS[name]
+    tokenizer = tokenizer_of("chatml")
+    part = prepare(SourceSpec(path=source.path, max_rows=150), max_length=8192)
+    assert part.ledger.num_kept == 150
+    for example, sequence in zip(part.examples, part.sequences, strict=True):
+        assert isinstance(example, Conversation)
+        supervised = [label for label in sequence.labels if label != IGNORE_INDEX]
+        assert tokenizer.decode(supervised) == example.messages[-1]["content"] + "<|im_end|>"
+        prompt = render_prompt(example, tokenizer)
+        assert prompt is not None
+        assert sequence.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+        assert prompt.reference == example.messages[-1]["content"].strip()
+
+
+def test_real_instructions(shared_data: Path, tmp_path: Path) -> None:
+    """Nested instances are not read; one row for each is."""
+    name = shared_data / "self-instruct" / "seed_tasks.jsonl"
+    with pytest.raises(DataError, match="If the objects in 'instances' are the rows"):
+        read_examples((SourceSpec(path=str(name)),))
+    tasks = [json.loads(line) for line in name.read_text().splitlines()]
+    rows = [
+        {"instruction": task["instruction"], **instance}
+        for task in tasks
+        for instance in task["instances"]
+    ]
+    part = prepare(write(tmp_path, rows), max_length=8192)
+    assert part.ledger.num_rows == part.ledger.num_kept == len(rows) >= len(tasks)
+
+
+def test_real_text(shared_data: Path, tmp_path: Path) -> None:
+    for path in sorted((shared_data / "wikitext-2").glob("*.txt")):
+        assert read_examples((SourceSpec(path=str(path)),)) == (
+            PlainText(path.read_text(), f"{path}:1"),
+        )
+    text = path.read_text()[:50_000]
+    (tmp_path / "some.txt").write_text(text)
+    part = prepare(SourceSpec(path=str(tmp_path / "some.txt")), max_length=1024)
+    assert part.ledger.split == 1
+    assert part.ledger.num_sequences > 20
+    ids = [part.sequences[0].input_ids[0]]
+    ids += [token for one in part.sequences for token in one.input_ids[1:]]
+    assert tokenizer_of("chatml").decode(ids) == text + "<|im_end|>"
+    assert part.num_supervised == len(ids) - 1
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fastchat/dummy_conversation.json", "ShareGPT conversations are not read"),
+        ("preference/dpo_en_demo.json", "is a preference"),
+        ("banking77/train.csv", "has the ending .csv"),
+        ("bfcl/BFCL_v4_parallel.json", "has the keys function, id, question, which fit no known"),
+        ("self-instruct", "is a folder"),
+    ],
+)
+def test_what_is_not_read_yet_is_said_clearly(shared_data: Path, name: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        read_examples((SourceSpec(path=str(shared_data / name)),))
