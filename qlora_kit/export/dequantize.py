@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM
-from transformers.core_model_loading import revert_weight_conversion
 
 from qlora_kit.data.render import TokenSequence
 from qlora_kit.environment import Hardware
@@ -20,15 +19,13 @@ from qlora_kit.errors import ModelError
 from qlora_kit.evaluate.divergence import Divergence, compare_to_recorded, record_logprobs
 from qlora_kit.export.checkpoint import Checkpoint
 from qlora_kit.export.dense import (
-    DenseTensor,
     is_stored_quantized,
     iterate_dense,
     loaded_dtype,
     stored_dtype,
 )
-from qlora_kit.export.in_memory import iterate_loaded
 from qlora_kit.export.merge import MAX_SHARD_BYTES, require_absent, round_to
-from qlora_kit.export.names import NameMap, map_names, module_of
+from qlora_kit.export.names import NameMap, map_names
 from qlora_kit.export.plan import DtypeName
 from qlora_kit.export.reload import load_plain, measuring_dtype
 from qlora_kit.export.shards import ShardWriter, require_room
@@ -99,20 +96,16 @@ def dequantize_checkpoint(
     skeleton = build_skeleton(load_config(folder, trust_remote_code), trust_remote_code)
     num_bits = _require_bitsandbytes(folder, skeleton)
     with Checkpoint(folder, allow_pickle) as checkpoint, draft_beside(out) as draft:
-        quantized = {
-            module_of(name) for name in checkpoint.names() if is_stored_quantized(checkpoint, name)
-        }
-        names = map_names(skeleton, checkpoint.names(), quantized)
+        names = _map_names(checkpoint, skeleton)
+        num_modules = sum(is_stored_quantized(checkpoint, name) for name in names.parameters)
         rounded = stored_dtype(checkpoint, names) if dtype == "auto" else getattr(torch, dtype)
         require_room(out, _num_bytes(skeleton, rounded))
         dense = draft / "dense"
         dense.mkdir()
         writer = ShardWriter(dense, max_shard_bytes)
-        num_tensors = len(names.parameters) + len(names.passed) + len(names.fused)
+        num_tensors = len(names.parameters) + len(names.passed)
         with reporter.progress("dequantizing", num_tensors) as progress:
-            for name, value in _tensors(
-                checkpoint, names, skeleton, rounded, hardware, trust_remote_code
-            ):
+            for name, value in _tensors(checkpoint, names, skeleton, rounded):
                 writer.add(name, value)
                 progress.update()
         writer.close()
@@ -129,7 +122,7 @@ def dequantize_checkpoint(
         folder=out,
         num_bits=num_bits,
         dtype=str(rounded).removeprefix("torch."),
-        num_modules=len(quantized),
+        num_modules=num_modules,
         num_bytes=writer.num_bytes,
         divergence=divergence,
         faults=faults,
@@ -154,32 +147,29 @@ def _require_bitsandbytes(folder: Path, skeleton: Skeleton) -> int:
     return 8 if settings.get("load_in_8bit") or settings.get("_load_in_8bit") else 4
 
 
+def _map_names(checkpoint: Checkpoint, skeleton: Skeleton) -> NameMap:
+    names = map_names(skeleton, checkpoint.names(), ())
+    packed = [name for name in names.passed if is_stored_quantized(checkpoint, name)]
+    if packed:
+        raise ModelError(
+            f"{checkpoint.folder}: {packed[0]} is stored quantized, and fused with others when it "
+            "is loaded; it was saved by another version of transformers and cannot be read."
+        )
+    return names
+
+
 def _tensors(
-    checkpoint: Checkpoint,
-    names: NameMap,
-    skeleton: Skeleton,
-    dtype: torch.dtype,
-    hardware: Hardware,
-    trust_remote_code: bool,
+    checkpoint: Checkpoint, names: NameMap, skeleton: Skeleton, dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Names as in the checkpoint, values rounded once."""
     ties = resolve_ties(skeleton, checkpoint, names, None)
-    if not names.fused:
-        for dense in iterate_dense(checkpoint, names, skeleton, None):
-            if dense.parameter not in ties.duplicates:
-                yield dense.name, _round(dense, skeleton, dtype)
-        return
-    model = _load_quantized(checkpoint.folder, hardware, trust_remote_code)
-    collected = {
-        dense.name: _round(dense, skeleton, dtype) for dense in iterate_loaded(model, skeleton)
-    }
-    yield from revert_weight_conversion(skeleton.model, collected).items()
-
-
-def _round(dense: DenseTensor, skeleton: Skeleton, dtype: torch.dtype) -> torch.Tensor:
-    if dense.parameter is not None:
-        dtype = loaded_dtype(skeleton, dense.parameter, dtype)
-    return round_to(dense.value, dtype, dense.name)
+    for dense in iterate_dense(checkpoint, names, skeleton, None):
+        if dense.parameter in ties.duplicates:
+            continue
+        kept = dtype
+        if dense.parameter is not None:
+            kept = loaded_dtype(skeleton, dense.parameter, dtype)
+        yield dense.name, round_to(dense.value, kept, dense.name)
 
 
 def _num_bytes(skeleton: Skeleton, dtype: torch.dtype) -> int:

@@ -1,0 +1,82 @@
+"""Which merge is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlora_kit.evaluate.divergence import Divergence
+from qlora_kit.export.choose import Candidate, choose_base, show_candidates
+from qlora_kit.export.merge import MergeResult, Survival
+from qlora_kit.export.trained import BaseKind
+from qlora_kit.report.reporter import Reporter
+
+
+def candidate(base: BaseKind, kl: float, loss: float, faults: tuple[str, ...] = ()) -> Candidate:
+    divergence = Divergence(
+        kl_mean=kl,
+        kl_max=kl,
+        top1_agreement=0.99,
+        max_abs_delta_logp=0.1,
+        reference_loss=1.0,
+        candidate_loss=loss,
+        reference_perplexity=2.7,
+        candidate_perplexity=2.8,
+        num_tokens=10,
+    )
+    result = MergeResult(
+        folder=Path("merged"),
+        base=base,
+        dtype="bfloat16",
+        survival=Survival(0.5, 0.9, "q_proj"),
+        tied=True,
+        num_modules=2,
+        num_bytes=100,
+        seconds=1.234,
+    )
+    return Candidate(result, divergence, faults, max_kl=1e-3)
+
+
+def test_within_the_budget_the_lower_loss_wins() -> None:
+    near, good = candidate("dequantized", 1e-6, 1.0), candidate("original", 9e-4, 0.9)
+    assert choose_base([near, good]) is good
+    assert choose_base([good, near]) is good
+
+
+def test_a_lower_loss_outside_the_budget_does_not() -> None:
+    near, far = candidate("dequantized", 1e-6, 1.0), candidate("original", 0.2, 0.5)
+    assert choose_base([near, far]) is near
+    assert near.passed
+    assert not far.passed
+
+
+def test_with_none_inside_the_nearest_is_kept_and_fails() -> None:
+    one, other = candidate("dequantized", 0.01, 1.0), candidate("original", 0.2, 0.5)
+    assert choose_base([other, one]) is one
+    assert not choose_base([other, one]).passed
+
+
+def test_what_does_not_come_back_never_passes() -> None:
+    broken = candidate("dequantized", 0.0, 1.0, faults=("the chat template is another one",))
+    assert not broken.passed
+    sound = candidate("original", 9e-4, 1.1)
+    assert choose_base([broken, sound]) is sound
+
+
+class Table(Reporter):
+    def __init__(self) -> None:
+        self.rows: list[Sequence[str]] = []
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        assert all(len(row) == len(columns) for row in rows)
+        self.rows += rows
+
+
+def test_both_lines_of_figures_are_shown() -> None:
+    table = Table()
+    both = [candidate("dequantized", 1e-6, 1.0), candidate("original", 0.2, 0.5)]
+    show_candidates(both, both[0], 1e-3, table)
+    assert len(table.rows) == 3
+    assert "kept" in table.rows[1][0]
+    assert "over budget" in table.rows[2][2]
+    assert both[1].as_dict()["survival"] == {"min": 0.5, "median": 0.9, "worst": "q_proj"}

@@ -1,0 +1,308 @@
+"""From an adapter to a certified folder: in memory, from a run, from an adapter alone."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from qlora_kit.checkpoint.run_directory import RunDirectory
+from qlora_kit.data.prepare import Part, prepare_part
+from qlora_kit.environment import probe_hardware
+from qlora_kit.errors import AdapterError, DataError, HardwareError, RunError
+from qlora_kit.export import merge_run
+from qlora_kit.export.merge_run import merge_after_training, merge_reopened
+from qlora_kit.export.reopen import reopen_adapter
+from qlora_kit.model.manifest import MANIFEST_FILE, file_sha256
+from qlora_kit.recipe import LoraSpec, MergeSpec, Recipe, load_recipe, save_recipe
+from qlora_kit.report.reporter import Reporter
+
+from .tiny_runs import CONFIGS, Tuned, save_model, tune
+
+SCRIPT = Path(__file__).parents[3] / "scripts" / "merge_adapter.py"
+
+
+class Heard(Reporter):
+    def __init__(self) -> None:
+        self.tables: list[Sequence[Sequence[str]]] = []
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        self.tables.append(rows)
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """A run as training leaves it."""
+
+    run: RunDirectory
+    recipe: Recipe
+    tuned: Tuned
+    held_out: Part
+
+    def merge(self, reporter: Reporter | None = None) -> dict[str, Any] | None:
+        return merge_after_training(
+            self.tuned.model,
+            self.tuned.base,
+            self.held_out,
+            self.recipe,
+            self.run,
+            probe_hardware(),
+            reporter or Reporter(),
+        )
+
+
+def make_run(folder: Path, lora: LoraSpec | None = None, **merge_options: Any) -> TinyRun:
+    save_model(folder / "base", CONFIGS["llama-tied"]())
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"w{i} w{i + 3}"},
+                {"role": "assistant", "content": f"w{2 * i} w{i + 9} w7"},
+            ]
+        }
+        for i in range(6)
+    ]
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "recipe.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "model": {"name_or_path": str(folder / "base")},
+                "data": {
+                    "train": [{"path": str(folder / "more.jsonl")}],
+                    "eval": [{"path": str(folder / "rows.jsonl")}],
+                },
+                "export": {"merge": True, "merge_options": merge_options},
+                "run_dir": str(folder / "run"),
+            }
+        )
+    )
+    recipe = load_recipe(folder / "recipe.yaml")
+    run = RunDirectory(folder / "run")
+    run.folder.mkdir()
+    save_recipe(recipe, run.recipe)
+    tuned = tune(folder / "base", run.adapter, lora)
+    held_out = prepare_part(
+        "eval", recipe.data.eval, tuned.base.tokenizer, recipe.data, tuned.base.stop_ids
+    )
+    return TinyRun(run, recipe, tuned, held_out)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyRun, dict[str, Any], Heard]:
+    tiny = make_run(tmp_path_factory.mktemp("finished"))
+    heard = Heard()
+    certificate = tiny.merge(heard)
+    assert certificate is not None
+    return tiny, certificate, heard
+
+
+Finished = tuple[TinyRun, dict[str, Any], Heard]
+
+
+def test_the_certificate_says_what_was_measured(finished: Finished) -> None:
+    tiny, certificate, heard = finished
+    assert certificate["passed"]
+    assert certificate["base"] == "dequantized", "the other one is over the budget"
+    assert certificate["divergence"]["kl_mean"] < 1e-8
+    assert certificate["divergence"]["top1_agreement"] == 1.0
+    assert certificate["divergence"]["num_tokens"] == 6 * 4
+    assert certificate["survival"]["min"] > 0.999
+    assert certificate["reload_faults"] == []
+    assert [one["base"] for one in certificate["candidates"]] == ["dequantized", "original"]
+    assert not certificate["candidates"][1]["passed"]
+    assert certificate["trained_on"]["quantization"]["quant_type"] == "nf4"
+    adapter = tiny.run.adapter / "adapter_model.safetensors"
+    assert certificate["adapter_sha256"] == file_sha256(adapter)
+    stored = json.loads((tiny.run.merged / "certificate.json").read_text())
+    assert stored == certificate
+    (rows,) = heard.tables
+    assert len(rows) == 3
+
+
+def test_every_file_has_its_hash(finished: Finished) -> None:
+    tiny, certificate, _ = finished
+    found = {path.name for path in tiny.run.merged.iterdir()} - {"certificate.json"}
+    assert set(certificate["files"]) == found
+    for name, digest in certificate["files"].items():
+        assert file_sha256(tiny.run.merged / name) == digest
+
+
+def test_the_loser_and_the_scratch_are_gone(finished: Finished) -> None:
+    tiny, _, _ = finished
+    assert sorted(path.name for path in tiny.run.folder.iterdir()) == [
+        "adapter",
+        "merged",
+        "recipe.yaml",
+    ]
+
+
+def test_the_card_has_front_matter_figures_and_code_that_runs(
+    finished: Finished, tmp_path: Path
+) -> None:
+    tiny, certificate, _ = finished
+    text = (tiny.run.merged / "README.md").read_text()
+    front = yaml.safe_load(text.split("---")[1])
+    assert front["base_model"] == "base", "no path of this machine"
+    assert front["library_name"] == "transformers"
+    assert str(tiny.run.folder) not in text
+    assert f"{certificate['divergence']['kl_mean']:.3g}" in text
+    code = text.split("```python\n")[1].split("```")[0]
+    script = tmp_path / "card.py"
+    script.write_text(code.replace("path/to/this/folder", str(tiny.run.merged)))
+    values = runpy.run_path(str(script))
+    assert values["model"].get_input_embeddings().weight is (
+        values["model"].get_output_embeddings().weight
+    )
+
+
+def test_a_run_is_merged_again_from_the_disk(finished: Finished, tmp_path: Path) -> None:
+    tiny, certificate, _ = finished
+    reopened = reopen_adapter(tiny.run.folder, probe_hardware())
+    again = merge_reopened(reopened, tmp_path / "again", MergeSpec(), probe_hardware())
+    assert again["divergence"] == certificate["divergence"]
+    assert again["recipe_sha256"] == certificate["recipe_sha256"]
+    weights = "model.safetensors"
+    assert again["files"][weights] == certificate["files"][weights]
+
+
+def test_an_adapter_alone_needs_rows(finished: Finished, tmp_path: Path) -> None:
+    tiny, certificate, _ = finished
+    alone = tmp_path / "alone"
+    shutil.copytree(tiny.run.adapter, alone)
+    hardware = probe_hardware()
+    with pytest.raises(DataError, match="--data"):
+        reopen_adapter(alone, hardware)
+    rows = tiny.run.folder.parent / "rows.jsonl"
+    reopened = reopen_adapter(alone, hardware, data=rows)
+    again = merge_reopened(reopened, tmp_path / "out", MergeSpec(base="dequantized"), hardware)
+    assert again["divergence"] == certificate["divergence"]
+    assert len(again["candidates"]) == 1
+
+
+def test_an_adapter_without_a_manifest_needs_force(finished: Finished, tmp_path: Path) -> None:
+    tiny, _, _ = finished
+    alone = tmp_path / "alone"
+    shutil.copytree(tiny.run.adapter, alone)
+    (alone / MANIFEST_FILE).unlink()
+    rows = tiny.run.folder.parent / "rows.jsonl"
+    with pytest.raises(AdapterError, match="nobody knows which base"):
+        reopen_adapter(alone, probe_hardware(), data=rows)
+
+
+def test_new_tokens_come_back_from_the_disk(tmp_path: Path) -> None:
+    tiny = make_run(tmp_path, LoraSpec(r=4, new_tokens=("<a>", "<b>")))
+    certificate = tiny.merge()
+    reopened = reopen_adapter(tiny.run.folder, probe_hardware())
+    again = merge_reopened(reopened, tmp_path / "again", MergeSpec(), probe_hardware())
+    assert certificate is not None
+    assert again["passed"]
+    assert again["files"]["model.safetensors"] == certificate["files"]["model.safetensors"]
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "again")) == 130
+
+
+def test_a_recipe_that_does_not_ask_is_not_merged(tmp_path: Path) -> None:
+    tiny = make_run(tmp_path)
+    recipe = tiny.recipe.model_copy(update={"export": type(tiny.recipe.export)()})
+    assert (
+        merge_after_training(
+            tiny.tuned.model, tiny.tuned.base, tiny.held_out, recipe, tiny.run, probe_hardware()
+        )
+        is None
+    )
+    assert not tiny.run.merged.exists()
+
+
+def test_a_miss_is_certified_as_a_miss(tmp_path: Path) -> None:
+    tiny = make_run(tmp_path, base="original")
+    certificate = tiny.merge()
+    assert certificate is not None
+    assert not certificate["passed"]
+    assert (tiny.run.merged / "certificate.json").is_file()
+    assert "**not within**" in (tiny.run.merged / "README.md").read_text()
+    with pytest.raises(RunError, match="exists already"):
+        tiny.merge()
+
+
+def test_without_held_out_rows_there_is_no_certificate(tmp_path: Path) -> None:
+    tiny = make_run(tmp_path)
+    with pytest.raises(DataError, match="there are none"):
+        merge_after_training(
+            tiny.tuned.model,
+            tiny.tuned.base,
+            Part.empty(),
+            tiny.recipe,
+            tiny.run,
+            probe_hardware(),
+        )
+    assert not tiny.run.merged.exists()
+
+
+def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny = make_run(tmp_path)
+    before = sorted(path.name for path in tiny.run.folder.iterdir())
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    for name in ("measure", "certify"):
+        with monkeypatch.context() as patch:
+            patch.setattr(merge_run, name, fail)
+            with pytest.raises(KeyboardInterrupt):
+                tiny.merge()
+        assert sorted(path.name for path in tiny.run.folder.iterdir()) == before
+
+    def no_room(*_: Any) -> None:
+        raise HardwareError("no room")
+
+    monkeypatch.setattr(merge_run, "require_room", no_room)
+    with pytest.raises(HardwareError):
+        tiny.merge()
+    assert sorted(path.name for path in tiny.run.folder.iterdir()) == before
+
+
+@pytest.fixture
+def run_script(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str]]:
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            runpy.run_path(str(SCRIPT), run_name="__main__")
+        captured = capsys.readouterr()
+        return int(exit_info.value.code or 0), captured.out + captured.err
+
+    return run
+
+
+def test_the_script(
+    finished: Finished, tmp_path: Path, run_script: Callable[..., tuple[int, str]]
+) -> None:
+    tiny, _, _ = finished
+    code, shown = run_script("--adapter", tiny.run.folder, "--out", tmp_path / "out")
+    assert code == 0
+    assert "is within the budget of KL 0.001" in shown
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    code, shown = run_script("--adapter", tiny.run.folder, "--out", tmp_path / "out")
+    assert code == 1
+    assert "exists already" in shown
+    code, shown = run_script(
+        "--adapter", tiny.run.folder, "--out", tmp_path / "far", "--base", "original"
+    )
+    assert code == 1
+    assert "is not within the budget" in shown
+    code, shown = run_script("--adapter", tiny.run.folder, "--out", tmp_path / "x", "--max-kl", "0")
+    assert code == 2
+    assert "must be greater than 0" in shown
