@@ -6,7 +6,7 @@
 The task needs no download, and every answer can be verified. How it is built:
 
 1. An action is a list of slots; a slot maps each canonical value to the ways people say it
-   ("19:45" to "quarter to eight in the evening" or "7 45 pm"). The text is lower case and
+   ("7:30 pm" to "half past seven in the evening" or "7 30 pm"). The text is lower case and
    without punctuation, as a speech recogniser writes it.
 2. A combination is one canonical value for each slot of an action. The answer is that
    combination as JSON and nothing else, so it can be read back into the slots.
@@ -15,8 +15,8 @@ The task needs no download, and every answer can be verified. How it is built:
    never seen in its room, its errand never on its day. Each single value does occur in
    training: the task is to put known parts together, not to guess unknown ones. No test
    answer is a training answer, so a model that looks up what it has seen scores 0.
-4. Rows are drawn evenly over the actions; all texts are distinct, and so are all
-   combinations within `test`.
+4. Rows are spread evenly over the actions, and nearly evenly over the values of each slot;
+   all texts are distinct, and so are all combinations within `test`.
 
 Only `Random.random()` is used: Python promises its sequence from version to version.
 """
@@ -24,6 +24,7 @@ Only `Random.random()` is used: Python promises its sequence from version to ver
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -37,58 +38,35 @@ Value = str | int
 Phrases = Mapping[Value, tuple[str, ...]]
 """The ways to say each canonical value of one slot."""
 
-NUM_ROWS = {"train": 1800, "test": 96}
+SYSTEM_MESSAGE = "Answer in JSON."
+"""Short, and given: SmolLM2's template would otherwise insert its own, twelve tokens longer."""
+
+NUM_ROWS = {"train": 576, "test": 96}
+NUM_DRAWN = 8
+"""Combinations drawn for each row; the one that holds the rarest value so far is kept."""
+
 TEST_SHARE = 0.2
 """Share of the split pairs that belong to `test`."""
 
-ONES = [
-    "zero",
-    "one",
-    "two",
-    "three",
-    "four",
-    "five",
-    "six",
-    "seven",
-    "eight",
-    "nine",
-    "ten",
-    "eleven",
-    "twelve",
-]
-TEENS = [
-    "thirteen",
-    "fourteen",
-    "fifteen",
-    "sixteen",
-    "seventeen",
-    "eighteen",
-    "nineteen",
-]
+ONES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+TEEN_STEMS = ["thir", "four", "fif", "six", "seven", "eigh", "nine"]
+TEENS = ["ten", "eleven", "twelve", *(f"{stem}teen" for stem in TEEN_STEMS)]
 TENS = ["twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety"]
 
 
 def spell(number: int) -> str:
     """An integer from 0 to 99 in English words."""
-    small = ONES + TEENS
-    if number < len(small):
-        return small[number]
+    if number < 20:
+        return (ONES + TEENS)[number]
     tens, ones = divmod(number, 10)
     return TENS[tens - 2] + (f" {ONES[ones]}" if ones else "")
 
 
-def say_time(hour: int, minute: int) -> tuple[str, ...]:
-    """The ways to say a time of day on a quarter hour, by the twelve-hour clock."""
-    half_of_day = "am" if hour < 12 else "pm"
-    part_of_day = "morning" if hour < 12 else "afternoon" if hour < 18 else "evening"
-    this_hour, next_hour = ONES[(hour - 1) % 12 + 1], ONES[hour % 12 + 1]
-    words = {
-        0: f"{this_hour} o'clock",
-        15: f"quarter past {this_hour}",
-        30: f"half past {this_hour}",
-        45: f"quarter to {next_hour}",
-    }[minute]
-    digits = f"{(hour - 1) % 12 + 1}" + (f" {minute}" if minute else "")
+def say_time(hour: int, minute: int, half_of_day: str) -> tuple[str, ...]:
+    """The ways to say a time of the twelve-hour clock, at the hour or half past it."""
+    words = f"half past {spell(hour)}" if minute else f"{spell(hour)} o'clock"
+    part_of_day = "morning" if half_of_day == "am" else "afternoon" if hour < 6 else "evening"
+    digits = f"{hour} {minute}" if minute else f"{hour}"
     return f"{words} in the {part_of_day}", f"{digits} {half_of_day}"
 
 
@@ -119,37 +97,25 @@ SWITCHABLE: Phrases = {
     "outlet": ("outlet", "socket"),
     "alarm": ("alarm", "siren"),
 }
-PERCENT: Phrases = {
-    n: (f"{n} percent", f"{spell(n)} percent") for n in range(5, 100, 5)
-}
+PERCENT: Phrases = {n: (f"{n} percent", f"{spell(n)} percent") for n in range(5, 100, 5)}
 STATES: Phrases = {"on": ("on",), "off": ("off",)}
 DEGREES: Phrases = {n: (f"{n} degrees", f"{spell(n)} degrees") for n in range(15, 27)}
 MINUTES: Phrases = {
-    **{
-        n: (f"{n} minutes", f"{spell(n)} minutes")
-        for n in (5, 8, 10, 12, 20, 25, 40, 50)
-    },
+    **{n: (f"{n} minutes", f"{spell(n)} minutes") for n in (5, 8, 10, 12, 20, 25, 40, 45, 50)},
     15: ("15 minutes", "a quarter of an hour"),
     30: ("30 minutes", "half an hour"),
-    45: ("45 minutes", "three quarters of an hour"),
-    60: ("60 minutes", "an hour", "one hour"),
-    90: ("90 minutes", "an hour and a half"),
-    120: ("120 minutes", "two hours"),
 }
 CHORES: Phrases = {
-    chore: (chore,)
-    for chore in [
-        "pasta",
-        "eggs",
-        "tea",
-        "laundry",
-        "pizza",
-        "bread",
-        "rice",
-        "homework",
-        "workout",
-        "nap",
-    ]
+    "pasta": ("pasta",),
+    "eggs": ("eggs",),
+    "tea": ("tea",),
+    "laundry": ("laundry",),
+    "pizza": ("pizza",),
+    "bread": ("bread",),
+    "rice": ("rice",),
+    "homework": ("homework",),
+    "workout": ("workout",),
+    "nap": ("nap",),
 }
 ERRANDS: Phrases = {
     "call mum": ("call mum", "ring my mother", "phone mum"),
@@ -173,9 +139,10 @@ DAYS: Phrases = {
     "tomorrow": ("tomorrow",),
 }
 TIMES: Phrases = {
-    f"{hour:02}:{minute:02}": say_time(hour, minute)
-    for hour in range(7, 22)
-    for minute in (0, 15, 30, 45)
+    f"{hour}:{minute:02} {half_of_day}": say_time(hour, minute, half_of_day)
+    for half_of_day, hours in (("am", range(6, 12)), ("pm", range(1, 11)))
+    for hour in hours
+    for minute in (0, 30)
 }
 MUSIC: Phrases = {
     style: (style, f"some {style}", f"{style} music")
@@ -287,9 +254,7 @@ class Example:
 
     @property
     def answer(self) -> str:
-        return json.dumps(
-            {"action": self.action, **dict(self.slots)}, separators=(",", ":")
-        )
+        return json.dumps({"action": self.action, **dict(self.slots)}, separators=(",", ":"))
 
 
 def demo_rows(name: str, split: str) -> list[dict[str, list[dict[str, str]]]]:
@@ -299,15 +264,14 @@ def demo_rows(name: str, split: str) -> list[dict[str, list[dict[str, str]]]]:
         DataError: there is no such data set or split.
     """
     if name != "commands":
-        raise DataError(
-            f"there is no built-in data set demo/{name}; known: demo/commands."
-        )
+        raise DataError(f"there is no built-in data set demo/{name}; known: demo/commands.")
     if split not in NUM_ROWS:
         known = ", ".join(NUM_ROWS)
         raise DataError(f"demo/{name} has no split {split!r}; known: {known}.")
     return [
         {
             "messages": [
+                {"role": "system", "content": SYSTEM_MESSAGE},
                 {"role": "user", "content": example.text},
                 {"role": "assistant", "content": example.answer},
             ]
@@ -320,15 +284,19 @@ def command_examples(split: str) -> list[Example]:
     """The examples behind the rows of `demo/commands`, in the same order."""
     rng = Random(f"demo/commands/{split}")
     pools = [combinations(action, split) for action in ACTIONS]
-    seen: set[object] = set()
+    seen: set[str] = set()
+    used: Counter[tuple[int, tuple[str, Value]]] = Counter()
     examples: list[Example] = []
     while len(examples) < NUM_ROWS[split]:
         turn = len(examples) % len(ACTIONS)
-        example = _phrase(ACTIONS[turn], _pick(pools[turn], rng), rng)
+        drawn = [_pick(pools[turn], rng) for _ in range(NUM_DRAWN)]
+        slots = min(drawn, key=lambda slots: min(used[turn, item] for item in slots.items()))
+        example = _phrase(ACTIONS[turn], slots, rng)
         identity = example.answer if split == "test" else example.text
         if identity not in seen:
             seen.add(identity)
             examples.append(example)
+            used.update((turn, item) for item in slots.items())
     return _shuffled(examples, rng)
 
 
@@ -339,8 +307,7 @@ def combinations(action: Action, split: str) -> list[dict[str, Value]]:
     pairs = _shuffled(pairs, Random(f"demo/commands/{action.name}"))
     test_pairs = set(pairs[: round(TEST_SHARE * len(pairs))])
     everything = (
-        dict(zip(action.slots, values, strict=True))
-        for values in product(*action.slots.values())
+        dict(zip(action.slots, values, strict=True)) for values in product(*action.slots.values())
     )
     return [
         slots
@@ -350,9 +317,7 @@ def combinations(action: Action, split: str) -> list[dict[str, Value]]:
 
 
 def _phrase(action: Action, slots: Mapping[str, Value], rng: Random) -> Example:
-    spoken = {
-        slot: _pick(action.slots[slot][value], rng) for slot, value in slots.items()
-    }
+    spoken = {slot: _pick(action.slots[slot][value], rng) for slot, value in slots.items()}
     text = _pick(action.templates, rng).format_map(spoken) + _pick(ENDINGS, rng)
     return Example(action.name, tuple(slots.items()), text)
 

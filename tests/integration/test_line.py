@@ -15,7 +15,7 @@ import torch
 from qlora_kit.model.manifest import file_sha256
 from qlora_kit.recipe import load_recipe
 
-from .conftest import Call, FinishedRun, write_recipe
+from .conftest import ROOT, Call, FinishedRun, write_recipe
 
 ADAPTER = Path("adapter") / "adapter_model.safetensors"
 
@@ -174,3 +174,30 @@ def test_launchers_give_the_same_adapter(
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert file_sha256(tmp_path / "launched" / ADAPTER) == file_sha256(finished.folder / ADAPTER)
+
+
+@pytest.mark.slow
+@pytest.mark.demo
+@pytest.mark.timeout(1500)
+def test_quickstart_learns_the_task(tmp_path: Path) -> None:
+    """The figures that the quickstart promises, on the real model."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "qlora_kit",
+            "train",
+            str(ROOT / "recipes" / "quickstart.yaml"),
+            f"run_dir={tmp_path / 'quickstart'}",
+            "--json",
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    values = json.loads(done.stdout)
+    assert values["evaluation"]["base"]["exact_match"] < 0.05
+    assert values["evaluation"]["tuned"]["exact_match"] >= 0.9
+    divergence = values["certificate"]["divergence"]
+    assert divergence["kl_mean"] <= 1e-4
+    assert divergence["top1_agreement"] >= 0.999

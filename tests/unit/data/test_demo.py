@@ -22,8 +22,8 @@ from qlora_kit.errors import DataError
 SPLITS = ("train", "test")
 ACTION_OF = {action.name: action for action in ACTIONS}
 PINNED_SHA256 = {
-    "train": "5973f1f2e6ce48f06eae2cc27fa5fef873bb3d5e51314ea83bfc01ededf24e9a",
-    "test": "9b806244570b1596a851d078cb214373792b400180458d06395b44fcdaa7f0e4",
+    "train": "8f35c2c7aca96450f1229bd5018db2250f80cf4b92e1f2fa6d43ab4384ede40e",
+    "test": "e384d6be30ecd9f14cfa5967a7ad35bc304f174562c5fa00147f819136e03db1",
 }
 
 
@@ -32,7 +32,7 @@ def answers(split: str) -> set[str]:
 
 
 def texts(split: str) -> list[str]:
-    return [row["messages"][0]["content"] for row in demo_rows("commands", split)]
+    return [row["messages"][1]["content"] for row in demo_rows("commands", split)]
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -49,27 +49,26 @@ def test_counts_and_shape(split: str) -> None:
     rows = demo_rows("commands", split)
     assert len(rows) == NUM_ROWS[split]
     for row in rows:
-        assert [message["role"] for message in row["messages"]] == ["user", "assistant"]
+        assert [message["role"] for message in row["messages"]] == ["system", "user", "assistant"]
     per_action = Counter(example.action for example in command_examples(split))
     assert set(per_action) == set(ACTION_OF)
     assert max(per_action.values()) - min(per_action.values()) <= 1
 
 
 def test_there_are_thousands_of_combinations() -> None:
-    counts = {
-        split: sum(len(combinations(a, split)) for a in ACTIONS) for split in SPLITS
-    }
-    assert counts["train"] > 4000
-    assert counts["test"] > 1000
+    counts = {split: sum(len(combinations(a, split)) for a in ACTIONS) for split in SPLITS}
+    assert counts["train"] > 2500
+    assert counts["test"] > 900
 
 
 def test_no_combination_text_or_answer_is_in_both_splits() -> None:
     for action in ACTIONS:
         train, test = (
-            {tuple(slots.items()) for slots in combinations(action, split)}
-            for split in SPLITS
+            {tuple(slots.items()) for slots in combinations(action, split)} for split in SPLITS
         )
-        assert train and test and not train & test
+        assert train
+        assert test
+        assert not train & test
     assert not set(texts("train")) & set(texts("test"))
     assert not answers("train") & answers("test")
 
@@ -102,15 +101,12 @@ def test_every_value_and_phrase_of_the_test_split_is_trained_on() -> None:
 @pytest.mark.parametrize("split", SPLITS)
 def test_every_answer_is_its_slots_as_strict_json(split: str) -> None:
     for example in command_examples(split):
-        assert "\n" not in example.answer and " :" not in example.answer
+        assert "\n" not in example.answer
         parsed = json.loads(example.answer)
         assert list(parsed) == ["action", *ACTION_OF[example.action].slots]
         assert parsed.pop("action") == example.action
         assert parsed == dict(example.slots)
-        assert (
-            json.dumps(json.loads(example.answer), separators=(",", ":"))
-            == example.answer
-        )
+        assert json.dumps(json.loads(example.answer), separators=(",", ":")) == example.answer
 
 
 @pytest.mark.parametrize("split", SPLITS)
@@ -147,38 +143,29 @@ def test_phrasing_varies() -> None:
 def test_answers_are_not_copied_from_the_text() -> None:
     """Most rows hold a value that the text does not contain letter by letter."""
     examples = command_examples("test")
-    normalised = [
-        e for e in examples if any(str(value) not in e.text for _, value in e.slots)
-    ]
+    normalised = [e for e in examples if any(str(value) not in e.text for _, value in e.slots)]
     assert len(normalised) >= 0.6 * len(examples)
 
 
 def test_looking_up_the_nearest_training_text_scores_nothing() -> None:
-    train = [
-        (set(example.text.split()), example.answer)
-        for example in command_examples("train")
-    ]
+    train = [(set(example.text.split()), example.answer) for example in command_examples("train")]
     for example in command_examples("test"):
         words = set(example.text.split())
-        nearest = max(
-            train, key=lambda known: len(words & known[0]) / len(words | known[0])
-        )
+        nearest = max(train, key=lambda known: len(words & known[0]) / len(words | known[0]))
         assert nearest[1] != example.answer
 
 
 @pytest.mark.parametrize(
-    ("hour", "minute", "ways"),
+    ("hour", "minute", "half_of_day", "ways"),
     [
-        (7, 0, ("seven o'clock in the morning", "7 am")),
-        (11, 45, ("quarter to twelve in the morning", "11 45 am")),
-        (12, 0, ("twelve o'clock in the afternoon", "12 pm")),
-        (12, 45, ("quarter to one in the afternoon", "12 45 pm")),
-        (13, 15, ("quarter past one in the afternoon", "1 15 pm")),
-        (19, 30, ("half past seven in the evening", "7 30 pm")),
+        (7, 0, "am", ("seven o'clock in the morning", "7 am")),
+        (11, 30, "am", ("half past eleven in the morning", "11 30 am")),
+        (5, 0, "pm", ("five o'clock in the afternoon", "5 pm")),
+        (6, 30, "pm", ("half past six in the evening", "6 30 pm")),
     ],
 )
-def test_times_of_day(hour: int, minute: int, ways: tuple[str, str]) -> None:
-    assert say_time(hour, minute) == ways
+def test_times_of_day(hour: int, minute: int, half_of_day: str, ways: tuple[str, str]) -> None:
+    assert say_time(hour, minute, half_of_day) == ways
 
 
 @pytest.mark.parametrize(
