@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qlora_kit.data.encode import as_generated, encode, encode_after, eos_id, with_bos
 from qlora_kit.data.schema import Conversation, Example, PlainText, PromptCompletion
-from qlora_kit.data.template import RowRefused, apply_template, special_tokens, turn_end
+from qlora_kit.data.template import RowRefused, apply_template, spelled_token, turn_end
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -130,9 +130,9 @@ def _render_conversation(
     example: Conversation, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
 ) -> TokenSequence:
     for message in example.messages:
-        spelled = special_tokens(tokenizer).search(message["content"])
+        spelled = spelled_token(message["content"], tokenizer)
         if spelled:
-            reason = f"a message spells the special token {spelled.group()}"
+            reason = f"a message spells the special token {spelled}"
             raise RowRefused(example.origin, reason)
     text = apply_template(example.messages, tokenizer, example.origin)
     notes = [NOTE_LEFT_OUT] if _leaves_out(example, text) else []
@@ -171,7 +171,7 @@ def _find_answer(
     if number + 1 < len(example.messages):
         own = apply_template(example.messages[: number + 1], tokenizer, example.origin)
     if not own.startswith(opening):
-        reason = "the chat template does not begin an answer with the words that ask for it"
+        reason = "the chat template's prompt for an answer is not how an answered turn begins"
         raise RowRefused(example.origin, reason)
     end_token = turn_end(tokenizer).text
     end = own.find(end_token, len(opening))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from jinja2 import TemplateError
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
+    from tokenizers import AddedToken
     from transformers import PreTrainedTokenizerBase
 
 PROBE_ORIGIN = "the chat template's check"
@@ -32,7 +33,7 @@ class RowRefused(DataError):
 
 @dataclass(frozen=True)
 class TurnEnd:
-    """The special token that closes an assistant turn."""
+    """The token that closes an assistant turn."""
 
     text: str
     id: int
@@ -68,18 +69,23 @@ def apply_template(
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
-    """The special token with which the template closes what the assistant says.
+    """The token with which the template closes what the assistant says.
+
+    It is one that no text is split into: a special token, or (as some models have it) one that
+    was added to the vocabulary and not declared special.
 
     Raises:
-        DataError: there is no template, it leaves the answer out, or closes it with no special
+        DataError: there is no template, it leaves the answer out, or closes it with no such
             token.
     """
     return _find_turn_end(tokenizer, str(tokenizer.chat_template or ""))
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
-    """Matches whatever the tokenizer reads as a special token, longest first."""
-    return _compile_special_tokens(tokenizer, len(tokenizer))
+def spelled_token(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The first token in a text that only a template may write: special, or the end of a turn."""
+    found = _special_tokens(tokenizer, len(tokenizer)).search(text)
+    end = turn_end(tokenizer).text
+    return found.group() if found else end if end in text else None
 
 
 # A tokenizer is not changed once it is loaded, its template apart.
@@ -94,7 +100,7 @@ def _find_turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> TurnEnd
             "nothing to train on. Use another template (model.chat_template)."
         )
     after = found + len(answer)
-    closing = special_tokens(tokenizer).search(text, after)
+    closing = _compile(str(token) for token in _added(tokenizer)).search(text, after)
     if closing is None or text[after : closing.start()].strip():
         raise DataError(
             f"{PROBE_ORIGIN}: the template closes an answer with "
@@ -108,8 +114,17 @@ def _find_turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> TurnEnd
 
 
 @lru_cache(maxsize=8)
-def _compile_special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str]:
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
-    tokens = {*tokenizer.all_special_tokens, *added} - {""}
-    longest_first = sorted(tokens, key=lambda token: (-len(token), token))
+def _special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str]:
+    special = {str(token) for token in _added(tokenizer) if token.special}
+    return _compile({*tokenizer.all_special_tokens, *special})
+
+
+def _added(tokenizer: PreTrainedTokenizerBase) -> list[AddedToken]:
+    """What text is cut at before it is split; some vocabularies add runs of spaces, too."""
+    return [token for token in tokenizer.added_tokens_decoder.values() if str(token).strip()]
+
+
+def _compile(tokens: Iterable[str]) -> re.Pattern[str]:
+    """Matches any of the tokens, longest first."""
+    longest_first = sorted(set(tokens) - {""}, key=lambda token: (-len(token), token))
     return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")

@@ -139,7 +139,7 @@ def test_an_answer_that_is_always_rewritten_is_refused() -> None:
 
 def test_a_template_that_rewrites_what_came_before_is_refused() -> None:
     tokenizer = build(template=COUNTING)
-    with pytest.raises(RowRefused, match="does not begin an answer with the words that ask for it"):
+    with pytest.raises(RowRefused, match="is not how an answered turn begins"):
         render(talk("hello", "one", "12", "two"), tokenizer, "assistant")
 
 
@@ -148,13 +148,13 @@ def test_a_template_that_forgets_what_came_before_is_refused() -> None:
     sequence = render(talk("hello", "one"), tokenizer, "assistant")
     assert supervised(sequence, tokenizer) == ["one<|im_end|>"]
     assert sequence.notes == ()
-    with pytest.raises(RowRefused, match="does not begin an answer with the words that ask for it"):
+    with pytest.raises(RowRefused, match="is not how an answered turn begins"):
         render(talk("hello", "one", "12", "two"), tokenizer, "assistant")
 
 
 def test_a_prompt_that_opens_what_no_answer_has_is_refused() -> None:
     tokenizer = build(template=R1)
-    with pytest.raises(RowRefused, match="does not begin an answer with the words that ask for it"):
+    with pytest.raises(RowRefused, match="is not how an answered turn begins"):
         render(talk("hello", "one"), tokenizer, "assistant")
     sequence = render(talk("hello", "one"), tokenizer, "all")
     assert sequence.labels[1:] == sequence.input_ids[1:]
@@ -177,6 +177,35 @@ def test_a_message_that_the_template_drops_is_noted() -> None:
     sequence = render(talk("hello", "fine", system="be brief"), tokenizer, "assistant")
     assert sequence.notes == (NOTE_LEFT_OUT,)
     assert render(talk("hello", "fine"), tokenizer, "assistant").notes == ()
+
+
+def test_generation_tags_change_nothing() -> None:
+    tags = "{% generation %}", "{% endgeneration %}"
+    tagged = CHATML.replace("{{ m.content }}", tags[0] + "{{ m.content }}" + tags[1])
+    sequence = render(talk("hello", "fine"), build(template=tagged), "assistant")
+    assert supervised(sequence, build()) == ["fine<|im_end|>"]
+
+
+def test_special_tokens_inside_an_answer() -> None:
+    """Some formats write a channel before the text; the model has to write it, too."""
+    body = "{{ m.content }}"
+    channel = "{% if m.role == 'assistant' %}<|endoftext|>final<|endoftext|>{% endif %}"
+    tokenizer = build(template=CHATML.replace(body, channel + body))
+    conversation = talk("hello", "one", "12", "two")
+    said = [f"<|endoftext|>final<|endoftext|>{content}<|im_end|>" for content in ("one", "two")]
+    assert supervised(render(conversation, tokenizer, "assistant"), tokenizer) == said
+    prompt = render_prompt(conversation, tokenizer)
+    assert prompt is not None
+    assert prompt.reference == "finaltwo"
+
+
+def test_an_end_token_that_is_not_declared_special() -> None:
+    tokenizer = build(eos="<|endoftext|>", template=CHATML.replace("<|im_end|>", "</turn>"))
+    tokenizer.add_tokens(["</turn>", "\n", "\n\n", "<think>"])
+    sequence = render(talk("hello", "<think>fine"), tokenizer, "assistant")
+    assert supervised(sequence, tokenizer) == ["<think>fine</turn>"]
+    with pytest.raises(RowRefused, match="spells the special token </turn>"):
+        render(talk("hello", "a </turn> b"), tokenizer, "assistant")
 
 
 def test_no_template() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_kit.data.render import end_of_turn_id
-from qlora_kit.data.template import RowRefused, apply_template, special_tokens, turn_end
+from qlora_kit.data.template import RowRefused, apply_template, spelled_token, turn_end
 from qlora_kit.errors import DataError
 
 from .formats import CHATML, FORMATS, NO_END, R1, build, tokenizer_of
@@ -72,12 +72,18 @@ def test_what_fails_in_a_template(template: str, reason: str) -> None:
     assert reason in caught.value.reason
 
 
-def test_special_tokens_match_whole_and_longest_first() -> None:
-    tokenizer = build(("<a>", "<a>b", "[X]"), None, "<a>", None)
-    pattern = special_tokens(tokenizer)
-    assert [found.group() for found in pattern.finditer("<a>b [X] <a> a>")] == [
-        "<a>b",
-        "[X]",
-        "<a>",
-    ]
-    assert special_tokens(build((), None, None, None)).search("anything <s>") is None
+@pytest.mark.parametrize(
+    ("text", "token"),
+    [("a <a>b", "<a>b"), ("a <a> b", "<a>"), ("[X]", "[X]"), ("a> [x] <s>", None), ("", None)],
+)
+def test_tokens_that_a_text_spells(text: str, token: str | None) -> None:
+    tokenizer = build(("<a>", "<a>b", "[X]"), None, "<a>", CHATML.replace("<|im_end|>", "<a>"))
+    assert spelled_token(text, tokenizer) == token
+
+
+def test_the_end_of_a_turn_counts_as_spelled_although_it_is_not_special() -> None:
+    tokenizer = build(template=CHATML.replace("<|im_end|>", "\n</turn>"))
+    tokenizer.add_tokens(["</turn>", "\n", "</think>"])
+    assert turn_end(tokenizer).text == "</turn>"
+    assert spelled_token("a</turn>", tokenizer) == "</turn>"
+    assert spelled_token("</think>\n", tokenizer) is None
