@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from qlora_kit.errors import TrainingError
 from qlora_kit.model.adapter import require_float32_trainables
@@ -73,6 +74,16 @@ class QloraTrainer(Trainer):
         self.step_losses.append(self._window_loss)
         self._window_loss = 0.0
         return grad_norm
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Upstream reads lengths only off dictionaries; the rows here know their own."""
+        rows = self.train_dataset if train_dataset is None else train_dataset
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        return LengthGroupedSampler(
+            self.args.train_batch_size * self.args.gradient_accumulation_steps,
+            lengths=[len(row.input_ids) for row in rows],
+        )
 
     def prediction_step(
         self,

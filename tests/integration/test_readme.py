@@ -83,9 +83,7 @@ def test_commands_run_in_their_order(tmp_path: Path, tiny_llama: Path) -> None:
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    run = [
-        line for line in commands() if not line.startswith(("make ", ". .venv"))
-    ]
+    run = [line for line in commands() if not line.startswith(("make ", ". .venv"))]
     assert len(run) >= 10
     for line in run:
         command = f"{line} {QUICK.format(model=tiny_llama)}" if " train " in line else line

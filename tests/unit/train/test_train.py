@@ -298,6 +298,15 @@ def test_every_schedule_runs(
     assert max(rates) == pytest.approx(1e-2)
 
 
+@pytest.mark.parametrize("strategy", ["random", "sequential", "group_by_length"])
+def test_every_order_of_rows_trains_each_row_once(
+    start: Start, tmp_path: Path, strategy: str
+) -> None:
+    rows = sequences(13)
+    result = train(start(), tmp_path, rows, train_sampling_strategy=strategy)
+    assert result.num_tokens == sum(len(row.input_ids) for row in rows)
+
+
 def test_log_has_one_line_per_logged_step_and_the_eval_loss(start: Start, tmp_path: Path) -> None:
     rows = sequences()
     train(start(), tmp_path, rows, eval_rows=rows[:4], eval_strategy="steps", eval_steps=2)
