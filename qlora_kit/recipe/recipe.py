@@ -63,7 +63,7 @@ class Recipe(Spec):
         if self.export.merge_options.base == "dequantized" and self.quantization.num_bits == 16:
             yield Fault(
                 "export.merge_options.base",
-                "dequantized names the quantized base that was trained, and this one is not quantized",
+                "dequantized names a quantized base, and this one is not quantized",
                 "use original or auto",
             )
         stride, longest = self.evaluate.stride_tokens, self.data.max_length

@@ -128,15 +128,20 @@ IN_SECTIONS = [
     ("evaluate: {generate: {metrics: []}}", "evaluate.generate.metrics", ["at least one"]),
     ("evaluate: {max_new_tokens: 5}", "evaluate.max_new_tokens", ["generate.max_new_tokens"]),
     (
-        "evaluate: {stride_tokens: 9, window_tokens: 8}",
+        "evaluate: {stride_tokens: 2000, window_tokens: 8}",
         "evaluate.stride_tokens",
-        ["9 is longer than window_tokens (8)"],
+        ["2000 is longer than window_tokens (8)"],
     ),
     ("evaluate: {stride_tokens: 2000}", "evaluate.stride_tokens", ["data.max_length (1024)"]),
     (
         "evaluate: {perplexity: false, stride_tokens: 8}",
         "evaluate.stride_tokens",
         ["no effect"],
+    ),
+    (
+        "export: {merge_options: {base: dequantized}}\nquantization: {load_in_4bit: false}",
+        "export.merge_options.base",
+        ["not quantized", "use original or auto"],
     ),
     ("export: {merge_options: {max_kl: 0}}", "export.merge_options.max_kl", ["greater than 0"]),
 ]

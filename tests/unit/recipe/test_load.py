@@ -152,6 +152,15 @@ def test_the_hash_knows_the_recipe_and_not_the_place_it_runs_in() -> None:
     assert recipe_hash(other) != recipe_hash(recipe)
 
 
+def test_a_whole_default_of_a_number_is_a_float() -> None:
+    """As it is when written out; else the two would have different hashes."""
+
+    class Example(Spec):
+        share: float = 3
+
+    assert type(Example().share) is float
+
+
 def test_the_order_of_a_mapping_does_not_change_the_hash() -> None:
     one = recipe_from_dict({**MINIMAL, "lora": {"rank_pattern": {"a": 1, "b": 2}}}, "x")
     two = recipe_from_dict({**MINIMAL, "lora": {"rank_pattern": {"b": 2, "a": 1}}}, "x")
