@@ -201,3 +201,25 @@ def test_quickstart_learns_the_task(tmp_path: Path) -> None:
     divergence = values["certificate"]["divergence"]
     assert divergence["kl_mean"] <= 1e-4
     assert divergence["top1_agreement"] >= 0.999
+
+
+def test_dequantize_gives_what_the_quantized_model_computes(
+    tmp_path: Path, tiny_llama: Path, call: Call
+) -> None:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    quantized = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=nf4)
+    quantized.save_pretrained(tmp_path / "nf4")
+    out = tmp_path / "dense"
+    said = call("dequantize", str(tmp_path / "nf4"), "--out", str(out), "--dtype", "float32")
+    assert said.code == 0, said.err
+    assert "same top token 100.00%" in said.out
+    dense = AutoModelForCausalLM.from_pretrained(out)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        torch.testing.assert_close(dense(ids).logits, quantized(ids).logits, rtol=1e-4, atol=1e-4)
+    refused = call("dequantize", str(tiny_llama), "--out", str(tmp_path / "other"))
+    assert refused.code == 1
+    assert "is not quantized" in refused.err
+    assert not (tmp_path / "other").exists()
