@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
 from qlora_kit.errors import DataError, ModelError
 from qlora_kit.evaluate import forward, windows
-from qlora_kit.evaluate.forward import CausalModel
+from qlora_kit.evaluate.forward import CausalModel, evaluation_mode
 from qlora_kit.evaluate.perplexity import Perplexity, measure_perplexity
 from qlora_kit.report.reporter import Progress
 
@@ -192,11 +192,13 @@ def test_leaves_every_module_in_its_mode_and_ready_to_train() -> None:
     model.train()
     model.model.layers[0].eval()
     before = [module.training for module in model.modules()]
-    in_use: list[bool] = []
-    model.lm_head.register_forward_hook(lambda module, _, output: in_use.append(module.training))
+    seen: list[tuple[bool, bool, bool]] = []
+    model.lm_head.register_forward_hook(
+        lambda module, _, out: seen.append((module.training, out.requires_grad, out.is_inference()))
+    )
     perplexity(model, sequences)
     assert [module.training for module in model.modules()] == before
-    assert not any(in_use)
+    assert set(seen) == {(False, False, False)}
     model(torch.tensor([[1, 2]]), labels=torch.tensor([[1, 2]])).loss.backward()
     assert model.lm_head.weight.grad is not None
 
@@ -204,11 +206,17 @@ def test_leaves_every_module_in_its_mode_and_ready_to_train() -> None:
 def test_modes_come_back_after_a_failure() -> None:
     model = llama()
     model.train()
+    with pytest.raises(KeyError), evaluation_mode(model):
+        raise KeyError
+    assert all(module.training for module in model.modules())
+
+
+def test_output_that_is_not_a_number_is_named() -> None:
+    model = llama()
     with torch.no_grad():
         model.lm_head.weight[3] = float("nan")
     with pytest.raises(ModelError, match=r"rows\.jsonl:5 is not a number"):
         perplexity(model, rows(LENGTHS))
-    assert all(module.training for module in model.modules())
 
 
 def test_nothing_supervised_is_an_error() -> None:
