@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qlora_kit.errors import ModelError
-from qlora_kit.model.scan import weight_files
+from qlora_kit.model.weights import weight_files
 
 _DTYPES = {
     "F64": torch.float64,

@@ -145,7 +145,7 @@ def test_a_truncated_shard_is_refused(tmp_path: Path) -> None:
     save_model(tmp_path, CONFIGS["llama"]())
     path = tmp_path / "model.safetensors"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ModelError, match="truncated or damaged"), Checkpoint(tmp_path):
+    with pytest.raises(ModelError, match="truncated"), Checkpoint(tmp_path):
         pass
 
 
