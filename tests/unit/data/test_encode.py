@@ -10,7 +10,7 @@ from qlora_kit.data.encode import as_generated, decode, encode, encode_after, eo
 from qlora_kit.data.template import RowRefused
 from qlora_kit.errors import DataError
 
-from .formats import build, build_sentencepiece
+from .formats import build, build_sentencepiece, tokenizer_of
 
 ROUGH = st.text(alphabet="ab \n1é🙂", max_size=12)
 
@@ -23,7 +23,7 @@ def test_nothing_is_added() -> None:
 @settings(deadline=None, derandomize=True)
 @given(opening=ROUGH, rest=ROUGH)
 def test_the_text_begins_with_the_tokens_of_its_opening(opening: str, rest: str) -> None:
-    tokenizer = build()
+    tokenizer = tokenizer_of("chatml")
     encoded, [prompt] = encode_after(tokenizer, opening + rest, [opening], "row")
     assert prompt == encode(tokenizer, opening)
     assert encoded.ids[: len(prompt)] == prompt

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,17 @@ def test_what_is_cut_behind_the_end_of_an_answer_is_no_lost_end(tmp_path: Path) 
     (sequence,) = prepare(source).sequences
     end = max(place for place, label in enumerate(sequence.labels) if label != IGNORE_INDEX)
     for max_length, ends_cut in ((end, 1), (end + 1, 0), (end + 2, 0)):
+        part = prepare(source, max_length=max_length, overlength="truncate")
+        assert (part.ledger.truncated, part.ledger.ends_cut) == (1, ends_cut)
+
+
+def test_a_cut_right_before_an_answer_loses_all_of_it_and_no_end(tmp_path: Path) -> None:
+    more = [*talk("hello")["messages"], *talk("12", "fine " * 20)["messages"]]
+    source = write(tmp_path, [{"messages": more}])
+    (sequence,) = prepare(source).sequences
+    places = [place for place, label in enumerate(sequence.labels) if label != IGNORE_INDEX]
+    start = next(b for a, b in pairwise(places) if b > a + 1)
+    for max_length, ends_cut in ((start, 0), (start + 1, 1)):
         part = prepare(source, max_length=max_length, overlength="truncate")
         assert (part.ledger.truncated, part.ledger.ends_cut) == (1, ends_cut)
 

@@ -159,7 +159,9 @@ def test_a_missing_relative_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
 
 
-@pytest.mark.parametrize("path", ["./rows", "data/rows.csv", "a/b/c", "~/no-such-file-here"])
+@pytest.mark.parametrize(
+    "path", ["./rows", "data/rows.csv", "ROWS.JSONL", "a/b/c", "~/no-such-file-here"]
+)
 def test_what_looks_like_a_file_is_not_asked_of_the_hub(path: str) -> None:
     assert "there is no file" in refusal(path)
 
