@@ -6,8 +6,10 @@ Functions that probe the hardware import it when called.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -33,6 +35,9 @@ REPORTED_PACKAGES = (
 # A backward product in bf16 must not be slower than this many times the fp32 one to count
 # as native: emulated bf16 is 20 to 100 times slower, native is faster.
 _NATIVE_BF16_MAX_SLOWDOWN = 2.0
+_NUM_TIMINGS = 5
+# Below compute capability 7.0 only these multiply float16 faster than float32.
+_OLD_GPUS_WITH_FP16 = ((5, 3), (6, 0), (6, 2))
 
 
 def cache_dir() -> Path:
@@ -48,28 +53,20 @@ def cache_dir() -> Path:
 def hub_is_offline() -> bool:
     """Whether the user forbids network calls to the model hub (HF_HUB_OFFLINE and kin)."""
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    return any(
-        os.environ.get(name, "").upper() in {"1", "TRUE", "YES", "ON"} for name in names
-    )
-
-
-def world_size() -> int:
-    """Number of processes in this launch, 1 when started without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def thread_limit_is_set() -> bool:
-    """Whether the user has chosen the number of compute threads (OMP_NUM_THREADS)."""
-    return bool(os.environ.get("OMP_NUM_THREADS"))
+    return any(os.environ.get(name, "").upper() in {"1", "TRUE", "YES", "ON"} for name in names)
 
 
 def quiet_upstream() -> None:
-    """Turn off upstream telemetry and progress bars before those libraries are imported."""
+    """Turn off upstream telemetry and progress bars before those libraries are imported.
+
+    bitsandbytes logs one line per 8-bit product where it computes in another dtype than float16.
+    """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 @dataclass(frozen=True)
@@ -100,7 +97,8 @@ def probe_hardware() -> Hardware:
     if torch.cuda.is_available():
         native = bool(torch.cuda.is_bf16_supported(including_emulation=False))
         properties = torch.cuda.get_device_properties(0)
-        capability = f"{properties.major}.{properties.minor}"
+        capability = (properties.major, properties.minor)
+        is_nvidia = torch.version.hip is None
         return Hardware(
             device="cuda",
             device_name=properties.name,
@@ -109,9 +107,9 @@ def probe_hardware() -> Hardware:
             num_cpus=cpus,
             host_memory_bytes=memory,
             native_bf16=native,
-            native_fp16=True,
-            native_tf32=properties.major >= 8,
-            reason=f"{properties.name} (compute capability {capability}) "
+            native_fp16=not is_nvidia or capability >= (7, 0) or capability in _OLD_GPUS_WITH_FP16,
+            native_tf32=is_nvidia and capability >= (8, 0),
+            reason=f"{properties.name} (compute capability {properties.major}.{properties.minor}) "
             + ("has bfloat16 units" if native else "has no bfloat16 units"),
         )
     native, reason = _probe_cpu_bf16()
@@ -131,30 +129,36 @@ def probe_hardware() -> Hardware:
 
 def _probe_cpu_bf16() -> tuple[bool, str]:
     """Time one backward-shaped product (g @ W) in both dtypes; emulated bf16 gives itself away."""
-    import time
-
     import torch
 
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if not _onednn_has_bf16():
         return False, "this CPU has no native bfloat16 (oneDNN reports no support)"
-
-    def seconds(dtype: torch.dtype) -> float:
-        gradient = torch.ones(64, 512, dtype=dtype)
-        weight = torch.ones(512, 512, dtype=dtype)
-        gradient @ weight
-        best = float("inf")
-        for _ in range(3):
-            start = time.perf_counter()
-            gradient @ weight
-            best = min(best, time.perf_counter() - start)
-        return best
-
-    ratio = seconds(torch.bfloat16) / seconds(torch.float32)
+    ratio = _product_seconds(torch.bfloat16) / _product_seconds(torch.float32)
     native = ratio <= _NATIVE_BF16_MAX_SLOWDOWN
-    return (
-        native,
-        f"a bfloat16 product takes {ratio:.1f} times a float32 one on this CPU",
-    )
+    return native, f"a bfloat16 product takes {ratio:.1f} times a float32 one on this CPU"
+
+
+def _onednn_has_bf16() -> bool:
+    import torch
+
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def _product_seconds(dtype: torch.dtype) -> float:
+    """The best of several, which other work on the machine can only lengthen."""
+    import torch
+
+    gradient = torch.ones(64, 512, dtype=dtype)
+    weight = torch.ones(512, 512, dtype=dtype)
+    gradient @ weight
+    best = float("inf")
+    for _ in range(_NUM_TIMINGS):
+        start = time.perf_counter()
+        gradient @ weight
+        best = min(best, time.perf_counter() - start)
+    return best
 
 
 def resolve_compute_dtype(asked: str, hardware: Hardware) -> tuple[str, str]:
