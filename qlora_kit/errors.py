@@ -3,6 +3,7 @@
 QloraKitError
 ├── RecipeError       the recipe is at fault; holds every fault found, not only the first
 ├── DataError         a data source cannot be read, or has nothing to train on
+│   └── RowRefused    one row cannot be rendered; it is dropped under a named reason and counted
 ├── ModelError        a base model cannot be found, read, or used as asked
 ├── AdapterError      an adapter is unreadable, or belongs to another base
 ├── HardwareError     the machine lacks what was asked for (a precision, memory, disk)

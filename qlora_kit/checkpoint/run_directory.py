@@ -80,9 +80,7 @@ def create_run(recipe: Recipe) -> RunDirectory:
     try:
         run.ledger.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RunError(
-            f"run_dir {run.folder} cannot be made: {error.strerror}."
-        ) from None
+        raise RunError(f"run_dir {run.folder} cannot be made: {error.strerror}.") from None
     save_recipe(recipe, run.recipe)
     write_json(
         run.environment,
@@ -149,9 +147,7 @@ def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
 def write_json(path: Path, values: Any) -> None:
     """Write beside the final place, then rename: a reader never meets half a file."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(
-        json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
-    )
+    scratch.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     scratch.replace(path)
 
 

@@ -52,13 +52,13 @@ def command(
         print(json.dumps(values, indent=2, default=str))
     else:
         reporter.say(
-            f"{result.num_modules} modules of {result.num_bits} bits are now {result.dtype} in {out} "
-            f"({result.num_bytes / 1e6:,.0f} MB)."
+            f"{result.num_modules} modules of {result.num_bits} bits are now {result.dtype} "
+            f"in {out} ({result.num_bytes / 1e6:,.0f} MB)."
         )
         if result.divergence is not None:
             reporter.say(
-                f"On random tokens, KL {result.divergence.kl_mean:.2g} nats/token from the quantized "
-                f"model (budget {result.max_kl:g}), same top token "
+                f"On random tokens, KL {result.divergence.kl_mean:.2g} nats/token from the "
+                f"quantized model (budget {result.max_kl:g}), same top token "
                 f"{result.divergence.top1_agreement:.2%}."
             )
         for fault in result.faults:

@@ -51,7 +51,8 @@ class DataSpec(Spec):
     """Train on what the assistant says and its end-of-turn token, or on every token."""
 
     overlength: Literal["drop", "truncate", "error"] = "drop"
-    """What happens to a row longer than max_length. It is counted and shown whichever it is."""
+    """What happens to a row longer than max_length. It is counted and shown whichever it is.
+    A plain text is split into several sequences instead, and loses nothing."""
 
     max_dropped_share: float = Field(default=0.01, ge=0, le=1)
     """Share of the rows that may be dropped or truncated before the run stops instead."""

@@ -35,8 +35,9 @@ def hardware(
 
 def base(reporter: Reporter, loaded: Base, quantization: QuantizationSpec) -> None:
     counted = loaded.quantized
+    double = " with double quantization" if quantization.double_quant else ""
     how = {
-        4: f"{quantization.quant_type.upper()}{' with double quantization' if quantization.double_quant else ''}",
+        4: quantization.quant_type.upper() + double,
         8: "LLM.int8()",
         16: f"{str(loaded.compute_dtype).removeprefix('torch.')}, not quantized",
     }[quantization.num_bits]
@@ -62,8 +63,8 @@ def data(
         rows,
     )
     for part in (train, held_out):
-        for reason, origins in part.ledger.examples.items():
-            reporter.warn(f"{reason}: for example {', '.join(origins)}")
+        for finding in part.ledger.findings():
+            reporter.warn(finding)
     reporter.say(
         "first     " + marked(train.sequences[0].labels, train.sequences[0].input_ids, tokenizer)
     )
@@ -182,8 +183,9 @@ def certificate(reporter: Reporter, values: dict[str, Any]) -> None:
     measured = values["divergence"]
     verdict = "certified" if values["passed"] else "OVER BUDGET"
     reporter.say(
-        f"merged    {verdict}: {values['base']} base in {values['dtype']}, KL {measured['kl_mean']:.2g} "
-        f"nats/token (budget {values['max_kl']:g}), same top token {measured['top1_agreement']:.2%}, "
+        f"merged    {verdict}: {values['base']} base in {values['dtype']}, "
+        f"KL {measured['kl_mean']:.2g} nats/token (budget {values['max_kl']:g}), "
+        f"same top token {measured['top1_agreement']:.2%}, "
         f"max |Δ log p| {measured['max_abs_delta_logp']:.2g}, perplexity "
         f"{measured['reference_perplexity']:.4f} → {measured['candidate_perplexity']:.4f}"
     )

@@ -18,7 +18,12 @@ pytestmark = [
 ]
 
 ROWS = [
-    {"messages": [{"role": "user", "content": f"say {n}"}, {"role": "assistant", "content": f"{n}"}]}
+    {
+        "messages": [
+            {"role": "user", "content": f"say {n}"},
+            {"role": "assistant", "content": f"{n}"},
+        ]
+    }
     for n in range(64)
 ]
 
