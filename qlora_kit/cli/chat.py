@@ -14,6 +14,7 @@ from qlora_kit.cli.arguments import Force, SubjectName
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
+    from qlora_kit.recipe import Recipe
     from qlora_kit.report.reporter import Reporter
     from qlora_kit.subject import Subject
 
@@ -33,7 +34,7 @@ def command(
     ] = 0.0,
     force: Force = False,
 ) -> None:
-    """Talk to a run or a model. Lines piped in are answered one by one; only answers go to stdout."""
+    """Talk to a run or a model; lines that are piped in are answered one by one."""
     from qlora_kit.cli.console import console_reporter
     from qlora_kit.subject import load_subject
 
@@ -49,9 +50,32 @@ def command(
         reporter.say("The tokenizer has no chat template: each line is continued as plain text.")
     if sys.stdin.isatty():
         reporter.say(f"{loaded.name} listens. {_HELP}")
+    if system is None and has_template and loaded.recipe is not None:
+        system = trained_system_message(loaded.recipe)
+        if system is not None:
+            reporter.say(f"As in training, it is told beforehand: {system}")
     before = [{"role": "system", "content": system}] if system is not None else []
     if not converse(loaded, before, max_new_tokens, temperature, reporter):
         raise typer.Exit(1)
+
+
+def trained_system_message(recipe: Recipe) -> str | None:
+    """The system message that every training row begins with; None where they differ."""
+    from qlora_kit.data.prepare import read_examples
+    from qlora_kit.data.schema import Conversation
+    from qlora_kit.errors import QloraKitError
+
+    try:
+        examples = read_examples(recipe.data.train)
+    except QloraKitError:
+        return None  # the rows have moved since; chat does not need them
+    messages = {
+        one.messages[0]["content"]
+        if isinstance(one, Conversation) and one.messages[0]["role"] == "system"
+        else None
+        for one in examples
+    }
+    return messages.pop() if len(messages) == 1 else None
 
 
 def converse(
@@ -70,10 +94,11 @@ def converse(
     messages = list(before)
     all_answered = True
     for line in _lines():
-        if line == "/exit":
+        if line.strip() == "/exit":
             break
-        if line == "/reset":
+        if line.strip() == "/reset":
             messages = list(before)
+            reporter.say("(a new conversation)")
             continue
         asked = [*messages, {"role": "user", "content": line}]
         input_ids = prompt_ids(subject.base.tokenizer, asked)
@@ -90,7 +115,8 @@ def converse(
             reporter.say(f"(cut at {max_new_tokens} tokens; --max-new-tokens allows more)")
         elif reply.ending == "context":
             reporter.warn("the model's context is full: the answer ends here; /reset starts anew.")
-        messages = [*asked, {"role": "assistant", "content": reply.text}]
+        if reply.text or reply.ending != "interrupted":
+            messages = [*asked, {"role": "assistant", "content": reply.text}]
     return all_answered
 
 
@@ -109,7 +135,7 @@ def _lines() -> Iterator[str]:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")
     if not sys.stdin.isatty():
-        yield from filter(None, (line.strip() for line in sys.stdin))
+        yield from (line.rstrip("\r\n") for line in sys.stdin if line.strip())
         return
     with suppress(ImportError):
         import readline  # noqa: F401  # arrow keys and history, where the system has it
@@ -122,16 +148,16 @@ def _lines() -> Iterator[str]:
         except KeyboardInterrupt:
             print(f"\n{_HELP}", file=sys.stderr)
             continue
-        if line:
+        if line.strip():
             yield line
 
 
 def _ask() -> str:
     """One line from the terminal; the prompt stays off a redirected standard output."""
     if sys.stdout.isatty():
-        return input("> ").strip()
+        return input("> ")
     print("> ", end="", file=sys.stderr, flush=True)
-    return input().strip()
+    return input()
 
 
 def _write(text: str) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 NAME = "recipes"
 
 _FOLDER = "recipes"
-_SIZE = re.compile(r"\d\s*[KMGT]i?B\b")
+_FIRST = "quickstart"
 
 
 class Action(str, Enum):
@@ -35,7 +35,7 @@ class Action(str, Enum):
 
 @dataclass(frozen=True)
 class Shipped:
-    """A recipe that ships with the kit; `memory` is its header's line on what it needs."""
+    """A recipe that ships with the kit; `memory` is its header's words on what it needs."""
 
     name: str
     model: str
@@ -44,14 +44,14 @@ class Shipped:
 
 def command(
     action: Annotated[
-        Action, typer.Argument(metavar="[list|show|copy]", help="What to do.")
+        Action, typer.Argument(metavar="list|show|copy", help="What to do.")
     ] = Action.LIST,
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="Which one, as `list` names it.")
+        str | None, typer.Argument(metavar="NAME", help="Which one, as `list` names it.")
     ] = None,
     destination: Annotated[
         Path | None,
-        typer.Argument(metavar="[DEST]", help="copy: a file that is not there yet, or a folder."),
+        typer.Argument(metavar="DEST", help="copy: a file that is not there yet, or a folder."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -77,7 +77,7 @@ def command(
 
 
 def shipped_files() -> dict[str, Traversable]:
-    """Every recipe by name: those inside the installed package, else those of the checkout.
+    """Every recipe by name, quickstart first: the installed package's, else the checkout's.
 
     Raises:
         QloraKitError: there are none.
@@ -89,7 +89,8 @@ def shipped_files() -> dict[str, Traversable]:
     for root in (package, checkout):
         folder = root.joinpath(_FOLDER)
         if folder.is_dir():
-            return dict(_walk(folder, ""))
+            found = dict(_walk(folder, ""))
+            return {name: found[name] for name in sorted(found, key=lambda n: (n != _FIRST, n))}
     raise QloraKitError(
         f"no recipes are here: neither in the installed package nor in {checkout / _FOLDER}; "
         "install the kit again."
@@ -97,13 +98,12 @@ def shipped_files() -> dict[str, Traversable]:
 
 
 def describe(name: str, text: str) -> Shipped:
-    """What `list` says about a recipe: its model, and the first header line with a size in it."""
+    """What `list` says about a recipe: its model, and what its header says of memory."""
     import yaml
 
-    header = [line.lstrip("# ").rstrip() for line in _header(text)]
-    values = yaml.safe_load(text)
-    model = values["model"]["name_or_path"]
-    return Shipped(name, model, next((line for line in header if _SIZE.search(line)), ""))
+    memory = re.search(r"^#.*\bMemory: *(.*)", text, re.MULTILINE)
+    model = yaml.safe_load(text)["model"]["name_or_path"]
+    return Shipped(name, model, memory[1].rstrip(" .") if memory else "")
 
 
 def retarget(text: str, name: str, destination: Path) -> str:
@@ -115,8 +115,8 @@ def retarget(text: str, name: str, destination: Path) -> str:
 
 
 def _walk(folder: Traversable, prefix: str) -> Iterator[tuple[str, Traversable]]:
-    """Recipes below a folder, sorted; other YAML files (launcher settings) name no model."""
-    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+    """Recipes below a folder; other YAML files (launcher settings) name no model."""
+    for entry in folder.iterdir():
         if entry.is_dir():
             yield from _walk(entry, f"{prefix}{entry.name}/")
         elif entry.name.endswith(".yaml"):
