@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from qlora_kit.checkpoint.run_directory import RunDirectory, is_run, open_run
 from qlora_kit.environment import probe_hardware, resolve_compute_dtype
 from qlora_kit.errors import AdapterError
-from qlora_kit.model.base import Base, load_base, prepare_for_training, stored_quantization
-from qlora_kit.model.manifest import MANIFEST_FILE, read_manifest
+from qlora_kit.model.base import Base, load_base, prepare_for_training
+from qlora_kit.model.manifest import MANIFEST_FILE, read_manifest, stored_settings
+from qlora_kit.model.prequantized import stored_quantization
 from qlora_kit.model.saved import load_adapter
 from qlora_kit.recipe import ModelSpec, QuantizationSpec, Recipe
 from qlora_kit.report.reporter import SILENT, Reporter
@@ -49,16 +50,16 @@ def load_subject(
         QloraKitError: nothing of the kind is there, or the adapter belongs to another base.
     """
     folder = Path(name).expanduser()
+    read_as = model_spec or ModelSpec(name_or_path=name)
     if is_run(folder):
         run, recipe = open_run(folder)
         model, base = _with_adapter(recipe.model, recipe.quantization, run.adapter, force, reporter)
         return Subject(name, model, base, run, recipe)
     if (folder / "adapter_config.json").is_file():
-        spec, quantization = _from_manifest(folder)
+        spec, quantization = _from_manifest(folder, read_as)
         model, base = _with_adapter(spec, quantization, folder, force, reporter)
         return Subject(name, model, base, None, None)
-    spec = (model_spec or ModelSpec(name_or_path=name)).model_copy(update={"name_or_path": name})
-    base = _plain(spec)
+    base = _plain(read_as.model_copy(update={"name_or_path": name}))
     return Subject(name, base.model, base, None, None)
 
 
@@ -69,11 +70,7 @@ def _with_adapter(
     force: bool,
     reporter: Reporter,
 ) -> tuple[PeftModel, Base]:
-    # The adapter's tokenizer is the one that was trained with: its template, its added tokens.
-    with_tokenizer = spec.model_copy(
-        update={"tokenizer_name_or_path": str(adapter), "chat_template": None}
-    )
-    base = _load(with_tokenizer, quantization)
+    base = _load(spec, quantization, adapter)
     prepare_for_training(base.model)  # the graph that was trained has its norms in float32
     model, differing = load_adapter(base, quantization, adapter, force)
     for one in differing:
@@ -81,19 +78,24 @@ def _with_adapter(
     return model, base
 
 
-def _from_manifest(folder: Path) -> tuple[ModelSpec, QuantizationSpec]:
+def _from_manifest(folder: Path, read_as: ModelSpec) -> tuple[ModelSpec, QuantizationSpec]:
+    """Where an adapter's base is. Whether its code or pickles may be read is for the user to say,
+    not for the adapter.
+    """
     if not (folder / MANIFEST_FILE).is_file():
         raise AdapterError(
             f"{folder} is an adapter without {MANIFEST_FILE}, so nobody knows how its base was "
             "quantized; give the run's folder instead."
         )
     manifest = read_manifest(folder)
-    kept: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value
-        for key, value in manifest.quantization.items()
-    }
-    spec = ModelSpec(name_or_path=manifest.base_name, revision=manifest.base_revision)
-    return spec, QuantizationSpec(**kept)
+    spec = ModelSpec(
+        name_or_path=manifest.base_name,
+        revision=manifest.base_revision,
+        gguf_file=manifest.base_gguf_file,
+        trust_remote_code=read_as.trust_remote_code,
+        allow_pickle=read_as.allow_pickle,
+    )
+    return spec, stored_settings(manifest, folder)
 
 
 def _plain(spec: ModelSpec) -> Base:
@@ -101,7 +103,7 @@ def _plain(spec: ModelSpec) -> Base:
     return _load(spec, stored_quantization(spec) or QuantizationSpec(load_in_4bit=False))
 
 
-def _load(spec: ModelSpec, quantization: QuantizationSpec) -> Base:
+def _load(spec: ModelSpec, quantization: QuantizationSpec, adapter: Path | None = None) -> Base:
     hardware = probe_hardware()
     dtype, why = resolve_compute_dtype(quantization.compute_dtype, hardware)
-    return load_base(spec, quantization, getattr(torch, dtype), why, hardware)
+    return load_base(spec, quantization, getattr(torch, dtype), why, hardware, adapter=adapter)

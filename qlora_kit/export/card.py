@@ -20,7 +20,7 @@ def model_card(certificate: dict[str, Any]) -> str:
     name = trained_on["name"]
     front = dump_yaml(
         {
-            "base_model": name if trained_on["kind"] == "hub" else Path(name).name,
+            "base_model": name,
             "base_model_relation": "finetune",
             "library_name": "transformers",
             "pipeline_tag": "text-generation",
@@ -30,7 +30,7 @@ def model_card(certificate: dict[str, Any]) -> str:
     return "\n".join(
         [
             f"---\n{front}---\n",
-            f"# {Path(name).name}, fine-tuned and merged\n",
+            f"# {name.rpartition('/')[2]}, fine-tuned and merged\n",
             _how_made(certificate),
             "## What it is worth\n",
             _verdict(certificate),
@@ -54,9 +54,13 @@ def _how_made(certificate: dict[str, Any]) -> str:
         if bits < 16
         else "the weights that it was trained on",
     }[certificate["base"]]
+    dtype = certificate["dtype"]
+    stored = (
+        f"quantized again, to {dtype}" if dtype in ("nf4", "fp4") else f"rounded once, to {dtype}"
+    )
     return (
-        f"A LoRA adapter was trained on `{Path(trained_on['name']).name}`{revision}, {kept}, and "
-        f"added in float32 to {base}. The sum was rounded once, to {certificate['dtype']}.\n"
+        f"A LoRA adapter was trained on `{trained_on['name']}`{revision}, {kept}, and added in "
+        f"float32 to {base}. The sum was {stored}.\n"
     )
 
 

@@ -21,10 +21,11 @@ from qlora_kit.export.reload import load_plain, measuring_dtype, reload_faults
 from qlora_kit.export.trained import TrainedAdapter
 from qlora_kit.model.base import quantization_record
 from qlora_kit.model.manifest import MANIFEST_FILE, file_sha256, read_manifest
+from qlora_kit.model.source import ModelSource
 from qlora_kit.report.reporter import SILENT, Reporter
 
 CERTIFICATE_FILE = "certificate.json"
-BATCH_SIZE = 8
+BATCH_SIZE = 64
 _FORMAT = 1
 
 
@@ -70,7 +71,7 @@ def certify(
         "max_kl": max_kl,
         **chosen.as_dict(),
         "trained_on": {
-            "name": trained.source.name,
+            "name": _public_name(trained.source),
             "kind": trained.source.kind,
             "revision": trained.source.revision,
             "fingerprint": _fingerprint(trained.folder),
@@ -87,6 +88,11 @@ def certify(
     text = json.dumps(certificate, indent=2, ensure_ascii=False)
     (folder / CERTIFICATE_FILE).write_text(text + "\n", encoding="utf-8")
     return certificate
+
+
+def _public_name(source: ModelSource) -> str:
+    """What the base is called elsewhere: no path of this machine is published."""
+    return source.name if source.kind in ("hub", "demo") else Path(source.name).name
 
 
 def _fingerprint(adapter_folder: Path) -> str | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, inject_adapter_in_model, set_peft_model_state_dict
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
@@ -33,6 +33,9 @@ _WRAPPERS = re.compile(r"\.(token_adapter|base_layer)(?=\.)")
 
 # Initialisations that leave the base as it is; the others move a part of it into the adapter.
 _INNOCENT_INITS = (True, False, "gaussian", "eva")
+
+# float64 copies are made of this many rows at a time.
+_ROWS = 1024
 
 
 @dataclass(frozen=True)
@@ -118,11 +121,12 @@ def read_config(folder: Path) -> LoraConfig:
         raise AdapterError(f"{folder} has no {path.name}, so it holds no adapter.")
     try:
         kind = json.loads(path.read_text(encoding="utf-8"))["peft_type"]
-        config = PeftConfig.from_pretrained(str(folder))
+        if kind != "LORA":
+            raise AdapterError(f"{folder} is a {kind} adapter; only LoRA is merged here.")
+        config = LoraConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise AdapterError(f"{path} cannot be read: {error}") from None
-    if not isinstance(config, LoraConfig):
-        raise AdapterError(f"{folder} is a {kind} adapter; only LoRA is merged here.")
+    assert isinstance(config, LoraConfig)
     if config.init_lora_weights not in _INNOCENT_INITS:
         raise AdapterError(
             f"{folder} was initialised with {config.init_lora_weights}, which moves a part of the "
@@ -272,8 +276,10 @@ def survival(delta: torch.Tensor, stored: torch.Tensor, base: torch.Tensor) -> f
 
     1 where all of it survived; 1 for an update of zero, of which nothing can be lost.
     """
-    update = delta.double().flatten()
-    norm = float(update @ update)
-    if norm == 0.0:
-        return 1.0
-    return float((stored.double() - base.double()).flatten() @ update) / norm
+    norm = kept = 0.0
+    parts = zip(delta.split(_ROWS), stored.split(_ROWS), base.split(_ROWS), strict=True)
+    for update, after, before in parts:
+        direction = update.double().flatten()
+        norm += float(direction @ direction)
+        kept += float((after.double() - before.double()).flatten() @ direction)
+    return kept / norm if norm else 1.0

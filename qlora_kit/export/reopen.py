@@ -77,8 +77,6 @@ def reopen_adapter(
         raise DataError(
             f"{folder} names no held-out rows to measure the merge on; name a file with --data."
         )
-    if force:
-        reporter.warn(f"{folder} is taken to belong to {origin.model.name_or_path}, unchecked.")
     base = load_base(
         origin.model, origin.quantization, origin.compute_dtype, "as in training", hardware
     )

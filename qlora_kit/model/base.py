@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from qlora_kit.errors import ModelError
+from qlora_kit.model.prequantized import prequantized_settings as prequantized_settings
+from qlora_kit.model.prequantized import require_same_quantization
+from qlora_kit.model.quantized import (
+    Quantized,
+    four_bit_modules,
+    is_four_bit,
+    require_quantized,
+)
+from qlora_kit.model.reason import reason_of
 from qlora_kit.model.scan import scan_weights
 from qlora_kit.model.skeleton import (
     Skeleton,
@@ -18,12 +27,15 @@ from qlora_kit.model.skeleton import (
     name_matches,
 )
 from qlora_kit.model.source import ModelSource, resolve_source
+from qlora_kit.model.stored import require_fitting, require_none_missing
+from qlora_kit.model.targets import require_targets
 from qlora_kit.model.tokenizer import (
     PadChoice,
     ensure_padding,
     load_tokenizer,
     stop_ids,
 )
+from qlora_kit.model.weights import readable_weights
 
 if TYPE_CHECKING:
     from transformers import (
@@ -33,20 +45,10 @@ if TYPE_CHECKING:
     )
 
     from qlora_kit.environment import Hardware
-    from qlora_kit.recipe import ModelSpec, QuantizationSpec
+    from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec
 
-
-@dataclass(frozen=True)
-class Quantized:
-    """What share of a model is really quantized; parameters counted as they are, not as packed."""
-
-    num_parameters: int
-    num_quantized: int
-    weight_bytes: int
-
-    @property
-    def share(self) -> float:
-        return self.num_quantized / self.num_parameters
+# Architectures whose forward pass scales linear weights in place.
+_REWRITES_ITS_WEIGHTS = ("rwkv",)
 
 
 @dataclass(frozen=True)
@@ -71,14 +73,20 @@ def load_base(
     compute_dtype: torch.dtype,
     compute_reason: str,
     hardware: Hardware,
+    *,
+    lora: LoraSpec | None = None,
+    adapter: Path | None = None,
 ) -> Base:
     """Resolve, check, load and quantize a base model.
 
     Weights load in `compute_dtype`: forward and backward would otherwise dequantize to
-    different ones.
+    different ones. Given `lora`, whatever would hinder that adapter is found before the weights
+    are read. Given `adapter`, the tokenizer is the one saved with it, whose added tokens have no
+    embeddings until the adapter is loaded.
 
     Raises:
         ModelError: see the checks below; each names the tensor or module at fault.
+        AdapterError: `lora` does not suit this model.
     """
     source = resolve_source(
         spec.name_or_path,
@@ -87,20 +95,27 @@ def load_base(
         spec.allow_pickle,
         spec.trust_remote_code,
     )
-    config = load_config(source.folder, spec.trust_remote_code)
-    skeleton = build_skeleton(config, spec.trust_remote_code)
-    refuse_experts(skeleton, quantization)
-    refuse_foreign_linears(skeleton, quantization)
+    skeleton = build_skeleton(
+        load_config(source.folder, spec.trust_remote_code), spec.trust_remote_code
+    )
+    stored = prequantized_settings(skeleton)
+    if stored is not None:
+        require_same_quantization(source, stored, quantization)
+    refuse_unquantizable(skeleton, quantization)
+    if lora is not None:
+        require_targets(skeleton, lora, quantization)
+    tokenizer = _load_tokenizer(source, spec, adapter)
+    if adapter is None:
+        check_vocabulary(skeleton.model, tokenizer)
+    weights = readable_weights(source.folder, spec.allow_pickle)
+    if stored is None and weights.format == "safetensors":
+        require_fitting(skeleton, weights)
     scan = scan_weights(source.folder, spec.allow_pickle)
     scan.require_finite()
-    tokenizer_folder = source.folder
-    if spec.tokenizer_name_or_path is not None:
-        tokenizer_folder = resolve_source(spec.tokenizer_name_or_path).folder
-    tokenizer = load_tokenizer(tokenizer_folder, spec.chat_template, spec.trust_remote_code)
-    pad = ensure_padding(tokenizer)
-    model = _load_model(source, spec, quantization, skeleton, compute_dtype, hardware)
-    check_vocabulary(model, tokenizer)
-    quantized = require_quantized(model, skeleton, quantization)
+    pad = ensure_padding(tokenizer, num_embeddings(skeleton.model))
+    bnb = None if stored else bitsandbytes_config(quantization, skeleton, compute_dtype)
+    model = _load_model(source, spec, bnb, skeleton, compute_dtype, hardware)
+    stored_skips = (stored or {}).get("llm_int8_skip_modules") or ()
     return Base(
         model=model,
         tokenizer=tokenizer,
@@ -110,7 +125,7 @@ def load_base(
         compute_dtype=compute_dtype,
         compute_reason=compute_reason,
         pad=pad,
-        quantized=quantized,
+        quantized=require_quantized(model, skeleton, quantization, stored_skips),
         stop_ids=stop_ids(model, tokenizer),
     )
 
@@ -143,155 +158,124 @@ def bitsandbytes_config(
     )
 
 
-def prequantized_settings(skeleton: Skeleton) -> dict[str, Any] | None:
-    """How the checkpoint on disk is quantized already; None where it is not."""
-    settings = getattr(skeleton.model.config, "quantization_config", None)
-    if settings is None:
-        return None
-    return dict(settings if isinstance(settings, dict) else settings.to_dict())
+def refuse_unquantizable(skeleton: Skeleton, quantization: QuantizationSpec) -> None:
+    """What bitsandbytes would pass over without a word is an error instead.
 
-
-def stored_quantization(spec: ModelSpec) -> QuantizationSpec | None:
-    """The settings that a bitsandbytes checkpoint was saved with; None where it is not one."""
-    from qlora_kit.recipe import QuantizationSpec
-
-    source = resolve_source(
-        spec.name_or_path,
-        spec.revision,
-        spec.gguf_file,
-        spec.allow_pickle,
-        spec.trust_remote_code,
-    )
-    settings = getattr(
-        load_config(source.folder, spec.trust_remote_code), "quantization_config", None
-    )
-    if settings is None:
-        return None
-    stored = settings if isinstance(settings, dict) else settings.to_dict()
-    if stored.get("quant_method") != "bitsandbytes":
-        return None
-    if not (stored.get("load_in_4bit") or stored.get("_load_in_4bit")):
-        return QuantizationSpec(load_in_4bit=False, load_in_8bit=True)
-    return QuantizationSpec(
-        quant_type=stored.get("bnb_4bit_quant_type", "fp4"),
-        double_quant=stored.get("bnb_4bit_use_double_quant", False),
-    )
-
-
-def refuse_experts(skeleton: Skeleton, quantization: QuantizationSpec) -> None:
-    """Fused experts are plain parameters, which bitsandbytes passes over without a word."""
-    if skeleton.expert_parameters and quantization.num_bits < 16:
-        counted = {name: p.numel() for name, p in skeleton.model.named_parameters()}
-        inside = sum(counted[name] for name in skeleton.expert_parameters)
-        share = inside / sum(counted.values())
+    Raises:
+        ModelError: fused experts, linear layers of a foreign class, or a skip that skips nothing.
+    """
+    if quantization.num_bits == 16:
+        return
+    _refuse_experts(skeleton)
+    kind = skeleton.model.config.model_type
+    if kind in _REWRITES_ITS_WEIGHTS:
         raise ModelError(
-            f"{skeleton.model.config.model_type} keeps its experts in fused tensors "
-            f"({skeleton.expert_parameters[0]} and {len(skeleton.expert_parameters) - 1} more, "
-            f"{share:.0%} of the parameters), which bitsandbytes would leave in 16 bits. Load it "
-            "in 16 bits (quantization.load_in_4bit: false), or take a dense model."
+            f"{kind} rewrites its weights between training and evaluation, which quantized ones do "
+            "not survive; load it in 16 bits (quantization.load_in_4bit: false)."
         )
-
-
-def refuse_foreign_linears(skeleton: Skeleton, quantization: QuantizationSpec) -> None:
-    """Subclasses of a linear layer would stay in 16 bits without a word as well."""
-    missed = [
-        name
-        for name in skeleton.foreign_linear_modules
-        if not name_matches(name, list(quantization.skip_modules))
-    ]
-    if missed and quantization.num_bits < 16:
+    skips = quantization.skip_modules
+    missed = [name for name in skeleton.foreign_linear_modules if not name_matches(name, skips)]
+    if missed:
+        layer = type(skeleton.model.get_submodule(missed[0])).__name__
         raise ModelError(
-            f"{len(missed)} linear layers of {skeleton.model.config.model_type} are of a class of "
-            f"their own, which bitsandbytes does not quantize ({', '.join(missed[:3])} …). Load the "
-            "model in 16 bits (quantization.load_in_4bit: false), or name them in "
+            f"{len(missed)} linear layers of {kind} are of a class of their own ({layer}: "
+            f"{', '.join(missed[:3])} …), which bitsandbytes does not quantize. Load the model in "
+            "16 bits (quantization.load_in_4bit: false), or name them in "
             "quantization.skip_modules."
         )
+    linear = [name for name, module in skeleton.model.named_modules() if is_linear(module)]
+    for skip in skips:
+        if not any(name_matches(name, (skip,)) for name in linear):
+            raise ModelError(
+                f"quantization.skip_modules: {skip} is neither the start nor the end of a linear "
+                f"layer's name; one of them is {linear[0]}."
+            )
+
+
+def _refuse_experts(skeleton: Skeleton) -> None:
+    """Fused experts are plain parameters, and bitsandbytes quantizes modules."""
+    if not skeleton.expert_parameters:
+        return
+    counted = {name: p.numel() for name, p in skeleton.model.named_parameters()}
+    share = sum(counted[name] for name in skeleton.expert_parameters) / sum(counted.values())
+    raise ModelError(
+        f"{skeleton.model.config.model_type} keeps its experts in fused tensors "
+        f"({skeleton.expert_parameters[0]} and {len(skeleton.expert_parameters) - 1} more, "
+        f"{share:.0%} of the parameters), which bitsandbytes would leave in 16 bits. Load it "
+        "in 16 bits (quantization.load_in_4bit: false), or take a dense model."
+    )
+
+
+def _load_tokenizer(
+    source: ModelSource, spec: ModelSpec, adapter: Path | None
+) -> PreTrainedTokenizerBase:
+    folder = source.folder
+    if adapter is not None:
+        folder = adapter
+    elif spec.tokenizer_name_or_path is not None:
+        folder = resolve_source(spec.tokenizer_name_or_path).folder
+    # The template that an adapter was trained with is saved with it.
+    template = None if adapter is not None else spec.chat_template
+    return load_tokenizer(folder, template, spec.trust_remote_code)
 
 
 def _load_model(
     source: ModelSource,
     spec: ModelSpec,
-    quantization: QuantizationSpec,
+    bnb: BitsAndBytesConfig | None,
     skeleton: Skeleton,
     compute_dtype: torch.dtype,
     hardware: Hardware,
 ) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, PreTrainedModel
     from transformers.utils import logging as transformers_logging
 
-    bnb = bitsandbytes_config(quantization, skeleton, compute_dtype)
-    stored = prequantized_settings(skeleton)
-    if stored is not None:
-        _require_same_quantization(source, stored, quantization)
-        bnb = None
-    options: dict[str, Any] = {
-        "dtype": compute_dtype,
-        "quantization_config": bnb,
-        "device_map": {"": hardware.device if hardware.device == "cpu" else f"{hardware.device}:0"},
-        "trust_remote_code": spec.trust_remote_code,
-        "use_safetensors": not spec.allow_pickle,
-        "local_files_only": True,
-    }
-    if spec.attn_implementation != "auto":
-        options["attn_implementation"] = spec.attn_implementation
-    if bnb is None:
-        options.pop("quantization_config")
-    if spec.allow_pickle:
-        options["use_safetensors"] = None
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    options: dict[str, Any] = {
+        "dtype": compute_dtype,
+        "device_map": {"": hardware.device if hardware.device == "cpu" else f"{hardware.device}:0"},
+        "trust_remote_code": spec.trust_remote_code,
+        "use_safetensors": None if spec.allow_pickle else True,
+        "local_files_only": True,
+        "output_loading_info": True,
+    }
+    if bnb is not None:
+        options["quantization_config"] = bnb
+    if spec.attn_implementation != "auto":
+        options["attn_implementation"] = spec.attn_implementation
+    loaded: Any
     try:
-        model = AutoModelForCausalLM.from_pretrained(source.folder, **options)
+        loaded = AutoModelForCausalLM.from_pretrained(source.folder, **options)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{source.name} cannot be loaded: {reason}") from error
-    for module in model.modules():
-        if type(module).__name__ == "Linear4bit":
-            module.compute_dtype = compute_dtype  # a prequantized checkpoint keeps its own
-            module.compute_type_is_set = True
+        raise ModelError(f"{source.name} cannot be loaded: {reason_of(error)}") from error
+    model, found = loaded
+    assert isinstance(model, PreTrainedModel)
+    require_none_missing(skeleton, found["missing_keys"])
+    for module in four_bit_modules(model):
+        _compute_in(module, compute_dtype)
     model.requires_grad_(False)
     model.eval()
     return model
 
 
-def _require_same_quantization(
-    source: ModelSource, stored: dict[str, Any], quantization: QuantizationSpec
-) -> None:
-    """A checkpoint that is quantized already ignores the recipe; say so instead."""
-    if stored.get("quant_method") != "bitsandbytes":
-        raise ModelError(
-            f"{source.name} is already quantized with {stored.get('quant_method')}, which cannot be "
-            "trained here; take the 16-bit model, or a bitsandbytes one."
-        )
-    bits = 4 if stored.get("load_in_4bit") or stored.get("_load_in_4bit") else 8
-    if bits != quantization.num_bits:
-        raise ModelError(
-            f"{source.name} is already quantized to {bits} bits, but the recipe asks for "
-            f"{quantization.num_bits}; set quantization.load_in_{bits}bit: true, or dequantize it first "
-            "(`qlora-kit dequantize`)."
-        )
-    if bits == 4:
-        asked = {
-            "quant_type": (
-                stored.get("bnb_4bit_quant_type", "fp4"),
-                quantization.quant_type,
-            ),
-            "double_quant": (
-                stored.get("bnb_4bit_use_double_quant", False),
-                quantization.double_quant,
-            ),
-        }
-        for name, (on_disk, wanted) in asked.items():
-            if on_disk != wanted:
-                raise ModelError(
-                    f"{source.name} is already quantized with {name}: {on_disk}, but the recipe "
-                    f"says {wanted}; set quantization.{name}: {str(on_disk).lower()}."
-                )
+def _compute_in(module: Any, compute_dtype: torch.dtype) -> None:
+    """Forward computes in the module's dtype, backward dequantizes to its state's: make them one.
+
+    A checkpoint that was stored quantized brings its own of both. Repacking for AVX512-BF16,
+    which an evaluation would trigger and nothing undoes before the next training step or merge,
+    is turned off.
+    """
+    module.compute_dtype = compute_dtype
+    module.compute_type_is_set = True
+    module.support_avx512bf16_for_cpu = False
+    if is_four_bit(module.weight):
+        module.weight.quant_state.dtype = compute_dtype
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Every id the tokenizer can give must have an embedding."""
-    rows = model.get_input_embeddings().weight.shape[0]
+    rows = num_embeddings(model)
     if len(tokenizer) > rows:
         raise ModelError(
             f"the tokenizer knows {len(tokenizer)} tokens, but the model embeds only {rows}: they "
@@ -299,59 +283,11 @@ def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase)
         )
 
 
-def count_quantized(model: nn.Module) -> Quantized:
-    """Count parameters as they are: two packed ones in each byte of a 4-bit weight."""
-    total = quantized = num_bytes = 0
-    for parameter in model.parameters():
-        kind = type(parameter).__name__
-        count = parameter.numel()
-        num_bytes += parameter.numel() * parameter.element_size()
-        if kind == "Params4bit" and parameter.quant_state is not None:
-            count = parameter.quant_state.shape.numel()
-            num_bytes += _quant_state_bytes(parameter.quant_state)
-        if kind in ("Params4bit", "Int8Params"):
-            quantized += count
-        total += count
-    return Quantized(total, quantized, num_bytes)
-
-
-def _quant_state_bytes(state: Any) -> int:
-    tensors = [state.absmax, state.code]
-    if state.nested:
-        tensors += [state.offset, state.state2.absmax, state.state2.code]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
-
-
-def require_quantized(
-    model: PreTrainedModel, skeleton: Skeleton, quantization: QuantizationSpec
-) -> Quantized:
-    """Fail when a linear layer that should be quantized is not.
-
-    Raises:
-        ModelError: names the layers.
-    """
-    counted = count_quantized(model)
-    if quantization.num_bits == 16:
-        return counted
-    skips = (*quantization.skip_modules, *skeleton.default_skips)
-    missed = [
-        name
-        for name, module in model.named_modules()
-        if is_linear(module)
-        and type(module.weight).__name__ not in ("Params4bit", "Int8Params")
-        and not name_matches(name, skips)
-    ]
-    if missed:
-        raise ModelError(
-            f"{len(missed)} linear layers were left unquantized ({', '.join(missed[:3])} …). Name "
-            "them in quantization.skip_modules if that is meant."
-        )
-    if counted.num_quantized == 0:
-        raise ModelError(
-            "nothing was quantized: the model has no linear layer that bitsandbytes handles. "
-            "Load it in 16 bits with quantization.load_in_4bit: false."
-        )
-    return counted
+def num_embeddings(model: PreTrainedModel) -> int:
+    """Rows of the input embedding, which may be more than the tokenizer has tokens."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, torch.Tensor)
+    return int(weight.shape[0])
 
 
 def prepare_for_training(model: PreTrainedModel) -> None:
@@ -375,7 +311,3 @@ def quantization_record(
     record = quantization.model_dump(mode="json")
     record["compute_dtype"] = str(compute_dtype).removeprefix("torch.")
     return record
-
-
-def describe_quantized(quantized: Quantized) -> dict[str, Any]:
-    return {**asdict(quantized), "share": quantized.share}

@@ -6,36 +6,50 @@ the best rank-r fit of W - dequantize(quantize(W)), by singular value decomposit
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
 from qlora_kit.errors import AdapterError
-from qlora_kit.model.scan import iterate_tensors, weight_files
+from qlora_kit.model.quantized import is_quantized
+from qlora_kit.model.scan import iterate_tensors
+from qlora_kit.model.stored import match_names
 from qlora_kit.model.weight import dequantized_weight
+from qlora_kit.model.weights import readable_weights
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from peft.tuners.lora import LoraLayer
 
+    from qlora_kit.model.base import Base
 
-def fit_to_quantization_error(model: PeftModel, folder: Path) -> None:
-    """Set every adapter pair so that base + update comes closest to the 16-bit weight.
+
+def fit_to_quantization_error(model: PeftModel, base: Base) -> None:
+    """Set every adapter pair on a quantized module so that base + update comes closest to the
+    16-bit weight; the others keep the start that they have.
 
     Raises:
-        AdapterError: the folder does not hold the 16-bit weight of an adapted module.
+        AdapterError: the checkpoint does not hold the 16-bit weight of an adapted module.
     """
     from peft.tuners.lora import LoraLayer
+    from transformers.pytorch_utils import Conv1D
 
     layers: dict[str, LoraLayer] = {}
     for name, module in model.get_base_model().named_modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, LoraLayer) and is_quantized(module.get_base_layer()):
             layers[f"{name}.weight"] = module
-    for name, weight in iterate_tensors(weight_files(folder)):
-        layer = layers.pop(name, None)
-        if layer is not None:
-            _fit(name, layer, weight)
+    # Pickles may be read here if they might when the base was loaded, or it would not be.
+    weights = readable_weights(base.source.folder, allow_pickle=True)
+    names = weights.tensors or [name for name, _ in iterate_tensors(weights.files)]
+    parameters = match_names(base.skeleton, names).parameters
+    for name, weight in iterate_tensors(weights.files):
+        parameter = parameters.get(name, name)
+        layer = layers.pop(parameter, None)
+        if layer is None:
+            continue
+        module_name = parameter.rpartition(".")[0]
+        turned = isinstance(base.skeleton.model.get_submodule(module_name), Conv1D)
+        _fit(parameter, layer, weight.T if turned else weight)
     if layers:
         raise AdapterError(
             f"lora.init: loftq needs the 16-bit weights, and the checkpoint has none for "
@@ -44,21 +58,18 @@ def fit_to_quantization_error(model: PeftModel, folder: Path) -> None:
 
 
 def _fit(name: str, layer: LoraLayer, weight: torch.Tensor) -> None:
-    base = layer.get_base_layer()
-    kept = dequantized_weight(base)
-    original = weight.to(kept)
-    if original.shape != kept.shape and original.T.shape == kept.shape:
-        original = original.T
-    if original.shape != kept.shape or not weight.is_floating_point():
+    kept = dequantized_weight(layer.get_base_layer())
+    if weight.shape != kept.shape or not weight.is_floating_point():
         raise AdapterError(
             f"lora.init: loftq needs the 16-bit weight of {name}, and the checkpoint holds it "
             f"as {weight.dtype} {tuple(weight.shape)}; use init: default."
         )
     (adapter,) = layer.lora_A.keys()
     a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-    rank, scaling = a.shape[0], layer.scaling[adapter]
-    u, s, vh = torch.linalg.svd(original - kept, full_matrices=False)
-    root = (s[:rank] / scaling).sqrt()
+    u, s, vh = torch.linalg.svd(weight.to(kept) - kept, full_matrices=False)
+    rank = min(a.shape[0], s.shape[0])  # what lies beyond starts as it was, times zero
+    root = (s[:rank] / layer.scaling[adapter]).sqrt()
     with torch.no_grad():
-        a.copy_(root[:, None] * vh[:rank])
-        b.copy_(u[:, :rank] * root)
+        a[:rank] = root[:, None] * vh[:rank]
+        b.zero_()
+        b[:, :rank] = u[:, :rank] * root

@@ -16,11 +16,24 @@ import qlora_kit
 from qlora_kit.environment import package_versions
 from qlora_kit.errors import AdapterError
 from qlora_kit.model.base import Base, quantization_record
+from qlora_kit.model.source import ModelSource
 from qlora_kit.model.tokenizer import template_hash, tokenizer_hash
 from qlora_kit.recipe import QuantizationSpec
 
 MANIFEST_FILE = "qlora_kit.json"
 _FORMAT = 1
+
+# What of the quantization decides the numbers that the adapter was trained on.
+_DECISIVE = (
+    "load_in_4bit",
+    "load_in_8bit",
+    "quant_type",
+    "double_quant",
+    "skip_modules",
+    "int8_threshold",
+)
+# Packages whose arithmetic an adapter has learned with.
+_NUMERIC_PACKAGES = ("torch", "transformers", "bitsandbytes", "peft")
 
 
 @dataclass(frozen=True)
@@ -28,6 +41,7 @@ class Manifest:
     """Everything that has to match for an adapter to mean what it meant in training."""
 
     base_name: str
+    """A hub id, a built-in model, or an absolute path."""
     base_revision: str | None
     base_fingerprint: str
     quantization: dict[str, Any]
@@ -38,6 +52,8 @@ class Manifest:
     qlora_kit_version: str
     files: dict[str, str]
     """File → SHA-256."""
+    base_gguf_file: str | None = None
+    """Where `base_name` holds several GGUF files, the one that was taken."""
     format: int = _FORMAT
 
 
@@ -46,7 +62,7 @@ def manifest_for(
 ) -> Manifest:
     """Describe a saved adapter folder; its files must be in place."""
     return Manifest(
-        base_name=base.source.name,
+        base_name=_lasting_name(base.source),
         base_revision=base.source.revision,
         base_fingerprint=base.fingerprint,
         quantization=quantization_record(quantization, base.compute_dtype),
@@ -60,7 +76,16 @@ def manifest_for(
             for path in sorted(folder.iterdir())
             if path.is_file() and path.name != MANIFEST_FILE
         },
+        base_gguf_file=base.source.gguf_file,
     )
+
+
+def _lasting_name(source: ModelSource) -> str:
+    """A name that means the same from another working directory."""
+    path = Path(source.name).expanduser()
+    if source.kind in ("folder", "gguf") and path.exists():
+        return str(path.resolve())
+    return source.name
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
@@ -72,21 +97,69 @@ def read_manifest(folder: Path) -> Manifest:
     path = folder / MANIFEST_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        names = {field.name for field in fields(Manifest)}
-        return Manifest(
-            **{name: value for name, value in values.items() if name in names}
-        )
     except FileNotFoundError:
         raise AdapterError(
             f"{folder} has no {MANIFEST_FILE}, so nobody knows which base this adapter belongs to."
         ) from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise AdapterError(f"{path} cannot be read: {error}") from None
+    except OSError as error:
+        raise AdapterError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError):
+        raise AdapterError(f"{path} is not JSON; the adapter is damaged.") from None
+    return _manifest(path, values)
 
 
-def differences(
-    manifest: Manifest, base: Base, quantization: QuantizationSpec
-) -> list[str]:
+def _manifest(path: Path, values: object) -> Manifest:
+    """Raises AdapterError where a value is missing or of another type than was written."""
+    if not isinstance(values, dict):
+        raise AdapterError(f"{path} is no manifest: it holds a {type(values).__name__}.")
+    known = {field.name for field in fields(Manifest)}
+    if isinstance(values.get("format"), int) and values["format"] > _FORMAT:
+        raise AdapterError(
+            f"{path} was written by a newer qlora-kit ({values.get('qlora_kit_version')}); "
+            "this one cannot read it."
+        )
+    texts = ("base_name", "base_fingerprint", "tokenizer_sha256", "recipe_sha256")
+    wrong = [name for name in texts if not isinstance(values.get(name), str)]
+    wrong += [
+        name
+        for name in ("base_revision", "chat_template_sha256", "base_gguf_file")
+        if not isinstance(values.get(name), str | None)
+    ]
+    wrong += [
+        name
+        for name in ("quantization", "versions", "files")
+        if not isinstance(values.get(name), dict)
+    ]
+    if wrong:
+        raise AdapterError(f"{path} is damaged: {', '.join(wrong)} is missing or no such thing.")
+    for name, digest in values["files"].items():
+        if Path(name).name != name or not isinstance(digest, str):
+            raise AdapterError(f"{path} is damaged: files holds {name!r}.")
+    try:
+        return Manifest(**{name: value for name, value in values.items() if name in known})
+    except TypeError as error:
+        raise AdapterError(f"{path} is damaged: {error}.") from None
+
+
+def stored_settings(manifest: Manifest, folder: Path) -> QuantizationSpec:
+    """The quantization that the adapter was trained on.
+
+    Raises:
+        AdapterError: what the manifest says is no quantization.
+    """
+    settings = {key: value for key, value in manifest.quantization.items() if key in _SPEC_KEYS}
+    try:
+        return QuantizationSpec.model_validate(settings)
+    except ValueError as error:
+        raise AdapterError(
+            f"{folder / MANIFEST_FILE} is damaged: its quantization is none ({error})."
+        ) from None
+
+
+_SPEC_KEYS = frozenset(QuantizationSpec.model_fields)
+
+
+def differences(manifest: Manifest, base: Base, quantization: QuantizationSpec) -> list[str]:
     """What of `base` is not what the adapter was trained on, in words."""
     found = []
     if manifest.base_fingerprint != base.fingerprint:
@@ -95,17 +168,30 @@ def differences(
             f"this is {base.source.name} ({base.fingerprint[:12]})"
         )
     now = quantization_record(quantization, base.compute_dtype)
-    for key in (
-        "load_in_4bit",
-        "load_in_8bit",
-        "quant_type",
-        "double_quant",
-        "skip_modules",
-    ):
-        if manifest.quantization.get(key) != now[key]:
-            found.append(
-                f"quantization.{key}: trained with {manifest.quantization.get(key)}, now {now[key]}"
-            )
+    for key in _DECISIVE:
+        was = manifest.quantization.get(key)
+        if was != now[key]:
+            found.append(f"quantization.{key}: trained with {was}, now {now[key]}")
+    if manifest.tokenizer_sha256 != tokenizer_hash(base.tokenizer):
+        found.append("the tokenizer: it makes other ids of a text than the one trained with")
+    if manifest.chat_template_sha256 != template_hash(base.tokenizer):
+        found.append("the chat template: another one than trained with")
+    return found
+
+
+def changed_circumstances(manifest: Manifest, base: Base) -> list[str]:
+    """What differs without making it another base: precision and versions, in words."""
+    found = []
+    dtype = str(base.compute_dtype).removeprefix("torch.")
+    was = manifest.quantization.get("compute_dtype")
+    if was != dtype:
+        found.append(f"trained in {was}, now computing in {dtype}")
+    now = package_versions()
+    found += [
+        f"trained with {name} {manifest.versions.get(name)}, this is {now[name]}"
+        for name in _NUMERIC_PACKAGES
+        if manifest.versions.get(name) != now[name]
+    ]
     return found
 
 
@@ -117,20 +203,21 @@ def require_own_base(
     Raises:
         AdapterError: says what differs.
     """
+    if force and not (folder / MANIFEST_FILE).is_file():
+        return [f"{folder} has no {MANIFEST_FILE}, so nothing of its base is known"]
     manifest = read_manifest(folder)
     damaged = [
         name
         for name, digest in manifest.files.items()
         if not (folder / name).is_file() or file_sha256(folder / name) != digest
     ]
-    found = [
-        f"the file {name}: missing or changed since it was saved" for name in damaged
-    ]
+    found = [f"the file {name}: missing or changed since it was saved" for name in damaged]
     found += differences(manifest, base, quantization)
     if found and not force:
         listed = "\n".join(f"  - {one}" for one in found)
         raise AdapterError(
-            f"{folder} does not belong to this base:\n{listed}\nUse --force to load it all the same."
+            f"{folder} does not belong to this base:\n{listed}\n"
+            "Use --force to load it all the same."
         )
     return found
 

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 from qlora_kit.errors import AdapterError
-from qlora_kit.model.base import Base
-from qlora_kit.model.manifest import manifest_for, require_own_base, write_manifest
+from qlora_kit.model.base import Base, num_embeddings
+from qlora_kit.model.manifest import (
+    MANIFEST_FILE,
+    changed_circumstances,
+    manifest_for,
+    read_manifest,
+    require_own_base,
+    write_manifest,
+)
+from qlora_kit.model.reason import reason_of
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     from qlora_kit.recipe import QuantizationSpec
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
 
 
 def save_adapter(
@@ -26,14 +42,24 @@ def save_adapter(
     """Write the adapter beside its final place, then rename, so that it is whole or not there."""
     scratch = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(scratch, ignore_errors=True)
+    _in_order(model.peft_config["default"])
     # "auto" would ask the hub whether the vocabulary grew, and offline leave out grown rows.
     model.save_pretrained(scratch, save_embedding_layers=False)
     base.tokenizer.save_pretrained(scratch)
-    base.model.generation_config.save_pretrained(scratch)
+    if base.model.generation_config is not None:
+        base.model.generation_config.save_pretrained(scratch)
     readme = scratch / "README.md"
     readme.unlink(missing_ok=True)  # PEFT's is a form to fill in
     write_manifest(manifest_for(base, quantization, recipe_sha256, scratch), scratch)
     scratch.rename(folder)
+
+
+def _in_order(config: PeftConfig) -> None:
+    """PEFT keeps names in sets, and writes them in an order that differs from run to run."""
+    for key in ("target_modules", "exclude_modules"):
+        value = getattr(config, key)
+        if isinstance(value, set):
+            setattr(config, key, sorted(value))
 
 
 def load_adapter(
@@ -48,17 +74,20 @@ def load_adapter(
     """
     from peft import PeftModel
 
-    if not (folder / "adapter_config.json").is_file():
-        raise AdapterError(f"{folder} holds no adapter (no adapter_config.json).")
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / name).is_file():
+            raise AdapterError(f"{folder} holds no adapter (no {name}).")
     differing = require_own_base(folder, base, quantization, force)
-    if len(base.tokenizer) > base.model.get_input_embeddings().weight.shape[0]:
+    if (folder / MANIFEST_FILE).is_file():
+        for one in changed_circumstances(read_manifest(folder), base):
+            logger.warning("%s: %s", folder, one)
+    if len(base.tokenizer) > num_embeddings(base.model):
         base.model.resize_token_embeddings(len(base.tokenizer), mean_resizing=False)
     try:
         model = PeftModel.from_pretrained(base.model, str(folder), is_trainable=False)
-    except (ValueError, RuntimeError, KeyError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except (ValueError, RuntimeError, LookupError, TypeError, OSError, SafetensorError) as error:
         raise AdapterError(
-            f"{folder} cannot be loaded onto {base.source.name}: {reason}"
+            f"{folder} cannot be loaded onto {base.source.name}: {reason_of(error)}"
         ) from error
     model.eval()
     return model, differing

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from qlora_kit.environment import cache_dir
 from qlora_kit.errors import ModelError
-from qlora_kit.model.weights import weight_files as weight_files
+from qlora_kit.model.weights import weight_files
 
 # What the fingerprint takes of a tensor besides the sum of all its words: its two ends and its
 # middle, which tell apart what a sum cannot, the order.

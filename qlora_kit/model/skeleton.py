@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from qlora_kit.errors import ModelError
+from qlora_kit.model.reason import reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+# A configuration's values reach upstream's arithmetic, look-ups and imports unchecked.
+_BAD_CONFIG = (
+    StrictDataclassError,
+    OSError,
+    ImportError,
+    AttributeError,
+    LookupError,
+    TypeError,
+    ValueError,
+    ArithmeticError,
+    AssertionError,
+    RuntimeError,
+)
 
 
 @dataclass(frozen=True)
@@ -26,7 +43,7 @@ class Skeleton:
     default_skips: tuple[str, ...]
     """Modules that the library never quantizes: the head, and what is tied to it."""
     expert_parameters: tuple[str, ...]
-    """Fused expert weights: parameters with three dimensions outside any linear module."""
+    """Fused expert weights, which belong to no linear module."""
     foreign_linear_modules: tuple[str, ...]
     """Linear layers of a class of their own, which bitsandbytes passes over."""
     router_modules: tuple[str, ...]
@@ -39,21 +56,47 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     Raises:
         ModelError: it is missing, unreadable, unknown, or needs code that may not run.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"{folder} has no config.json, so it is not a model folder.")
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{folder} has no config.json, so it is not a model folder{_what(folder)}")
+    _require_mapping(path)
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        hint = ""
+    except _BAD_CONFIG as error:
         if "trust_remote_code" in str(error):
-            reason = "the model brings its own Python code"
-            hint = " Set model.trust_remote_code: true if you trust where it comes from."
-        raise ModelError(f"{folder}/config.json cannot be used: {reason}.{hint}") from error
+            raise ModelError(
+                f"{folder} brings its own Python code, which does not run unasked. Set "
+                "model.trust_remote_code: true if you trust where it comes from."
+            ) from error
+        raise ModelError(f"{path} cannot be used: {reason_of(error)}") from error
+    assert isinstance(config, PreTrainedConfig)
+    return config
+
+
+def _what(folder: Path) -> str:
+    """What a folder without config.json seems to be instead."""
+    if (folder / "adapter_config.json").is_file():
+        return ": it holds an adapter; name the base model that it was trained on."
+    ggufs = sorted(path.name for path in folder.glob("*.gguf"))
+    if ggufs:
+        return f"; set model.gguf_file: {ggufs[0]} to read that file."
+    return "."
+
+
+def _require_mapping(path: Path) -> None:
+    """transformers takes any JSON for a configuration, and stumbles over it later."""
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError):
+        raise ModelError(f"{path} is not JSON; fetch it again.") from None
+    if not isinstance(content, dict):
+        raise ModelError(f"{path} is no configuration: it holds a {type(content).__name__}.")
 
 
 def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> Skeleton:
@@ -65,52 +108,54 @@ def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) ->
     from transformers import AutoModelForCausalLM
     from transformers.quantizers.base import get_keys_to_not_convert
 
-    from transformers import AutoModelForMaskedLM
+    _refuse_encoders(config)
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except _BAD_CONFIG as error:
+        raise ModelError(
+            f"architecture {config.model_type} is not a causal language model that this version "
+            f"of transformers can build from its config.json: {reason_of(error)}"
+        ) from error
+    skips = tuple(sorted(get_keys_to_not_convert(model)))
+    linear = [name for name, module in model.named_modules() if is_linear(module)]
+    quantizable = tuple(name for name in linear if not name_matches(name, skips))
+    return Skeleton(
+        model=model,
+        linear_modules=quantizable,
+        default_skips=skips,
+        expert_parameters=tuple(_expert_parameters(model)),
+        foreign_linear_modules=tuple(
+            name for name in quantizable if not _bitsandbytes_takes(model.get_submodule(name))
+        ),
+        router_modules=tuple(name for name in linear if _is_router(model, name)),
+    )
 
-    fills_gaps = type(config) in AutoModelForMaskedLM._model_mapping
+
+def _refuse_encoders(config: PreTrainedConfig) -> None:
+    """transformers builds a causal model of these as well, from a part of their weights or with
+    every token seeing the ones after it.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(
+            f"architecture {config.model_type} maps one sequence to another, so it is not a causal "
+            "language model; take one that only continues text."
+        )
+    fills_gaps = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if fills_gaps and getattr(config, "is_decoder", True) is False:
         raise ModelError(
             f"architecture {config.model_type} reads in both directions, so it is not a causal "
             "language model; take one that generates text."
         )
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, ImportError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(
-            f"architecture {config.model_type} is not a causal language model that this version "
-            f"of transformers can build: {reason}"
-        ) from error
-    skips = tuple(get_keys_to_not_convert(model))
-    linear = [name for name, module in model.named_modules() if is_linear(module)]
-    routers = tuple(name for name in linear if _is_router(model, name))
-    return Skeleton(
-        model=model,
-        linear_modules=tuple(name for name in linear if not name_matches(name, skips)),
-        default_skips=skips,
-        foreign_linear_modules=tuple(
-            name
-            for name in linear
-            if not name_matches(name, skips) and not _bitsandbytes_takes(model.get_submodule(name))
-        ),
-        expert_parameters=tuple(_expert_parameters(model)),
-        router_modules=routers,
-    )
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether bitsandbytes and PEFT treat it as a linear layer (GPT-2's Conv1D is one)."""
+    """Whether PEFT treats it as a linear layer (GPT-2's Conv1D is one)."""
     from transformers.pytorch_utils import Conv1D
 
     return isinstance(module, nn.Linear | Conv1D)
-
-
-def _bitsandbytes_takes(module: nn.Module) -> bool:
-    """transformers' rule for what it replaces: the very class, no subclass of it."""
-    from transformers.pytorch_utils import Conv1D
-
-    return type(module) is nn.Linear or isinstance(module, Conv1D)
 
 
 def name_matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:
@@ -120,16 +165,37 @@ def name_matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:
     return not should_convert_module(name, list(patterns))
 
 
+def text_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that text passes through, without the head: not an image tower or its projector."""
+    inside = {id(module) for module in model.get_decoder().modules()}
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if id(module) in inside and module is not head:
+            yield name, module
+
+
+def _bitsandbytes_takes(module: nn.Module) -> bool:
+    """transformers' rule for what it replaces: the very class, no subclass of it."""
+    from transformers.pytorch_utils import Conv1D
+
+    return type(module) is nn.Linear or isinstance(module, Conv1D)
+
+
 def _is_router(model: nn.Module, name: str) -> bool:
+    """By name: a router, a part of one, or a gate that stands beside experts."""
     parent_name, _, leaf = name.rpartition(".")
-    if leaf not in ("gate", "router", "shared_expert_gate"):
-        return False
+    if leaf == "shared_expert_gate" or "router" in name.split("."):
+        return True
     siblings = {child for child, _ in model.get_submodule(parent_name).named_children()}
-    return "experts" in siblings or leaf == "shared_expert_gate"
+    return leaf == "gate" and "experts" in siblings
 
 
 def _expert_parameters(model: nn.Module) -> Iterator[str]:
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
-        if parameter.ndim == 3 and not isinstance(owner, nn.Conv1d):
+        if is_linear(owner) or isinstance(owner, nn.Conv1d):
+            continue
+        stacked = parameter.ndim == 3 and min(parameter.shape) > 1
+        of_experts = parameter.ndim == 2 and "expert" in type(owner).__name__.lower()
+        if stacked or of_experts:
             yield name

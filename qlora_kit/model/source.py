@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -10,9 +12,12 @@ from qlora_kit.environment import hub_is_offline
 from qlora_kit.errors import ModelError
 from qlora_kit.model.demo import DEMO_MODEL, demo_model_folder
 from qlora_kit.model.gguf import convert_cached
+from qlora_kit.model.reason import reason_of
 
 # What a hub snapshot needs: weights, configuration, tokenizer, templates; no other formats.
 _PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+# The same weights once more, for other programs.
+_IGNORED = ("consolidated*", "original/*", "onnx/*")
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,8 @@ class ModelSource:
     kind: Literal["demo", "folder", "gguf", "hub"]
     revision: str | None = None
     """Commit of a hub snapshot."""
+    gguf_file: str | None = None
+    """The file within what `name` names, where it names several."""
 
 
 def resolve_source(
@@ -47,25 +54,20 @@ def resolve_source(
         raise ModelError(f"{name_or_path} is not a demo model; there is {DEMO_MODEL}.")
     path = Path(name_or_path).expanduser()
     if gguf_file is not None and path.is_dir():
-        path = path / gguf_file
-    if path.suffix == ".gguf" and (path.exists() or gguf_file is None):
-        if not path.is_file():
-            raise ModelError(f"{path} does not exist.")
-        return ModelSource(name_or_path, convert_cached(path), "gguf")
+        folder = convert_cached(_existing_file(path / gguf_file))
+        return ModelSource(name_or_path, folder, "gguf", gguf_file=gguf_file)
+    if path.suffix == ".gguf" and gguf_file is None:
+        return ModelSource(name_or_path, convert_cached(_existing_file(path)), "gguf")
     if path.is_dir():
         return ModelSource(name_or_path, path.resolve(), "folder")
     if path.is_file():
-        raise ModelError(
-            f"{path} is a file; a model is a folder, a .gguf file, or a hub id."
-        )
+        raise ModelError(f"{path} is a file; a model is a folder, a .gguf file, or a hub id.")
     if looks_local(name_or_path):
         raise ModelError(f"{path} does not exist.")
     if gguf_file is not None:
-        return ModelSource(
-            name_or_path,
-            convert_cached(_hub_file(name_or_path, gguf_file, revision)),
-            "gguf",
-        )
+        fetched = _hub_file(name_or_path, gguf_file, revision)
+        commit = fetched.parts[-len(Path(gguf_file).parts) - 1]
+        return ModelSource(name_or_path, convert_cached(fetched), "gguf", commit, gguf_file)
     patterns = [
         *_PATTERNS,
         *(["*.bin"] if allow_pickle else []),
@@ -80,15 +82,24 @@ def looks_local(name_or_path: str) -> bool:
     return name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
 
 
+def _existing_file(path: Path) -> Path:
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder, and not a GGUF file.")
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist.")
+    return path
+
+
 def _hub_snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    with _HubErrors(name, revision):
+    with _hub_errors(name, revision):
         return Path(
             snapshot_download(
                 name,
                 revision=revision,
                 allow_patterns=patterns,
+                ignore_patterns=list(_IGNORED),
                 local_files_only=hub_is_offline(),
             )
         )
@@ -97,57 +108,35 @@ def _hub_snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
 def _hub_file(name: str, file_name: str, revision: str | None) -> Path:
     from huggingface_hub import hf_hub_download
 
-    with _HubErrors(name, revision):
+    with _hub_errors(name, revision):
         return Path(
-            hf_hub_download(
-                name, file_name, revision=revision, local_files_only=hub_is_offline()
-            )
+            hf_hub_download(name, file_name, revision=revision, local_files_only=hub_is_offline())
         )
 
 
-class _HubErrors:
+@contextmanager
+def _hub_errors(name: str, revision: str | None) -> Iterator[None]:
     """Says what the hub's refusals mean."""
+    import httpx
+    from huggingface_hub import errors
 
-    def __init__(self, name: str, revision: str | None):
-        self.name = name if revision is None else f"{name} at revision {revision}"
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: object, error: BaseException | None, trace: object
-    ) -> None:
-        import httpx
-        from huggingface_hub import errors
-
-        if error is None:
-            return
-        if isinstance(error, errors.GatedRepoError):
-            raise ModelError(
-                f"{self.name} is gated: accept its licence on its page, then log in with `hf auth login`."
-            ) from None
-        if isinstance(
-            error, errors.RepositoryNotFoundError | errors.RevisionNotFoundError
-        ):
-            raise ModelError(
-                f"the hub has no model {self.name} that you may read."
-            ) from None
-        if isinstance(error, errors.EntryNotFoundError) and not isinstance(
-            error, errors.LocalEntryNotFoundError
-        ):
-            raise ModelError(f"{self.name}: {error}") from None
-        if isinstance(error, errors.HFValidationError):
-            raise ModelError(
-                f"{self.name} is neither a local path nor a hub id."
-            ) from None
-        if isinstance(
-            error,
-            errors.LocalEntryNotFoundError
-            | errors.OfflineModeIsEnabled
-            | httpx.HTTPError
-            | OSError,
-        ):
-            raise ModelError(
-                f"{self.name} is not on this machine, and the hub cannot be reached. Download it "
-                "first where there is a network (`hf download`), or name a local folder."
-            ) from None
+    asked = name if revision is None else f"{name} at revision {revision}"
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise ModelError(
+            f"{asked} is gated: accept its licence on its page, then log in with `hf auth login`."
+        ) from None
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        raise ModelError(f"the hub has no model {asked} that you may read.") from None
+    except errors.HFValidationError:
+        raise ModelError(f"{asked} is neither a local path nor a hub id.") from None
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, httpx.HTTPError):
+        raise ModelError(
+            f"{asked} is not on this machine, and the hub cannot be reached. Download it first "
+            "where there is a network (`hf download`), or name a local folder."
+        ) from None
+    except errors.EntryNotFoundError as error:
+        raise ModelError(f"{asked}: {reason_of(error)}") from None
+    except OSError as error:
+        raise ModelError(f"{asked} cannot be fetched: {reason_of(error)}") from None

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,21 +13,24 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateSyntaxError
 
 from qlora_kit.errors import ModelError
+from qlora_kit.model.reason import reason_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-# Tokens that models reserve and never write; any of them can pad.
+# Tokens that models reserve and never write; any of them can pad. The best known come first.
 _SPARE_TOKENS = (
     "<|finetune_right_pad_id|>",
     "<pad>",
     "[PAD]",
     "<|pad|>",
     "<|endoftext|>",
-    "<|reserved_special_token_0|>",
-    "<unk>",
-    "[UNK]",
 )
+_SPARE_PATTERN = re.compile(
+    r"[<\[].{0,2}(pad|.*_pad|reserved.*|unused.*|extra_id.*).{0,2}[>\]]", re.I
+)
+_NEW_PAD = "<|pad|>"
+_BAD_TOKENIZER = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -43,82 +49,120 @@ def load_tokenizer(
     Raises:
         ModelError: there is none, it cannot be read, or it has no fast version.
     """
-    from transformers import AutoTokenizer
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = (
-            str(error).strip().splitlines()[0]
-            if str(error).strip()
-            else type(error).__name__
-        )
+    except Exception as error:
+        # The tokenizers library raises Exception itself for a file that it cannot parse.
+        if not isinstance(error, _BAD_TOKENIZER) and type(error) is not Exception:
+            raise
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"the tokenizer in {folder} brings its own Python code, which does not run "
+                "unasked. Set model.trust_remote_code: true if you trust where it comes from."
+            ) from error
         raise ModelError(
-            f"{folder} has no tokenizer that can be read ({reason}). "
+            f"{folder} has no tokenizer that can be read ({reason_of(error)}). "
             "Name one with model.tokenizer_name_or_path."
         ) from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
     if not tokenizer.is_fast:
         raise ModelError(
             f"the tokenizer in {folder} has no fast version (tokenizer.json), which is needed to "
             "tell which tokens are supervised."
         )
+    if len(tokenizer) == 0:
+        raise ModelError(f"the tokenizer in {folder} knows no tokens; fetch it again.")
     if chat_template is not None:
         tokenizer.chat_template = _read_template(Path(chat_template).expanduser())
     return tokenizer
 
 
-def ensure_padding(tokenizer: PreTrainedTokenizerBase) -> PadChoice:
-    """Give the tokenizer a pad token that is not its end token, without growing the vocabulary.
+def ensure_padding(
+    tokenizer: PreTrainedTokenizerBase, num_embeddings: int | None = None
+) -> PadChoice:
+    """Give the tokenizer a pad token that is not its end token and that no text contains.
 
-    A pad token equal to the end token makes many tools train without ever seeing the end.
-
-    Raises:
-        ModelError: the vocabulary has no token to spare.
+    A pad token equal to the end token makes many tools train without ever seeing the end, and one
+    from the ordinary vocabulary would vanish from every text that is decoded. Where the vocabulary
+    reserves none, one is added if the model has `num_embeddings` to spare; the model never grows.
     """
-    stops = {tokenizer.eos_token}
-    if tokenizer.pad_token is not None and tokenizer.pad_token not in stops:
-        return PadChoice(tokenizer.pad_token, "the tokenizer's own")
-    vocabulary = tokenizer.get_vocab()
-    for token in (*_SPARE_TOKENS, tokenizer.unk_token, tokenizer.bos_token):
-        if token is not None and token in vocabulary and token not in stops:
-            why = "is missing" if tokenizer.pad_token is None else "is the end token"
+    own = _text(tokenizer.pad_token)
+    if own is not None and _can_pad(tokenizer, own):
+        return PadChoice(own, "the tokenizer's own")
+    if own is None:
+        why = "the tokenizer names none"
+    else:
+        is_end = own == _text(tokenizer.eos_token)
+        why = f"the tokenizer's own {'is the end token' if is_end else 'stands in its template'}"
+    for token in _spare_tokens(tokenizer):
+        if _can_pad(tokenizer, token):
             tokenizer.pad_token = token
-            return PadChoice(token, f"the tokenizer's own {why}")
-    # Labels and attention are masked wherever padding stands, so any id is safe to pad with
-    # as long as it is not taken for an end; the first one of the vocabulary is.
-    token = tokenizer.convert_ids_to_tokens(0)
-    if token is None or token in stops:
+            return PadChoice(token, why)
+    if num_embeddings is not None and len(tokenizer) < num_embeddings:
+        tokenizer.add_special_tokens({"pad_token": _NEW_PAD})
+        return PadChoice(_NEW_PAD, f"{why}; added, where the model has embeddings to spare")
+    last = _text(tokenizer.eos_token) or own
+    if last is None:
         raise ModelError(
-            "the tokenizer has no token to pad with; add one to it, or name another tokenizer "
-            "with model.tokenizer_name_or_path."
+            "the tokenizer has no token to pad with, and not even an end token; name another with "
+            "model.tokenizer_name_or_path."
         )
-    tokenizer.pad_token = token
-    return PadChoice(token, "no reserved token is left")
+    tokenizer.pad_token = last
+    return PadChoice(last, f"{why}, and no token is left; the end is trained all the same")
 
 
-def stop_ids(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
-) -> frozenset[int]:
+def _spare_tokens(tokenizer: PreTrainedTokenizerBase) -> Iterator[str]:
+    vocabulary = tokenizer.get_vocab()
+    yield from (token for token in _SPARE_TOKENS if token in vocabulary)
+    added = sorted(tokenizer.get_added_vocab().items(), key=lambda item: item[1])
+    yield from (token for token, _ in added if _SPARE_PATTERN.fullmatch(token))
+    for token in map(_text, (tokenizer.unk_token, tokenizer.bos_token)):
+        if token is not None and token in vocabulary:
+            yield token
+
+
+def _can_pad(tokenizer: PreTrainedTokenizerBase, token: str) -> bool:
+    """Neither the end token nor one that the chat template writes."""
+    if token == _text(tokenizer.eos_token):
+        return False
+    template = str(tokenizer.chat_template or "")
+    named = [
+        f"{role}_token"
+        for role in ("bos", "unk")
+        if token == _text(getattr(tokenizer, f"{role}_token"))
+    ]
+    return token not in template and not any(name in template for name in named)
+
+
+def _text(token: object) -> str | None:
+    return None if token is None else str(token)
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Token ids at which generation with this model stops."""
     ids: set[int] = set()
-    for value in (model.generation_config.eos_token_id, tokenizer.eos_token_id):
-        ids |= (
-            set(value)
-            if isinstance(value, list)
-            else {value}
-            if value is not None
-            else set()
-        )
+    config = model.generation_config
+    for value in (config.eos_token_id if config else None, tokenizer.eos_token_id):
+        if value is not None:
+            ids |= set(value) if isinstance(value, list) else {value}
     return frozenset(ids)
 
 
 def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 of all that decides which ids a text becomes."""
-    backend = tokenizer.backend_tokenizer
-    state = backend.to_str()
-    return hashlib.sha256(state.encode()).hexdigest()
+    """SHA-256 of all that decides which ids a text becomes.
+
+    Not of how rows are padded or truncated, which the last call has left behind, nor of the pad
+    token, which a tokenizer that was saved knows and the one it was made from may not.
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["padding"] = state["truncation"] = None
+    pad = _text(tokenizer.pad_token)
+    state["added_tokens"] = [one for one in state["added_tokens"] if one["content"] != pad]
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -130,18 +174,18 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def _read_template(path: Path) -> str:
-    from jinja2 import Environment
+    from transformers.utils.chat_template_utils import _compile_jinja_template
 
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ModelError(
-            f"model.chat_template: {path} cannot be read: {error.strerror}."
-        ) from None
+        raise ModelError(f"model.chat_template: {path} cannot be read: {error.strerror}.") from None
     except UnicodeDecodeError:
         raise ModelError(f"model.chat_template: {path} is not UTF-8 text.") from None
+    if not text.strip():
+        raise ModelError(f"model.chat_template: {path} is empty.")
     try:
-        Environment(extensions=["jinja2.ext.loopcontrols"]).parse(text)
+        _compile_jinja_template(text)
     except TemplateSyntaxError as error:
         raise ModelError(
             f"model.chat_template: {path}:{error.lineno} is not Jinja: {error.message}."

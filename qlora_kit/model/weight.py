@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -14,17 +16,21 @@ def dequantized_weight(module: nn.Module) -> torch.Tensor:
     """
     import bitsandbytes.functional as bnb
 
-    weight = module.weight
+    owner: Any = module
+    weight = owner.weight
     kind = type(weight).__name__
+    dense: torch.Tensor
     if kind == "Params4bit":
         state = weight.quant_state
         dtype, state.dtype = state.dtype, torch.float32
         try:
-            return bnb.dequantize_4bit(weight.data, state)
+            dense = bnb.dequantize_4bit(weight.data, state)
         finally:
             state.dtype = dtype
+        return dense
     if kind == "Int8Params":
-        scale = module.state.SCB if module.state.SCB is not None else weight.SCB
-        return weight.data.float() * (scale.float().view(-1, 1) / 127.0)
-    assert isinstance(weight, torch.Tensor)
-    return weight.detach().float()
+        scale = owner.state.SCB if owner.state.SCB is not None else weight.SCB
+        dense = weight.data.float() * (scale.float().view(-1, 1) / 127.0)
+        return dense
+    dense = weight.detach().float()
+    return dense

@@ -105,7 +105,12 @@ def inspect_weights(folder: Path) -> WeightFiles:
 
 
 def weight_files(folder: Path, allow_pickle: bool = False) -> tuple[Path, ...]:
-    """The files that loading a model folder reads, where they may be read.
+    """The files that loading a model folder reads; raises as `readable_weights` does."""
+    return readable_weights(folder, allow_pickle).files
+
+
+def readable_weights(folder: Path, allow_pickle: bool = False) -> WeightFiles:
+    """The weights of a model folder, where they may be read.
 
     Raises:
         ModelError: there are none, one is damaged, or they are pickles and those are not allowed.
@@ -116,7 +121,7 @@ def weight_files(folder: Path, allow_pickle: bool = False) -> tuple[Path, ...]:
             f"{folder} holds its weights as pickles ({weights.files[0].name}), which can run code "
             "when they are read. Convert them to safetensors, or set model.allow_pickle: true."
         )
-    return weights.files
+    return weights
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

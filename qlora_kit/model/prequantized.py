@@ -1,0 +1,111 @@
+"""Checkpoints that are stored quantized, whose own settings hold whatever the recipe says."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.errors import ModelError
+from qlora_kit.model.skeleton import load_config, name_matches
+from qlora_kit.model.source import resolve_source
+from qlora_kit.recipe import QuantizationSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from qlora_kit.model.skeleton import Skeleton
+    from qlora_kit.model.source import ModelSource
+    from qlora_kit.recipe import ModelSpec
+
+
+def prequantized_settings(skeleton: Skeleton) -> dict[str, Any] | None:
+    """How the checkpoint on disk is quantized already; None where it is not."""
+    return _settings(skeleton.model.config)
+
+
+def stored_quantization(spec: ModelSpec) -> QuantizationSpec | None:
+    """The settings that a bitsandbytes checkpoint was saved with; None where it is not one."""
+    source = resolve_source(
+        spec.name_or_path,
+        spec.revision,
+        spec.gguf_file,
+        spec.allow_pickle,
+        spec.trust_remote_code,
+    )
+    stored = _settings(load_config(source.folder, spec.trust_remote_code))
+    if stored is None or stored.get("quant_method") != "bitsandbytes":
+        return None
+    skips = tuple(stored.get("llm_int8_skip_modules") or ())
+    if _num_bits(stored) == 8:
+        return QuantizationSpec(
+            load_in_8bit=True,
+            int8_threshold=stored.get("llm_int8_threshold", 6.0),
+            skip_modules=skips,
+        )
+    return QuantizationSpec(**_four_bit(stored), skip_modules=skips)
+
+
+def require_same_quantization(
+    source: ModelSource, stored: dict[str, Any], quantization: QuantizationSpec
+) -> None:
+    """A checkpoint that is quantized already ignores the recipe; say so instead.
+
+    Raises:
+        ModelError: names the first setting that differs, and what to write.
+    """
+    if stored.get("quant_method") != "bitsandbytes":
+        raise ModelError(
+            f"{source.name} is already quantized with {stored.get('quant_method')}, which cannot "
+            "be trained here; take the 16-bit model, or a bitsandbytes one."
+        )
+    bits = _num_bits(stored)
+    if bits != quantization.num_bits:
+        raise ModelError(
+            f"{source.name} is already quantized to {bits} bits, but the recipe asks for "
+            f"{quantization.num_bits}; set quantization.load_in_{bits}bit: true, or dequantize it "
+            "first (`qlora-kit dequantize`)."
+        )
+    on_disk = (
+        _four_bit(stored)
+        if bits == 4
+        else {"int8_threshold": stored.get("llm_int8_threshold", 6.0)}
+    )
+    for name, value in on_disk.items():
+        wanted = getattr(quantization, name)
+        if value != wanted:
+            raise ModelError(
+                f"{source.name} is already quantized with {name}: {_yaml(value)}, but the recipe "
+                f"says {_yaml(wanted)}; set quantization.{name}: {_yaml(value)}."
+            )
+    skips = stored.get("llm_int8_skip_modules") or ()
+    extra = [name for name in quantization.skip_modules if not name_matches(name, list(skips))]
+    if extra:
+        raise ModelError(
+            f"{source.name} is already quantized, without regard to quantization.skip_modules: "
+            f"{', '.join(extra)}; remove it, or take the 16-bit model."
+        )
+
+
+def _settings(config: PreTrainedConfig) -> dict[str, Any] | None:
+    settings = getattr(config, "quantization_config", None)
+    if settings is None:
+        return None
+    return dict(settings if isinstance(settings, dict) else settings.to_dict())
+
+
+def _num_bits(stored: dict[str, Any]) -> int:
+    return 4 if stored.get("load_in_4bit") or stored.get("_load_in_4bit") else 8
+
+
+def _four_bit(stored: dict[str, Any]) -> dict[str, Any]:
+    """Where a checkpoint says nothing, upstream's defaults were in force."""
+    return {
+        "quant_type": stored.get("bnb_4bit_quant_type", "fp4"),
+        "double_quant": stored.get("bnb_4bit_use_double_quant", False),
+        "quant_storage": str(stored.get("bnb_4bit_quant_storage") or "uint8").removeprefix(
+            "torch."
+        ),
+    }
+
+
+def _yaml(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
