@@ -14,7 +14,7 @@ from qlora_kit.data.render import end_of_turn_id, render_prompt
 from qlora_kit.data.schema import Conversation, PromptCompletion
 from qlora_kit.errors import DataError
 from qlora_kit.evaluate.forward import context_tokens, evaluation_mode, inference_context
-from qlora_kit.evaluate.generation import greedy_config
+from qlora_kit.evaluate.generation import greedy_config, own_settings_aside
 from qlora_kit.subject import Subject
 
 _ORIGIN = "the chat"
@@ -83,6 +83,7 @@ def stream_reply(
     try:
         with (
             evaluation_mode(subject.model),
+            own_settings_aside(subject.model),
             inference_context(subject.model.device, base.compute_dtype),
         ):
             subject.model.generate(  # type: ignore[operator]
