@@ -218,11 +218,10 @@ def test_an_update_that_is_not_finite_is_refused(
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"peft_type": "LOHA", "alpha": 8}, "only LoRA is merged"),
+        ({"peft_type": "LOHA"}, "is a LOHA adapter; only LoRA is merged"),
         ({"init_lora_weights": "pissa"}, "moves a part of the base into the adapter"),
         ({"layer_replication": [[0, 1], [0, 1]]}, "repeats layers"),
         ({"alora_invocation_tokens": [1, 2]}, "acts only after certain tokens"),
-        ({"peft_type": "NOTHING"}, "cannot be read"),
     ],
 )
 def test_what_cannot_be_merged_faithfully_is_refused(
@@ -242,6 +241,12 @@ def test_missing_and_damaged_files_are_named(
     with pytest.raises(AdapterError, match=r"no adapter_config\.json"):
         read_adapter(tmp_path, skeleton)
     adapter = adapter_on_disk(folder, skeleton)
+    config = adapter / "adapter_config.json"
+    text = config.read_text()
+    config.write_text(text[:40])
+    with pytest.raises(AdapterError, match=r"adapter_config\.json cannot be read"):
+        read_adapter(adapter, skeleton)
+    config.write_text(text)
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:100])
     with pytest.raises(AdapterError, match="damaged"):
