@@ -183,6 +183,13 @@ def refuse_unquantizable(skeleton: Skeleton, quantization: QuantizationSpec) -> 
             "16 bits (quantization.load_in_4bit: false), or name them in "
             "quantization.skip_modules."
         )
+    read = [name for name in skeleton.read_directly if not name_matches(name, skips)]
+    if read:
+        layers = ", ".join(sorted({name.rpartition(".")[2] for name in read}))
+        raise ModelError(
+            f"{kind} reads the weights of {layers} past those layers, so they cannot be quantized; "
+            f"set quantization.skip_modules: [{layers}]."
+        )
     linear = [name for name, module in skeleton.model.named_modules() if is_linear(module)]
     for skip in skips:
         if not any(name_matches(name, (skip,)) for name in linear):

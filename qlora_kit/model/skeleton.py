@@ -32,6 +32,15 @@ _BAD_CONFIG = (
     RuntimeError,
 )
 
+# Linear layers whose weights an architecture's kernels read past the module, so that they can
+# neither be packed nor carry an adapter.
+_READ_DIRECTLY = {
+    "mamba": ("x_proj", "dt_proj", "out_proj"),
+    "falcon_mamba": ("x_proj", "dt_proj", "out_proj"),
+    "jamba": ("x_proj", "dt_proj", "out_proj"),
+    **dict.fromkeys(("mamba2", "falcon_h1", "nemotron_h", "bamba", "zamba2"), ("out_proj",)),
+}
+
 
 @dataclass(frozen=True)
 class Skeleton:
@@ -48,6 +57,8 @@ class Skeleton:
     """Linear layers of a class of their own, which bitsandbytes passes over."""
     router_modules: tuple[str, ...]
     """Linear modules that choose experts."""
+    read_directly: tuple[str, ...]
+    """Linear modules whose weights are read past them."""
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -129,6 +140,11 @@ def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) ->
             name for name in quantizable if not _bitsandbytes_takes(model.get_submodule(name))
         ),
         router_modules=tuple(name for name in linear if _is_router(model, name)),
+        read_directly=tuple(
+            name
+            for name in quantizable
+            if name.rpartition(".")[2] in _READ_DIRECTLY.get(config.model_type, ())
+        ),
     )
 
 
@@ -167,7 +183,8 @@ def name_matches(name: str, patterns: tuple[str, ...] | list[str]) -> bool:
 
 def text_modules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module]]:
     """Modules that text passes through, without the head: not an image tower or its projector."""
-    inside = {id(module) for module in model.get_decoder().modules()}
+    is_text_alone = model.config.get_text_config() is model.config
+    inside = {id(module) for module in (model if is_text_alone else model.get_decoder()).modules()}
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if id(module) in inside and module is not head:

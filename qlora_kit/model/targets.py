@@ -86,7 +86,7 @@ def find_targets(skeleton: Skeleton, spec: LoraSpec) -> Targets:
             f"{_offer(names)}."
         )
     _require_patterns(spec, modules)
-    _refuse_for_upstream(model, modules, spec)
+    _refuse_ineffective(skeleton, modules)
     return Targets(modules, _shortened(modules, names, left_out), excluded, saved)
 
 
@@ -128,19 +128,17 @@ def _require_patterns(spec: LoraSpec, modules: tuple[str, ...]) -> None:
                 )
 
 
-def _refuse_for_upstream(model: PreTrainedModel, modules: tuple[str, ...], spec: LoraSpec) -> None:
-    """What PEFT would refuse after the weights are read, or understand in its own way."""
-    from peft import LoraConfig
-    from peft.tuners.tuners_utils import _check_lora_target_modules_mamba
-
+def _refuse_ineffective(skeleton: Skeleton, modules: tuple[str, ...]) -> None:
+    """Where an adapter would do nothing, and what PEFT would understand in its own way."""
+    model = skeleton.model
+    passed = sorted(_kinds(set(modules) & set(skeleton.read_directly)))
+    if passed:
+        raise AdapterError(
+            f"lora.target_modules: {model.config.model_type} reads the weights of "
+            f"{', '.join(passed)} past those layers and any adapter on them; set "
+            f"lora.exclude_modules: [{', '.join(passed)}]."
+        )
     for kind in sorted(_kinds(modules)):
-        try:
-            _check_lora_target_modules_mamba(LoraConfig(), model, kind)
-        except ValueError as error:
-            raise AdapterError(
-                f"lora.target_modules: {model.config.model_type} computes with the weights of "
-                f"{kind} directly, past any adapter; add it to lora.exclude_modules."
-            ) from error
         if _is_rewritten(model, kind):
             raise AdapterError(
                 f"lora.target_modules: PEFT takes {kind} for the fused experts or the router of "
