@@ -79,7 +79,6 @@ def stream_reply(
         config.temperature = temperature
     streamer = _Writer(base.tokenizer, stops, write)
     ids = torch.tensor([list(input_ids)], device=subject.model.device)
-    interrupted = False
     try:
         with (
             evaluation_mode(subject.model),
@@ -93,9 +92,7 @@ def stream_reply(
                 streamer=streamer,
             )
     except KeyboardInterrupt:
-        interrupted = True
         streamer.end()
-    if interrupted:
         return Reply(streamer.text, "interrupted")
     if streamer.stopped:
         return Reply(streamer.text, "stopped")

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.generation.streamers import BaseStreamer
 from typer.testing import CliRunner, Result
 
 from qlora_kit.chat import prompt_ids, stream_reply, turn_ends
@@ -154,12 +155,13 @@ def test_generation_stops_at_the_end_of_the_turn(subject: Subject, talker: Path)
     """Any token can be made an end; that one must end the answer and not be shown."""
     ids = prompt_ids(subject.base.tokenizer, [{"role": "user", "content": "hello"}])
     said = greedy_ids(talker, turn("user", "hello") + OPENING, 8)
-    assert said[4] not in said[:4]
-    stopping = with_stops(subject, frozenset({said[4]}))
+    shown = [len(subject.base.tokenizer.decode([i], skip_special_tokens=True)) for i in said]
+    end = next(i for i in range(2, 8) if shown[i] and said[i] not in said[:i])
+    stopping = with_stops(subject, frozenset({said[end]}))
     pieces: list[str] = []
     reply = stream_reply(stopping, ids, pieces.append, max_new_tokens=8)
     assert reply.ending == "stopped"
-    assert reply.text == subject.base.tokenizer.decode(said[:4], skip_special_tokens=True)
+    assert reply.text == subject.base.tokenizer.decode(said[:end], skip_special_tokens=True)
     assert "".join(pieces) == reply.text
 
 
@@ -178,6 +180,24 @@ def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(subject: Subject) -> No
     whole = stream_reply(subject, ids, lambda text: None, max_new_tokens=200)
     assert whole.text.startswith(reply.text)
     assert len(reply.text) < len(whole.text)
+
+
+def test_a_word_that_was_under_way_at_ctrl_c_is_shown(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoken = subject.base.tokenizer("hello wor", add_special_tokens=False)["input_ids"]
+
+    def generate(streamer: BaseStreamer, **_: object) -> None:
+        streamer.put(torch.tensor([[1, 1, 1]]))  # the prompt
+        for token in spoken:
+            streamer.put(torch.tensor([token]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subject.model, "generate", generate)
+    pieces: list[str] = []
+    reply = stream_reply(subject, (1, 1, 1), pieces.append, max_new_tokens=20)
+    assert (reply.text, reply.ending) == ("hello wor", "interrupted")
+    assert pieces == ["hello ", "wor"]
 
 
 def test_temperature_draws_tokens(subject: Subject) -> None:
