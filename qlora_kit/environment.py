@@ -56,6 +56,16 @@ def hub_is_offline() -> bool:
     return any(os.environ.get(name, "").upper() in {"1", "TRUE", "YES", "ON"} for name in names)
 
 
+def require_one_process() -> None:
+    """Raises HardwareError under a launcher that started several processes."""
+    num_processes = int(os.environ.get("WORLD_SIZE") or "1")
+    if num_processes > 1:
+        raise HardwareError(
+            f"{num_processes} processes were launched, and this version trains in one; launch one "
+            "(accelerate launch --num_processes 1, torchrun --nproc-per-node 1)."
+        )
+
+
 def quiet_upstream() -> None:
     """Turn off upstream telemetry and progress bars before those libraries are imported.
 
@@ -63,6 +73,7 @@ def quiet_upstream() -> None:
     """
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -228,5 +239,22 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": package_versions(),
+        "qlora_kit": _version("qlora-kit"),
+        "git_commit": _git_commit(),
         "hardware": asdict(probe_hardware()),
     }
+
+
+def _git_commit() -> str | None:
+    """The commit that the working directory is at, with a + where files were changed since."""
+    import subprocess
+
+    def ask(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = ask("rev-parse", "HEAD")
+    return commit and commit + ("+" if ask("status", "--porcelain", "-uno") else "")

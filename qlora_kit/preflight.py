@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
@@ -45,7 +46,19 @@ def preflight(recipe: Recipe) -> list[Fault]:
     for part in ("train", "eval"):
         for number, source in enumerate(getattr(recipe.data, part)):
             faults += _guarded(f"data.{part}.{number}", _source_faults, source)
-    return faults
+    return [*faults, *_tracker_faults(recipe)]
+
+
+def _tracker_faults(recipe: Recipe) -> list[Fault]:
+    return [
+        Fault(
+            "train.report_to",
+            f"{tracker} is not installed",
+            f"pip install 'qlora-kit[{tracker}]'",
+        )
+        for tracker in recipe.train.report_to
+        if find_spec(tracker) is None
+    ]
 
 
 def looks_local(name: str) -> bool:

@@ -16,7 +16,12 @@ from qlora_kit.checkpoint.run_directory import (
     write_json,
 )
 from qlora_kit.data.prepare import Part, prepare_part
-from qlora_kit.environment import probe_hardware, resolve_compute_dtype
+from qlora_kit.environment import (
+    probe_hardware,
+    require_one_process,
+    resolve_compute_dtype,
+)
+from qlora_kit.evaluate.divergence import DEFAULT_MAX_TOKENS
 from qlora_kit.evaluate.evaluate import evaluate_model, evaluate_side_by_side
 from qlora_kit.export.merge_run import merge_after_training
 from qlora_kit.model.adapter import Adapted, attach_adapter
@@ -55,6 +60,7 @@ def run_recipe(recipe: Recipe, reporter: Reporter = SILENT) -> RunResult:
     Raises:
         QloraKitError: whatever is at fault, before the work that it would spoil.
     """
+    require_one_process()
     require_free(recipe)
     hardware = probe_hardware()
     compute_dtype, why = resolve_compute_dtype(recipe.quantization.compute_dtype, hardware)
@@ -65,7 +71,12 @@ def run_recipe(recipe: Recipe, reporter: Reporter = SILENT) -> RunResult:
     with MemoryWatch(hardware.device) as memory:
         memory.phase("loading")
         base = load_base(
-            recipe.model, recipe.quantization, getattr(torch, compute_dtype), why, hardware
+            recipe.model,
+            recipe.quantization,
+            getattr(torch, compute_dtype),
+            why,
+            hardware,
+            lora=recipe.lora,
         )
         prepare_for_training(base.model)
         narrate.base(reporter, base, recipe.quantization)
@@ -79,6 +90,10 @@ def run_recipe(recipe: Recipe, reporter: Reporter = SILENT) -> RunResult:
         require_disk(Path(recipe.run_dir), bytes_to_write(recipe, adapted), "this run")
         run = create_run(recipe)
         write_json(run.ledger, {"train": train.ledger.as_dict(), "eval": held_out.ledger.as_dict()})
+
+        def save(folder: Path) -> None:
+            save_adapter(adapted.model, base, recipe.quantization, recipe_hash(recipe), folder)
+
         trained = train_adapter(
             adapted.model,
             base,
@@ -90,8 +105,9 @@ def run_recipe(recipe: Recipe, reporter: Reporter = SILENT) -> RunResult:
             run,
             memory,
             reporter,
+            save,
         )
-        save_adapter(adapted.model, base, recipe.quantization, recipe_hash(recipe), run.adapter)
+        save(run.adapter)
 
         memory.phase("evaluating")
         evaluation = evaluate_held_out(adapted.model, base, held_out, recipe, reporter)
@@ -145,14 +161,17 @@ def evaluate_held_out(
 def bytes_to_write(recipe: Recipe, adapted: Adapted) -> int:
     """At most what the run will leave on the disk: checkpoints, adapter, merged models.
 
-    A checkpoint holds the adapter and its optimizer's two states, each in float32 at most; a
-    merge whose base is chosen by measurement is there twice for a while.
+    A checkpoint holds the adapter and its optimizer's two states, each in float32 at most
+    (twenty checkpoints where all are kept); a merge whose base is chosen by measurement is there
+    twice for a while, beside what the trained graph said on the held-out rows.
     """
     adapter = 4 * adapted.num_trainable
-    kept = 0 if recipe.train.save_strategy == "no" else (recipe.train.save_total_limit or 2) + 1
+    kept = 0 if recipe.train.save_strategy == "no" else (recipe.train.save_total_limit or 20) + 1
     merges = {True: 2 if recipe.export.merge_options.base == "auto" else 1, False: 0}
     merged = 4 * adapted.num_parameters * merges[recipe.export.merge]
-    return adapter * (1 + 3 * kept) + merged
+    vocabulary = adapted.model.config.get_text_config().vocab_size
+    record = 4 * vocabulary * DEFAULT_MAX_TOKENS if recipe.export.merge else 0
+    return adapter * (1 + 3 * kept) + merged + record
 
 
 def summary_of(result: RunResult, memory: MemoryWatch) -> dict[str, Any]:

@@ -103,6 +103,7 @@ def evaluate_model(
     if spec.perplexity:
         perplexity = _perplexity(name, model, base, part, spec, data, reporter)
     answers: list[Answer] = []
+    asks_exact = spec.generate is not None and "exact_match" in spec.generate.metrics
     samples: tuple[Sample, ...] = ()
     if spec.generate is not None:
         examples, prompts = _prompts(part, base, spec.generate.max_rows)
@@ -123,7 +124,7 @@ def evaluate_model(
     return ModelEvaluation(
         name=name,
         perplexity=perplexity,
-        exact_match=exact_match(answers) if answers else None,
+        exact_match=exact_match(answers) if answers and asks_exact else None,
         num_rows=len(answers),
         num_exact=count_exact(answers),
         num_unstopped=sum(not one.stopped and not one.too_long for one in answers),

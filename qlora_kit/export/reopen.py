@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +15,12 @@ from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.export.delta import read_config
 from qlora_kit.export.trained import TrainedAdapter, trained_adapter
 from qlora_kit.model.base import load_base, prepare_for_training
-from qlora_kit.model.manifest import MANIFEST_FILE, Manifest, read_manifest
+from qlora_kit.model.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    read_manifest,
+)
 from qlora_kit.model.saved import load_adapter
-from qlora_kit.model.tokenizer import ensure_padding, load_tokenizer
 from qlora_kit.recipe import DataSpec, ModelSpec, QuantizationSpec, SourceSpec, recipe_hash
 from qlora_kit.report.reporter import SILENT, Reporter
 
@@ -77,14 +80,17 @@ def reopen_adapter(
         raise DataError(
             f"{folder} names no held-out rows to measure the merge on; name a file with --data."
         )
+    _warn_of_emulation(origin.compute_dtype, hardware, reporter)
+    own_tokenizer = (origin.folder / "tokenizer_config.json").is_file()
     base = load_base(
-        origin.model, origin.quantization, origin.compute_dtype, "as in training", hardware
+        origin.model,
+        origin.quantization,
+        origin.compute_dtype,
+        "as in training",
+        hardware,
+        adapter=origin.folder if own_tokenizer else None,
     )
     prepare_for_training(base.model)
-    if (origin.folder / "tokenizer_config.json").is_file():
-        tokenizer = load_tokenizer(origin.folder, trust_remote_code=origin.model.trust_remote_code)
-        ensure_padding(tokenizer)
-        base = replace(base, tokenizer=tokenizer)
     spec = origin.data or DataSpec(train=sources)
     held_out = prepare_part("eval", sources, base.tokenizer, spec, base.stop_ids)
     model, differing = load_adapter(base, origin.quantization, origin.folder, force)
@@ -117,11 +123,14 @@ def _of_adapter(folder: Path, hardware: Hardware, force: bool) -> _Origin:
     config = read_config(folder)
     if (folder / MANIFEST_FILE).is_file() or not force:
         manifest = read_manifest(folder)
-        settings = {k: v for k, v in manifest.quantization.items() if k != "compute_dtype"}
         return _Origin(
             folder=folder,
-            model=ModelSpec(name_or_path=manifest.base_name, revision=manifest.base_revision),
-            quantization=QuantizationSpec.model_validate(settings),
+            model=ModelSpec(
+                name_or_path=manifest.base_name,
+                revision=manifest.base_revision,
+                gguf_file=manifest.base_gguf_file,
+            ),
+            quantization=stored_settings(manifest, folder),
             compute_dtype=_compute_dtype(manifest),
             data=None,
             recipe_sha256=manifest.recipe_sha256,
@@ -144,3 +153,11 @@ def _compute_dtype(manifest: Manifest) -> torch.dtype:
     if not isinstance(dtype, torch.dtype):
         raise AdapterError(f"{MANIFEST_FILE} does not say what the adapter was trained in.")
     return dtype
+
+
+def _warn_of_emulation(dtype: torch.dtype, hardware: Hardware, reporter: Reporter) -> None:
+    """It is measured in the precision it was trained in, wherever that is."""
+    native = {torch.bfloat16: hardware.native_bf16, torch.float16: hardware.native_fp16}
+    if not native.get(dtype, True):
+        name = str(dtype).removeprefix("torch.")
+        reporter.warn(f"trained in {name}, which {hardware.device_name} only emulates: slow.")

@@ -49,15 +49,22 @@ class LoraSpec(Spec):
     """Unquantized modules trained in full and saved with the adapter, such as `lm_head`."""
 
     init: Literal["default", "gaussian", "pissa", "loftq"] = "default"
-    """How A and B start. `pissa` and `loftq` fit them to the base; both are computed against
-    the quantized base, from the 16-bit weights."""
+    """How A and B start. `loftq` fits them to the error of the quantized base, computed from the
+    16-bit weights. `pissa` is refused: it moves part of the base into the adapter, which a
+    quantized base cannot give, and the adapter alone would then fit no base at all."""
 
     new_tokens: tuple[Name, ...] = ()
     """Tokens to add to the vocabulary; only their embedding rows are trained."""
 
     def contradictions(self) -> Iterator[Fault]:
         yield from self._pattern_faults()
-        if self.use_dora and self.init in ("pissa", "loftq"):
+        if self.init == "pissa":
+            yield Fault(
+                "init",
+                "pissa rewrites the base, which a quantized one cannot be and other tools do not have",
+                "use loftq, which leaves the base as it is",
+            )
+        if self.use_dora and self.init == "loftq":
             yield Fault("init", f"{self.init} does not go with use_dora", "use init: default")
         repeated = sorted({token for token in self.new_tokens if self.new_tokens.count(token) > 1})
         if repeated:

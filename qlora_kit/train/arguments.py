@@ -48,7 +48,7 @@ def training_arguments(
     """Upstream arguments; logging, progress and checkpoints of our own hang on callbacks."""
     from transformers import TrainingArguments
 
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(output_dir),
         run_name=run_name,
         per_device_train_batch_size=spec.per_device_train_batch_size,
@@ -90,3 +90,6 @@ def training_arguments(
         log_level="error",
         ddp_find_unused_parameters=False,
     )
+    # Beside a second GPU the Trainer would wrap the model in DataParallel and double the batch.
+    arguments._n_gpu = 1
+    return arguments

@@ -100,6 +100,7 @@ class StepCallback(TrainerCallback):
             "tokens_per_second": round(self.trainer.num_real_tokens / max(elapsed, 1e-9), 1),
             "seconds": round(elapsed, 2),
             "host_bytes": self.memory.host_at_steps[-1] if self.memory.host_at_steps else None,
+            "device_peak_bytes": self.memory.device_peaks.get("training"),
         }
         with self.log_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

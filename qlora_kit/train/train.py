@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -68,8 +69,9 @@ def train_adapter(
     run_dir: RunDirectory,
     memory: MemoryWatch,
     reporter: Reporter,
+    save: Callable[[Path], None],
 ) -> TrainResult:
-    """Train in place.
+    """Train in place; `save` writes the adapter into a folder, whole.
 
     Raises:
         TrainingError: a loss or gradient was not finite; the last good adapter is kept.
@@ -83,7 +85,7 @@ def train_adapter(
     assert isinstance(pad_token_id, int)
 
     def keep_last_good(step: int) -> str:
-        model.save_pretrained(run_dir.last_good, save_embedding_layers=False)
+        save(run_dir.last_good)
         return f"The adapter as it was after step {step} is kept in {run_dir.last_good}. "
 
     with reporter.progress("training", num_update_steps(len(sequences), spec)) as progress:

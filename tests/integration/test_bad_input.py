@@ -79,6 +79,8 @@ CASES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     ),
     "no such model": (override("model.name_or_path=./nowhere"), ("nowhere",)),
     "no such data": (override("data.train.0.path=nowhere.jsonl"), ("nowhere.jsonl",)),
+    "pissa": (override("lora.init=pissa"), ("lora.init", "loftq")),
+    "tracker missing": (override("train.report_to=[wandb]"), ("wandb is not installed", "pip")),
     "targets nothing": (override("lora.target_modules=[nonsense]"), ("nonsense", "q_proj")),
     "bf16 on this CPU": (override("train.precision=bf16"), ("bf16",)),
     "TF32 on a CPU": (override("train.tf32=true"), ("TF32",)),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,7 +24,7 @@ from qlora_kit.export import merge_run
 from qlora_kit.export.merge_run import merge_after_training, merge_reopened
 from qlora_kit.export.reopen import reopen_adapter
 from qlora_kit.model.manifest import MANIFEST_FILE, file_sha256
-from qlora_kit.recipe import LoraSpec, MergeSpec, Recipe, load_recipe, save_recipe
+from qlora_kit.recipe import LoraSpec, MergeSpec, ModelSpec, Recipe, load_recipe, save_recipe
 from qlora_kit.report.reporter import Reporter
 
 from .tiny_runs import CONFIGS, Tuned, save_model, tune
@@ -200,6 +201,32 @@ def test_an_adapter_without_a_manifest_needs_force(finished: Finished, tmp_path:
     rows = tiny.run.folder.parent / "rows.jsonl"
     with pytest.raises(AdapterError, match="nobody knows which base"):
         reopen_adapter(alone, probe_hardware(), data=rows)
+    heard = Heard()
+    reopened = reopen_adapter(alone, probe_hardware(), data=rows, force=True, reporter=heard)
+    assert any("nothing of its base is known" in line for line in heard.warnings)
+    options = MergeSpec(base="dequantized")
+    certificate = merge_reopened(reopened, tmp_path / "out", options, probe_hardware())
+    assert certificate["divergence"]["kl_mean"] < 1e-8
+    assert certificate["trained_on"]["fingerprint"] is None
+
+
+def test_an_adapter_of_another_base_needs_force(finished: Finished, tmp_path: Path) -> None:
+    tiny, _, _ = finished
+    folder = tmp_path / "run"
+    shutil.copytree(tiny.run.folder, folder, ignore=shutil.ignore_patterns("merged"))
+    model = save_model(tmp_path / "other", CONFIGS["llama-tied"]())
+    with torch.no_grad():
+        model.model.norm.weight += 1
+    model.save_pretrained(tmp_path / "other")
+    recipe = tiny.recipe.model_copy(
+        update={"model": ModelSpec(name_or_path=str(tmp_path / "other"))}
+    )
+    save_recipe(recipe, folder / "recipe.yaml")
+    with pytest.raises(AdapterError, match="does not belong to this base"):
+        reopen_adapter(folder, probe_hardware())
+    heard = Heard()
+    assert reopen_adapter(folder, probe_hardware(), force=True, reporter=heard).held_out
+    assert any("forced: the weights" in line for line in heard.warnings)
 
 
 def test_new_tokens_come_back_from_the_disk(tmp_path: Path) -> None:

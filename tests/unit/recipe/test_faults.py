@@ -60,7 +60,7 @@ IN_SECTIONS = [
     ("lora: {new_tokens: [a, a]}", "lora.new_tokens", ["named twice: a"]),
     ("lora: {new_tokens: [' ']}", "lora.new_tokens", ["white space"]),
     ("lora: {new_tokens: [a], modules_to_save: [wte]}", "lora.new_tokens", ["all of wte"]),
-    ("lora: {use_dora: true, init: pissa}", "lora.init", ["does not go with use_dora"]),
+    ("lora: {use_dora: true, init: loftq}", "lora.init", ["does not go with use_dora"]),
     ("lora: 5", "lora", ["must be a mapping of keys", "a number (5)"]),
     ("lora: [1]", "lora", ["must be a mapping of keys", "a list ([1])"]),
     ("lora: text", "lora", ["must be a mapping of keys", "text ('text')"]),

@@ -17,6 +17,7 @@ from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import TrainingError
 from qlora_kit.model.adapter import Adapted, attach_adapter, require_float32_trainables
 from qlora_kit.model.base import Base, load_base, prepare_for_training
+from qlora_kit.model.saved import load_adapter, save_adapter
 from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec, TrainSpec
 from qlora_kit.report.reporter import SILENT
 from qlora_kit.train.memory import MemoryWatch
@@ -91,6 +92,9 @@ def train(
         RunDirectory(folder),
         MemoryWatch(),
         SILENT,
+        lambda kept: save_adapter(
+            setup.adapted.model, setup.base, QuantizationSpec(), "0" * 64, kept
+        ),
     )
 
 
@@ -195,6 +199,7 @@ def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_adapter(
         train(setup, folder, rows, train_sampling_strategy="sequential")
     kept = RunDirectory(folder).last_good
     assert str(kept) in str(error.value)
+    load_adapter(start(folder=tiny_llama_untied).base, QuantizationSpec(), kept)  # it is usable
     from safetensors.torch import load_file
 
     saved = load_file(kept / "adapter_model.safetensors")
