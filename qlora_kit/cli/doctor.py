@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 
 import typer
 
@@ -17,7 +18,7 @@ def command(as_json: AsJson = False) -> None:
     """Say what this machine can do, what is missing, and what that means for a recipe."""
     from qlora_kit.doctor import diagnose
 
-    diagnosis = diagnose()
+    diagnosis = diagnose(os.environ.get("OMP_NUM_THREADS", ""))
     if as_json:
         print(json.dumps(diagnosis.as_dict(), indent=2, ensure_ascii=False))
         raise typer.Exit(1 if diagnosis.broken else 0)

@@ -46,10 +46,11 @@ class Diagnosis:
         return {"holds": not self.broken, **asdict(self)}
 
 
-def diagnose() -> Diagnosis:
+def diagnose(omp_num_threads: str = "") -> Diagnosis:
     """Examine this machine; whatever is lacking is a finding, never an exception.
 
-    The hub is asked once, and only where it is not forbidden.
+    `omp_num_threads` is the variable of that name. The hub is asked once, and only where it is
+    not forbidden.
     """
     is_offline = hub_is_offline()
     asked = _PROBES if is_offline else {**_PROBES, "hub": probes.hub_answer}
@@ -59,18 +60,20 @@ def diagnose() -> Diagnosis:
         platform=platform.platform(),
         hardware=outcomes["hardware"].value,
         packages=outcomes["packages"].value or (),
-        findings=tuple(_findings(outcomes, is_offline)),
+        findings=tuple(_findings(outcomes, is_offline, omp_num_threads)),
     )
 
 
-def _findings(outcomes: Mapping[str, Outcome], is_offline: bool) -> Iterator[Finding]:
+def _findings(
+    outcomes: Mapping[str, Outcome], is_offline: bool, omp_num_threads: str
+) -> Iterator[Finding]:
     yield findings.packages_finding(platform.python_version(), outcomes["packages"])
     yield findings.torch_finding(outcomes["torch"])
     machine, build = outcomes["hardware"].value, outcomes["torch"].value
     if machine is not None and build is not None:
         yield findings.device_finding(machine, build)
         yield findings.dtype_finding(machine)
-        yield findings.threads_finding(build.num_threads, machine.num_cpus)
+        yield findings.threads_finding(build.num_threads, machine.num_cpus, omp_num_threads)
         if not outcomes["memory"].fault:
             yield findings.memory_finding(outcomes["memory"].value, machine)
         yield findings.speed_finding(outcomes["speed"])

@@ -143,11 +143,20 @@ def _refused_precisions(machine: Hardware) -> Iterator[str]:
             yield asked
 
 
-def threads_finding(num_threads: int, num_cpus: int) -> Finding:
+def threads_finding(num_threads: int, num_cpus: int, asked: str) -> Finding:
+    """Threads against cores; `asked` is OMP_NUM_THREADS, empty where it is unset.
+
+    torch's own number can be lower than what was asked for: MKL does not go beyond the cores.
+    Other libraries do.
+    """
     found = f"torch computes with {num_threads} threads on {num_cpus} cores"
+    if asked:
+        found += f"; OMP_NUM_THREADS is {asked}"
+    first = asked.partition(",")[0].strip()
+    most = max(num_threads, int(first) if first.isdecimal() else 0)
     figures = {"num_threads": num_threads, "num_cpus": num_cpus}
-    if num_threads > num_cpus:
-        means = f"they get in each other's way; set OMP_NUM_THREADS={num_cpus}"
+    if most > num_cpus:
+        means = f"more threads than cores wait for each other; set OMP_NUM_THREADS={num_cpus}"
         return Finding("threads", "note", found, means, figures)
     return Finding("threads", "ok", found, figures=figures)
 

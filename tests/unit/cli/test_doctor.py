@@ -21,7 +21,7 @@ def doctor(*options: str) -> Result:
 def seem(monkeypatch: pytest.MonkeyPatch, *findings: Finding) -> None:
     """Let the machine be one where these things were found."""
     diagnosis = Diagnosis("3.12.0", "a test", None, (), findings)
-    monkeypatch.setattr(qlora_kit.doctor, "diagnose", lambda: diagnosis)
+    monkeypatch.setattr(qlora_kit.doctor, "diagnose", lambda omp_num_threads: diagnosis)
 
 
 def test_json_says_what_this_machine_can_do(
@@ -29,6 +29,7 @@ def test_json_says_what_this_machine_can_do(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("QLORA_KIT_CACHE", str(tmp_path / "not" / "made"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1000")
     result = doctor("--json")
     values = json.loads(result.stdout)
     assert set(values) == {"holds", "python", "platform", "hardware", "packages", "findings"}
@@ -45,6 +46,7 @@ def test_json_says_what_this_machine_can_do(
     assert by_name["4-bit"]["figures"]["backward_error"] < 0.02
     assert 0 < by_name["optimizer"]["figures"]["relative_error"] < 0.15
     assert by_name["memory"]["figures"]["billion_parameters"] > 0
+    assert "OMP_NUM_THREADS is 1000" in by_name["threads"]["found"]
     assert "it was not asked" in by_name["hub"]["found"]
     assert str(tmp_path / "not" / "made") in by_name["disk"]["found"]
     assert not (tmp_path / "not").exists()

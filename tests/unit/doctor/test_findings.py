@@ -72,11 +72,21 @@ def test_memory_shows_its_arithmetic() -> None:
     assert findings.memory_finding(Memory(GIB, GIB), CPU).status == "note"
 
 
-def test_more_threads_than_cores() -> None:
-    assert findings.threads_finding(8, 8).status == "ok"
-    finding = findings.threads_finding(64, 8)
-    assert finding.status == "note"
-    assert "OMP_NUM_THREADS=8" in finding.means
+@pytest.mark.parametrize(
+    ("num_threads", "asked", "status"),
+    [
+        (8, "", "ok"),
+        (8, "8", "ok"),
+        (64, "", "note"),
+        (8, "64", "note"),
+        (8, "64,4", "note"),
+        (8, "x", "ok"),
+    ],
+)
+def test_more_threads_than_cores(num_threads: int, asked: str, status: str) -> None:
+    finding = findings.threads_finding(num_threads, 8, asked)
+    assert finding.status == status
+    assert ("set OMP_NUM_THREADS=8" in finding.means) == (status == "note")
 
 
 @pytest.mark.parametrize(
