@@ -15,11 +15,7 @@ from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.export.delta import read_config
 from qlora_kit.export.trained import TrainedAdapter, trained_adapter
 from qlora_kit.model.base import load_base, prepare_for_training
-from qlora_kit.model.manifest import (
-    MANIFEST_FILE,
-    Manifest,
-    read_manifest,
-)
+from qlora_kit.model.manifest import MANIFEST_FILE, Manifest, read_manifest, stored_settings
 from qlora_kit.model.saved import load_adapter
 from qlora_kit.recipe import DataSpec, ModelSpec, QuantizationSpec, SourceSpec, recipe_hash
 from qlora_kit.report.reporter import SILENT, Reporter
