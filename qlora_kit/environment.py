@@ -66,6 +66,11 @@ def require_one_process() -> None:
         )
 
 
+def thread_setting() -> str:
+    """What the user set OMP_NUM_THREADS to; empty where they did not."""
+    return os.environ.get("OMP_NUM_THREADS", "")
+
+
 def quiet_upstream() -> None:
     """Turn off upstream telemetry and progress bars before those libraries are imported.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 
 import typer
 
@@ -17,8 +16,9 @@ _MARKS = {"ok": "ok", "note": "note", "missing": "missing", "broken": "BROKEN"}
 def command(as_json: AsJson = False) -> None:
     """Say what this machine can do, what is missing, and what that means for a recipe."""
     from qlora_kit.doctor import diagnose
+    from qlora_kit.environment import thread_setting
 
-    diagnosis = diagnose(os.environ.get("OMP_NUM_THREADS", ""))
+    diagnosis = diagnose(thread_setting())
     if as_json:
         print(json.dumps(diagnosis.as_dict(), indent=2, ensure_ascii=False))
         raise typer.Exit(1 if diagnosis.broken else 0)
