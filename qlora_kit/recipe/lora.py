@@ -61,7 +61,7 @@ class LoraSpec(Spec):
         if self.init == "pissa":
             yield Fault(
                 "init",
-                "pissa rewrites the base, which a quantized one cannot be and other tools do not have",
+                "pissa rewrites the base, and a quantized one cannot be rewritten",
                 "use loftq, which leaves the base as it is",
             )
         if self.use_dora and self.init == "loftq":
