@@ -1,0 +1,68 @@
+"""What the model card tells a stranger."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from qlora_kit.export.card import model_card
+
+
+def certificate(**values: Any) -> dict[str, Any]:
+    return {
+        "trained_on": {
+            "name": "Qwen/Qwen3-8B",
+            "kind": "hub",
+            "revision": "abc123",
+            "quantization": {"load_in_4bit": True, "load_in_8bit": False, "quant_type": "nf4"},
+        },
+        "base": "dequantized",
+        "dtype": "bfloat16",
+        "passed": True,
+        "max_kl": 1e-3,
+        "reload_faults": [],
+        "divergence": {
+            "kl_mean": 1.5e-5,
+            "kl_max": 0.25,
+            "top1_agreement": 0.999,
+            "max_abs_delta_logp": 0.125,
+            "reference_perplexity": 3.5,
+            "candidate_perplexity": 3.75,
+            "num_tokens": 4096,
+        },
+        "survival": {"min": 0.5, "median": 0.9, "worst": "layers.3.q_proj"},
+        **values,
+    }
+
+
+def test_front_matter_and_figures() -> None:
+    card = model_card(certificate())
+    front = yaml.safe_load(card.split("---")[1])
+    assert front["base_model"] == "Qwen/Qwen3-8B"
+    assert "# Qwen3-8B, fine-tuned and merged" in card
+    for words in (
+        "`Qwen/Qwen3-8B` at revision `abc123`, kept in 4 bits (nf4)",
+        "the dequantized weights that it was trained on",
+        "rounded once, to bfloat16",
+        "It is within the budget of 0.001",
+        "| mean KL divergence (nats per token) | 1.5e-05 |",
+        "| same most likely token | 99.900% |",
+        "| the same, least (`layers.3.q_proj`) | 50.00% |",
+    ):
+        assert words in card
+
+
+def test_what_did_not_hold_is_said() -> None:
+    card = model_card(
+        certificate(passed=False, base="original", reload_faults=["the template is lost"])
+    )
+    assert "**not within** the budget" in card
+    assert "- does not come back on loading: the template is lost" in card
+    assert "the original weights, before quantization" in card
+
+
+def test_what_was_quantized_again_does_not_claim_to_be_rounded() -> None:
+    card = model_card(certificate(dtype="nf4", survival=None))
+    assert "The sum was quantized again, to nf4." in card
+    assert "share of each update" not in card
