@@ -175,7 +175,7 @@ def shake(model: torch.nn.Module, scale: float = 0.05) -> None:
             parameter.data.add_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-def train_a_step(model: torch.nn.Module) -> float:
+def train_a_step(model: torch.nn.Module, rate: float = 0.5) -> float:
     """One step of plain gradient descent; returns the loss before it."""
     model.train()
     ids = some_ids()
@@ -184,7 +184,7 @@ def train_a_step(model: torch.nn.Module) -> float:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.grad is not None:
-                parameter -= 0.5 * parameter.grad
+                parameter -= rate * parameter.grad
                 parameter.grad = None
     return float(loss.detach())
 
