@@ -12,7 +12,7 @@ from qlora_kit.checkpoint.run_directory import RunDirectory, is_run, open_run
 from qlora_kit.environment import probe_hardware, resolve_compute_dtype
 from qlora_kit.errors import AdapterError
 from qlora_kit.model.base import Base, load_base, prepare_for_training
-from qlora_kit.model.manifest import MANIFEST_FILE, read_manifest, stored_settings
+from qlora_kit.model.manifest import MANIFEST_FILE, base_of, read_manifest, stored_settings
 from qlora_kit.model.prequantized import stored_quantization
 from qlora_kit.model.saved import load_adapter
 from qlora_kit.recipe import ModelSpec, QuantizationSpec, Recipe
@@ -72,30 +72,20 @@ def _with_adapter(
 ) -> tuple[PeftModel, Base]:
     base = _load(spec, quantization, adapter)
     prepare_for_training(base.model)  # the graph that was trained has its norms in float32
-    model, differing = load_adapter(base, quantization, adapter, force)
-    for one in differing:
-        reporter.warn(f"forced onto another base: {one}")
+    model, findings = load_adapter(base, quantization, adapter, force)
+    for finding in findings:
+        reporter.warn(finding)
     return model, base
 
 
 def _from_manifest(folder: Path, read_as: ModelSpec) -> tuple[ModelSpec, QuantizationSpec]:
-    """Where an adapter's base is. Whether its code or pickles may be read is for the user to say,
-    not for the adapter.
-    """
     if not (folder / MANIFEST_FILE).is_file():
         raise AdapterError(
             f"{folder} is an adapter without {MANIFEST_FILE}, so nobody knows how its base was "
             "quantized; give the run's folder instead."
         )
     manifest = read_manifest(folder)
-    spec = ModelSpec(
-        name_or_path=manifest.base_name,
-        revision=manifest.base_revision,
-        gguf_file=manifest.base_gguf_file,
-        trust_remote_code=read_as.trust_remote_code,
-        allow_pickle=read_as.allow_pickle,
-    )
-    return spec, stored_settings(manifest, folder)
+    return base_of(manifest, read_as), stored_settings(manifest, folder)
 
 
 def _plain(spec: ModelSpec) -> Base:

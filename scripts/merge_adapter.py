@@ -12,7 +12,7 @@ from pathlib import Path
 
 from qlora_kit.environment import probe_hardware, quiet_upstream
 from qlora_kit.errors import QloraKitError
-from qlora_kit.recipe import MergeSpec
+from qlora_kit.recipe import MergeSpec, ModelSpec
 
 
 def positive(text: str) -> float:
@@ -33,6 +33,10 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--max-kl", type=positive, default=defaults.max_kl, help="nats per token")
     parser.add_argument("--data", type=Path, help="held-out rows, instead of the run's own")
     parser.add_argument("--requantize", choices=("nf4", "fp4"), help="quantize the sum again")
+    parser.add_argument(
+        "--trust-remote-code", action="store_true", help="run Python code that ships with the base"
+    )
+    parser.add_argument("--allow-pickle", action="store_true", help="read .bin/.pt weights")
     parser.add_argument("--force", action="store_true", help="merge into another base all the same")
     return parser.parse_args()
 
@@ -48,6 +52,11 @@ def main() -> int:
 
     reporter = console_reporter()
     hardware = probe_hardware()
+    read_as = ModelSpec(
+        name_or_path=str(arguments.adapter),
+        trust_remote_code=arguments.trust_remote_code,
+        allow_pickle=arguments.allow_pickle,
+    )
     options = MergeSpec(base=arguments.base, dtype=arguments.dtype, max_kl=arguments.max_kl)
     try:
         require_absent(arguments.out)
@@ -56,6 +65,7 @@ def main() -> int:
             hardware,
             data=arguments.data,
             force=arguments.force,
+            read_as=read_as,
             reporter=reporter,
         )
         again = arguments.requantize

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora_kit.cli.arguments import Force, SubjectName
+from qlora_kit.cli.arguments import AllowPickle, Force, SubjectName, TrustRemoteCode
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -32,14 +32,20 @@ def command(
     temperature: Annotated[
         float, typer.Option(min=0.0, help="0 takes the likeliest token; above, tokens are drawn.")
     ] = 0.0,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     force: Force = False,
 ) -> None:
     """Talk to a run or a model; lines that are piped in are answered one by one."""
     from qlora_kit.cli.console import console_reporter
+    from qlora_kit.recipe import ModelSpec
     from qlora_kit.subject import load_subject
 
     reporter = console_reporter(to_stderr=True)
-    loaded = load_subject(subject, None, force, reporter)
+    read_as = ModelSpec(
+        name_or_path=subject, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+    )
+    loaded = load_subject(subject, read_as, force, reporter)
     has_template = bool(loaded.base.tokenizer.chat_template)
     if system is not None and not has_template:
         raise DataError(

@@ -43,7 +43,7 @@ class _Lines(Progress):
         self._name = name
         self._total = total
         self._done = 0
-        self._last = time.monotonic()
+        self._start = self._last = time.monotonic()
 
     def update(self, advance: int = 1, **fields: str) -> None:
         self._done += advance
@@ -51,9 +51,17 @@ class _Lines(Progress):
         if now - self._last < _LOG_SECONDS:
             return
         self._last = now
-        figures = "  ".join(value for value in fields.values() if value)
-        line = f"{self._name}: {self._done:,} of {self._total:,}  {figures}".rstrip()
+        seconds_left = (now - self._start) * max(self._total - self._done, 0) / max(self._done, 1)
+        figures = [*(value for value in fields.values() if value), f"{clock(seconds_left)} left"]
+        line = f"{self._name}: {self._done:,} of {self._total:,}  {'  '.join(figures)}"
         self._console.print(Text(line), soft_wrap=True)
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds, as in 1:02:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class ConsoleReporter(Reporter):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from qlora_kit.cli.arguments import AsJson
+from qlora_kit.cli.arguments import AllowPickle, AsJson, TrustRemoteCode
 
 NAME = "dequantize"
 
@@ -22,9 +22,8 @@ def command(
         Literal["auto", "float32", "float16", "bfloat16"],
         typer.Option(help="What weights are rounded to, once; auto: as the rest is stored."),
     ] = "auto",
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run code that the model brings.")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     as_json: AsJson = False,
 ) -> None:
     """Turn any bitsandbytes 4- or 8-bit checkpoint into plain safetensors, and compare the two."""
@@ -38,13 +37,14 @@ def command(
 
     require_absent(out)
     reporter = console_reporter(to_stderr=as_json)
-    source = resolve_source(model, trust_remote_code=trust_remote_code)
+    source = resolve_source(model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle)
     result = dequantize_checkpoint(
         source.folder,
         out,
         probe_hardware(),
         dtype=dtype,
         trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
         reporter=reporter,
     )
     if as_json:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from qlora_kit.cli.arguments import AsJson, Force
+from qlora_kit.cli.arguments import AllowPickle, AsJson, Force, TrustRemoteCode
 
 NAME = "merge"
 
@@ -40,6 +40,8 @@ def command(
     data: Annotated[
         Path | None, typer.Option(help="Held-out rows to measure on, instead of the run's own.")
     ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    allow_pickle: AllowPickle = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
@@ -50,7 +52,7 @@ def command(
     from qlora_kit.export.merge import require_absent
     from qlora_kit.export.merge_run import merge_reopened
     from qlora_kit.export.reopen import reopen_adapter
-    from qlora_kit.recipe import MergeSpec
+    from qlora_kit.recipe import MergeSpec, ModelSpec
     from qlora_kit.report import narrate
 
     options = open_run(run)[1].export.merge_options if is_run(run) else MergeSpec()
@@ -65,7 +67,12 @@ def command(
     require_absent(target)
     reporter = console_reporter(to_stderr=as_json)
     hardware = probe_hardware()
-    reopened = reopen_adapter(run, hardware, data=data, force=force, reporter=reporter)
+    read_as = ModelSpec(
+        name_or_path=str(run), trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
+    )
+    reopened = reopen_adapter(
+        run, hardware, data=data, force=force, read_as=read_as, reporter=reporter
+    )
     certificate = merge_reopened(
         reopened, target, options, hardware, requantize_to=requantize, reporter=reporter
     )

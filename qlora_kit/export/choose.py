@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -48,6 +49,12 @@ def choose_base(candidates: Sequence[Candidate]) -> Candidate:
     return min(candidates, key=lambda one: one.divergence.kl_mean)
 
 
+def better_beyond_budget(candidates: Sequence[Candidate], chosen: Candidate) -> Candidate | None:
+    """The sound candidate with a lower held-out loss that the budget alone kept from being it."""
+    best = min(candidates, key=lambda one: one.divergence.candidate_loss)
+    return best if best is not chosen and not best.faults else None
+
+
 def show_candidates(
     candidates: Sequence[Candidate], chosen: Candidate, max_kl: float, reporter: Reporter
 ) -> None:
@@ -62,6 +69,21 @@ def show_candidates(
         ["model", "perplexity", "KL", "same top token", "max |Δ log p|", "ΔW kept"],
         rows,
     )
+    better = better_beyond_budget(candidates, chosen)
+    if better is not None:
+        base, measured = better.result.base, better.divergence
+        reporter.say(
+            f"The {base} base predicts the held-out rows better (perplexity "
+            f"{measured.candidate_perplexity:.4g}, the kept one "
+            f"{chosen.divergence.candidate_perplexity:.4g}), but is further from what was trained "
+            f"than the budget. To keep it: --base {base} --max-kl {_above(measured.kl_mean)}"
+        )
+
+
+def _above(value: float) -> str:
+    """A round number just above `value`."""
+    step = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return f"{math.ceil(value / step + 1e-9) * step:.2g}"
 
 
 def _row(candidate: Candidate, is_chosen: bool) -> list[str]:

@@ -15,7 +15,13 @@ from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.export.delta import read_config
 from qlora_kit.export.trained import TrainedAdapter, trained_adapter
 from qlora_kit.model.base import load_base, prepare_for_training
-from qlora_kit.model.manifest import MANIFEST_FILE, Manifest, read_manifest, stored_settings
+from qlora_kit.model.manifest import (
+    MANIFEST_FILE,
+    Manifest,
+    base_of,
+    read_manifest,
+    stored_settings,
+)
 from qlora_kit.model.saved import load_adapter
 from qlora_kit.recipe import DataSpec, ModelSpec, QuantizationSpec, SourceSpec, recipe_hash
 from qlora_kit.report.reporter import SILENT, Reporter
@@ -60,17 +66,24 @@ def reopen_adapter(
     *,
     data: Path | None = None,
     force: bool = False,
+    read_as: ModelSpec | None = None,
     reporter: Reporter = SILENT,
 ) -> Reopened:
     """Open a run directory or an adapter folder.
 
-    `data` is a file of held-out rows instead of the run's own. With `force`, an adapter without
-    a manifest is taken to belong to the base its PEFT files name, kept in 4 bits as by default.
+    `data` is a file of held-out rows instead of the run's own. `read_as` says whether the base of
+    an adapter folder may run its own code or be read from pickles; a run's recipe says so. With
+    `force`, an adapter without a manifest is taken to belong to the base its PEFT files name, kept
+    in 4 bits as by default.
 
     Raises:
         RunError: no such run. AdapterError: no adapter, or another base's. DataError: no rows.
     """
-    origin = _of_run(folder) if is_run(folder) else _of_adapter(folder, hardware, force)
+    if is_run(folder):
+        origin = _of_run(folder)
+    else:
+        read_as = read_as or ModelSpec(name_or_path=str(folder))
+        origin = _of_adapter(folder, hardware, force, read_as)
     sources = (SourceSpec(path=str(data)),) if data else origin.data.eval if origin.data else ()
     if not sources:
         raise DataError(
@@ -89,9 +102,9 @@ def reopen_adapter(
     prepare_for_training(base.model)
     spec = origin.data or DataSpec(train=sources)
     held_out = prepare_part("eval", sources, base.tokenizer, spec, base.stop_ids)
-    model, differing = load_adapter(base, origin.quantization, origin.folder, force)
-    for one in differing:
-        reporter.warn(f"forced: {one}")
+    model, findings = load_adapter(base, origin.quantization, origin.folder, force)
+    for finding in findings:
+        reporter.warn(finding)
     return Reopened(
         trained_adapter(origin.folder, base, origin.quantization, origin.model),
         held_out.sequences,
@@ -113,7 +126,7 @@ def _of_run(folder: Path) -> _Origin:
     )
 
 
-def _of_adapter(folder: Path, hardware: Hardware, force: bool) -> _Origin:
+def _of_adapter(folder: Path, hardware: Hardware, force: bool, read_as: ModelSpec) -> _Origin:
     if is_run(folder.parent) and folder.name == "adapter":
         return _of_run(folder.parent)
     config = read_config(folder)
@@ -121,11 +134,7 @@ def _of_adapter(folder: Path, hardware: Hardware, force: bool) -> _Origin:
         manifest = read_manifest(folder)
         return _Origin(
             folder=folder,
-            model=ModelSpec(
-                name_or_path=manifest.base_name,
-                revision=manifest.base_revision,
-                gguf_file=manifest.base_gguf_file,
-            ),
+            model=base_of(manifest, read_as),
             quantization=stored_settings(manifest, folder),
             compute_dtype=_compute_dtype(manifest),
             data=None,
@@ -136,7 +145,12 @@ def _of_adapter(folder: Path, hardware: Hardware, force: bool) -> _Origin:
     dtype = torch.bfloat16 if hardware.native_bf16 else torch.float32
     return _Origin(
         folder=folder,
-        model=ModelSpec(name_or_path=config.base_model_name_or_path, revision=config.revision),
+        model=ModelSpec(
+            name_or_path=config.base_model_name_or_path,
+            revision=config.revision,
+            trust_remote_code=read_as.trust_remote_code,
+            allow_pickle=read_as.allow_pickle,
+        ),
         quantization=QuantizationSpec(),
         compute_dtype=dtype,
         data=None,

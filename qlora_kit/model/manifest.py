@@ -18,7 +18,7 @@ from qlora_kit.errors import AdapterError
 from qlora_kit.model.base import Base, quantization_record
 from qlora_kit.model.source import ModelSource
 from qlora_kit.model.tokenizer import template_hash, tokenizer_hash
-from qlora_kit.recipe import QuantizationSpec
+from qlora_kit.recipe import ModelSpec, QuantizationSpec
 
 MANIFEST_FILE = "qlora_kit.json"
 _FORMAT = 1
@@ -139,6 +139,19 @@ def _manifest(path: Path, values: object) -> Manifest:
         return Manifest(**{name: value for name, value in values.items() if name in known})
     except TypeError as error:
         raise AdapterError(f"{path} is damaged: {error}.") from None
+
+
+def base_of(manifest: Manifest, read_as: ModelSpec) -> ModelSpec:
+    """Where an adapter's base is. Whether its code or pickles may be read is for the user to say
+    in `read_as`, not for the adapter.
+    """
+    return ModelSpec(
+        name_or_path=manifest.base_name,
+        revision=manifest.base_revision,
+        gguf_file=manifest.base_gguf_file,
+        trust_remote_code=read_as.trust_remote_code,
+        allow_pickle=read_as.allow_pickle,
+    )
 
 
 def stored_settings(manifest: Manifest, folder: Path) -> QuantizationSpec:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
 
     from qlora_kit.recipe import QuantizationSpec
-
-logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
@@ -65,7 +62,10 @@ def _in_order(config: PeftConfig) -> None:
 def load_adapter(
     base: Base, quantization: QuantizationSpec, folder: Path, force: bool = False
 ) -> tuple[PeftModel, list[str]]:
-    """Put a saved adapter on a base that it belongs to; returns what differs under `force`.
+    """Put a saved adapter on a base that it belongs to.
+
+    Returns it with what a user should know: precision or versions other than in training, and
+    under `force` what makes this another base.
 
     The base's tokenizer must be the adapter's own where tokens were added.
 
@@ -78,9 +78,9 @@ def load_adapter(
         if not (folder / name).is_file():
             raise AdapterError(f"{folder} holds no adapter (no {name}).")
     differing = require_own_base(folder, base, quantization, force)
+    findings = [f"forced onto another base: {one}" for one in differing]
     if (folder / MANIFEST_FILE).is_file():
-        for one in changed_circumstances(read_manifest(folder), base):
-            logger.warning("%s: %s", folder, one)
+        findings += changed_circumstances(read_manifest(folder), base)
     if len(base.tokenizer) > num_embeddings(base.model):
         base.model.resize_token_embeddings(len(base.tokenizer), mean_resizing=False)
     try:
@@ -90,4 +90,4 @@ def load_adapter(
             f"{folder} cannot be loaded onto {base.source.name}: {reason_of(error)}"
         ) from error
     model.eval()
-    return model, differing
+    return model, findings

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from pydantic import BaseModel, ConfigDict
 
@@ -27,6 +27,13 @@ class Spec(BaseModel):
     def contradictions(self) -> Iterator[Fault]:
         """Faults between fields of this section; paths are relative to it."""
         return iter(())
+
+
+def without_effect(spec: Spec, names: Iterable[str], why: str, hint: str) -> Iterator[Fault]:
+    """A fault for each of these options that was given a value other than its default."""
+    for name in names:
+        if getattr(spec, name) != type(spec).model_fields[name].get_default():
+            yield Fault(name, f"has no effect {why}", hint)
 
 
 def all_contradictions(spec: Spec, path: str = "") -> Iterator[Fault]:

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from qlora_kit.errors import Fault
-from qlora_kit.recipe.base import Spec
+from qlora_kit.recipe.base import Spec, without_effect
 
 
 class QuantizationSpec(Spec):
@@ -52,15 +52,12 @@ class QuantizationSpec(Spec):
     def contradictions(self) -> Iterator[Fault]:
         if self.load_in_4bit and self.load_in_8bit:
             yield Fault("load_in_8bit", "load_in_4bit is on as well", "choose one of them")
-        if self.num_bits == 16 and self.skip_modules:
-            yield Fault("skip_modules", "nothing is quantized", "remove it or turn 4-bit on")
-        if self.num_bits != 4:
-            width = f"this one is {self.num_bits}-bit" if self.num_bits == 8 else "this one is not"
-            message = f"only 4-bit bases have it, and {width}"
-            if self.quant_type != "nf4":
-                yield Fault("quant_type", message, "remove it")
-            if self.quant_storage != "uint8":
-                yield Fault("quant_storage", message, "remove it")
-        if self.num_bits != 8 and self.int8_threshold != 6.0:
-            message = "only 8-bit bases have it"
-            yield Fault("int8_threshold", message, "set load_in_8bit: true, or remove it")
+        only_four = ("quant_type", "double_quant", "quant_storage")
+        if self.num_bits == 8:
+            yield from without_effect(self, only_four, "on an 8-bit base", "remove it")
+        if self.num_bits == 16:
+            why = "on a base that is not quantized"
+            yield from without_effect(self, ("skip_modules", *only_four), why, "remove it")
+        if self.num_bits != 8:
+            hint = "set load_in_8bit: true, or remove it"
+            yield from without_effect(self, ("int8_threshold",), "on a base not in 8 bits", hint)

@@ -8,10 +8,15 @@ from typing import Literal
 from pydantic import Field
 
 from qlora_kit.errors import Fault
-from qlora_kit.recipe.base import Spec
+from qlora_kit.recipe.base import Spec, without_effect
 from qlora_kit.recipe.schedule import DEFAULT_WARMUP, Schedule, schedule_faults
 
-_DEFAULT_SAVE_STEPS = 500
+# Of which families of optimizers transformers hands each of these on to.
+_READERS_OF = {
+    "adam_beta1": ("adam", "ademamix", "lion"),
+    "adam_beta2": ("adam", "ademamix", "lion"),
+    "adam_epsilon": ("adam", "ademamix"),
+}
 
 Optimizer = Literal[
     "adamw_torch",
@@ -119,7 +124,7 @@ class TrainSpec(Spec):
     save_strategy: Literal["no", "steps", "epoch"] = "epoch"
     """When to write a checkpoint; the final adapter is written in any case."""
 
-    save_steps: int = Field(default=_DEFAULT_SAVE_STEPS, gt=0)
+    save_steps: int = Field(default=500, gt=0)
     """Updates between checkpoints, with save_strategy: steps."""
 
     save_total_limit: int | None = Field(default=2, gt=0)
@@ -131,12 +136,7 @@ class TrainSpec(Spec):
     def contradictions(self) -> Iterator[Fault]:
         if self.eval_strategy == "steps" and self.eval_steps is None:
             yield Fault("eval_steps", "eval_strategy: steps needs it", "try eval_steps: 50")
-        if self.eval_steps is not None and self.eval_strategy != "steps":
-            yield Fault(
-                "eval_steps",
-                f"has no effect with eval_strategy: {self.eval_strategy}",
-                "set eval_strategy: steps",
-            )
+        yield from self._options_without_effect()
         if self.max_steps is not None and self.warmup_steps >= self.max_steps:
             yield Fault(
                 "warmup_steps",
@@ -146,9 +146,6 @@ class TrainSpec(Spec):
         if self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps):
             message = f"must be whole above 1, got {self.warmup_steps:g}"
             yield Fault("warmup_steps", message, "below 1 it is a share of all updates")
-        if self.save_steps != _DEFAULT_SAVE_STEPS and self.save_strategy != "steps":
-            message = f"has no effect with save_strategy: {self.save_strategy}"
-            yield Fault("save_steps", message, "set save_strategy: steps")
         if self.lr_scheduler_type == "reduce_lr_on_plateau" and self.eval_strategy == "no":
             message = "reduce_lr_on_plateau needs evaluation during training"
             yield Fault("lr_scheduler_type", message, "set eval_strategy: steps")
@@ -158,3 +155,20 @@ class TrainSpec(Spec):
             learning_rate=self.learning_rate,
             warmup_steps=self.warmup_steps,
         )
+
+    def _options_without_effect(self) -> Iterator[Fault]:
+        if self.eval_strategy != "steps":
+            why = f"with eval_strategy: {self.eval_strategy}"
+            yield from without_effect(self, ("eval_steps",), why, "set eval_strategy: steps")
+        if self.save_strategy != "steps":
+            why = f"with save_strategy: {self.save_strategy}"
+            yield from without_effect(self, ("save_steps",), why, "set save_strategy: steps")
+        if self.save_strategy == "no":
+            why = "with save_strategy: no"
+            yield from without_effect(self, ("save_total_limit",), why, "remove it")
+        unread = tuple(
+            name
+            for name, readers in _READERS_OF.items()
+            if not any(reader in self.optim for reader in readers)
+        )
+        yield from without_effect(self, unread, f"with optim: {self.optim}", "remove it")

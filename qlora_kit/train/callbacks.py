@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qlora_kit.train.trainer import QloraTrainer
 
 _MIB = 1024**2
+_STEPS_BETWEEN_GROWTH_CHECKS = 20
 
 
 class StepCallback(TrainerCallback):
@@ -39,7 +40,7 @@ class StepCallback(TrainerCallback):
         self.memory = memory
         self.reporter = reporter
         self.trainer: QloraTrainer | None = None
-        self._warned = False
+        self._warned: set[str] = set()
         self._start = self._last_time = time.monotonic()
         self._last_tokens = 0
         self._rate = 0.0
@@ -73,12 +74,18 @@ class StepCallback(TrainerCallback):
             tokens=f"{self._rate:,.0f} tok/s",
             memory=f"{(device or host) / _MIB:,.0f} MiB",
         )
-        slope = self.memory.growth_per_step() if state.global_step % 20 == 0 else None
-        if slope is not None and not self._warned:
-            self._warned = True
+        if state.global_step % _STEPS_BETWEEN_GROWTH_CHECKS == 0:
+            self._warn_of_growth()
+
+    def _warn_of_growth(self) -> None:
+        for where, slope in self.memory.growth_per_step().items():
+            if where in self._warned:
+                continue
+            self._warned.add(where)
+            points = {"host": self.memory.host_at_steps, "device": self.memory.device_at_steps}
             self.reporter.warn(
-                f"memory grows steadily, by {slope / _MIB:.2f} MiB a step "
-                f"(now {host / _MIB:,.0f} MiB)."
+                f"{where} memory grows steadily, by {slope / _MIB:.2f} MiB a step "
+                f"(now {points[where][-1] / _MIB:,.0f} MiB)."
             )
 
     def on_log(

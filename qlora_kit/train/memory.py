@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,7 @@ class MemoryWatch:
     host_peaks: dict[str, int] = field(default_factory=dict)
     device_peaks: dict[str, int] = field(default_factory=dict)
     host_at_steps: list[int] = field(default_factory=list)
+    device_at_steps: list[int] = field(default_factory=list)
     _phase: str = "start"
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
@@ -52,26 +54,15 @@ class MemoryWatch:
         """Call after each optimizer step; returns (host bytes now, device bytes peak)."""
         now = self._note_host()
         self.host_at_steps.append(now)
+        if self.device == "cuda":
+            self.device_at_steps.append(torch.cuda.memory_allocated())
         return now, self._note_device()
 
-    def growth_per_step(self) -> float | None:
-        """Slope of resident memory over the second half of the steps, in bytes per step.
-
-        None where there are too few steps, or where memory does not grow steadily: the slope
-        must explain the rise between the halves of what is looked at, and the rise must be
-        more than 1 % of the whole.
-        """
-        if len(self.host_at_steps) < _MIN_STEPS_FOR_SLOPE:
-            return None
-        points = self.host_at_steps[len(self.host_at_steps) // 2 :]
-        count = len(points)
-        mean_x, mean_y = (count - 1) / 2, sum(points) / count
-        covariance = sum((x - mean_x) * (y - mean_y) for x, y in enumerate(points))
-        slope = covariance / sum((x - mean_x) ** 2 for x in range(count))
-        spread = sum((y - mean_y) ** 2 for y in points)
-        explained = slope * covariance / spread if spread else 0.0
-        rise = slope * count
-        return slope if explained > 0.8 and rise > 0.01 * mean_y else None
+    def growth_per_step(self) -> dict[str, float]:
+        """Of `host` and `device` memory what grows steadily, in bytes per step."""
+        watched = {"host": self.host_at_steps, "device": self.device_at_steps}
+        slopes = {where: steady_slope(points) for where, points in watched.items()}
+        return {where: slope for where, slope in slopes.items() if slope is not None}
 
     @property
     def peak(self) -> tuple[str, int]:
@@ -106,6 +97,24 @@ class MemoryWatch:
         peak = torch.cuda.max_memory_allocated()
         self.device_peaks[self._phase] = max(peak, self.device_peaks.get(self._phase, 0))
         return peak
+
+
+def steady_slope(points: Sequence[int]) -> float | None:
+    """Least-squares slope over the second half of `points`, per point.
+
+    None where there are too few points, or where they do not grow steadily: the slope must
+    explain 80 % of their variance, and the rise must be more than 1 % of the whole.
+    """
+    if len(points) < _MIN_STEPS_FOR_SLOPE:
+        return None
+    points = points[len(points) // 2 :]
+    count = len(points)
+    mean_x, mean_y = (count - 1) / 2, sum(points) / count
+    covariance = sum((x - mean_x) * (y - mean_y) for x, y in enumerate(points))
+    slope = covariance / sum((x - mean_x) ** 2 for x in range(count))
+    spread = sum((y - mean_y) ** 2 for y in points)
+    explained = slope * covariance / spread if spread else 0.0
+    return slope if explained > 0.8 and slope * count > 0.01 * mean_y else None
 
 
 def cgroup_limit_bytes() -> int | None:

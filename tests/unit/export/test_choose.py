@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from qlora_kit.evaluate.divergence import Divergence
 from qlora_kit.export.choose import Candidate, choose_base, show_candidates
 from qlora_kit.export.merge import MergeResult, Survival
@@ -66,10 +68,14 @@ def test_what_does_not_come_back_never_passes() -> None:
 class Table(Reporter):
     def __init__(self) -> None:
         self.rows: list[Sequence[str]] = []
+        self.said: list[str] = []
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         assert all(len(row) == len(columns) for row in rows)
         self.rows += rows
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
 
 def test_both_lines_of_figures_are_shown() -> None:
@@ -80,3 +86,29 @@ def test_both_lines_of_figures_are_shown() -> None:
     assert "kept" in table.rows[1][0]
     assert "over budget" in table.rows[2][2]
     assert both[1].as_dict()["survival"] == {"min": 0.5, "median": 0.9, "worst": "q_proj"}
+
+
+def test_a_better_model_beyond_the_budget_is_named_with_how_to_keep_it() -> None:
+    table = Table()
+    both = [candidate("dequantized", 1e-6, 1.0), candidate("original", 0.2, 0.5)]
+    show_candidates(both, choose_base(both), 1e-3, table)
+    [said] = table.said
+    assert "The original base predicts the held-out rows better" in said
+    assert said.endswith("--base original --max-kl 0.21")
+    assert both[1].divergence.kl_mean < 0.21
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        candidate("original", 0.2, 1.5),
+        candidate("original", 9e-4, 0.5),
+        candidate("original", 0.2, 0.5, faults=("the tied head is not tied",)),
+    ],
+    ids=["worse", "within the budget and kept", "does not come back"],
+)
+def test_nothing_is_said_of_a_model_that_would_not_be_better(other: Candidate) -> None:
+    table = Table()
+    both = [candidate("dequantized", 1e-6, 1.0), other]
+    show_candidates(both, choose_base(both), 1e-3, table)
+    assert table.said == []

@@ -75,18 +75,42 @@ IN_SECTIONS = [
     (
         "quantization: {load_in_8bit: true, quant_type: fp4}",
         "quantization.quant_type",
-        ["only 4-bit bases", "8-bit"],
+        ["has no effect on an 8-bit base", "remove it"],
     ),
     (
         "quantization: {load_in_4bit: false, quant_storage: bfloat16}",
         "quantization.quant_storage",
-        ["only 4-bit bases"],
+        ["has no effect on a base that is not quantized"],
     ),
-    ("quantization: {int8_threshold: 5}", "quantization.int8_threshold", ["only 8-bit"]),
+    (
+        "quantization: {load_in_4bit: false, double_quant: false}",
+        "quantization.double_quant",
+        ["has no effect on a base that is not quantized"],
+    ),
+    (
+        "quantization: {int8_threshold: 5}",
+        "quantization.int8_threshold",
+        ["has no effect on a base not in 8 bits", "load_in_8bit"],
+    ),
+    (
+        "train: {save_strategy: 'no', save_total_limit: 5}",
+        "train.save_total_limit",
+        ["has no effect with save_strategy: no"],
+    ),
+    (
+        "train: {optim: adafactor, adam_beta1: 0.8}",
+        "train.adam_beta1",
+        ["has no effect with optim: adafactor"],
+    ),
+    (
+        "train: {optim: paged_lion_8bit, adam_epsilon: 1.0e-6}",
+        "train.adam_epsilon",
+        ["has no effect with optim: paged_lion_8bit"],
+    ),
     (
         "quantization: {load_in_4bit: false, skip_modules: [a]}",
         "quantization.skip_modules",
-        ["nothing is quantized"],
+        ["has no effect on a base that is not quantized"],
     ),
     ("quantization: {load_in_4bit: false}\nlora: {init: loftq}", "lora.init", ["not quantized"]),
     ("train: {learning_rate: '2e-4'}", "train.learning_rate", ["without quotes"]),
@@ -269,3 +293,20 @@ def test_a_section_at_fault_invents_no_contradiction(tmp_path: Path) -> None:
 def test_what_other_tools_call_it_exists_here() -> None:
     for key, path in OTHER_NAMES.items():
         assert shape.at(path.split(".")) is not None, key
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "train: {optim: adamw_torch, adam_beta1: 0.8, adam_beta2: 0.95, adam_epsilon: 1.0e-6}",
+        "train: {optim: paged_ademamix_8bit, adam_beta1: 0.8, adam_epsilon: 1.0e-6}",
+        "train: {optim: lion_8bit, adam_beta1: 0.8}",
+        "train: {save_strategy: epoch, save_total_limit: 5}",
+        "quantization: {load_in_8bit: true, int8_threshold: 5, skip_modules: [a]}",
+        "quantization: {quant_type: fp4, double_quant: false, quant_storage: bfloat16}",
+    ],
+)
+def test_an_option_that_is_read_is_no_fault(text: str, tmp_path: Path) -> None:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(f"model: {{name_or_path: m}}\ndata: {{train: [{{path: a.jsonl}}]}}\n{text}\n")
+    load_recipe(recipe)

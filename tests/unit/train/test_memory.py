@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 
-from qlora_kit.train.memory import MemoryWatch
+import pytest
+
+from qlora_kit.train.memory import MemoryWatch, steady_slope
 
 MIB = 1024**2
 
@@ -23,20 +25,20 @@ def test_each_phase_has_its_own_peak() -> None:
     assert memory.as_dict()["peak_phase"] == "large"
 
 
-def test_steady_growth_is_seen_with_its_slope() -> None:
+def test_steady_growth_is_seen_with_its_slope_on_host_and_device() -> None:
     memory = MemoryWatch()
     memory.host_at_steps = [1000 * MIB + 2 * MIB * step for step in range(100)]
-    slope = memory.growth_per_step()
-    assert slope is not None
-    assert abs(slope - 2 * MIB) < 0.01 * MIB
+    assert memory.growth_per_step() == {"host": pytest.approx(2 * MIB)}
+    memory.device_at_steps = [500 * MIB + 3 * MIB * step for step in range(100)]
+    assert memory.growth_per_step() == {
+        "host": pytest.approx(2 * MIB),
+        "device": pytest.approx(3 * MIB),
+    }
 
 
 def test_noise_a_warm_up_and_few_steps_are_no_growth() -> None:
-    memory = MemoryWatch()
     noise = random.Random(3)
-    memory.host_at_steps = [1000 * MIB + noise.randrange(20 * MIB) for _ in range(200)]
-    assert memory.growth_per_step() is None
-    memory.host_at_steps = [min(500 * MIB + 50 * MIB * step, 1000 * MIB) for step in range(100)]
-    assert memory.growth_per_step() is None
-    memory.host_at_steps = [1000 * MIB + 2 * MIB * step for step in range(10)]
-    assert memory.growth_per_step() is None
+    assert steady_slope([1000 * MIB + noise.randrange(20 * MIB) for _ in range(200)]) is None
+    warm_up = [min(500 * MIB + 50 * MIB * step, 1000 * MIB) for step in range(100)]
+    assert steady_slope(warm_up) is None
+    assert steady_slope([1000 * MIB + 2 * MIB * step for step in range(10)]) is None

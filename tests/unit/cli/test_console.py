@@ -1,0 +1,32 @@
+"""Lines where there is no terminal: figures, and the time that is left."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from qlora_kit.cli import console
+from qlora_kit.cli.console import ConsoleReporter, clock
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (125, "2:05"), (3723, "1:02:03")]
+)
+def test_clock(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
+
+
+def test_a_line_says_what_is_done_and_how_long_the_rest_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = io.StringIO()
+    now = iter([100.0, 110.0, 120.0, 125.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    reporter = ConsoleReporter(Console(file=written, width=132))
+    with reporter.progress("training", 10) as progress:
+        progress.update(1, loss="loss 3.0")
+        progress.update(1, loss="loss 2.0", tokens="90 tok/s")
+        progress.update(1, loss="loss 1.0")
+    assert written.getvalue() == "training: 2 of 10  loss 2.0  90 tok/s  1:20 left\n"
