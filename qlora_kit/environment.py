@@ -10,6 +10,7 @@ import logging
 import os
 import platform
 import time
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -75,7 +76,9 @@ def quiet_upstream() -> None:
     """Turn off upstream telemetry and progress bars before those libraries are imported.
 
     bitsandbytes logs one line per 8-bit product where it computes in another dtype than float16.
+    Upstream deprecations are for us to heed, not for a user: in the tests they are errors.
     """
+    warnings.simplefilter("ignore", FutureWarning)
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
