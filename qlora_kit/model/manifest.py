@@ -118,8 +118,15 @@ def _manifest(path: Path, values: object) -> Manifest:
             f"{path} was written by a newer qlora-kit ({values.get('qlora_kit_version')}); "
             "this one cannot read it."
         )
-    texts = ("base_name", "base_fingerprint", "tokenizer_sha256", "recipe_sha256")
+    texts = (
+        "base_name",
+        "base_fingerprint",
+        "tokenizer_sha256",
+        "recipe_sha256",
+        "qlora_kit_version",
+    )
     wrong = [name for name in texts if not isinstance(values.get(name), str)]
+    wrong += ["format"] if type(values.get("format")) is not int else []
     wrong += [
         name
         for name in ("base_revision", "chat_template_sha256", "base_gguf_file")
