@@ -226,7 +226,7 @@ def test_an_adapter_of_another_base_needs_force(finished: Finished, tmp_path: Pa
         reopen_adapter(folder, probe_hardware())
     heard = Heard()
     assert reopen_adapter(folder, probe_hardware(), force=True, reporter=heard).held_out
-    assert any("forced: the weights" in line for line in heard.warnings)
+    assert any("forced onto another base: the weights" in line for line in heard.warnings)
 
 
 def test_new_tokens_come_back_from_the_disk(tmp_path: Path) -> None:

@@ -233,7 +233,11 @@ def state_another_width(writer: gguf.GGUFWriter, _: Tensors) -> None:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (state_another_width, r"shape \(96, 64\), but .* it would be \(80, 64\)"),
+        # The newest transformers refuses this before we do, and keeps the shapes to itself.
+        (
+            state_another_width,
+            r"shape \(96, 64\), but .* it would be \(80, 64\)|ignore_mismatched_sizes",
+        ),
         (drop_a_tensor, r"lacks 1 tensors .*layers\.1\.mlp\.up_proj\.weight"),
         (add_a_bias, "would drop the rest"),
         (spoil_a_weight, r"layers\.0\.mlp\.gate_proj\.weight that are not finite"),
