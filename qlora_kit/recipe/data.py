@@ -4,35 +4,86 @@ from __future__ import annotations
 
 import posixpath
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from qlora_kit.errors import Fault
-from qlora_kit.recipe.base import Spec
+from qlora_kit.recipe.base import Spec, without_effect
 
-FILE_ENDINGS = (".json", ".jsonl", ".txt")
+FileFormat = Literal["auto", "json", "jsonl", "csv", "tsv", "parquet", "arrow", "text"]
+SchemaName = Literal[
+    "auto",
+    "messages",
+    "sharegpt",
+    "alpaca",
+    "prompt_completion",
+    "text",
+    "label",
+    "preference",
+    "kto",
+]
+Role = Literal["system", "user", "assistant", "tool"]
+Name = Annotated[str, Field(min_length=1)]
+
+# Endings of files that are read, apart from .gz and .zst behind them.
+FILE_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+COMPRESSED_ENDINGS = (".gz", ".zst")
+
+
+def looks_like_file(path: str) -> bool:
+    """Whether a source's path can only be a file, by its ending; a hub id has none of these."""
+    name = path.lower()
+    for ending in COMPRESSED_ENDINGS:
+        name = name.removesuffix(ending)
+    return name.endswith(FILE_ENDINGS) or name != path.lower()
 
 
 class SourceSpec(Spec):
     """One source of rows."""
 
     path: str = Field(min_length=1)
-    """A `.json` or `.jsonl` file, a `.txt` file, a hub id, or `demo/commands`."""
+    """A file, a folder, a glob (`rows/*.jsonl.gz`), a hub id, or `demo/commands`. Files are
+    .json, .jsonl, .csv, .tsv, .parquet, .arrow or .txt, each also as .gz or .zst."""
 
     split: str = Field(default="train", min_length=1)
-    """Split of a hub data set or of the demo task; a local file has only `train`."""
+    """Split of a hub data set, of a folder whose files are named after splits, or of the demo
+    task; a file has only `train`."""
+
+    config: str | None = Field(default=None, min_length=1)
+    """Configuration of a hub data set, where it has several."""
 
     max_rows: int | None = Field(default=None, gt=0)
     """Use only the first rows of the source."""
 
+    format: FileFormat = "auto"
+    """File format; `auto` goes by the content, then by the name."""
+
+    text_rows: Literal["file", "paragraph", "line"] = "file"
+    """What one row of a .txt file is; paragraphs are parted by blank lines."""
+
+    type: SchemaName = "auto"
+    """Schema of the rows; `auto` recognises it by their keys."""
+
+    columns: dict[Name, Name] = Field(default_factory=dict)
+    """Where a row keeps what its schema calls otherwise: `{instruction: task, output: answers.0}`.
+    Dots lead into objects and lists."""
+
+    weight: float | None = Field(default=None, gt=0)
+    """How often to draw from this source, relative to the others; with data.mix."""
+
+    num_rows: int | None = Field(default=None, gt=0)
+    """Draw this many rows in random order, some again where the source has fewer."""
+
     def contradictions(self) -> Iterator[Fault]:
-        if self.path.endswith(FILE_ENDINGS) and self.split != "train":
+        if looks_like_file(self.path) and self.split != "train" and "*" not in self.path:
             yield Fault(
                 "split",
                 f"a file is not divided into splits, got '{self.split}'",
                 "remove it, and name a file for each part",
             )
+        if looks_like_file(self.path):
+            yield from without_effect(self, ("config",), "on a file", "remove it")
 
 
 class DataSpec(Spec):
@@ -44,18 +95,41 @@ class DataSpec(Spec):
     eval: tuple[SourceSpec, ...] = ()
     """Held-out sources, for evaluation and for certifying a merge."""
 
+    held_out: float | None = Field(default=None, gt=0)
+    """Hold out this share (below 1) or number of the training rows, where `eval` names none."""
+
+    mix: Literal["concatenate", "first_exhausted", "all_exhausted"] = "concatenate"
+    """How several training sources are joined: one after the other, or drawn from by their
+    weights until the first, or each, has given all its rows."""
+
     max_length: int = Field(default=1024, ge=8)
     """Tokens a sequence may have."""
 
-    loss_on: Literal["assistant", "all"] = "assistant"
-    """Train on what the assistant says and its end-of-turn token, or on every token."""
+    packing: bool = False
+    """Put several examples into one sequence of max_length, isolated from each other."""
 
-    overlength: Literal["drop", "truncate", "error"] = "drop"
+    loss_on: Literal["assistant", "last", "all"] | tuple[Role, ...] = "assistant"
+    """Train on what the assistant says and its end-of-turn token, on its last turn only, on
+    every token, or on what the listed roles say. `train: false` on a message leaves it out."""
+
+    overlength: Literal["drop", "truncate", "split", "error"] = "drop"
     """What happens to a row longer than max_length. It is counted and shown whichever it is.
-    A plain text is split into several sequences instead, and loses nothing."""
+    A plain text is always split into several sequences, and loses nothing."""
 
     max_dropped_share: float = Field(default=0.01, ge=0, le=1)
-    """Share of the rows that may be dropped or truncated before the run stops instead."""
+    """Share of the rows that may be bad, dropped or truncated before the run stops instead."""
+
+    duplicates: Literal["drop", "keep", "error"] = "drop"
+    """What happens to a training row that is exactly the same as an earlier one."""
+
+    leaks: Literal["drop", "keep", "error"] = "drop"
+    """What happens to a training row that is also an eval row; the eval row stays."""
+
+    streaming: bool = False
+    """Read and render while training, for data that do not fit the disk; needs train.max_steps."""
+
+    seed: int = Field(default=42, ge=0, lt=2**32)
+    """Seeds drawing, mixing and holding out."""
 
     def contradictions(self) -> Iterator[Fault]:
         held_out = {_identity(source) for source in self.eval}
@@ -66,6 +140,19 @@ class DataSpec(Spec):
                     f"{source.path} (split {source.split}) is also an eval source",
                     "hold out different rows",
                 )
+            if source.weight is not None and self.mix == "concatenate":
+                yield Fault(
+                    f"train.{number}.weight",
+                    "has no effect with mix: concatenate",
+                    "set data.mix: all_exhausted, or give num_rows",
+                )
+        if self.held_out is not None and self.eval:
+            yield Fault("held_out", "eval names its own rows", "remove one of the two")
+        if self.held_out is not None and self.held_out >= 1 and self.held_out % 1:
+            message = f"must be whole from 1 on, got {self.held_out:g}"
+            yield Fault("held_out", message, "below 1 it is a share of the rows")
+        if self.loss_on == ():
+            yield Fault("loss_on", "must name at least one role", "try assistant")
 
 
 def _identity(source: SourceSpec) -> tuple[str, str]:
