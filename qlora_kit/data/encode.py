@@ -2,85 +2,134 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from qlora_kit.data.template import RowRefused
+from qlora_kit.data.rows import RowRefused
+from qlora_kit.data.template import added_tokens
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
-    from transformers import BatchEncoding, PreTrainedTokenizerBase
+    from tokenizers import Encoding
+    from transformers import PreTrainedTokenizerBase
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Encoded:
     """Text as token ids, encoded in one piece or in several that are joined."""
 
-    pieces: tuple[str, ...]
-    batch: BatchEncoding
-    """Its first texts are the pieces."""
+    pieces: tuple[tuple[str, Encoding], ...]
     ids: list[int]
 
     @classmethod
-    def of(cls, pieces: Sequence[str], batch: BatchEncoding) -> Encoded:
-        rows = batch["input_ids"][: len(pieces)]
-        return cls(tuple(pieces), batch, [token for row in rows for token in row])
+    def of(cls, pieces: Sequence[tuple[str, Encoding]]) -> Encoded:
+        if len(pieces) == 1:
+            return cls(tuple(pieces), pieces[0][1].ids)
+        return cls(tuple(pieces), [token for _, encoding in pieces for token in encoding.ids])
 
     def token_at(self, character: int) -> int | None:
         """The token that a character of the text fell into; None where it left none."""
         place = self._place(character)
-        return None if place is None else place[2]
+        return None if place is None else place[0]
 
     def token_from(self, character: int) -> int | None:
         """The token that begins at a character; None where one from before reaches into it."""
         place = self._place(character)
-        if place is None:
-            return None
-        piece, offset, token = place
-        before = sum(len(row) for row in self.batch["input_ids"][:piece])
-        span = self.batch.token_to_chars(piece, token - before)
-        return token if span is not None and span.start == offset else None
+        return place[0] if place is not None and place[1] else None
 
-    def _place(self, character: int) -> tuple[int, int, int] | None:
-        """Number of the piece, character in it, and token."""
+    def _place(self, character: int) -> tuple[int, bool] | None:
+        """The token that a character fell into, and whether it begins there."""
         num_tokens = 0
-        for number, piece in enumerate(self.pieces):
-            if character < len(piece):
-                token = self.batch.char_to_token(number, character)
-                return None if token is None else (number, character, num_tokens + token)
-            character -= len(piece)
-            num_tokens += len(self.batch["input_ids"][number])
+        for text, encoding in self.pieces:
+            if character < len(text):
+                token = encoding.char_to_token(character)
+                if token is None:
+                    return None
+                span = encoding.token_to_chars(token)
+                return num_tokens + token, span is not None and span[0] == character
+            character -= len(text)
+            num_tokens += len(encoding.ids)
         return None
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """Ids of a text as it stands, with nothing added."""
-    ids: list[int] = _encode_all(tokenizer, [text])["input_ids"][0]
+    ids: list[int] = encode_batch(tokenizer, [text])[0].ids
     return ids
 
 
-def encode_after(
-    tokenizer: PreTrainedTokenizerBase, text: str, openings: Sequence[str], origin: str
-) -> tuple[Encoded, list[list[int]]]:
-    """The text, beginning with the tokens of the last of its openings; and those of each.
+def encode_batch(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], as_text: bool = False
+) -> list[Encoding]:
+    """All texts at once, on all cores. With `as_text`, what spells a special token is text."""
+    batch = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        verbose=False,
+        return_attention_mask=False,
+        split_special_tokens=as_text,
+    )
+    encodings: list[Encoding] = batch.encodings
+    return encodings
 
-    Where the tokenizer merges the end of that opening into what follows (two line breaks that
-    are one token), the text is cut there, as generation cuts it.
+
+def encode_cut(
+    tokenizer: PreTrainedTokenizerBase, whole: Encoded, opening: str, origin: str
+) -> Encoded:
+    """The text cut behind its opening, as generation cuts it.
 
     Raises:
         RowRefused: to cut it would change the text.
     """
-    batch = _encode_all(tokenizer, [text, *openings])
-    whole, prompts = Encoded.of([text], batch), batch["input_ids"][1:]
-    if whole.ids[: len(prompts[-1])] == prompts[-1]:
-        return whole, prompts
-    pieces = [openings[-1], text[len(openings[-1]) :]]
-    cut = Encoded.of(pieces, _encode_all(tokenizer, pieces))
+    text = "".join(piece for piece, _ in whole.pieces)
+    pieces = [opening, text[len(opening) :]]
+    cut = Encoded.of(list(zip(pieces, encode_batch(tokenizer, pieces), strict=True)))
     if decode(tokenizer, cut.ids) != decode(tokenizer, whole.ids):
         raise RowRefused(origin, "the first token of an answer begins before it")
-    return cut, prompts
+    return cut
+
+
+def encode_literally(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    literal: Sequence[tuple[int, int]],
+    origin: str,
+) -> Encoded:
+    """The text, with what is spelled in its `literal` parts never read as a token of its own.
+
+    Raises:
+        RowRefused: this tokenizer cannot write it as text.
+    """
+    pieces: list[tuple[str, bool]] = []
+    position = 0
+    for start, end in literal:
+        pieces.append((text[position:start], False))
+        pieces += [(piece, True) for piece in _broken(text[start:end], added_tokens(tokenizer))]
+        position = end
+    pieces = [one for one in [*pieces, (text[position:], False)] if one[0]]
+    encoded = [
+        (piece, encode_batch(tokenizer, [piece], as_text=is_literal)[0])
+        for piece, is_literal in pieces
+    ]
+    joined = Encoded.of(encoded)
+    if _squeeze(decode(tokenizer, joined.ids)) != _squeeze(text):
+        reason = "spells a special token that this tokenizer cannot write as text"
+        raise RowRefused(origin, reason)
+    return joined
+
+
+def _broken(text: str, tokens: re.Pattern[str]) -> list[str]:
+    """The text in pieces, none of which holds one of the tokens."""
+    pieces = []
+    start = 0
+    for found in tokens.finditer(text):
+        if found.end() - found.start() > 1:
+            pieces.append(text[start : found.start() + 1])
+            start = found.start() + 1
+    return [*pieces, text[start:]]
 
 
 def decode(
@@ -98,10 +147,15 @@ def as_generated(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
     return decode(tokenizer, encode(tokenizer, text), skip_special_tokens=True).strip()
 
 
+def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer begins a text with BOS by itself."""
+    return _adds_bos(tokenizer, tokenizer.bos_token_id)
+
+
 def with_bos(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[int]:
     """Ids that begin a sequence: with BOS, once, where the tokenizer puts one there."""
     bos_id = tokenizer.bos_token_id
-    if _adds_bos(tokenizer) and ids[:1] != [bos_id]:
+    if adds_bos(tokenizer) and ids[:1] != [bos_id]:
         return [bos_id, *ids]
     return ids
 
@@ -121,12 +175,10 @@ def eos_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.eos_token_id
 
 
-def _encode_all(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> BatchEncoding:
-    batch: BatchEncoding = tokenizer(list(texts), add_special_tokens=False, verbose=False)
-    return batch
-
-
 @lru_cache(maxsize=8)
-def _adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    bos_id = tokenizer.bos_token_id
+def _adds_bos(tokenizer: PreTrainedTokenizerBase, bos_id: int | None) -> bool:
     return bos_id is not None and tokenizer("a")["input_ids"][:1] == [bos_id]
+
+
+def _squeeze(text: str) -> str:
+    return "".join(text.split())

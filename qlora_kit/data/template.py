@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
 
+from qlora_kit.data.examples import Conversation, Message
+from qlora_kit.data.rows import RowRefused
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -17,18 +20,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PROBE_ORIGIN = "the chat template's check"
-PROBE = (
-    {"role": "user", "content": "How are you today?"},
-    {"role": "assistant", "content": "Very well, thank you."},
+PROBE = Conversation(
+    (
+        Message("user", "How are you today?"),
+        Message("assistant", "Very well, thank you."),
+    ),
+    PROBE_ORIGIN,
 )
-
-
-class RowRefused(DataError):
-    """One row that cannot be trained on as it stands; `reason` is what rows like it share."""
-
-    def __init__(self, origin: str, reason: str):
-        self.reason = reason
-        super().__init__(f"{origin}: {reason}.")
 
 
 @dataclass(frozen=True)
@@ -40,12 +38,13 @@ class TurnEnd:
 
 
 def apply_template(
-    messages: Sequence[dict[str, str]],
+    conversation: Conversation,
     tokenizer: PreTrainedTokenizerBase,
-    origin: str,
+    num_messages: int | None = None,
     prompt: bool = False,
 ) -> str:
-    """The conversation as text; with `prompt`, up to where the assistant is to speak.
+    """The conversation, or its first messages, as text; with `prompt`, up to where the assistant
+    is to speak.
 
     Raises:
         DataError: there is no template.
@@ -53,19 +52,39 @@ def apply_template(
     """
     if not tokenizer.chat_template:
         raise DataError(
-            f"{origin} holds a conversation, but the tokenizer has no chat template. Name a "
-            "Jinja file with model.chat_template, take an instruct model, or give rows as "
-            "prompt and completion."
+            f"{conversation.origin} holds a conversation, but the tokenizer has no chat template. "
+            "Name one with model.chat_template (a Jinja file, or one that comes with the kit: "
+            f"{', '.join(library())}), take an instruct model, or give rows as prompt and "
+            "completion."
         )
+    messages = conversation.messages[:num_messages]
     try:
         text = tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=prompt
+            [message.as_dict() for message in messages],
+            tools=[_tool(one) for one in conversation.tools] or None,
+            tokenize=False,
+            add_generation_prompt=prompt,
         )
-    except (TemplateError, TypeError, ValueError, LookupError) as error:
+    except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise RowRefused(origin, f"the chat template refuses it: {reason}") from None
+        raise RowRefused(
+            conversation.origin, f"the chat template refuses it: {reason}"
+        ) from None
     assert isinstance(text, str)
     return text
+
+
+def _tool(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """As templates expect it; many files hold only the function."""
+    if isinstance(schema.get("function"), Mapping):
+        return dict(schema)
+    return {"type": "function", "function": dict(schema)}
+
+
+def library() -> dict[str, Path]:
+    """Templates that come with the kit: name → file."""
+    folder = Path(__file__).with_name("templates")
+    return {path.stem: path for path in sorted(folder.glob("*.jinja"))}
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
@@ -81,18 +100,21 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
     return _find_turn_end(tokenizer, str(tokenizer.chat_template or ""))
 
 
-def spelled_token(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The first token in a text that only a template may write: special, or the end of a turn."""
-    found = _special_tokens(tokenizer, len(tokenizer)).search(text)
-    end = turn_end(tokenizer).text
-    return found.group() if found else end if end in text else None
+def spelled_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches what only a template may write: a special token, or the end of a turn."""
+    return _special_tokens(tokenizer, len(tokenizer), str(tokenizer.chat_template or ""))
+
+
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Matches each token that text is cut at before it is split."""
+    return _added_tokens(tokenizer, len(tokenizer))
 
 
 # A tokenizer is not changed once it is loaded, its template apart.
 @lru_cache(maxsize=8)
 def _find_turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> TurnEnd:
-    text = apply_template(PROBE, tokenizer, PROBE_ORIGIN)
-    answer = PROBE[-1]["content"]
+    text = apply_template(PROBE, tokenizer)
+    answer = PROBE.messages[-1].content
     found = text.rfind(answer)
     if found < 0:
         raise DataError(
@@ -100,7 +122,7 @@ def _find_turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> TurnEnd
             "nothing to train on. Use another template (model.chat_template)."
         )
     after = found + len(answer)
-    closing = _compile(str(token) for token in _added(tokenizer)).search(text, after)
+    closing = _added_tokens(tokenizer, len(tokenizer)).search(text, after)
     if closing is None or text[after : closing.start()].strip():
         raise DataError(
             f"{PROBE_ORIGIN}: the template closes an answer with "
@@ -114,9 +136,17 @@ def _find_turn_end(tokenizer: PreTrainedTokenizerBase, template: str) -> TurnEnd
 
 
 @lru_cache(maxsize=8)
-def _special_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str]:
+def _special_tokens(
+    tokenizer: PreTrainedTokenizerBase, size: int, template: str
+) -> re.Pattern[str]:
     special = {str(token) for token in _added(tokenizer) if token.special}
-    return _compile({*tokenizer.all_special_tokens, *special})
+    end = {_find_turn_end(tokenizer, template).text} if template else set()
+    return _compile({*tokenizer.all_special_tokens, *special, *end})
+
+
+@lru_cache(maxsize=8)
+def _added_tokens(tokenizer: PreTrainedTokenizerBase, size: int) -> re.Pattern[str]:
+    return _compile({str(token) for token in _added(tokenizer)})
 
 
 def _added(tokenizer: PreTrainedTokenizerBase) -> list[AddedToken]:

@@ -30,7 +30,7 @@ from qlora_kit.export.surroundings import (
     save_tokenizer,
 )
 from qlora_kit.export.trained import BaseKind, TrainedAdapter
-from qlora_kit.model.atomic import draft_beside
+from qlora_kit.atomic import draft_beside
 from qlora_kit.model.base import bitsandbytes_config
 from qlora_kit.recipe import QuantizationSpec
 from qlora_kit.report.reporter import SILENT, Progress, Reporter

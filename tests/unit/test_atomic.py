@@ -14,13 +14,13 @@ from types import SimpleNamespace
 import pytest
 
 from qlora_kit.errors import HardwareError
-from qlora_kit.model.atomic import draft_beside, published_folder, require_disk
+from qlora_kit.atomic import draft_beside, published_folder, require_disk
 
 # Writes a folder as process NAME; waits for GO half-way, or dies there if NAME is "killed".
 WRITER = """
 import os, signal, sys, time
 from pathlib import Path
-from qlora_kit.model.atomic import published_folder
+from qlora_kit.atomic import published_folder
 folder, name, go = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3])
 with published_folder(folder) as draft:
     (draft / "first").write_text(name)

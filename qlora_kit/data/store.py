@@ -1,0 +1,140 @@
+"""Rendered sequences in three flat files, read through the memory map.
+
+`tokens.bin` holds the ids of all sequences one after the other (int32), `supervised.bin` a byte
+for each that says whether it is a label, `index.npy` one record per sequence: where it ends, the
+source and number of its row, and its notes. So a data set of any size costs a run no more memory
+than the pages it touches.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import overload
+
+import numpy as np
+
+from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
+
+_RECORD = np.dtype(
+    [("end", np.int64), ("source", np.int32), ("number", np.int64), ("notes", np.int32)]
+)
+_TOKENS, _SUPERVISED, _INDEX, _TEXTS = "tokens.bin", "supervised.bin", "index.npy", "texts.json"
+
+
+class StoreWriter:
+    """Appends sequences to the files in a folder; use as a context."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        self._tokens = (folder / _TOKENS).open("wb")
+        self._supervised = (folder / _SUPERVISED).open("wb")
+        self._index: list[np.ndarray] = []
+        self._block: list[tuple[int, int, int, int]] = []
+        self._sources: dict[str, int] = {}
+        self._notes: dict[tuple[str, ...], int] = {}
+        self._end = 0
+
+    def __enter__(self) -> StoreWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, _: BaseException | None, __: TracebackType | None
+    ) -> None:
+        self._tokens.close()
+        self._supervised.close()
+        if kind is None:
+            self._flush_index()
+            index = np.concatenate([np.empty(0, _RECORD), *self._index])
+            np.save(self._folder / _INDEX, index)
+            texts = {"sources": list(self._sources), "notes": [list(one) for one in self._notes]}
+            (self._folder / _TEXTS).write_text(json.dumps(texts), encoding="utf-8")
+
+    def add(self, sequence: TokenSequence) -> None:
+        ids = np.asarray(sequence.input_ids, np.int32)
+        self._tokens.write(ids.tobytes())
+        self._supervised.write((np.asarray(sequence.labels) != IGNORE_INDEX).tobytes())
+        self._end += len(ids)
+        source, _, number = sequence.origin.rpartition(":")
+        self._block.append(
+            (
+                self._end,
+                self._sources.setdefault(source, len(self._sources)),
+                int(number),
+                self._notes.setdefault(sequence.notes, len(self._notes)),
+            )
+        )
+        if len(self._block) == 65536:
+            self._flush_index()
+
+    def _flush_index(self) -> None:
+        self._index.append(np.array(self._block, _RECORD))
+        self._block = []
+
+
+class StoredSequences(Sequence[TokenSequence]):
+    """Sequences of a store in some order, each read when it is asked for."""
+
+    def __init__(self, folder: Path, order: np.ndarray | None = None):
+        self._index = np.load(folder / _INDEX, mmap_mode="r")
+        self._tokens = _flat(folder / _TOKENS, np.int32)
+        self._supervised = _flat(folder / _SUPERVISED, np.bool_)
+        texts = json.loads((folder / _TEXTS).read_text(encoding="utf-8"))
+        self._sources: list[str] = texts["sources"]
+        self._notes = [tuple(notes) for notes in texts["notes"]]
+        self._order = np.arange(len(self._index)) if order is None else order
+
+    def in_order(self, order: np.ndarray) -> StoredSequences:
+        """The same store, with its sequences in another order, some of them or some again."""
+        other = object.__new__(StoredSequences)
+        other.__dict__.update(self.__dict__)
+        other._order = order
+        return other
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    @overload
+    def __getitem__(self, item: int) -> TokenSequence: ...
+
+    @overload
+    def __getitem__(self, item: slice) -> Sequence[TokenSequence]: ...
+
+    def __getitem__(self, item: int | slice) -> TokenSequence | Sequence[TokenSequence]:
+        if isinstance(item, slice):
+            return self.in_order(self._order[item])
+        record = self._index[self._order[item]]
+        start, end = self._bounds(int(self._order[item]))
+        ids = self._tokens[start:end]
+        labels = np.where(self._supervised[start:end], ids, IGNORE_INDEX)
+        return TokenSequence(
+            tuple(ids.tolist()),
+            tuple(labels.tolist()),
+            f"{self._sources[record['source']]}:{record['number']}",
+            self._notes[record["notes"]],
+        )
+
+    def __iter__(self) -> Iterator[TokenSequence]:
+        return (self[number] for number in range(len(self)))
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence, in order; int64 of shape (len(self),)."""
+        ends = np.asarray(self._index["end"])
+        return np.diff(ends, prepend=0)[self._order]
+
+    def source_numbers(self) -> np.ndarray:
+        """The source that each sequence came from, as a number; int32 of shape (len(self),)."""
+        return np.asarray(self._index["source"])[self._order]
+
+    def _bounds(self, number: int) -> tuple[int, int]:
+        start = int(self._index["end"][number - 1]) if number else 0
+        return start, int(self._index["end"][number])
+
+
+def _flat(path: Path, dtype: type) -> np.ndarray:
+    if path.stat().st_size == 0:
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="r")
