@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 NUM_SHOWN = 3
@@ -15,20 +15,24 @@ END_CUT = "the end token of an answer was cut off"
 class Ledger:
     """Counts for one part (train or eval). Every row is in one bucket, every token in one.
 
-    Of the rows, some are kept (a few of those truncated) and the others dropped, each for one
-    reason. Of the tokens that were rendered, and those that were repeated, some are supervised,
-    some context, some cut off a kept row, and some went with a dropped row. A row that could not
-    be rendered has no tokens.
+    Of the rows, some are kept (a few of those truncated or split), some dropped because they
+    cannot be used, some set aside by a rule of the recipe (a duplicate, a row that is also an
+    eval row, one that is held out). Of the tokens that were rendered, and those that were
+    repeated, some are supervised, some context, some cut off a kept row, and some went with a
+    dropped row. A row that could not be rendered has no tokens.
     """
 
     num_rows: int = 0
     num_kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    """Faulty rows, by what is wrong with them; too many stop the run."""
+    set_aside: Counter[str] = field(default_factory=Counter)
+    """Sound rows that a rule of the recipe leaves out, by that rule."""
     truncated: int = 0
     ends_cut: int = 0
     """Truncated rows that lost the token which ends an answer: it is not seen to stop there."""
     split: int = 0
-    """Plain texts cut into several sequences, losing nothing."""
+    """Rows cut into several sequences."""
     num_sequences: int = 0
     supervised_tokens: int = 0
     context_tokens: int = 0
@@ -37,16 +41,24 @@ class Ledger:
     rendered_tokens: int = 0
     """Tokens of all rows before anything was dropped, cut or repeated."""
     repeated_tokens: int = 0
-    """Context tokens that a split text has twice, so that each of its tokens is predicted."""
+    """Context tokens that a split row has twice, so that each of its tokens is predicted."""
+    padding_tokens: int = 0
+    """What fills packed sequences up; batches that are not packed are filled as they come."""
     noted: Counter[str] = field(default_factory=Counter)
     """What else should be known of rows that were kept, and of how many."""
     examples: dict[str, list[str]] = field(default_factory=dict)
     """Reason → origins of up to three rows."""
+    schemas: dict[str, str] = field(default_factory=dict)
+    """Source → the schema of its rows."""
 
-    def drop(self, reason: str, origin: str, num_tokens: int = 0) -> None:
+    def drop(self, reason: str, origin: str, detail: str = "", num_tokens: int = 0) -> None:
         self.dropped[reason] += 1
         self.dropped_tokens += num_tokens
-        self.example(reason, origin)
+        self.example(reason, f"{origin} ({detail})" if detail else origin)
+
+    def put_aside(self, rule: str, origin: str) -> None:
+        self.set_aside[rule] += 1
+        self.example(rule, origin)
 
     def note(self, reason: str, origin: str) -> None:
         self.noted[reason] += 1
@@ -64,22 +76,24 @@ class Ledger:
 
     def findings(self) -> list[str]:
         """What became of rows that were not simply kept: how many, and where to look."""
-        counts = {
-            **{reason: (count, f"dropped, {reason}") for reason, count in self.dropped.items()},
-            TRUNCATED: (self.truncated, TRUNCATED),
-            END_CUT: (self.ends_cut, END_CUT),
-            **{note: (count, note) for note, count in self.noted.items()},
-        }
+        counts = [
+            *((reason, count, f"dropped, {reason}") for reason, count in self.dropped.items()),
+            *((rule, count, f"set aside, {rule}") for rule, count in self.set_aside.items()),
+            (TRUNCATED, self.truncated, TRUNCATED),
+            (END_CUT, self.ends_cut, END_CUT),
+            *((note, count, note) for note, count in self.noted.items()),
+        ]
         return [
             f"{count:,} of {self.num_rows:,} rows: {what} ({', '.join(self.examples[reason])}"
             + (", …)" if count > NUM_SHOWN else ")")
-            for reason, (count, what) in counts.items()
+            for reason, count, what in counts
             if count
         ]
 
     def check_balance(self) -> None:
         """Assert that no row and no token is missing from the sums."""
-        assert self.num_rows == self.num_kept + sum(self.dropped.values()), "rows do not balance"
+        out = sum(self.dropped.values()) + sum(self.set_aside.values())
+        assert self.num_rows == self.num_kept + out, "rows do not balance"
         given = self.rendered_tokens + self.repeated_tokens
         found = self.supervised_tokens + self.context_tokens + self.cut_tokens + self.dropped_tokens
         assert given == found, "tokens do not balance"
@@ -90,6 +104,7 @@ class Ledger:
                 "read": self.num_rows,
                 "kept": self.num_kept,
                 "dropped": dict(self.dropped),
+                "set_aside": dict(self.set_aside),
                 "truncated": self.truncated,
                 "ends_cut": self.ends_cut,
                 "split": self.split,
@@ -103,6 +118,17 @@ class Ledger:
                 "context": self.context_tokens,
                 "cut": self.cut_tokens,
                 "dropped": self.dropped_tokens,
+                "padding": self.padding_tokens,
             },
             "examples": self.examples,
+            "schemas": self.schemas,
         }
+
+    def state(self) -> dict[str, Any]:
+        """All of it, for a cache; `from_state` gives it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> Ledger:
+        counters = ("dropped", "set_aside", "noted")
+        return cls(**{**state, **{name: Counter(state[name]) for name in counters}})

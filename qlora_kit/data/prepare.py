@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from qlora_kit.data.ledger import END_CUT, TRUNCATED, Ledger
-from qlora_kit.data.read import read_rows
-from qlora_kit.data.render import (
-    IGNORE_INDEX,
-    LossOn,
-    TokenSequence,
-    end_of_turn_id,
-    render,
-)
-from qlora_kit.data.schema import Conversation, Example, PlainText, to_examples
-from qlora_kit.data.template import PROBE, PROBE_ORIGIN, RowRefused
+from qlora_kit.atomic import published_folder
+from qlora_kit.data.cache import cache_folder, stamp_used
+from qlora_kit.data.examples import AnyExample, Conversation, Example, Preference
+from qlora_kit.data.fit import NOTHING_LEFT, OVERLENGTH, fit
+from qlora_kit.data.ledger import Ledger
+from qlora_kit.data.mark import LossOn
+from qlora_kit.data.mixing import training_order
+from qlora_kit.data.read import read_source, source_fingerprint
+from qlora_kit.data.render import Rendering, TokenSequence, end_of_turn_id, render
+from qlora_kit.data.rows import BadRow, RowRefused
+from qlora_kit.data.schemas import Recogniser, content_key, fine_tuning_example
+from qlora_kit.data.select import Selection, held_out_threshold
+from qlora_kit.data.store import StoredSequences, StoreWriter
+from qlora_kit.data.template import PROBE, PROBE_ORIGIN
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,21 +31,24 @@ if TYPE_CHECKING:
 
     from qlora_kit.recipe import DataSpec, SourceSpec
 
-OVERLENGTH = "longer than max_length"
-NOTHING_SUPERVISED = "nothing supervised"
-NOTHING_LEFT = "nothing supervised before max_length"
+UNWANTED = "an answer that is rated as unwanted"
+NOTE_REJECTED = "a preference pair: its chosen answer is trained on, the rejected one is not"
+_CHUNK_ROWS = 512
+_LEDGER = "ledger.json"
+PartName = Literal["train", "eval"]
 
 
 @dataclass(frozen=True)
 class Part:
     """One part of the data, train or eval.
 
-    `examples` are all that could be rendered, also those that were then dropped or cut for their
-    length; `sequences` is what came of them, `ledger` the count.
+    `examples` are what the rows of an eval part say, also of those that were then dropped or cut
+    for their length; a training part keeps none. `sequences` is what came of them, `ledger` the
+    count.
     """
 
     examples: tuple[Example, ...]
-    sequences: tuple[TokenSequence, ...]
+    sequences: Sequence[TokenSequence]
     ledger: Ledger
 
     @classmethod
@@ -48,53 +58,39 @@ class Part:
 
     @property
     def num_supervised(self) -> int:
-        return sum(sequence.num_supervised for sequence in self.sequences)
+        return self.ledger.supervised_tokens
 
 
-def read_examples(sources: Sequence[SourceSpec]) -> tuple[Example, ...]:
-    """Every example of every source, in order."""
-    return tuple(
-        example
-        for source in sources
-        for example in to_examples(read_rows(source.path, source.split, source.max_rows))
-    )
-
-
-def prepare_part(
-    name: str,
-    sources: Sequence[SourceSpec],
-    tokenizer: PreTrainedTokenizerBase,
-    spec: DataSpec,
-    stop_ids: frozenset[int],
+def prepare_train(
+    spec: DataSpec, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int]
 ) -> Part:
-    """Read, render and fit one part to max_length.
+    """Read, check, render and fit the training rows, or take them from the cache.
 
-    `stop_ids` are the tokens at which generation stops; the end-of-turn token that is
-    trained must be one of them.
+    `stop_ids` are the tokens at which generation stops; the end-of-turn token that is trained
+    must be one of them.
 
     Raises:
         DataError: nothing is left to train on, too much would be lost, or the model would
             never learn to stop.
     """
-    examples = read_examples(sources)
-    if any(isinstance(example, Conversation) for example in examples):
-        prove_end_of_turn(tokenizer, stop_ids, spec.loss_on)
+    return _prepare("train", spec, tokenizer, stop_ids)
+
+
+def prepare_eval(
+    spec: DataSpec, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int]
+) -> Part:
+    """The same for the eval rows, of their own sources or held out of the training rows; empty
+    where there are none.
+    """
+    if not spec.eval and spec.held_out is None:
+        return Part.empty()
+    return _prepare("eval", spec, tokenizer, stop_ids)
+
+
+def read_examples(sources: Sequence[SourceSpec], needs_answer: bool = True) -> Iterator[AnyExample]:
+    """Every sound example of every source, in order; faulty rows are passed over."""
     ledger = Ledger()
-    rendered: list[Example] = []
-    sequences: list[TokenSequence] = []
-    for example in examples:
-        ledger.num_rows += 1
-        try:
-            sequence = render(example, tokenizer, spec.loss_on)
-        except RowRefused as refused:
-            ledger.drop(refused.reason, example.origin)
-            continue
-        rendered.append(example)
-        sequences += _fit(example, sequence, spec, ledger)
-    ledger.num_sequences = len(sequences)
-    ledger.check_balance()
-    _refuse_losses(name, ledger, spec)
-    return Part(tuple(rendered), tuple(sequences), ledger)
+    return (example for _, example in _examples(sources, needs_answer, ledger))
 
 
 def prove_end_of_turn(
@@ -106,8 +102,9 @@ def prove_end_of_turn(
         DataError: it is not.
     """
     end = end_of_turn_id(tokenizer)
-    probe = render(Conversation(PROBE, PROBE_ORIGIN), tokenizer, loss_on)
-    if end not in probe.labels:
+    probe = render(PROBE, tokenizer, loss_on)
+    learns_answers = not isinstance(loss_on, tuple) or "assistant" in loss_on
+    if learns_answers and end not in probe.labels:
         raise DataError(f"{PROBE_ORIGIN}: the token that ends a turn would not be trained on.")
     if end not in stop_ids:
         tokens = tokenizer.convert_ids_to_tokens([end, *sorted(stop_ids)])
@@ -120,82 +117,154 @@ def prove_end_of_turn(
     return end
 
 
-def _fit(
-    example: Example, sequence: TokenSequence, spec: DataSpec, ledger: Ledger
-) -> list[TokenSequence]:
-    """Fit one sequence to max_length; books it whichever way that goes."""
-    length, origin = len(sequence.input_ids), sequence.origin
-    ledger.rendered_tokens += length
-    if not sequence.num_supervised:
-        ledger.drop(NOTHING_SUPERVISED, origin, length)
-        return []
-    if length <= spec.max_length:
-        kept = [sequence]
-    elif isinstance(example, PlainText):
-        kept = _split(sequence, spec.max_length)
-        ledger.split += 1
-        ledger.repeated_tokens += len(kept) - 1
-    elif spec.overlength == "truncate":
-        kept = [_truncate(sequence, spec.max_length)]
-        if not kept[0].num_supervised:
-            ledger.drop(NOTHING_LEFT, origin, length)
-            return []
-        ledger.truncated += 1
-        ledger.cut_tokens += length - spec.max_length
-        ledger.example(TRUNCATED, origin)
-        if _cuts_an_answer(sequence, spec.max_length):
-            ledger.ends_cut += 1
-            ledger.example(END_CUT, origin)
-    else:
-        ledger.drop(OVERLENGTH, origin, length)
-        return []
-    ledger.num_kept += 1
-    for note in sequence.notes:
-        ledger.note(note, origin)
-    for one in kept:
-        ledger.supervised_tokens += one.num_supervised
-        ledger.context_tokens += len(one.labels) - one.num_supervised
-    return kept
+def _prepare(
+    part: PartName,
+    spec: DataSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: frozenset[int],
+) -> Part:
+    sources = spec.eval if part == "eval" and spec.eval else spec.train
+    related = sources if part == "eval" else (*spec.train, *spec.eval)
+    fingerprints = [source_fingerprint(source) for source in related]
+    folder = cache_folder(part, spec, fingerprints, tokenizer)
+    if not folder.is_dir():
+        selection = _selection(part, spec)
+        with published_folder(folder) as draft:
+            ledger = _render_all(sources, spec, selection, tokenizer, stop_ids, draft)
+            (draft / _LEDGER).write_text(json.dumps(ledger.state()), encoding="utf-8")
+    stamp_used(folder)
+    ledger = Ledger.from_state(json.loads((folder / _LEDGER).read_text(encoding="utf-8")))
+    ledger.check_balance()
+    _refuse_losses(part, ledger, spec)
+    sequences = StoredSequences(folder)
+    if part == "train":
+        return Part((), sequences.in_order(training_order(sequences.groups(), spec)), ledger)
+    return Part(tuple(_selected(sources, spec)), sequences, ledger)
 
 
-def _truncate(sequence: TokenSequence, max_length: int) -> TokenSequence:
-    return TokenSequence(
-        sequence.input_ids[:max_length],
-        sequence.labels[:max_length],
-        sequence.origin,
-        sequence.notes,
-    )
+def _selected(sources: Sequence[SourceSpec], spec: DataSpec) -> Iterator[Example]:
+    """What the eval rows say."""
+    selection = _selection("eval", spec)
+    for _, example in _examples(sources, spec.loss_on != "all", Ledger()):
+        answer = fine_tuning_example(example)
+        if answer is not None and selection.rule_against(example) is None:
+            yield answer
 
 
-def _cuts_an_answer(sequence: TokenSequence, max_length: int) -> bool:
-    """Whether what is supervised goes on behind the cut."""
-    return IGNORE_INDEX not in sequence.labels[max_length - 1 : max_length + 1]
+def _selection(part: PartName, spec: DataSpec) -> Selection:
+    needs_answer = spec.loss_on != "all"
+    threshold = None
+    if spec.held_out is not None:
+        threshold = held_out_threshold(spec, read_examples(spec.train, needs_answer))
+    keys: frozenset[bytes] = frozenset()
+    if part == "train" and spec.eval and spec.leaks != "keep":
+        keys = frozenset(content_key(one) for one in read_examples(spec.eval, needs_answer))
+    return Selection(spec, part, keys, threshold)
 
 
-def _split(sequence: TokenSequence, max_length: int) -> list[TokenSequence]:
-    """Pieces that each begin with the last token of the one before, as context.
+def _examples(
+    sources: Sequence[SourceSpec], needs_answer: bool, ledger: Ledger
+) -> Iterator[tuple[int, AnyExample]]:
+    """Sound rows with the number of their source; faulty ones are booked."""
+    for group, source in enumerate(sources):
+        recogniser = Recogniser(source, needs_answer=needs_answer)
+        num_rows = ledger.num_rows
+        for row in read_source(source):
+            ledger.num_rows += 1
+            if isinstance(row, BadRow):
+                ledger.drop(row.reason, row.origin, row.detail)
+                continue
+            try:
+                example = recogniser.recognise(row)
+            except RowRefused as refused:
+                ledger.drop(refused.reason, row.origin, refused.detail)
+            else:
+                yield group, example
+        if ledger.num_rows == num_rows:
+            raise DataError(f"{source.path} holds no rows; there is nothing to read.")
+        ledger.schemas[source.path] = recogniser.describe()
 
-    So every token but the very first is predicted once, and no piece is without supervision.
-    """
-    pieces = []
-    for start in range(0, len(sequence.input_ids) - 1, max_length - 1):
-        end = start + max_length
-        labels = (IGNORE_INDEX, *sequence.labels[start + 1 : end])
-        pieces.append(TokenSequence(sequence.input_ids[start:end], labels, sequence.origin))
-    return pieces
+
+def _render_all(
+    sources: Sequence[SourceSpec],
+    spec: DataSpec,
+    selection: Selection,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: frozenset[int],
+    folder: Path,
+) -> Ledger:
+    """Render every row that is used into a store in `folder`."""
+    ledger = Ledger()
+    rows = _used(_examples(sources, spec.loss_on != "all", ledger), selection, ledger)
+    proved = False
+    with StoreWriter(folder) as writer:
+        for rendering, groups, examples in _pipelined(rows, tokenizer, spec.loss_on):
+            if not proved and any(isinstance(one, Conversation) for one in examples):
+                prove_end_of_turn(tokenizer, stop_ids, spec.loss_on)
+                proved = True
+            for group, example, rendered in zip(
+                groups, examples, rendering.label(), strict=True
+            ):
+                if isinstance(rendered, RowRefused):
+                    ledger.drop(rendered.reason, example.origin, rendered.detail)
+                    continue
+                for sequence in fit(example, rendered, spec, ledger):
+                    writer.add(sequence, group)
+                    ledger.num_sequences += 1
+    ledger.check_balance()
+    return ledger
+
+
+def _used(
+    examples: Iterable[tuple[int, AnyExample]], selection: Selection, ledger: Ledger
+) -> Iterator[tuple[int, Example]]:
+    """What of the sound rows is rendered; the others are booked."""
+    for group, example in examples:
+        rule = selection.rule_against(example)
+        answer = fine_tuning_example(example) if rule is None else None
+        if rule is not None or answer is None:
+            ledger.put_aside(rule or UNWANTED, example.origin)
+            continue
+        if isinstance(example, Preference):
+            ledger.note(NOTE_REJECTED, example.origin)
+        yield group, answer
+
+
+def _pipelined(
+    rows: Iterator[tuple[int, Example]], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
+) -> Iterator[tuple[Rendering, list[int], list[Example]]]:
+    """Chunks of rows, marked here while the tokenizer works on the chunk before."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting: list[tuple[Future[None], Rendering, list[int], list[Example]]] = []
+        while chunk := list(islice(rows, _CHUNK_ROWS)):
+            groups, examples = [group for group, _ in chunk], [one for _, one in chunk]
+            rendering = Rendering(examples, tokenizer, loss_on)
+            waiting.append((pool.submit(rendering.encode), rendering, groups, examples))
+            if len(waiting) > 2:
+                yield _finished(waiting.pop(0))
+        for one in waiting:
+            yield _finished(one)
+
+
+def _finished(
+    waiting: tuple[Future[None], Rendering, list[int], list[Example]],
+) -> tuple[Rendering, list[int], list[Example]]:
+    future, rendering, groups, examples = waiting
+    future.result()
+    return rendering, groups, examples
 
 
 def _refuse_losses(name: str, ledger: Ledger, spec: DataSpec) -> None:
     shown = "".join(f"\n  - {finding}" for finding in ledger.findings())
     if ledger.num_kept == 0:
-        raise DataError(f"data.{name} has nothing to train on: every row was dropped.{shown}")
+        raise DataError(f"data.{name} has nothing to train on: no row was kept.{shown}")
     num_overlength = ledger.dropped[OVERLENGTH]
     if spec.overlength == "error" and num_overlength:
         origins = ", ".join(ledger.examples[OVERLENGTH])
         raise DataError(
             f"data.{name}: {num_overlength} of {ledger.num_rows} rows are longer than "
             f"data.max_length, {spec.max_length} tokens (for example {origins}), and "
-            "data.overlength is error. Raise the one, or set the other to drop or truncate."
+            "data.overlength is error. Raise the one, or set the other to drop, split or truncate."
         )
     share = ledger.num_lost / ledger.num_rows
     if share > spec.max_dropped_share:

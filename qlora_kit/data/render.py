@@ -68,26 +68,42 @@ def render(example: Example, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
         DataError: the tokenizer cannot render such examples at all.
         RowRefused: it can, but not this one.
     """
-    [rendered] = render_batch([example], tokenizer, loss_on)
+    rendering = Rendering([example], tokenizer, loss_on)
+    rendering.encode()
+    [rendered] = rendering.label()
     if isinstance(rendered, RowRefused):
         raise rendered
     return rendered
 
 
-def render_batch(
-    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
-) -> list[TokenSequence | RowRefused]:
-    """Each example rendered, or why it cannot be; the tokenizer works on all of them at once.
+class Rendering:
+    """Examples on their way to sequences: marked, then encoded all at once, then labelled.
+
+    The middle step is the tokenizer's own, on all cores and without Python's lock, so that
+    another thread can go on meanwhile.
 
     Raises:
         DataError: the tokenizer cannot render such examples at all.
     """
-    marked = [_mark(example, tokenizer, loss_on) for example in examples]
-    whole = [one for one in marked if isinstance(one, Marked) and not one.literal]
-    encodings = iter(encode_batch(tokenizer, [one.text for one in whole]) if whole else [])
-    return [
-        one if isinstance(one, RowRefused) else _label(one, encodings, tokenizer) for one in marked
-    ]
+
+    def __init__(
+        self, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
+    ):
+        self._tokenizer = tokenizer
+        self._marked = [_mark(example, tokenizer, loss_on) for example in examples]
+        self._encodings: list[Encoding] = []
+
+    def encode(self) -> None:
+        whole = [one.text for one in self._marked if isinstance(one, Marked) and not one.literal]
+        self._encodings = encode_batch(self._tokenizer, whole) if whole else []
+
+    def label(self) -> list[TokenSequence | RowRefused]:
+        """Each example rendered, or why it cannot be."""
+        encodings = iter(self._encodings)
+        return [
+            one if isinstance(one, RowRefused) else _label(one, encodings, self._tokenizer)
+            for one in self._marked
+        ]
 
 
 def _mark(

@@ -1,8 +1,8 @@
 """Rendered sequences in three flat files, read through the memory map.
 
 `tokens.bin` holds the ids of all sequences one after the other (int32), `supervised.bin` a byte
-for each that says whether it is a label, `index.npy` one record per sequence: where it ends, the
-source and number of its row, and its notes. So a data set of any size costs a run no more memory
+for each that says whether it is a label, `index.npy` one record per sequence: where it ends, where it ends, which source
+of the recipe and which row it is, and its notes. So a data set of any size costs a run no more memory
 than the pages it touches.
 """
 
@@ -19,7 +19,13 @@ import numpy as np
 from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
 
 _RECORD = np.dtype(
-    [("end", np.int64), ("source", np.int32), ("number", np.int64), ("notes", np.int32)]
+    [
+        ("end", np.int64),
+        ("group", np.int32),
+        ("source", np.int32),
+        ("number", np.int64),
+        ("notes", np.int32),
+    ]
 )
 _TOKENS, _SUPERVISED, _INDEX, _TEXTS = "tokens.bin", "supervised.bin", "index.npy", "texts.json"
 
@@ -32,7 +38,7 @@ class StoreWriter:
         self._tokens = (folder / _TOKENS).open("wb")
         self._supervised = (folder / _SUPERVISED).open("wb")
         self._index: list[np.ndarray] = []
-        self._block: list[tuple[int, int, int, int]] = []
+        self._block: list[tuple[int, int, int, int, int]] = []
         self._sources: dict[str, int] = {}
         self._notes: dict[tuple[str, ...], int] = {}
         self._end = 0
@@ -52,7 +58,8 @@ class StoreWriter:
             texts = {"sources": list(self._sources), "notes": [list(one) for one in self._notes]}
             (self._folder / _TEXTS).write_text(json.dumps(texts), encoding="utf-8")
 
-    def add(self, sequence: TokenSequence) -> None:
+    def add(self, sequence: TokenSequence, group: int = 0) -> None:
+        """`group` is the number of its source in the recipe."""
         ids = np.asarray(sequence.input_ids, np.int32)
         self._tokens.write(ids.tobytes())
         self._supervised.write((np.asarray(sequence.labels) != IGNORE_INDEX).tobytes())
@@ -61,6 +68,7 @@ class StoreWriter:
         self._block.append(
             (
                 self._end,
+                group,
                 self._sources.setdefault(source, len(self._sources)),
                 int(number),
                 self._notes.setdefault(sequence.notes, len(self._notes)),
@@ -125,9 +133,9 @@ class StoredSequences(Sequence[TokenSequence]):
         ends = np.asarray(self._index["end"])
         return np.diff(ends, prepend=0)[self._order]
 
-    def source_numbers(self) -> np.ndarray:
-        """The source that each sequence came from, as a number; int32 of shape (len(self),)."""
-        return np.asarray(self._index["source"])[self._order]
+    def groups(self) -> np.ndarray:
+        """The source in the recipe that each sequence came from; int32 of shape (len(self),)."""
+        return np.asarray(self._index["group"])[self._order]
 
     def _bounds(self, number: int) -> tuple[int, int]:
         start = int(self._index["end"][number - 1]) if number else 0

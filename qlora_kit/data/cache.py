@@ -1,0 +1,86 @@
+"""Rendered data, kept under a name made of everything that decides what they are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.environment import cache_dir
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from qlora_kit.recipe import DataSpec
+
+_UNUSED_SECONDS = 30 * 24 * 3600
+_STAMP = "used"
+# What of the section does not change what is rendered.
+_NOT_RENDERING = {"packing", "streaming"}
+
+
+def cache_folder(
+    part: str, spec: DataSpec, fingerprints: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> Path:
+    """Where one part of the data is kept once it is rendered.
+
+    `fingerprints` stand for the bytes of its sources (and of those it must not repeat).
+    """
+    facts = {
+        "part": part,
+        "section": spec.model_dump(mode="json", exclude=_NOT_RENDERING),
+        "sources": list(fingerprints),
+        "tokenizer": _tokenizer_facts(tokenizer),
+        "code": _code_digest(),
+    }
+    digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)
+    return cache_dir() / "data" / digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """BLAKE2b of a file's bytes."""
+    digest = hashlib.blake2b()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def stamp_used(folder: Path) -> None:
+    """Say that an entry is of use still, and remove those that none was for a month."""
+    (folder / _STAMP).touch()
+    for other in folder.parent.iterdir():
+        stamp = other / _STAMP
+        if stamp.is_file() and time.time() - stamp.stat().st_mtime > _UNUSED_SECONDS:
+            shutil.rmtree(other, ignore_errors=True)
+
+
+def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["padding"] = state["truncation"] = None  # what the last call has left behind
+    return {
+        "state": hashlib.blake2b(json.dumps(state, sort_keys=True).encode()).hexdigest(),
+        "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
+        "template": tokenizer.chat_template,
+    }
+
+
+@lru_cache(maxsize=1)
+def _code_digest() -> str:
+    """Of this package's own source, and of the libraries that render with it."""
+    import jinja2
+    import tokenizers
+    import transformers
+
+    digest = hashlib.blake2b()
+    for path in sorted(Path(__file__).parent.rglob("*")):
+        if path.suffix in (".py", ".jinja"):
+            digest.update(path.read_bytes())
+    versions = [jinja2.__version__, tokenizers.__version__, transformers.__version__]
+    digest.update(" ".join(versions).encode())
+    return digest.hexdigest()
