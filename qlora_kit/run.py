@@ -15,7 +15,7 @@ from qlora_kit.checkpoint.run_directory import (
     require_free,
     write_json,
 )
-from qlora_kit.data.prepare import Part, prepare_part
+from qlora_kit.data.prepare import Part, prepare_eval, prepare_train
 from qlora_kit.environment import (
     probe_hardware,
     require_one_process,
@@ -31,6 +31,7 @@ from qlora_kit.recipe import Recipe, recipe_hash
 from qlora_kit.report import narrate
 from qlora_kit.report.reporter import SILENT, Reporter
 from qlora_kit.train.arguments import require_tf32, resolve_precision
+from qlora_kit.train.batching import plan_batches
 from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.train import TrainResult, train_adapter
 
@@ -81,11 +82,16 @@ def run_recipe(recipe: Recipe, reporter: Reporter = SILENT) -> RunResult:
         prepare_for_training(base.model)
         narrate.base(reporter, base, recipe.quantization)
 
-        train, held_out = prepare_data(recipe, base)
+        train = prepare_train(recipe.data, base.tokenizer, base.stop_ids)
+        held_out = prepare_eval(recipe.data, base.tokenizer, base.stop_ids)
         narrate.data(reporter, train, held_out, base.tokenizer)
 
         adapted = attach_adapter(base, recipe.lora, recipe.train.seed)
-        narrate.adapter(reporter, adapted, recipe, len(train.sequences))
+        batches = plan_batches(
+            adapted.model, base, train.sequences, held_out.sequences, recipe.data
+        )
+        narrate.adapter(reporter, adapted, recipe)
+        narrate.schedule(reporter, recipe.train, batches)
 
         require_disk(Path(recipe.run_dir), bytes_to_write(recipe, adapted), "this run")
         run = create_run(recipe)
@@ -97,8 +103,7 @@ def run_recipe(recipe: Recipe, reporter: Reporter = SILENT) -> RunResult:
         trained = train_adapter(
             adapted.model,
             base,
-            train.sequences,
-            held_out.sequences,
+            batches,
             recipe.train,
             precision,
             hardware,
@@ -122,17 +127,6 @@ def run_recipe(recipe: Recipe, reporter: Reporter = SILENT) -> RunResult:
     write_json(run.summary, summary_of(result, memory))
     narrate.summary(reporter, result.run, recipe)
     return result
-
-
-def prepare_data(recipe: Recipe, base: Base) -> tuple[Part, Part]:
-    """Training and held-out rows, rendered; the held-out part is empty where none is named."""
-    parts = [
-        prepare_part(name, sources, base.tokenizer, recipe.data, base.stop_ids)
-        if sources
-        else Part.empty()
-        for name, sources in (("train", recipe.data.train), ("eval", recipe.data.eval))
-    ]
-    return parts[0], parts[1]
 
 
 def evaluate_held_out(

@@ -48,6 +48,10 @@ class TokenSequence:
     notes: tuple[str, ...] = ()
 
     @property
+    def num_tokens(self) -> int:
+        return len(self.input_ids)
+
+    @property
     def num_supervised(self) -> int:
         return sum(label != IGNORE_INDEX for label in self.labels[1:])
 

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from qlora_kit.environment import Hardware
     from qlora_kit.model.adapter import Adapted
     from qlora_kit.model.base import Base
-    from qlora_kit.recipe import QuantizationSpec, Recipe
+    from qlora_kit.recipe import QuantizationSpec, Recipe, TrainSpec
+    from qlora_kit.train.batching import Batching
 
 _MIB = 1024**2
 _GIB = 1024**3
@@ -101,21 +102,25 @@ def _ledger_row(name: str, ledger: Ledger) -> tuple[str, ...]:
     )
 
 
-def adapter(reporter: Reporter, adapted: Adapted, recipe: Recipe, num_sequences: int) -> None:
-    from qlora_kit.train.train import num_update_steps
-
+def adapter(reporter: Reporter, adapted: Adapted, recipe: Recipe) -> None:
     kinds = ", ".join(f"{name} ×{count}" for name, count in sorted(adapted.targets.items()))
     share = adapted.num_trainable / adapted.num_parameters
     reporter.say(
         f"adapter   r={recipe.lora.r}, {adapted.num_trainable:,} of {adapted.num_parameters:,} "
         f"parameters trained ({share:.2%}), on {kinds}"
     )
-    train = recipe.train
-    global_batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
+
+
+def schedule(reporter: Reporter, spec: TrainSpec, batches: Batching) -> None:
+    from qlora_kit.train.train import num_update_steps
+
+    global_batch = spec.per_device_train_batch_size * spec.gradient_accumulation_steps
+    reporter.say(f"batches   {batches.description}")
     reporter.say(
-        f"schedule  {num_update_steps(num_sequences, train)} steps of {global_batch} sequences "
-        f"({train.per_device_train_batch_size} × {train.gradient_accumulation_steps} accumulated), "
-        f"{train.optim}, learning rate {train.learning_rate:g} {train.lr_scheduler_type}"
+        f"schedule  {num_update_steps(len(batches.train), spec)} steps of {global_batch} "
+        f"sequences ({spec.per_device_train_batch_size} × {spec.gradient_accumulation_steps} "
+        f"accumulated), {spec.optim}, learning rate {spec.learning_rate:g} "
+        f"{spec.lr_scheduler_type}"
     )
 
 

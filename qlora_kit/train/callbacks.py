@@ -104,6 +104,7 @@ class StepCallback(TrainerCallback):
             "epoch": state.epoch,
             **{name: _plain(value) for name, value in logs.items() if name != "epoch"},
             "tokens": self.trainer.num_real_tokens,
+            "padding": self.trainer.num_padding_tokens,
             "tokens_per_second": round(self.trainer.num_real_tokens / max(elapsed, 1e-9), 1),
             "seconds": round(elapsed, 2),
             "host_bytes": self.memory.host_at_steps[-1] if self.memory.host_at_steps else None,

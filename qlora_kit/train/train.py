@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
-from qlora_kit.data.collate import Collator
-from qlora_kit.data.render import TokenSequence
 from qlora_kit.environment import Hardware
 from qlora_kit.model.base import Base
 from qlora_kit.report.reporter import Reporter
 from qlora_kit.train.arguments import training_arguments
+from qlora_kit.train.batching import Batching
 from qlora_kit.train.callbacks import StepCallback
 from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.trainer import QloraTrainer
@@ -39,6 +38,7 @@ class TrainResult:
     last_loss: float
     num_tokens: int
     """Real tokens, without padding, counted once per pass."""
+    num_padding_tokens: int
     seconds: float
 
     @property
@@ -61,8 +61,7 @@ def num_update_steps(num_sequences: int, spec: TrainSpec, num_processes: int = 1
 def train_adapter(
     model: PeftModel,
     base: Base,
-    sequences: Sequence[TokenSequence],
-    eval_sequences: Sequence[TokenSequence],
+    batches: Batching,
     spec: TrainSpec,
     precision: str,
     hardware: Hardware,
@@ -81,21 +80,19 @@ def train_adapter(
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     args = training_arguments(spec, precision, hardware, run_dir.folder, run_dir.folder.name)
-    pad_token_id = base.tokenizer.pad_token_id
-    assert isinstance(pad_token_id, int)
 
     def keep_last_good(step: int) -> str:
         save(run_dir.last_good)
         return f"The adapter as it was after step {step} is kept in {run_dir.last_good}. "
 
-    with reporter.progress("training", num_update_steps(len(sequences), spec)) as progress:
+    with reporter.progress("training", num_update_steps(len(batches.train), spec)) as progress:
         callback = StepCallback(run_dir.log, progress, memory, reporter)
         trainer = QloraTrainer(
             model=model,
             args=args,
-            train_dataset=list(sequences),
-            eval_dataset=list(eval_sequences) or None,
-            data_collator=Collator(pad_token_id),
+            train_dataset=batches.train,
+            eval_dataset=batches.held_out or None,
+            data_collator=batches.collator,
             callbacks=[callback],
             loraplus_lr_ratio=spec.loraplus_lr_ratio,
             on_stop=keep_last_good,
@@ -121,5 +118,6 @@ def train_adapter(
         first_loss=trainer.step_losses[0],
         last_loss=trainer.step_losses[-1],
         num_tokens=trainer.num_real_tokens,
+        num_padding_tokens=trainer.num_padding_tokens,
         seconds=seconds,
     )

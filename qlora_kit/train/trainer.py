@@ -9,6 +9,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from qlora_kit.data.collate import NOT_FOR_THE_MODEL
 from qlora_kit.errors import TrainingError
 from qlora_kit.model.adapter import require_float32_trainables
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 class QloraTrainer(Trainer):
     """Adds to the Trainer: a check of every loss and gradient, LoRA+, and a count of real tokens.
 
-    Batches carry `origins`, the rows they were made of, so that a fault can name them.
+    Batches carry `origins`, the rows they were made of, so that a fault can name them, and
+    `num_tokens`.
     """
 
     def __init__(
@@ -33,6 +35,7 @@ class QloraTrainer(Trainer):
         self.loraplus_lr_ratio = loraplus_lr_ratio
         self.on_stop = on_stop
         self.num_real_tokens = 0
+        self.num_padding_tokens = 0
         self.window_origins: list[str] = []
         self.step_losses: list[float] = []
         """Loss of each optimizer step: the mean over the supervised tokens of its batches."""
@@ -45,10 +48,11 @@ class QloraTrainer(Trainer):
         if not self._trainables_checked:
             require_float32_trainables(model)
             self._trainables_checked = True
-        inputs = dict(inputs)
-        origins = inputs.pop("origins")
+        origins, num_tokens = inputs["origins"], inputs["num_tokens"]
+        inputs = for_the_model(inputs)
         self.window_origins += origins
-        self.num_real_tokens += int(inputs["attention_mask"].sum())
+        self.num_real_tokens += num_tokens
+        self.num_padding_tokens += inputs["input_ids"].numel() - num_tokens
         loss = super().training_step(model, inputs, num_items_in_batch)
         if not torch.isfinite(loss):
             self.stop("loss", float(loss), origins)
@@ -82,7 +86,7 @@ class QloraTrainer(Trainer):
             return super()._get_train_sampler(train_dataset)
         return LengthGroupedSampler(
             self.args.train_batch_size * self.args.gradient_accumulation_steps,
-            lengths=[len(row.input_ids) for row in rows],
+            lengths=[row.num_tokens for row in rows],
         )
 
     def prediction_step(
@@ -92,8 +96,9 @@ class QloraTrainer(Trainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> Any:
-        inputs = {name: value for name, value in inputs.items() if name != "origins"}
-        return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        return super().prediction_step(
+            model, for_the_model(inputs), prediction_loss_only, ignore_keys
+        )
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.loraplus_lr_ratio is None or self.optimizer is not None:
@@ -122,3 +127,8 @@ class QloraTrainer(Trainer):
             f"the {what} became {value} at step {step}, on the batch made of {shown}. {kept}"
             "Look at those rows, or lower train.learning_rate."
         )
+
+
+def for_the_model(inputs: dict[str, Any]) -> dict[str, Any]:
+    """A batch without what is there for people."""
+    return {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}

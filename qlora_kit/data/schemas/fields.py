@@ -50,7 +50,7 @@ def shown(value: Any) -> str:
     """The value for a message: short, and safe for any size, depth or content."""
     if isinstance(value, str):
         cut = value[:_SHOWN_CHARACTERS]
-        text = json.dumps(cut, ensure_ascii=not _is_sound(cut))
+        text = json.dumps(cut, ensure_ascii=not is_sound(cut))
         return text if len(cut) == len(value) else f"{text[:-1]}…\""
     if isinstance(value, bool):
         return str(value).lower()
@@ -79,6 +79,15 @@ def preview(record: Record) -> str:
 def is_filled(value: Any) -> bool:
     """Whether a field says anything; null, "", [] and {} do not."""
     return value is not None and value != "" and value != [] and value != {}
+
+
+def is_sound(text: str) -> bool:
+    """Whether no half of a surrogate pair is in it."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def sound_text(value: Any, field: str, where: str = "") -> str:
@@ -137,7 +146,7 @@ def one_of(record: Record, keys: tuple[str, ...], mapped: frozenset[str], what: 
 
 
 def json_value(value: Any, field: str, depth: int = 0) -> Any:
-    """A value as JSON has it, without its repairs: tuples are lists, all else stays as it is.
+    """A copy of a value as JSON has it, in which tuples are lists.
 
     Raises:
         Unfit: it is nested too deeply, or holds what JSON has not, or half a surrogate pair.
@@ -187,14 +196,6 @@ def first_filled(record: Mapping[str, Any], keys: Iterable[str]) -> str | None:
 
 def _place(field: str, where: str, value: Any) -> str:
     return f"{where or field} is {shown(value)}" if value is not None else (where or "")
-
-
-def _is_sound(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _refuse_half_pairs(text: str, where: str) -> None:

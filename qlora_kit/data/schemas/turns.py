@@ -52,7 +52,10 @@ def role_of(given: Any, where: str) -> tuple[Role, bool]:
 
 
 def check_order(
-    messages: Sequence[Message], num_given: int = 0, needs_answer: bool = True
+    messages: Sequence[Message],
+    num_given: int = 0,
+    needs_answer: bool = True,
+    may_greet: bool = False,
 ) -> None:
     """See the rules of this module; an answer must be behind the first `num_given` messages.
 
@@ -74,9 +77,10 @@ def check_order(
             raise Unfit(f"two {role} turns in a row", f"turns {number} and {number + 1}")
         elif role == "assistant":
             answered = answered or number >= num_given
-            greets = message.train is False and len(messages) > number + 1
-            if (before is None or before.role == "system") and not greets:
-                raise Unfit("begins with an assistant turn")
+            if before is None or before.role == "system":
+                answer_to = [one.role for one in messages[number + 1 : number + 2]]
+                if not (may_greet and answer_to == ["user"]):
+                    raise Unfit("begins with an assistant turn")
         before = message
     if not needs_answer:
         return
@@ -87,10 +91,9 @@ def check_order(
 
 
 def with_greeting(messages: list[Message]) -> list[Message]:
-    """Marks what the assistant says first as context, where a user turn follows."""
+    """Marks what the assistant says first as context."""
     first = 1 if messages and messages[0].role == "system" else 0
-    opening = [message.role for message in messages[first : first + 2]]
-    if opening == ["assistant", "user"]:
+    if len(messages) > first and messages[first].role == "assistant":
         messages[first] = replace(messages[first], train=False)
     return messages
 
