@@ -51,7 +51,7 @@ def shown(value: Any) -> str:
     if isinstance(value, str):
         cut = value[:_SHOWN_CHARACTERS]
         text = json.dumps(cut, ensure_ascii=not is_sound(cut))
-        return text if len(cut) == len(value) else f"{text[:-1]}…\""
+        return text if len(cut) == len(value) else f'{text[:-1]}…"'
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float) or (isinstance(value, int) and value.bit_length() < 200):

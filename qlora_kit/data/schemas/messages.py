@@ -177,7 +177,9 @@ def _reasoning(turn: Record, role: str, where: str) -> str | None:
 def _train(turn: Record, role: str, where: str) -> bool | None:
     train, weight = turn.get("train"), turn.get("weight")
     if train is not None and not isinstance(train, bool):
-        raise Unfit(f"train is {kind(train)}", f"{where}.train is {shown(train)}, not true or false")
+        raise Unfit(
+            f"train is {kind(train)}", f"{where}.train is {shown(train)}, not true or false"
+        )
     if weight is None:
         return train
     if isinstance(weight, bool) or weight not in (0, 1):

@@ -19,7 +19,6 @@ Rules:
 
 from __future__ import annotations
 
-import os.path
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -124,11 +123,9 @@ def _pair(
     if list(pair[0]) == list(pair[1]):
         raise Unfit(SAME)
     tools = tools_of(record)
-    first_system = pair[0][0].role == "system"
     system = optional_text(record, "system")
     chosen, rejected = (with_system(list(messages), system) for messages in pair)
     num_given += len(chosen) - len(pair[0])
-    assert not (first_system and len(chosen) > len(pair[0]))
     for messages in (chosen, rejected):
         check_order(messages, num_given, may_greet=True)
     return Preference(
@@ -172,9 +169,7 @@ def _check_prompt(record: Record, shared: Sequence[Message], rules: Rules) -> No
         raise Unfit("the prompt is not that of the conversations", key)
 
 
-def _texts(
-    record: Record, origin: str, chosen: str, rejected: str, rules: Rules
-) -> Preference:
+def _texts(record: Record, origin: str, chosen: str, rejected: str, rules: Rules) -> Preference:
     if chosen == rejected:
         raise Unfit(SAME)
     completion.refuse_beside_texts(record)
@@ -198,12 +193,15 @@ def _texts(
 
 def _shared_text(chosen: str, rejected: str) -> str:
     """What both begin with, up to the white space before the first word that differs."""
-    shared = os.path.commonprefix([chosen, rejected])
-    num_words = len(shared.split())
-    at_word = bool(shared) and not shared[-1].isspace()
-    if at_word:
-        shared = shared[: len(shared) - len(shared.split()[-1])] if num_words else ""
+    pairs = enumerate(zip(chosen, rejected, strict=False))
+    num_shared = next(
+        (number for number, (a, b) in pairs if a != b), min(len(chosen), len(rejected))
+    )
+    shared = chosen[:num_shared]
     prompt = shared.rstrip()
+    if prompt == shared:
+        whole_words = shared.rsplit(None, 1)
+        prompt = whole_words[0] if len(whole_words) == 2 else ""
     if not prompt:
         raise Unfit("no prompt", "chosen and rejected share no text, and there is no prompt")
     return prompt

@@ -51,6 +51,7 @@ SCHEMAS: dict[SchemaName, Schema] = {
 
 NO_SCHEMA = "fits no schema"
 _FIELDS = frozenset().union(*(schema.reads for schema in SCHEMAS.values()))
+_NAMING = [key for schema in SCHEMAS.values() for slot in schema.slots for key in slot]
 _MOST_LAYOUTS = 1000
 _MOST_IGNORED = 100
 
@@ -108,20 +109,132 @@ class Recogniser:
         """
         origin = row.origin
         try:
-            record, filled = row.record, row.record
             if self._columns:
-                filled, record = columns.mapped(record, self._columns)
-            schema, unread = self._layout(row, record, filled)
+                filled, record = self._mapped(row)
+                schema, unread = self._layout(row, record, filled)
+            else:
+                record = row.record
+                schema, unread = self._layout(row, record, record)
             if unread:
                 refuse_unread(record, unread)
             return schema.read(record, origin, self._rules)
         except Unfit as fault:
             raise RowRefused(origin, fault.reason, fault.detail) from None
 
+    def _mapped(self, row: Row) -> tuple[Record, Record]:
+        try:
+            return columns.mapped(row.record, self._columns)
+        except Unfit as fault:
+            if self._first is None:
+                raise DataError(f"{row.origin}: {fault.reason}: {fault.detail}.") from None
+            raise
+
     def _layout(self, row: Row, record: Record, filled: Record) -> tuple[Schema, list[str]]:
         """The schema of a row, and its keys that would have to be read."""
         keys = tuple(record)
-        known = self._layouts.get(keys)
-        if known is not None and None not in record.values():
-            return known
-        ...
+        by_keys = "label" not in record and "kto_tag" not in record and None not in record.values()
+        if by_keys:
+            known = self._layouts.get(keys)
+            if known is not None:
+                return known
+        schema = (
+            self._named_schema(row, record) if self._named else self._found(row, filled, record)
+        )
+        unread = schema.unread(keys)
+        for key in keys:
+            extra = key not in schema.reads and key not in unread and record[key] is not None
+            if extra and len(self._ignored) < _MOST_IGNORED:
+                self._ignored[key] = None
+        if by_keys and len(self._layouts) < _MOST_LAYOUTS:
+            self._layouts[keys] = schema, unread
+        return schema, unread
+
+    def _named_schema(self, row: Row, record: Record) -> Schema:
+        assert self._named is not None
+        missing = self._named.missing(record)
+        if missing and self._first is None:
+            raise DataError(_missing(row, self._named, missing))
+        if missing:
+            detail = f"{self._named.name} needs {' and '.join(missing)}; keys: {names(record)}"
+            raise Unfit(NO_SCHEMA, detail)
+        self._settle(self._named, row, record)
+        return self._named
+
+    def _found(self, row: Row, filled: Record, record: Record) -> Schema:
+        """The schema by the keys, which is that of the rows before."""
+        pool = filled if self._columns and _fitting(filled, filled) else record
+        schema, by_nulls = _schema_of(pool)
+        if schema is None:
+            if self._first is None:
+                raise DataError(_no_schema(row, pool))
+            raise Unfit(NO_SCHEMA, f"keys: {names(row.record)}")
+        if self._first is None:
+            if not by_nulls:
+                self._settle(schema, row, pool)
+            return schema
+        settled, first = self._first
+        if schema is not settled and by_nulls and settled.fits(pool, pool):
+            return settled
+        if schema is not settled:
+            raise DataError(_two_schemas(row, schema, first, settled))
+        return schema
+
+    def _settle(self, schema: Schema, row: Row, record: Record) -> None:
+        if self._first is None:
+            self._first = schema, row
+            naming = schema.naming([key for key in record if record[key] is not None])
+            if not all(key in schema.layout for key in naming):
+                self._naming = naming
+
+
+def _fitting(record: Record, present: Collection[str]) -> Schema | None:
+    return next((one for one in SCHEMAS.values() if one.fits(record, present)), None)
+
+
+def _schema_of(record: Record) -> tuple[Schema | None, bool]:
+    """The schema that the keys fit, and whether it is one only if a null counts as there."""
+    present = [key for key in record if record[key] is not None]
+    schema = _fitting(record, present)
+    if len(present) == len(record):
+        return schema, False
+    with_nulls = _fitting(record, record)
+    if with_nulls is None or with_nulls is schema:
+        return schema, False
+    if schema is None or with_nulls.reads.issuperset(schema.naming(present)):
+        return with_nulls, True
+    return schema, False
+
+
+def _two_schemas(row: Row, schema: Schema, first: Row, settled: Schema) -> str:
+    return (
+        f"two rows of one source have different schemas. {first.origin} is {settled.name} "
+        f"({settled.layout}): {preview(first.record)}; {row.origin} is {schema.name} "
+        f"({schema.layout}): {preview(row.record)}. Give each its own file, as a source of its "
+        f"own; or set type: {settled.name} to read both as that."
+    )
+
+
+def _missing(row: Row, schema: Schema, missing: list[str]) -> str:
+    return (
+        f"{row.origin} has no {' and no '.join(missing)}, which type: {schema.name} needs "
+        f"({schema.layout}); its keys are {names(row.record)}. Say where they are with columns: "
+        f"{{{missing[0]}: …}}, or set another type."
+    )
+
+
+def _no_schema(row: Row, record: Record) -> str:
+    listed = [key if value is not None else f"{key} (null)" for key, value in record.items()]
+    message = f"{row.origin} has the keys {names(sorted(listed))}, which fit no known schema. "
+    message += "Known: " + "; ".join(
+        f"{schema.name} ({' + '.join(slot[0] for slot in schema.slots)})"
+        for schema in SCHEMAS.values()
+    )
+    message += ". Where a row keeps them under other names, say so with columns."
+    for key in sorted(record):
+        value = record[key]
+        near = difflib.get_close_matches(key.lower()[:40], _NAMING, n=1, cutoff=0.8)
+        if near and near[0] not in record:
+            message += f" Did you mean {near[0]} by {key}?"
+        elif isinstance(value, list) and value and all(isinstance(one, dict) for one in value):
+            message += f" If the objects in {key!r} are the rows, make that list the file."
+    return message
