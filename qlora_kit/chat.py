@@ -10,8 +10,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from transformers.generation.streamers import TextStreamer
 
+from qlora_kit.data.examples import Conversation, Message, PromptCompletion
 from qlora_kit.data.render import end_of_turn_id, render_prompt
-from qlora_kit.data.schema import Conversation, PromptCompletion
 from qlora_kit.errors import DataError
 from qlora_kit.evaluate.forward import context_tokens, evaluation_mode, inference_context
 from qlora_kit.evaluate.generation import greedy_config, own_settings_aside
@@ -32,19 +32,17 @@ class Reply:
     ending: Literal["stopped", "length", "context", "interrupted"]
 
 
-def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[dict[str, str]]
-) -> tuple[int, ...]:
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[int, ...]:
     """A conversation as the model is to see it, or the last message alone without a template.
 
     Raises:
         DataError: the template refuses the conversation, or no token comes of it.
     """
     if tokenizer.chat_template:
-        asked = (*messages, {"role": "assistant", "content": ""})
+        asked = (*messages, Message("assistant", ""))
         prompt = render_prompt(Conversation(asked, _ORIGIN), tokenizer)
     else:
-        prompt = render_prompt(PromptCompletion(messages[-1]["content"], "", _ORIGIN), tokenizer)
+        prompt = render_prompt(PromptCompletion(messages[-1].content, "", _ORIGIN), tokenizer)
     if prompt is None or not prompt.input_ids:
         raise DataError("the tokenizer makes no token of this line, so there is nothing to answer.")
     return prompt.input_ids

@@ -17,6 +17,7 @@ from qlora_kit.errors import Fault, ModelError
 from qlora_kit.model.weights import inspect_weights
 from qlora_kit.recipe import ModelSpec, Recipe, SourceSpec
 from qlora_kit.recipe.data import FILE_ENDINGS
+from qlora_kit.templates import library
 
 AnySpec = TypeVar("AnySpec", ModelSpec, SourceSpec)
 
@@ -127,8 +128,11 @@ def _folder_faults(key: str, folder: Path, spec: ModelSpec) -> list[Fault]:
 def _template_faults(key: str, spec: ModelSpec) -> list[Fault]:
     if spec.chat_template is None:
         return []
+    if spec.chat_template in library():
+        return []
     message = _file_problem(Path(spec.chat_template).expanduser())
-    return [Fault(key, message, "name a Jinja file")] if message else []
+    hint = f"name a Jinja file, or one of {', '.join(library())}"
+    return [Fault(key, message, hint)] if message else []
 
 
 def _tokenizer_faults(key: str, spec: ModelSpec) -> list[Fault]:

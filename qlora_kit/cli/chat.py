@@ -6,11 +6,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import suppress
 from io import TextIOWrapper
+from itertools import islice
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qlora_kit.cli.arguments import AllowPickle, Force, SubjectName, TrustRemoteCode
+from qlora_kit.data.examples import Message
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
 
 NAME = "chat"
 
+_ROWS_LOOKED_AT = 1000
 _HELP = "/reset starts anew, /exit or Ctrl-D ends; Ctrl-C stops an answer."
 
 
@@ -60,7 +63,7 @@ def command(
         system = trained_system_message(loaded.recipe)
         if system is not None:
             reporter.say(f"As in training, it is told beforehand: {system}")
-    before = [{"role": "system", "content": system}] if system is not None else []
+    before = [Message("system", system)] if system is not None else []
     if not converse(loaded, before, max_new_tokens, temperature, reporter):
         raise typer.Exit(1)
 
@@ -68,25 +71,24 @@ def command(
 def trained_system_message(recipe: Recipe) -> str | None:
     """The system message that every training row begins with; None where they differ."""
     from qlora_kit.data.prepare import read_examples
-    from qlora_kit.data.schema import Conversation
+    from qlora_kit.data.examples import Conversation
     from qlora_kit.errors import QloraKitError
 
     try:
-        examples = read_examples(recipe.data.train)
+        messages = {
+            one.messages[0].content
+            if isinstance(one, Conversation) and one.messages[0].role == "system"
+            else None
+            for one in islice(read_examples(recipe.data.train), _ROWS_LOOKED_AT)
+        }
     except QloraKitError:
         return None  # the rows have moved since; chat does not need them
-    messages = {
-        one.messages[0]["content"]
-        if isinstance(one, Conversation) and one.messages[0]["role"] == "system"
-        else None
-        for one in examples
-    }
     return messages.pop() if len(messages) == 1 else None
 
 
 def converse(
     subject: Subject,
-    before: list[dict[str, str]],
+    before: list[Message],
     max_new_tokens: int,
     temperature: float,
     reporter: Reporter,
@@ -106,7 +108,7 @@ def converse(
             messages = list(before)
             reporter.say("(a new conversation)")
             continue
-        asked = [*messages, {"role": "user", "content": line}]
+        asked = [*messages, Message("user", line)]
         input_ids = prompt_ids(subject.base.tokenizer, asked)
         room = room_for_answer(subject, input_ids)
         if room is not None and room <= 0:
@@ -122,7 +124,7 @@ def converse(
         elif reply.ending == "context":
             reporter.warn("the model's context is full: the answer ends here; /reset starts anew.")
         if reply.text or reply.ending != "interrupted":
-            messages = [*asked, {"role": "assistant", "content": reply.text}]
+            messages = [*asked, Message("assistant", reply.text)]
     return all_answered
 
 

@@ -37,23 +37,21 @@ def command(
             subject, [Fault("", "is not a run, so say what to measure it on", "--recipe RECIPE")]
         )
     loaded = load_recipe(path, overrides or ())
-    if not loaded.data.eval:
+    if not loaded.data.has_eval_rows:
         raise RecipeError(
             str(path), [Fault("data.eval", "names no source to measure on", "add one")]
         )
 
     from qlora_kit.checkpoint.run_directory import write_json
     from qlora_kit.cli.console import console_reporter
-    from qlora_kit.data.prepare import prepare_part
+    from qlora_kit.data.prepare import prepare_eval
     from qlora_kit.report import narrate
     from qlora_kit.run import evaluate_held_out
     from qlora_kit.subject import load_subject
 
     reporter = console_reporter(to_stderr=as_json)
     tested = load_subject(subject, loaded.model if own is None else None, force, reporter)
-    part = prepare_part(
-        "eval", loaded.data.eval, tested.base.tokenizer, loaded.data, tested.base.stop_ids
-    )
+    part = prepare_eval(loaded.data, tested.base.tokenizer, tested.base.stop_ids)
     values = evaluate_held_out(tested.model, tested.base, part, loaded, reporter)
     if tested.run is not None and not overrides and recipe is None:
         write_json(tested.run.evaluation, values)

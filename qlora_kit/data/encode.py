@@ -115,7 +115,7 @@ def encode_literally(
         for piece, is_literal in pieces
     ]
     joined = Encoded.of(encoded)
-    if _squeeze(decode(tokenizer, joined.ids)) != _squeeze(text):
+    if squeeze(decode(tokenizer, joined.ids)) != squeeze(text):
         reason = "spells a special token that this tokenizer cannot write as text"
         raise RowRefused(origin, reason)
     return joined
@@ -180,5 +180,6 @@ def _adds_bos(tokenizer: PreTrainedTokenizerBase, bos_id: int | None) -> bool:
     return bos_id is not None and tokenizer("a")["input_ids"][:1] == [bos_id]
 
 
-def _squeeze(text: str) -> str:
+def squeeze(text: str) -> str:
+    """The text without its white space."""
     return "".join(text.split())

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from qlora_kit.data.encode import squeeze
 from qlora_kit.data.examples import Conversation, Example, Message, PlainText
 from qlora_kit.data.rows import RowRefused
 from qlora_kit.data.template import added_tokens, apply_template, spelled_tokens, turn_end
@@ -273,8 +274,3 @@ def _leaves_out_letters(example: Conversation, text: str) -> bool:
             return True
         position = found + len(content)
     return False
-
-
-def squeeze(text: str) -> str:
-    """The text without its white space."""
-    return "".join(text.split())

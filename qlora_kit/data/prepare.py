@@ -202,9 +202,7 @@ def _render_all(
             if not proved and any(isinstance(one, Conversation) for one in examples):
                 prove_end_of_turn(tokenizer, stop_ids, spec.loss_on)
                 proved = True
-            for group, example, rendered in zip(
-                groups, examples, rendering.label(), strict=True
-            ):
+            for group, example, rendered in zip(groups, examples, rendering.label(), strict=True):
                 if isinstance(rendered, RowRefused):
                     ledger.drop(rendered.reason, example.origin, rendered.detail)
                     continue

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import TemplateError
@@ -14,6 +13,7 @@ from jinja2 import TemplateError
 from qlora_kit.data.examples import Conversation, Message
 from qlora_kit.data.rows import RowRefused
 from qlora_kit.errors import DataError
+from qlora_kit.templates import library
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -67,9 +67,7 @@ def apply_template(
         )
     except (TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
         reason = " ".join(str(error).split())[:120] or type(error).__name__
-        raise RowRefused(
-            conversation.origin, f"the chat template refuses it: {reason}"
-        ) from None
+        raise RowRefused(conversation.origin, f"the chat template refuses it: {reason}") from None
     assert isinstance(text, str)
     return text
 
@@ -79,12 +77,6 @@ def _tool(schema: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(schema.get("function"), Mapping):
         return dict(schema)
     return {"type": "function", "function": dict(schema)}
-
-
-def library() -> dict[str, Path]:
-    """Templates that come with the kit: name → file."""
-    folder = Path(__file__).with_name("templates")
-    return {path.stem: path for path in sorted(folder.glob("*.jinja"))}
 
 
 def turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.data.render import Prompt, TokenSequence, render, render_prompt
-from qlora_kit.data.schema import Conversation, Example, PlainText, PromptCompletion
+from qlora_kit.data.examples import Conversation, Example, PlainText, PromptCompletion
 from qlora_kit.errors import DataError, ModelError
 from qlora_kit.evaluate.forward import CausalModel, context_tokens
 from qlora_kit.evaluate.generation import (
@@ -234,7 +234,7 @@ def _samples(examples: Sequence[Example], answers: Sequence[Answer]) -> tuple[Sa
 def _question(example: Example) -> str:
     """The end of what the model is asked."""
     if isinstance(example, Conversation):
-        asked = [m["content"] for m in example.messages[:-1] if m["role"] != "assistant"]
+        asked = [m.content for m in example.messages[:-1] if m.role != "assistant"]
         text = asked[-1] if asked else ""
     else:
         assert isinstance(example, PromptCompletion)

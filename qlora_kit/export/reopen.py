@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_kit.checkpoint.run_directory import is_run, open_run
-from qlora_kit.data.prepare import prepare_part
+from qlora_kit.data.prepare import prepare_eval
 from qlora_kit.environment import Hardware
 from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.export.delta import read_config
@@ -84,8 +84,10 @@ def reopen_adapter(
     else:
         read_as = read_as or ModelSpec(name_or_path=str(folder))
         origin = _of_adapter(folder, hardware, force, read_as)
-    sources = (SourceSpec(path=str(data)),) if data else origin.data.eval if origin.data else ()
-    if not sources:
+    spec = origin.data
+    if data is not None:
+        spec = _measured_on(data, spec)
+    if spec is None or not spec.has_eval_rows:
         raise DataError(
             f"{folder} names no held-out rows to measure the merge on; name a file with --data."
         )
@@ -100,8 +102,7 @@ def reopen_adapter(
         adapter=origin.folder if own_tokenizer else None,
     )
     prepare_for_training(base.model)
-    spec = origin.data or DataSpec(train=sources)
-    held_out = prepare_part("eval", sources, base.tokenizer, spec, base.stop_ids)
+    held_out = prepare_eval(spec, base.tokenizer, base.stop_ids)
     model, findings = load_adapter(base, origin.quantization, origin.folder, force)
     for finding in findings:
         reporter.warn(finding)
@@ -111,6 +112,14 @@ def reopen_adapter(
         origin.recipe_sha256,
         model,
     )
+
+
+def _measured_on(data: Path, spec: DataSpec | None) -> DataSpec:
+    """The same rendering, with the rows of a file for eval rows."""
+    sources = (SourceSpec(path=str(data)),)
+    if spec is None:
+        return DataSpec(train=sources, eval=sources)
+    return spec.model_copy(update={"eval": sources, "held_out": None})
 
 
 def _of_run(folder: Path) -> _Origin:

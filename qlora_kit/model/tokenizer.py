@@ -14,6 +14,7 @@ from jinja2 import TemplateSyntaxError
 
 from qlora_kit.errors import ModelError
 from qlora_kit.model.reason import reason_of
+from qlora_kit.templates import library
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -44,7 +45,7 @@ class PadChoice:
 def load_tokenizer(
     folder: Path, chat_template: str | None = None, trust_remote_code: bool = False
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer, with `chat_template` (a Jinja file) in place of its own.
+    """Load the tokenizer, with `chat_template` (a file, or one of the kit's) in place of its own.
 
     Raises:
         ModelError: there is none, it cannot be read, or it has no fast version.
@@ -77,7 +78,7 @@ def load_tokenizer(
     if len(tokenizer) == 0:
         raise ModelError(f"the tokenizer in {folder} knows no tokens; fetch it again.")
     if chat_template is not None:
-        tokenizer.chat_template = _read_template(Path(chat_template).expanduser())
+        tokenizer.chat_template = _read_template(template_file(chat_template))
     return tokenizer
 
 
@@ -171,6 +172,12 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if not template:
         return None
     return hashlib.sha256(str(template).encode()).hexdigest()
+
+
+def template_file(name: str) -> Path:
+    """The Jinja file of that name: one of the user's before one that comes with the kit."""
+    path = Path(name).expanduser()
+    return path if path.is_file() else library().get(name, path)
 
 
 def _read_template(path: Path) -> str:

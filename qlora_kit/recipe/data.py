@@ -131,6 +131,10 @@ class DataSpec(Spec):
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Seeds drawing, mixing and holding out."""
 
+    @property
+    def has_eval_rows(self) -> bool:
+        return bool(self.eval) or self.held_out is not None
+
     def contradictions(self) -> Iterator[Fault]:
         held_out = {_identity(source) for source in self.eval}
         for number, source in enumerate(self.train):

@@ -56,7 +56,7 @@ OTHER_NAMES = {
     "fp16": "train.precision",
     "group_by_length": "train.train_sampling_strategy",
     "evaluation_strategy": "train.eval_strategy",
-    "val_set_size": "data.eval",
+    "val_set_size": "data.held_out",
     "output_dir": "run_dir",
 }
 

@@ -28,7 +28,8 @@ class ModelSpec(Spec):
     """Take the tokenizer from here instead of from the model."""
 
     chat_template: str | None = Field(default=None, min_length=1)
-    """A Jinja file whose chat template replaces the tokenizer's own."""
+    """A Jinja file whose chat template replaces the tokenizer's own, or one that comes with the
+    kit: alpaca, chatml, chatml-tools, gemma, llama3, mistral or vicuna."""
 
     attn_implementation: Literal[
         "auto",

@@ -46,20 +46,8 @@ class Recipe(Spec):
 
     def contradictions(self) -> Iterator[Fault]:
         """Faults between sections; those within one are its own to report."""
-        if self.train.eval_strategy != "no" and not self.data.eval:
-            yield Fault(
-                "train.eval_strategy",
-                "data.eval names no source",
-                "add one or remove it",
-            )
-        if self.evaluate.generate is not None and not self.data.eval:
-            yield Fault("evaluate.generate", "data.eval names no source", "add one or remove it")
-        if self.export.merge and not self.data.eval:
-            yield Fault(
-                "export.merge",
-                "a merge is certified on held-out rows, and data.eval names no source",
-                "add one",
-            )
+        if not self.data.has_eval_rows:
+            yield from self._faults_without_eval_rows()
         if self.export.merge_options.base == "dequantized" and self.quantization.num_bits == 16:
             yield Fault(
                 "export.merge_options.base",
@@ -70,6 +58,16 @@ class Recipe(Spec):
         if stride and self.evaluate.window_tokens is None and stride > longest:
             yield stride_fault("evaluate.", stride, f"the window, data.max_length ({longest})")
         yield from self._precision_contradictions()
+
+    def _faults_without_eval_rows(self) -> Iterator[Fault]:
+        hint = "name one, or set data.held_out: 0.05"
+        if self.train.eval_strategy != "no":
+            yield Fault("train.eval_strategy", "data.eval names no source", hint)
+        if self.evaluate.generate is not None:
+            yield Fault("evaluate.generate", "data.eval names no source", hint)
+        if self.export.merge:
+            message = "a merge is certified on held-out rows, and data.eval names no source"
+            yield Fault("export.merge", message, hint)
 
     def _precision_contradictions(self) -> Iterator[Fault]:
         wanted = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

@@ -141,7 +141,7 @@ def summary(reporter: Reporter, run: RunDirectory, recipe: Recipe) -> None:
     reporter.say("")
     reporter.say(f"Everything is in {run.folder}. What next:")
     reporter.say(f"  qlora-kit chat {run.folder}")
-    if recipe.data.eval:
+    if recipe.data.has_eval_rows:
         reporter.say(f"  qlora-kit evaluate {run.folder}")
     if values["certificate"] is None:
         reporter.say(f"  qlora-kit merge {run.folder}")
