@@ -15,7 +15,7 @@ from typing import Any
 from qlora_kit.data.examples import Conversation, Message
 from qlora_kit.data.rows import Record
 from qlora_kit.data.schemas.fields import Unfit, full_text, kind, optional_text, shown
-from qlora_kit.data.schemas.schema import CONTEXT_KEYS, Rules, Schema
+from qlora_kit.data.schemas.schema import CONTEXT_KEYS, MINDED_TOOLS, Rules, Schema
 from qlora_kit.data.schemas.tools import TOOL_KEYS, tools_of
 
 PROMPT_KEYS = ("instruction", "input", "history", "system")
@@ -51,7 +51,7 @@ SCHEMA = Schema(
     slots=(("instruction",), ("output",)),
     reads=frozenset({*PROMPT_KEYS, "output", *TOOL_KEYS}),
     read=read,
-    minds=CONTEXT_KEYS,
+    minds=(*MINDED_TOOLS, *CONTEXT_KEYS),
 )
 
 

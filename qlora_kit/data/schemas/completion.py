@@ -8,7 +8,7 @@ Rules:
   target. Where two of these are there, none is guessed; a column mapping says which.
 - Two texts are joined as they stand, without a chat template. Two lists of messages are a
   conversation, of which the prompt is given: its answers are not trained on.
-- A system prompt or a context beside two texts is refused; with a column mapping to
+- An instruction, a system prompt or a context beside two texts is refused; with a column mapping to
   instruction, input, output and system such rows are conversations.
 """
 
@@ -18,7 +18,7 @@ from qlora_kit.data.examples import Conversation, PromptCompletion
 from qlora_kit.data.rows import Record
 from qlora_kit.data.schemas.fields import Unfit, full_text, kind, one_of
 from qlora_kit.data.schemas.messages import read_messages
-from qlora_kit.data.schemas.schema import CONTEXT_KEYS, Rules, Schema
+from qlora_kit.data.schemas.schema import CONTEXT_KEYS, MINDED_TOOLS, Rules, Schema
 from qlora_kit.data.schemas.tools import TOOL_KEYS, tools_of
 from qlora_kit.data.schemas.turns import check_order
 
@@ -50,7 +50,7 @@ def read(record: Record, origin: str, rules: Rules) -> Conversation | PromptComp
 def refuse_beside_texts(record: Record) -> None:
     """Raise Unfit where two texts come with tools, which only a conversation can have."""
     if tools_of(record):
-        raise Unfit("tools is not read", "two texts without a chat template have no place for it")
+        raise Unfit("no place for tools", "two texts without a chat template have no place for it")
 
 
 SCHEMA = Schema(
@@ -59,5 +59,5 @@ SCHEMA = Schema(
     slots=(PROMPT_KEYS, COMPLETION_KEYS),
     reads=frozenset({*PROMPT_KEYS, *COMPLETION_KEYS, *TOOL_KEYS}),
     read=read,
-    minds=CONTEXT_KEYS,
+    minds=(*MINDED_TOOLS, *CONTEXT_KEYS, "instruction"),
 )

@@ -50,7 +50,7 @@ def shown(value: Any) -> str:
     """The value for a message: short, and safe for any size, depth or content."""
     if isinstance(value, str):
         cut = value[:_SHOWN_CHARACTERS]
-        text = json.dumps(cut, ensure_ascii=not is_sound(cut))
+        text = json.dumps(cut, ensure_ascii=not cut.isprintable())
         return text if len(cut) == len(value) else f'{text[:-1]}…"'
     if isinstance(value, bool):
         return str(value).lower()
@@ -65,14 +65,14 @@ def shown(value: Any) -> str:
 
 def names(keys: Iterable[Any], most: int = 12) -> str:
     """Keys of a row as a list in a sentence."""
-    listed = [str(key)[:_SHOWN_CHARACTERS] for key in keys]
+    listed = [_name(key) for key in keys]
     text = ", ".join(listed[:most]) or "(none)"
     return f"{text}, …" if len(listed) > most else text
 
 
 def preview(record: Record) -> str:
     """A row on one line."""
-    pairs = [f"{str(key)[:_SHOWN_CHARACTERS]}: {shown(value)}" for key, value in record.items()]
+    pairs = [f"{_name(key)}: {shown(value)}" for key, value in record.items()]
     return "{" + ", ".join(pairs[:8]) + (", …" if len(pairs) > 8 else "") + "}"
 
 
@@ -192,6 +192,11 @@ def parsed(text: str, field: str, where: str) -> Any:
 def first_filled(record: Mapping[str, Any], keys: Iterable[str]) -> str | None:
     """The first of the keys that says anything."""
     return next((key for key in keys if is_filled(record.get(key))), None)
+
+
+def _name(key: Any) -> str:
+    name = str(key)[:_SHOWN_CHARACTERS]
+    return name if name.isprintable() else ascii(name)
 
 
 def _place(field: str, where: str, value: Any) -> str:

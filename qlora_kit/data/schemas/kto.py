@@ -24,7 +24,7 @@ from qlora_kit.data.schemas.fields import Unfit, kind, one_of, shown
 from qlora_kit.data.schemas.schema import Rules, Schema, refuse_unread
 from qlora_kit.data.schemas.turns import last_answer
 
-KEYS = ("kto_tag", "label")
+KEYS = ("label", "kto_tag")
 _BASES = (messages.SCHEMA, sharegpt.SCHEMA, alpaca.SCHEMA, completion.SCHEMA)
 _WORDS = {"true": True, "false": False}
 

@@ -31,7 +31,7 @@ from qlora_kit.data.schemas.fields import (
     shown,
     sound_text,
 )
-from qlora_kit.data.schemas.schema import MEDIA_KEYS, Rules, Schema
+from qlora_kit.data.schemas.schema import MEDIA_KEYS, MINDED_TOOLS, Rules, Schema
 from qlora_kit.data.schemas.tools import TOOL_KEYS, calls_in_text, tool_call, tool_calls, tools_of
 from qlora_kit.data.schemas.turns import check_order, role_of, with_system
 
@@ -53,6 +53,7 @@ SCHEMA = Schema(
     slots=(("messages",),),
     reads=frozenset({"messages", "system", *TOOL_KEYS}),
     read=read,
+    minds=(*MINDED_TOOLS, "system_prompt"),
 )
 
 

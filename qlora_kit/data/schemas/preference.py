@@ -34,7 +34,7 @@ from qlora_kit.data.schemas.fields import (
     optional_text,
 )
 from qlora_kit.data.schemas.messages import read_messages
-from qlora_kit.data.schemas.schema import CONTEXT_KEYS, Rules, Schema
+from qlora_kit.data.schemas.schema import CONTEXT_KEYS, MINDED_TOOLS, Rules, Schema
 from qlora_kit.data.schemas.tools import TOOL_KEYS, tools_of
 from qlora_kit.data.schemas.turns import check_order, with_greeting, with_system
 
@@ -77,7 +77,7 @@ SCHEMA = Schema(
         }
     ),
     read=read,
-    minds=CONTEXT_KEYS,
+    minds=(*MINDED_TOOLS, *CONTEXT_KEYS),
 )
 
 
@@ -175,7 +175,7 @@ def _texts(record: Record, origin: str, chosen: str, rejected: str, rules: Rules
     completion.refuse_beside_texts(record)
     if optional_text(record, "system"):
         hint = "with columns: {instruction: prompt} the row is a conversation"
-        raise Unfit("system is not read", f"two texts without a chat template; {hint}")
+        raise Unfit("no place for system", f"two texts without a chat template; {hint}")
     key = one_of(record, completion.PROMPT_KEYS, rules.mapped, "the prompt")
     if record.get(key) is not None:
         prompt = full_text(record[key], "prompt", key)

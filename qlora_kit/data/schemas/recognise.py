@@ -206,11 +206,12 @@ def _schema_of(record: Record) -> tuple[Schema | None, bool]:
 
 
 def _two_schemas(row: Row, schema: Schema, first: Row, settled: Schema) -> str:
+    both = "" if settled.missing(row.record) else f"; or set type: {settled.name} for both"
     return (
         f"two rows of one source have different schemas. {first.origin} is {settled.name} "
         f"({settled.layout}): {preview(first.record)}; {row.origin} is {schema.name} "
         f"({schema.layout}): {preview(row.record)}. Give each its own file, as a source of its "
-        f"own; or set type: {settled.name} to read both as that."
+        f"own{both}."
     )
 
 
@@ -223,16 +224,17 @@ def _missing(row: Row, schema: Schema, missing: list[str]) -> str:
 
 
 def _no_schema(row: Row, record: Record) -> str:
-    listed = [key if value is not None else f"{key} (null)" for key, value in record.items()]
-    message = f"{row.origin} has the keys {names(sorted(listed))}, which fit no known schema. "
+    listed = [f"{key} (null)" if value is None else key for key, value in record.items()]
+    message = (
+        f"{row.origin} has the keys {names(sorted(map(str, listed)))}, which fit no known schema. "
+    )
     message += "Known: " + "; ".join(
-        f"{schema.name} ({' + '.join(slot[0] for slot in schema.slots)})"
+        f"{schema.name} ({' + '.join(slot[0] for slot in schema.slots)}: {schema.layout})"
         for schema in SCHEMAS.values()
     )
     message += ". Where a row keeps them under other names, say so with columns."
-    for key in sorted(record):
-        value = record[key]
-        near = difflib.get_close_matches(key.lower()[:40], _NAMING, n=1, cutoff=0.8)
+    for key, value in sorted(record.items(), key=lambda pair: str(pair[0])):
+        near = difflib.get_close_matches(str(key).lower()[:40], _NAMING, n=1, cutoff=0.8)
         if near and near[0] not in record:
             message += f" Did you mean {near[0]} by {key}?"
         elif isinstance(value, list) and value and all(isinstance(one, dict) for one in value):

@@ -13,12 +13,17 @@ from qlora_kit.recipe.data import SchemaName
 
 MEDIA_KEYS = ("image", "images", "video", "videos", "audio", "audios")
 
+MINDED_TOOLS = ("tools", "functions", "function")
+"""Under which a row lists functions; a schema that minds them reads them or refuses the row."""
+
 CONTEXT_KEYS = (
     "background",
+    "choices",
     "context",
     "document",
     "history",
     "hypothesis",
+    "options",
     "passage",
     "premise",
     "reasoning",
@@ -29,9 +34,7 @@ CONTEXT_KEYS = (
     "system_prompt",
     "thinking",
 )
-"""What a question or its answer may hang on; a schema of single texts has no place for it."""
-
-_TOOL_KEYS = ("tools", "functions", "function")
+"""What a question or its answer may hang on; a schema of single texts has no place for these."""
 
 
 @dataclass(frozen=True)
@@ -79,13 +82,16 @@ class Schema:
 
     def unread(self, keys: Collection[str]) -> list[str]:
         """Keys that change what a row means, and that this schema does not read."""
-        minded = {*MEDIA_KEYS, *_TOOL_KEYS, *self.minds} - self.reads
+        minded = {*MEDIA_KEYS, *self.minds} - self.reads
         return [key for key in keys if key in minded]
 
 
 def refuse_unread(record: dict[str, Any], keys: Collection[str]) -> None:
-    """Raise Unfit where one of the keys says anything."""
+    """Raise Unfit where one of the keys says anything; the name of a function says nothing."""
     for key in keys:
-        if is_filled(record[key]):
-            hint = "leave it out, or say with columns what it is"
-            raise Unfit(f"{key} is not read", f"rows of this schema have no place for it; {hint}")
+        value = record[key]
+        if is_filled(value) and not (key == "function" and isinstance(value, str)):
+            detail = (
+                "rows of this schema do not have it; leave it out, or say with columns what it is"
+            )
+            raise Unfit(f"no place for {key}", detail)

@@ -16,7 +16,7 @@ from qlora_kit.data.examples import Conversation
 from qlora_kit.data.rows import Record
 from qlora_kit.data.schemas.fields import one_of, optional_text
 from qlora_kit.data.schemas.messages import read_messages
-from qlora_kit.data.schemas.schema import Rules, Schema
+from qlora_kit.data.schemas.schema import MINDED_TOOLS, Rules, Schema
 from qlora_kit.data.schemas.tools import TOOL_KEYS, tools_of
 from qlora_kit.data.schemas.turns import check_order, with_greeting, with_system
 
@@ -37,4 +37,5 @@ SCHEMA = Schema(
     slots=(KEYS,),
     reads=frozenset({*KEYS, "system", *TOOL_KEYS}),
     read=read,
+    minds=(*MINDED_TOOLS, "system_prompt"),
 )

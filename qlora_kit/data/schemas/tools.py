@@ -46,6 +46,8 @@ def tools_of(record: Record) -> tuple[Mapping[str, Any], ...]:
         if not given.strip():
             return ()
         given = parsed(given, "tools", keys[0])
+    if given is None:
+        return ()
     if not isinstance(given, list | tuple):
         raise Unfit(f"tools is {kind(given)}", f"{keys[0]} must be a list, or JSON text of one")
     return tuple(_tool(one, f"{keys[0]}[{number}]") for number, one in enumerate(given))
