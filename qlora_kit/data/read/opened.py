@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
-import pyarrow as pa
+import pyarrow as pa  # type: ignore[import-untyped]
 
 from qlora_kit.errors import DataError
 
@@ -195,7 +195,10 @@ def lines(chunks: Iterator[str], limit: int = MAX_CHARACTERS) -> Iterator[str | 
         first, *others = chunk.split("\n")
         size += len(first)
         too_long = too_long or size > limit
-        parts = [] if too_long else [*parts, first]
+        if too_long:
+            parts.clear()
+        else:
+            parts.append(first)
         if others:
             yield None if too_long else "".join(parts) + "\n"
             yield from (line + "\n" for line in others[:-1])

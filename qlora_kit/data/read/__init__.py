@@ -1,0 +1,19 @@
+"""Rows of files, folders, patterns, hub data sets and the demo, each with where it came from.
+
+Every row of a source comes out, as a `Row` or as a `BadRow` with its reason; a file that cannot
+be read at all is a DataError. Memory is bounded by the longest row, whatever the file's size.
+"""
+
+from qlora_kit.data.read.opened import SourceFile
+from qlora_kit.data.read.sources import read_source, source_files, source_fingerprint
+from qlora_kit.data.rows import BadRow, Record, Row
+
+__all__ = [
+    "BadRow",
+    "Record",
+    "Row",
+    "SourceFile",
+    "read_source",
+    "source_files",
+    "source_fingerprint",
+]

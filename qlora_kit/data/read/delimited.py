@@ -1,0 +1,149 @@
+"""Rows of .csv and .tsv: text in every field, keyed by the file's own header."""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import chain
+
+from qlora_kit.data.read.opened import MAX_CHARACTERS, lines
+from qlora_kit.data.rows import BadRow, Row
+from qlora_kit.errors import DataError
+
+_NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+_SAMPLE_LINES, _SAMPLE_CHARACTERS = 40, 1 << 20
+
+
+def delimited_rows(
+    name: str, chunks: Iterator[str], preferred: str, limit: int = MAX_CHARACTERS
+) -> Iterator[Row | BadRow]:
+    """Rows in the dialect of RFC 4180; numbers stay text, and an empty field is an empty text.
+
+    A row's number is the line on which it begins; the header has the first.
+
+    Raises:
+        DataError: the header is at fault, or a quote is opened and never closed.
+    """
+    physical = _physical_lines(name, chunks, limit)
+    csv.field_size_limit(limit)  # for the process; its own is 128 KiB
+    sample = _sample(physical)
+    delimiter = _delimiter(name, sample, preferred)
+    reader = csv.reader(chain(sample, physical), delimiter=delimiter, strict=True)
+    header: list[str] | None = None
+    while True:
+        number = reader.line_num + 1
+        try:
+            fields = next(reader, None)
+        except csv.Error as error:
+            if header is None or _is_unclosed(error):
+                raise _broken(name, number, error) from None
+            yield BadRow(name, number, "quotes out of place", str(error))
+            continue
+        if fields is None:
+            return
+        if not fields:
+            continue  # a blank line
+        if header is None:
+            header = _checked_header(name, number, fields, delimiter)
+        else:
+            yield _row(name, number, header, fields)
+
+
+def _physical_lines(name: str, chunks: Iterator[str], limit: int) -> Iterator[str]:
+    """Lines with their ends, as the csv module wants them; CR alone ends one where no LF does."""
+    first = next(chunks, "")
+    text = chain((first,), chunks)
+    if "\r" in first and "\n" not in first:
+        text = chain(piece.replace("\r", "\n") for piece in text)
+    for number, line in enumerate(lines(text, limit), start=1):
+        if line is None:
+            raise DataError(f"{name}:{number} has more than {limit:,} characters.")
+        yield line
+
+
+def _sample(physical: Iterator[str]) -> list[str]:
+    sample: list[str] = []
+    while len(sample) < _SAMPLE_LINES and sum(map(len, sample)) < _SAMPLE_CHARACTERS:
+        line = next(physical, None)
+        if line is None:
+            break
+        sample.append(line)
+    return sample
+
+
+def _delimiter(name: str, sample: list[str], preferred: str) -> str:
+    """The delimiter that the format says, unless only another one parts the file."""
+    if _fits(sample, preferred):
+        return preferred
+    others = [one for one in _NAMES if one != preferred and _fits(sample, one)]
+    if len(others) == 1:
+        return others[0]
+    header = sample[0] if sample else ""
+    if preferred not in header:
+        present = [_NAMES[one] for one in _NAMES if one in header]
+        if present:
+            raise DataError(
+                f"{name} has no {_NAMES[preferred]} in its header, but {' and '.join(present)}, "
+                "which do not part its rows evenly. Save it with commas and quotes."
+            )
+    return preferred
+
+
+def _fits(sample: list[str], delimiter: str) -> bool:
+    """Whether it divides the header, and most rows into as many fields."""
+    header, *rows = _parted(sample, delimiter) or [[]]
+    fitting = sum(len(row) == len(header) for row in rows)
+    return len(header) > 1 and 2 * fitting >= len(rows)
+
+
+def _parted(sample: list[str], delimiter: str) -> list[list[str]]:
+    """Whole records of the sample, up to the first that is broken or goes on behind it."""
+    records = []
+    reader = csv.reader(sample, delimiter=delimiter, strict=True)
+    with suppress(csv.Error):
+        for record in reader:
+            if record:
+                records.append(record)
+    return records
+
+
+def _checked_header(name: str, number: int, header: list[str], delimiter: str) -> list[str]:
+    if len(header) > 1 and not any(header):
+        raise DataError(f"{name}:{number} has a header without names.")
+    if "" in header:
+        where = header.index("") + 1
+        raise DataError(
+            f"{name}:{number} has no name for column {where} in its header. Name every column; "
+            "pandas leaves its index without one, and to_csv(index=False) leaves it out."
+        )
+    repeated, count = Counter(header).most_common(1)[0]
+    if count > 1:
+        raise DataError(
+            f"{name}:{number} names the column {repeated!r} {count} times in its header; "
+            "give each its own name."
+        )
+    return header
+
+
+def _row(name: str, number: int, header: list[str], fields: list[str]) -> Row | BadRow:
+    if len(fields) != len(header):
+        detail = f"{len(fields)}, the header has {len(header)}"
+        return BadRow(name, number, "wrong number of fields", detail)
+    if any("\0" in field for field in fields):
+        return BadRow(name, number, "a NUL character", "text has none; the file may be damaged")
+    return Row(name, number, dict(zip(header, fields, strict=True)))
+
+
+def _is_unclosed(error: csv.Error) -> bool:
+    return "unexpected end of data" in str(error) or "field larger" in str(error)
+
+
+def _broken(name: str, number: int, error: csv.Error) -> DataError:
+    if _is_unclosed(error):
+        return DataError(
+            f"{name}:{number} opens a quote that is never closed. Within quotes, a quote is "
+            'written twice (""); the file may also be cut off.'
+        )
+    return DataError(f"{name}:{number} has a header that cannot be read: {error}.")

@@ -1,0 +1,271 @@
+"""Which files a path names: itself, those in a folder, or those that a pattern fits."""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from qlora_kit.errors import DataError
+from qlora_kit.recipe.data import COMPRESSED_ENDINGS, FILE_ENDINGS
+
+logger = logging.getLogger(__name__)
+
+DATA_ENDINGS = (*FILE_ENDINGS, ".feather")
+# What looks like a file is never asked of the hub, even where it cannot be read or is missing.
+_OTHER_ENDINGS = (".zip", ".yaml", ".md", ".xlsx", ".pkl", ".pt", ".tar", ".bz2", ".xz")
+
+# Files that stand beside data and hold none; names without their endings, and whole names.
+_PAPERS = frozenset(
+    {
+        "readme",
+        "license",
+        "licence",
+        "notice",
+        "citation",
+        "changelog",
+        "contributing",
+        "authors",
+        "copying",
+        "requirements",
+        "dataset_info",
+        "dataset_infos",
+        "dataset_dict",
+        "state",
+        "_metadata",
+        "_common_metadata",
+        "_success",
+    }
+)
+_PAPER_ENDINGS = (".md", ".rst", ".yaml", ".yml", ".lock", ".py", ".sh", ".toml", ".bib", ".cff")
+
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+    **dict.fromkeys(("eval", "evaluation"), "eval"),
+}
+_NUM_SHOWN = 5
+
+
+def is_local(path: str) -> bool:
+    """Whether this names files; a hub id is `name` or `owner/name`.
+
+    Raises:
+        DataError: the name is one that the system refuses to look up.
+    """
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or glob.has_magic(path):
+        return True
+    if path.lower().endswith((*DATA_ENDINGS, *COMPRESSED_ENDINGS, *_OTHER_ENDINGS)):
+        return True
+    return _is_there(_expand(path))
+
+
+def find_files(path: str, split: str) -> Iterator[tuple[Path, str]]:
+    """The files that are read, in order, each with its name as shown to the user.
+
+    Raises:
+        DataError: there are none, or none of this split.
+    """
+    place = _expand(path)
+    if not _is_there(place) and glob.has_magic(path):
+        yield from _fitting(path, str(place), split)
+    elif place.is_dir():
+        yield from _in_folder(place, path, split)
+    elif not _is_there(place):
+        if place.is_symlink():
+            raise DataError(f"{path} is a link to a file that is not there; mend the link.")
+        raise DataError(f"there is no file {path}{_near_miss(place)}.")
+    else:
+        yield place, path
+
+
+def _expand(path: str) -> Path:
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise DataError(f"{path} cannot be looked up: {error}") from None
+
+
+def _is_there(path: Path) -> bool:
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    except NotADirectoryError:
+        return False
+    except OSError as error:
+        raise DataError(f"{str(path)!r} cannot be looked up: {error.strerror}.") from None
+    except ValueError as error:
+        raise DataError(f"{str(path)!r} cannot be looked up: {error}.") from None
+    return True
+
+
+def _near_miss(path: Path) -> str:
+    """What may have been meant, as the end of a sentence."""
+    try:
+        neighbours = [one.name for one in path.parent.iterdir()]
+    except OSError:
+        return f", nor a folder {path.parent}"
+    near = difflib.get_close_matches(path.name, neighbours, n=1)
+    if near:
+        return f"; did you mean {path.parent / near[0]}?"
+    return "" if path.is_absolute() else f"; relative paths start in {Path.cwd()}"
+
+
+def _in_folder(folder: Path, shown: str, split: str) -> Iterator[tuple[Path, str]]:
+    every = sorted(_walk(folder), key=lambda one: one.relative_to(folder).parts)
+    found = [one for one in every if _is_data(one)]
+    if not found:
+        held = _list_of(one.relative_to(folder).as_posix() for one in every)
+        raise DataError(
+            f"{shown} is a folder without data files; it holds {held}. "
+            f"Data files end in {', '.join(DATA_ENDINGS)}, also with .gz or .zst."
+        )
+    others = [one for one in every if not _is_data(one) and not _is_paper(one)]
+    _log_left_out(shown, (one.relative_to(folder).as_posix() for one in others), "no data files")
+    names = {one: one.relative_to(folder).as_posix() for one in found}
+    for one in _of_split(names, shown, split):
+        yield one, (Path(shown) / names[one]).as_posix()
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    """Every file below that is not hidden; links to folders are followed, each folder once."""
+
+    def refuse(error: OSError) -> None:
+        raise DataError(f"{error.filename} cannot be read: {error.strerror}.")
+
+    seen: set[tuple[int, int]] = set()
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        about = os.stat(parent)
+        if (about.st_dev, about.st_ino) in seen:
+            folders.clear()
+            continue
+        seen.add((about.st_dev, about.st_ino))
+        folders[:] = sorted(one for one in folders if not _is_hidden(one))
+        yield from (Path(parent, name) for name in names if not _is_hidden(name))
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__pycache__"
+
+
+def _bare_name(path: Path) -> str:
+    """The name in small letters, without what says that it is compressed."""
+    name = path.name.lower()
+    for ending in COMPRESSED_ENDINGS:
+        name = name.removesuffix(ending)
+    return name
+
+
+def _is_data(path: Path) -> bool:
+    return _bare_name(path).endswith(DATA_ENDINGS) and not _is_paper(path)
+
+
+def _is_paper(path: Path) -> bool:
+    name = _bare_name(path)
+    return name.partition(".")[0] in _PAPERS or name.endswith(_PAPER_ENDINGS)
+
+
+def _fitting(shown: str, pattern: str, split: str) -> Iterator[tuple[Path, str]]:
+    """Files that fit a pattern. It chooses them itself, so only another split than train parts
+    them further."""
+    every = [Path(one) for one in sorted(glob.glob(pattern, recursive=True))]
+    found = [one for one in every if not one.is_dir() and not _is_paper(one)]
+    if not found:
+        folders = " but folders" if every else ""
+        raise DataError(f"no file{folders} fits {shown}{_near_fits(pattern)}.")
+    names = {one: one.as_posix() for one in found}
+    if split != "train":
+        fixed = len(_fixed_part(pattern).parts)
+        below = {one: Path(*one.parts[fixed:]).as_posix() for one in found}
+        found = list(_of_split(below, shown, split))
+    for one in found:
+        yield one, names[one]
+
+
+def _fixed_part(pattern: str) -> Path:
+    """The folder in which the pattern begins."""
+    parts: list[str] = []
+    for part in Path(pattern).parts[:-1]:
+        if glob.has_magic(part):
+            break
+        parts.append(part)
+    return Path(*parts)
+
+
+def _near_fits(pattern: str) -> str:
+    folder = _fixed_part(pattern)
+    try:
+        names = sorted(one.name for one in folder.iterdir() if not _is_hidden(one.name))
+    except OSError:
+        return f"; there is no folder {folder}"
+    near = difflib.get_close_matches(Path(pattern).name, names, n=3, cutoff=0.4)
+    if near:
+        return f"; {folder} holds {', '.join(near)}"
+    return f"; {folder} holds {_list_of(names)}"
+
+
+def _of_split(names: dict[Path, str], shown: str, split: str) -> list[Path]:
+    """Those of the files whose names, or whose folders' names, have the split among their words.
+
+    Where no name has such a word, all are train; a file whose name has none, beside others with
+    one, is train as well, unless there are others that say so.
+    """
+    splits = {path: _split_of(name) for path, name in names.items()}
+    known = {one for one in splits.values() if one is not None}
+    wanted = _SPLITS.get(split, split)
+    if wanted == "train" and "train" not in known:
+        chosen = [path for path, one in splits.items() if one is None]
+    elif wanted in known:
+        chosen = [path for path, one in splits.items() if one == wanted]
+    else:
+        run = _words(split)
+        chosen = [path for path, name in names.items() if _has_run(_words(name), run)]
+    if not chosen:
+        there = sorted(known | ({"train"} if None in splits.values() else set()))
+        raise DataError(
+            f"{shown} has no split '{split}'; by the names of its files it has {', '.join(there)}."
+        )
+    if wanted == "train" and "train" in known:
+        nameless = (names[path] for path, one in splits.items() if one is None)
+        _log_left_out(shown, nameless, "their names have no split, and those of others have train")
+    return chosen
+
+
+def _split_of(name: str) -> str | None:
+    """By the file's own name, else by the nearest folder that has such a word."""
+    for part in reversed(Path(name).parts):
+        for word in _words(part):
+            if word in _SPLITS:
+                return _SPLITS[word]
+    return None
+
+
+def _words(name: str) -> list[str]:
+    return [word for word in re.split(r"[\W_]+", name.lower()) if word]
+
+
+def _has_run(words: list[str], run: list[str]) -> bool:
+    """Whether the run occurs in the words, without a gap."""
+    starts = range(len(words) - len(run) + 1)
+    return bool(run) and any(words[start : start + len(run)] == run for start in starts)
+
+
+def _log_left_out(shown: str, names: Iterable[str], why: str) -> None:
+    left_out = list(names)
+    if left_out:
+        logger.warning("%s: left out %s (%s)", shown, _list_of(left_out), why)
+
+
+def _list_of(names: Iterable[str]) -> str:
+    every = list(names)
+    if not every:
+        return "nothing"
+    rest = len(every) - _NUM_SHOWN
+    more = f" and {rest} more" if rest > 0 else ""
+    return ", ".join(every[:_NUM_SHOWN]) + more

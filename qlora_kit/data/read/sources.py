@@ -1,0 +1,185 @@
+"""From a source in a recipe to its rows: which files, in which format, and what they hold."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from qlora_kit.data.read.columnar import columnar_rows
+from qlora_kit.data.read.delimited import delimited_rows
+from qlora_kit.data.read.files import find_files, is_local
+from qlora_kit.data.read.hub import DEMO_PREFIX, demo_source, hub_source, remote_fingerprint
+from qlora_kit.data.read.json_rows import holds_lines, json_lines, json_value
+from qlora_kit.data.read.kinds import is_page, looks_like_utf16, no_data
+from qlora_kit.data.read.opened import (
+    Compression,
+    KnownFormat,
+    SourceFile,
+    byte_chunks,
+    compression_of,
+    text_chunks,
+)
+from qlora_kit.data.read.plain_text import text_rows
+from qlora_kit.data.rows import BadRow, Row
+from qlora_kit.errors import DataError
+from qlora_kit.recipe.data import COMPRESSED_ENDINGS, FileFormat, SourceSpec
+
+_FORMAT_OF: dict[str, KnownFormat] = {
+    ".json": "json",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+    ".feather": "arrow",
+    ".txt": "text",
+}
+_BINARY: dict[bytes, KnownFormat] = {
+    b"PAR1": "parquet",
+    b"ARROW1": "arrow",
+    b"\xff\xff\xff\xff": "arrow",  # an IPC stream
+}
+
+
+def read_source(spec: SourceSpec, *, streaming: bool = False) -> Iterator[Row | BadRow]:
+    """The rows of a source, good and bad, in order: all of them or the first `max_rows`.
+
+    What stands after those is not looked at, so it may be broken. `streaming` concerns the hub
+    alone: its rows are then not stored on this machine.
+
+    Raises:
+        DataError: the source is missing, unreadable, not what it is said to be, or has no rows.
+    """
+    num_rows = 0
+    for row in islice(_every_row(spec, streaming=streaming), spec.max_rows):
+        num_rows += 1
+        yield row
+    if not num_rows:
+        raise DataError(f"{spec.path} holds no rows; there is nothing to read.")
+
+
+def source_files(spec: SourceSpec) -> tuple[SourceFile, ...]:
+    """The files that a source consists of; a source on the hub, or the demo, has none.
+
+    Raises:
+        DataError: one is missing or holds no rows for all that its first bytes say.
+    """
+    if spec.path.startswith(DEMO_PREFIX) or not is_local(spec.path):
+        return ()
+    found = find_files(spec.path, spec.split)
+    return tuple(_recognised(path, name, spec.format) for path, name in found)
+
+
+def source_fingerprint(spec: SourceSpec) -> str:
+    """A digest of every byte that the source may give rows from, and of its files' names.
+
+    Raises:
+        DataError: as `source_files`.
+    """
+    files = source_files(spec)
+    if not files:
+        return remote_fingerprint(spec)
+    digest = hashlib.blake2b(digest_size=32)
+    for file in files:
+        digest.update(f"{len(file.name)} {file.name} {file.path.stat().st_size} ".encode())
+        for chunk in byte_chunks(file.path, file.name, None):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _every_row(spec: SourceSpec, *, streaming: bool) -> Iterator[Row | BadRow]:
+    if spec.path.startswith(DEMO_PREFIX):
+        yield from demo_source(spec)
+    elif not is_local(spec.path):
+        yield from hub_source(spec, streaming=streaming)
+    else:
+        for file in source_files(spec):
+            yield from _rows_of(file, spec)
+
+
+def _rows_of(file: SourceFile, spec: SourceSpec) -> Iterator[Row | BadRow]:
+    if file.format in ("parquet", "arrow"):
+        return columnar_rows(file)
+    chunks = text_chunks(file)
+    if file.format == "jsonl":
+        return json_lines(file.name, chunks)
+    if file.format == "json":
+        return json_value(file.name, chunks)
+    if file.format == "text":
+        return text_rows(file.name, chunks, spec.text_rows)
+    return delimited_rows(file.name, chunks, "\t" if file.format == "tsv" else ",")
+
+
+def _recognised(path: Path, name: str, asked: FileFormat) -> SourceFile:
+    """The file with its format: as asked, else by its content, else by its name."""
+    compression = compression_of(path, name)
+    head = next(byte_chunks(path, name, compression), b"")
+    if not head:
+        raise DataError(f"{name} is empty once unpacked; write or fetch it again.")
+    refused = no_data(head)
+    if refused is not None:
+        raise DataError(f"{name} is {refused[0]}; {refused[1]}.")
+    binary = next((kind for magic, kind in _BINARY.items() if head.startswith(magic)), None)
+    if binary is not None or asked in ("parquet", "arrow"):
+        if binary is None or asked not in ("auto", binary):
+            found = "no such file by its first bytes" if binary is None else f"a {binary} file"
+            raise DataError(f"{name} is {found}; format: {asked} cannot read it.")
+        return SourceFile(path, name, binary, compression)
+    _check_text(name, head, asked)
+    if asked != "auto":
+        return SourceFile(path, name, asked, compression)
+    return SourceFile(path, name, _text_format(path, name, compression), compression)
+
+
+def _check_text(name: str, head: bytes, asked: FileFormat) -> None:
+    """Refuse what its first bytes show to be no text, or a page."""
+    if is_page(head) and asked != "text":
+        raise DataError(
+            f"{name} is an HTML or XML page, not data; what was to be downloaded may need a login "
+            "or another address."
+        )
+    if b"\0" not in head or head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return
+    if looks_like_utf16(head):
+        raise DataError(f"{name} looks like UTF-16 without a byte order mark; save it as UTF-8.")
+    try:
+        head[:-4].decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name} is a binary file, not text (NUL bytes, and {error.reason} at byte "
+            f"{error.start}); name a file of rows."
+        ) from None
+
+
+def _text_format(path: Path, name: str, compression: Compression | None) -> KnownFormat:
+    by_name = _format_by_name(path)
+    file = SourceFile(path, name, by_name or "text", compression)
+    start = _start(file)
+    if start[:1] in ("[", "{") and by_name in ("json", "jsonl", None):
+        is_lines = holds_lines(text_chunks(file), is_named_so=by_name == "jsonl")
+        return "jsonl" if is_lines else "json"
+    if by_name is None:
+        raise DataError(
+            f"{name} has the ending {path.suffix or '(none)'}, and its content does not tell "
+            f"what it is; name its format (format: csv), or use {', '.join(_FORMAT_OF)}."
+        )
+    if start.startswith('{"') and start.partition("\n")[0].rstrip().endswith("}"):
+        raise DataError(
+            f"{name} begins with a JSON object; set format: jsonl, or format: {by_name} if it is "
+            "what its name says."
+        )
+    return by_name
+
+
+def _format_by_name(path: Path) -> KnownFormat | None:
+    name = path.name.lower()
+    for ending in COMPRESSED_ENDINGS:
+        name = name.removesuffix(ending)
+    return _FORMAT_OF.get(Path(name).suffix)
+
+
+def _start(file: SourceFile) -> str:
+    return next(text_chunks(file), "").lstrip(" \t\r\n")
