@@ -70,8 +70,8 @@ def command(
 
 def trained_system_message(recipe: Recipe) -> str | None:
     """The system message that every training row begins with; None where they differ."""
-    from qlora_kit.data.prepare import read_examples
     from qlora_kit.data.examples import Conversation
+    from qlora_kit.data.prepare import read_examples
     from qlora_kit.errors import QloraKitError
 
     try:

@@ -77,16 +77,26 @@ def encode_batch(
 
 
 def encode_cut(
-    tokenizer: PreTrainedTokenizerBase, whole: Encoded, opening: str, origin: str
+    tokenizer: PreTrainedTokenizerBase,
+    whole: Encoded,
+    opening: str,
+    origin: str,
+    literal: Sequence[tuple[int, int]] = (),
 ) -> Encoded:
-    """The text cut behind its opening, as generation cuts it.
+    """The text cut behind its opening, as generation cuts it; `literal` as `encode_literally`.
 
     Raises:
         RowRefused: to cut it would change the text.
     """
     text = "".join(piece for piece, _ in whole.pieces)
-    pieces = [opening, text[len(opening) :]]
-    cut = Encoded.of(list(zip(pieces, encode_batch(tokenizer, pieces), strict=True)))
+    cut_at = len(opening)
+    before = [(start, end) for start, end in literal if end <= cut_at]
+    after = [(max(start - cut_at, 0), end - cut_at) for start, end in literal if end > cut_at]
+    halves = [
+        encode_literally(tokenizer, piece, ranges, origin).pieces
+        for piece, ranges in ((opening, before), (text[cut_at:], after))
+    ]
+    cut = Encoded.of([*halves[0], *halves[1]])
     if decode(tokenizer, cut.ids) != decode(tokenizer, whole.ids):
         raise RowRefused(origin, "the first token of an answer begins before it")
     return cut
@@ -115,7 +125,7 @@ def encode_literally(
         for piece, is_literal in pieces
     ]
     joined = Encoded.of(encoded)
-    if squeeze(decode(tokenizer, joined.ids)) != squeeze(text):
+    if literal and squeeze(decode(tokenizer, joined.ids)) != squeeze(text):
         reason = "spells a special token that this tokenizer cannot write as text"
         raise RowRefused(origin, reason)
     return joined

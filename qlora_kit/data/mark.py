@@ -11,8 +11,9 @@ stripped from earlier turns, for one) is context there: the model is never asked
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from qlora_kit.data.encode import squeeze
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LossOn = Literal["assistant", "last", "all"] | tuple[str, ...]
+
+# A noncharacter, which no text may hold and no template looks for.
+_MARK = "\ufdd0"
 
 NOTE_REWRITTEN = "an earlier answer is context only: the chat template rewrites it later on"
 NOTE_UNASKED = "what the assistant says first is context only: nothing asks for it"
@@ -57,6 +61,8 @@ class Marked:
     literal: tuple[tuple[int, int], ...] = ()
     """Parts in which what spells a special token is text."""
     notes: tuple[str, ...] = ()
+    prompt: int = 0
+    """Characters that generation is given, where no template wrote the text."""
 
 
 def mark(example: Example, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) -> Marked:
@@ -72,10 +78,8 @@ def mark(example: Example, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) 
         spans = None if example.text.strip() else ()
         return Marked(example.text, spans, example.origin, is_templated=False)
     text = example.prompt + example.completion
-    if loss_on == "all":
-        return Marked(text, None, example.origin, is_templated=False)
-    spans = (Span(len(example.prompt), len(text), asked=True),)
-    return Marked(text, spans, example.origin, is_templated=False)
+    spans = None if loss_on == "all" else (Span(len(example.prompt), len(text), asked=True),)
+    return Marked(text, spans, example.origin, is_templated=False, prompt=len(example.prompt))
 
 
 def supervised_turns(conversation: Conversation, loss_on: LossOn) -> tuple[bool, ...]:
@@ -97,7 +101,7 @@ def _mark_conversation(
 ) -> Marked:
     text = apply_template(example, tokenizer)
     notes = []
-    literal = spelled_contents(example, text, tokenizer)
+    literal = spelled_in(example, text, tokenizer)
     if literal:
         notes.append(NOTE_SPELLED)
     if _leaves_out(example, text):
@@ -195,16 +199,19 @@ def _find_said(
     return Span(start, closing.start(), asked=False)
 
 
-def spelled_contents(
+def spelled_in(
     example: Conversation,
     text: str,
     tokenizer: PreTrainedTokenizerBase,
     num_messages: int | None = None,
+    prompt: bool = False,
 ) -> tuple[tuple[int, int], ...]:
-    """Where contents (of the first messages) that spell a special token stand in the text.
+    """Where in the rendered `text` special tokens stand that the messages spell.
+
+    The conversation is rendered once more with marks in their place.
 
     Raises:
-        RowRefused: they cannot be found there.
+        RowRefused: the template treats the two unlike, so it cannot be told.
     """
     spelled = spelled_tokens(tokenizer)
     if any(spelled.search(one) for one in _structured(example)):
@@ -213,20 +220,33 @@ def spelled_contents(
     messages = example.messages[:num_messages]
     if not any(spelled.search(one) for message in messages for one in _texts(message)):
         return ()
-    found = []
-    position = 0
-    for message in messages:
-        for content in (one.strip() for one in _texts(message)):
-            start = text.find(content, position)
-            if start < 0:
-                if spelled.search(content):
-                    reason = "spells a special token where the chat template rewrites the text"
-                    raise RowRefused(example.origin, reason)
-                continue
-            position = start + len(content)
-            if spelled.search(content):
-                found.append((start, position))
-    return tuple(found)
+    found: list[str] = []
+
+    def mark_out(match: re.Match[str]) -> str:
+        found.append(match.group())
+        return _MARK
+
+    marked = replace(
+        example,
+        messages=tuple(
+            replace(
+                message,
+                content=spelled.sub(mark_out, message.content),
+                reasoning=message.reasoning and spelled.sub(mark_out, message.reasoning),
+            )
+            for message in messages
+        ),
+    )
+    pieces = apply_template(marked, tokenizer, prompt=prompt).split(_MARK)
+    restored = pieces[0]
+    places = []
+    for token, piece in zip(found, pieces[1:], strict=False):
+        places.append((len(restored), len(restored) + len(token)))
+        restored += token + piece
+    if restored != text:
+        reason = "spells a special token where the chat template rewrites the text"
+        raise RowRefused(example.origin, reason)
+    return tuple(places)
 
 
 def _texts(message: Message) -> Sequence[str]:

@@ -22,7 +22,7 @@ from qlora_kit.data.encode import (
     with_bos,
 )
 from qlora_kit.data.examples import Conversation, Example, PlainText, PromptCompletion
-from qlora_kit.data.mark import LossOn, Marked, find_answer, mark, spelled_contents
+from qlora_kit.data.mark import LossOn, Marked, find_answer, mark, spelled_in
 from qlora_kit.data.rows import RowRefused
 from qlora_kit.data.template import added_tokens, apply_template, turn_end
 
@@ -139,17 +139,15 @@ def _label_plain(
 ) -> TokenSequence:
     """Text that no template wrote: BOS before it where the tokenizer puts one, EOS behind it."""
     end_id = eos_id(tokenizer)
-    num_context = 0
-    if marked.spans:
-        opening = marked.text[: marked.spans[0].start]
-        prompt = encode(tokenizer, opening)
-        if encoded.ids[: len(prompt)] != prompt:
-            encoded = encode_cut(tokenizer, encoded, opening, marked.origin)
-        num_context = len(with_bos(tokenizer, prompt))
+    opening = marked.text[: marked.prompt]
+    prompt = encode(tokenizer, opening) if opening else []
+    if encoded.ids[: len(prompt)] != prompt:
+        encoded = encode_cut(tokenizer, encoded, opening, marked.origin)
+    num_prompt = len(with_bos(tokenizer, prompt)) if marked.spans else 0
     ids = with_bos(tokenizer, encoded.ids)
-    if ids[-1:] != [end_id] or len(ids) <= num_context:
+    if ids[-1:] != [end_id] or len(ids) <= num_prompt:
         ids = [*ids, end_id]
-    spans = [(num_context, len(ids))] if marked.spans != () else []
+    spans = [(num_prompt, len(ids))] if marked.spans != () else []
     return _sequence(ids, spans, marked)
 
 
@@ -165,10 +163,8 @@ def _label_turns(
         return _sequence(encoded.ids, [(0, len(encoded.ids))], marked)
     asked = [span for span in marked.spans if span.asked]
     if asked and not _follows_prompt(marked, encoded, asked[-1].start, tokenizer):
-        if marked.literal:
-            raise RowRefused(marked.origin, "the first token of an answer begins before it")
         opening = marked.text[: asked[-1].start]
-        encoded = encode_cut(tokenizer, encoded, opening, marked.origin)
+        encoded = encode_cut(tokenizer, encoded, opening, marked.origin, marked.literal)
     end_id = turn_end(tokenizer).id
     found, notes = [], []
     for span in marked.spans:
@@ -234,7 +230,7 @@ def _prompt_ids(
     example: Conversation, opening: str, tokenizer: PreTrainedTokenizerBase
 ) -> list[int]:
     """What a user spells of special tokens is text, as in training."""
-    literal = spelled_contents(example, opening, tokenizer, len(example.messages) - 1)
+    literal = spelled_in(example, opening, tokenizer, len(example.messages) - 1, prompt=True)
     if literal:
         return encode_literally(tokenizer, opening, literal, example.origin).ids
     return encode(tokenizer, opening)

@@ -9,18 +9,16 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
+from qlora_kit.data.examples import Conversation, Message, PlainText, PromptCompletion
+from qlora_kit.data.mark import NOTE_LEFT_OUT, NOTE_REWRITTEN, NOTE_SPELLED, NOTE_UNASKED
 from qlora_kit.data.render import (
     IGNORE_INDEX,
-    NOTE_LEFT_OUT,
     NOTE_MERGED,
-    NOTE_REWRITTEN,
-    NOTE_UNASKED,
     TokenSequence,
     render,
     render_prompt,
 )
-from qlora_kit.data.schema import Conversation, PlainText, PromptCompletion
-from qlora_kit.data.template import RowRefused
+from qlora_kit.data.rows import RowRefused
 from qlora_kit.errors import DataError
 
 from .formats import (
@@ -44,10 +42,14 @@ ORIGIN = "rows.jsonl:1"
 
 def talk(*contents: str, system: str | None = None) -> Conversation:
     """User and assistant by turns, the user first."""
-    messages = [{"role": "system", "content": system}] if system is not None else []
+    messages = [Message("system", system)] if system is not None else []
     for number, content in enumerate(contents):
-        messages.append({"role": ("user", "assistant")[number % 2], "content": content})
+        messages.append(Message("assistant" if number % 2 else "user", content))
     return Conversation(tuple(messages), ORIGIN)
+
+
+def dicts(conversation: Conversation) -> list[dict[str, str]]:
+    return [message.as_dict() for message in conversation.messages]
 
 
 def supervised(sequence: TokenSequence, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -69,7 +71,7 @@ def test_one_answer(name: str) -> None:
     sequence = render(conversation, tokenizer, "assistant")
     assert supervised(sequence, tokenizer) == [form.written("fine, thanks 12") + form.end]
     assert sequence.notes == ()
-    text = tokenizer.apply_chat_template(list(conversation.messages), tokenize=False)
+    text = tokenizer.apply_chat_template(dicts(conversation), tokenize=False)
     assert whole(sequence, tokenizer) == text
 
 
@@ -204,8 +206,9 @@ def test_an_end_token_that_is_not_declared_special() -> None:
     tokenizer.add_tokens(["</turn>", "\n", "\n\n", "<think>"])
     sequence = render(talk("hello", "<think>fine"), tokenizer, "assistant")
     assert supervised(sequence, tokenizer) == ["<think>fine</turn>"]
-    with pytest.raises(RowRefused, match="spells the special token </turn>"):
-        render(talk("hello", "a </turn> b"), tokenizer, "assistant")
+    sequence = render(talk("hello", "a </turn> b"), tokenizer, "assistant")
+    assert supervised(sequence, tokenizer) == ["a </turn> b</turn>"]
+    assert sequence.labels.count(tokenizer.convert_tokens_to_ids("</turn>")) == 1
 
 
 def test_no_template() -> None:
@@ -229,14 +232,14 @@ def test_an_end_token_that_swallows_the_space_after_it() -> None:
 
 
 def test_two_answers_in_a_row() -> None:
-    messages = [*talk("hello", "fine").messages, {"role": "assistant", "content": "thanks"}]
+    messages = [*talk("hello", "fine").messages, Message("assistant", "thanks")]
     tokenizer = tokenizer_of("chatml")
     sequence = render(Conversation(tuple(messages), ORIGIN), tokenizer, "assistant")
     assert supervised(sequence, tokenizer) == ["fine<|im_end|>", "thanks<|im_end|>"]
 
 
 def test_what_nothing_asks_for_is_context() -> None:
-    messages = ({"role": "assistant", "content": "welcome"}, *talk("hello", "fine").messages)
+    messages = (Message("assistant", "welcome"), *talk("hello", "fine").messages)
     tokenizer = tokenizer_of("chatml")
     sequence = render(Conversation(messages, ORIGIN), tokenizer, "assistant")
     assert supervised(sequence, tokenizer) == ["fine<|im_end|>"]
@@ -265,15 +268,22 @@ def test_loss_on_all(name: str) -> None:
     assert sequence.num_supervised == len(sequence.input_ids) - 1
 
 
-@pytest.mark.parametrize("loss_on", ["assistant", "all"])
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_special_token_spelled_in_a_message_is_refused(name: str, loss_on: str) -> None:
-    """It would become that token: a turn that ends in the middle, or one that nobody wrote."""
-    for token in (FORMATS[name].end, FORMATS[name].tokens[0]):
-        for conversation in (talk(f"a {token} b", "fine"), talk("hello", f"{token}\nfine")):
-            with pytest.raises(RowRefused) as caught:
-                render(conversation, tokenizer_of(name), loss_on)
-            assert caught.value.reason == f"a message spells the special token {token}"
+def test_a_special_token_spelled_in_a_message_stays_text(name: str) -> None:
+    """As that token it would be a turn that ends in the middle, or one that nobody wrote."""
+    form, tokenizer = FORMATS[name], tokenizer_of(name)
+    plain = render(talk("a b", "fine"), tokenizer, "all").input_ids
+    for token in (form.end, form.tokens[0]):
+        token_id = tokenizer.convert_tokens_to_ids(token)
+        for asked, said in ((f"a {token} b", "fine"), ("hello", f"{token}\nfine")):
+            sequence = render(talk(asked, said), tokenizer, "assistant")
+            assert sequence.input_ids.count(token_id) == plain.count(token_id)
+            assert supervised(sequence, tokenizer) == [form.written(said) + form.end]
+            assert token in whole(sequence, tokenizer).replace(form.end, "", 0)
+            assert sequence.notes == (NOTE_SPELLED,)
+            prompt = render_prompt(talk(asked, said), tokenizer)
+            assert prompt is not None
+            assert sequence.input_ids[: len(prompt.input_ids)] == prompt.input_ids
 
 
 PIECES = [
@@ -316,10 +326,6 @@ def test_supervised_tokens_say_what_the_assistant_says(
     if len(contents) % 2 == 0:
         contents = contents[1:]
     conversation = talk(*contents, answer)
-    if any(token in text for token in form.tokens for text in (*contents, answer)):
-        with pytest.raises(RowRefused, match="spells the special token"):
-            render(conversation, tokenizer, "assistant")
-        return
     sequence = render(conversation, tokenizer, "assistant")
     found = supervised(sequence, tokenizer)
     assert found[-1] == form.written(answer) + form.end
@@ -333,7 +339,7 @@ def test_supervised_tokens_say_what_the_assistant_says(
     assert prompt.input_ids == sequence.input_ids[:length]
     assert sequence.labels[length - 1] == IGNORE_INDEX
     assert sequence.labels[length] != IGNORE_INDEX
-    text = tokenizer.apply_chat_template(list(conversation.messages), tokenize=False)
+    text = tokenizer.apply_chat_template(dicts(conversation), tokenize=False)
     assert whole(sequence, tokenizer) == text
 
 
@@ -344,7 +350,7 @@ def test_the_prompt_is_what_training_saw(name: str, answer: str) -> None:
     conversation = talk("hello", "one", "12", answer)
     prompt = render_prompt(conversation, tokenizer)
     assert prompt is not None
-    asked = list(conversation.messages[:-1])
+    asked = dicts(conversation)[:-1]
     text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
     assert list(prompt.input_ids) == tokenizer(text, add_special_tokens=False)["input_ids"]
     sequence = render(conversation, tokenizer, "assistant")
@@ -386,7 +392,7 @@ def test_prompts_of_what_has_no_answer() -> None:
     assert render_prompt(PlainText("hello", ORIGIN), tokenizer) is None
     assert render_prompt(talk("hello"), tokenizer) is None
     assert render_prompt(PromptCompletion("", "fine", ORIGIN), tokenizer) is None
-    answer = ({"role": "assistant", "content": "fine"},)
+    answer = (Message("assistant", "fine"),)
     assert render_prompt(Conversation(answer, ORIGIN), tokenizer) is None
 
 
