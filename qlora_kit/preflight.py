@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from qlora_kit.data.demo import NUM_ROWS
-from qlora_kit.errors import Fault, ModelError
+from qlora_kit.data.read import source_files
+from qlora_kit.errors import DataError, Fault, ModelError
 from qlora_kit.model.weights import inspect_weights
 from qlora_kit.recipe import ModelSpec, Recipe, SourceSpec
-from qlora_kit.recipe.data import FILE_ENDINGS
 from qlora_kit.templates import library
 
 AnySpec = TypeVar("AnySpec", ModelSpec, SourceSpec)
@@ -162,20 +162,10 @@ def _source_faults(key: str, source: SourceSpec) -> list[Fault]:
             message = f"{source.path} has no split '{source.split}'"
             faults.append(Fault(f"{key}.split", message, f"it has {', '.join(NUM_ROWS)}"))
         return faults
-    path = Path(source.path).expanduser()
-    is_local = source.path.endswith(FILE_ENDINGS) or looks_local(source.path) or path.exists()
-    if not is_local:
-        return []
-    endings = ", ".join(FILE_ENDINGS)
-    if path.is_dir():
-        return [Fault(f"{key}.path", f"{path} is a folder", f"name a file in it: {endings}")]
-    message = _file_problem(path)
-    if message:
-        hint = _working_directory(path) if not path.exists() else ""
-        return [Fault(f"{key}.path", message, hint)]
-    if path.suffix not in FILE_ENDINGS:
-        message = f"{path} ends in {path.suffix or 'nothing'}, which is not read"
-        return [Fault(f"{key}.path", message, f"make it one of {endings}")]
+    try:
+        source_files(source)
+    except DataError as error:
+        return [Fault(f"{key}.path", str(error).rstrip("."))]
     return []
 
 

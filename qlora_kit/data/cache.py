@@ -42,15 +42,6 @@ def cache_folder(
     return cache_dir() / "data" / digest.hexdigest()
 
 
-def file_digest(path: Path) -> str:
-    """BLAKE2b of a file's bytes."""
-    digest = hashlib.blake2b()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def stamp_used(folder: Path) -> None:
     """Say that an entry is of use still, and remove those that none was for a month."""
     (folder / _STAMP).touch()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from qlora_kit.data.pack import PackedSequence
 from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
 
-Batch = dict[str, torch.Tensor | list[str] | int]
+Batch = dict[str, Any]
 NOT_FOR_THE_MODEL = ("origins", "num_tokens")
 
 

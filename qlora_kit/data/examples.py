@@ -12,7 +12,7 @@ ROLES: tuple[Role, ...] = ("system", "user", "assistant", "tool")
 
 @dataclass(frozen=True, slots=True)
 class ToolCall:
-    """A call that the assistant makes; `arguments` is the object, in whichever form it was given."""
+    """A call that the assistant makes; `arguments` is the object, however it was given."""
 
     name: str
     arguments: Mapping[str, Any]

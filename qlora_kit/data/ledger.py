@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 NUM_SHOWN = 3
@@ -126,7 +126,7 @@ class Ledger:
 
     def state(self) -> dict[str, Any]:
         """All of it, for a cache; `from_state` gives it back."""
-        return asdict(self)
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Ledger:

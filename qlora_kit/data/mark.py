@@ -75,8 +75,8 @@ def mark(example: Example, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) 
     if isinstance(example, Conversation):
         return _mark_conversation(example, tokenizer, loss_on)
     if isinstance(example, PlainText):
-        spans = None if example.text.strip() else ()
-        return Marked(example.text, spans, example.origin, is_templated=False)
+        nothing = () if not example.text.strip() else None
+        return Marked(example.text, nothing, example.origin, is_templated=False)
     text = example.prompt + example.completion
     spans = None if loss_on == "all" else (Span(len(example.prompt), len(text), asked=True),)
     return Marked(text, spans, example.origin, is_templated=False, prompt=len(example.prompt))

@@ -168,7 +168,6 @@ def _examples(
     """Sound rows with the number of their source; faulty ones are booked."""
     for group, source in enumerate(sources):
         recogniser = Recogniser(source, needs_answer=needs_answer)
-        num_rows = ledger.num_rows
         for row in read_source(source):
             ledger.num_rows += 1
             if isinstance(row, BadRow):
@@ -180,8 +179,6 @@ def _examples(
                 ledger.drop(refused.reason, row.origin, refused.detail)
             else:
                 yield group, example
-        if ledger.num_rows == num_rows:
-            raise DataError(f"{source.path} holds no rows; there is nothing to read.")
         ledger.schemas[source.path] = recogniser.describe()
 
 

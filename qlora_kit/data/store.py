@@ -1,9 +1,9 @@
 """Rendered sequences in three flat files, read through the memory map.
 
 `tokens.bin` holds the ids of all sequences one after the other (int32), `supervised.bin` a byte
-for each that says whether it is a label, `index.npy` one record per sequence: where it ends, where it ends, which source
-of the recipe and which row it is, and its notes. So a data set of any size costs a run no more memory
-than the pages it touches.
+for each that says whether it is a label, `index.npy` one record per sequence: where it ends, which
+source of the recipe and which row it is, and its notes. So a data set of any size costs a run no
+more memory than the pages it touches.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM
 
+from qlora_kit.atomic import draft_beside
 from qlora_kit.data.render import TokenSequence
 from qlora_kit.environment import Hardware
 from qlora_kit.errors import ModelError
@@ -31,7 +32,6 @@ from qlora_kit.export.reload import load_plain, measuring_dtype
 from qlora_kit.export.shards import ShardWriter, require_room
 from qlora_kit.export.surroundings import copy_code, save_config
 from qlora_kit.export.ties import resolve_ties
-from qlora_kit.atomic import draft_beside
 from qlora_kit.model.base import prequantized_settings
 from qlora_kit.model.skeleton import Skeleton, build_skeleton, load_config
 from qlora_kit.report.reporter import SILENT, Reporter

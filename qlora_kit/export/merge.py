@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
+from qlora_kit.atomic import draft_beside
 from qlora_kit.errors import ModelError, RunError
 from qlora_kit.export.apply import MergedTensor, Merger
 from qlora_kit.export.checkpoint import Checkpoint
@@ -30,7 +31,6 @@ from qlora_kit.export.surroundings import (
     save_tokenizer,
 )
 from qlora_kit.export.trained import BaseKind, TrainedAdapter
-from qlora_kit.atomic import draft_beside
 from qlora_kit.model.base import bitsandbytes_config
 from qlora_kit.recipe import QuantizationSpec
 from qlora_kit.report.reporter import SILENT, Progress, Reporter

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora_kit.atomic import draft_beside
 from qlora_kit.checkpoint.run_directory import RunDirectory
 from qlora_kit.data.render import TokenSequence
 from qlora_kit.environment import Hardware
@@ -23,7 +24,6 @@ from qlora_kit.export.merge import QuantType, merge_adapter, predict_bytes, requ
 from qlora_kit.export.reopen import Reopened
 from qlora_kit.export.shards import require_room
 from qlora_kit.export.trained import BaseKind, TrainedAdapter, trained_adapter
-from qlora_kit.atomic import draft_beside
 from qlora_kit.recipe import MergeSpec, Recipe, recipe_hash
 from qlora_kit.report.reporter import SILENT, Reporter
 

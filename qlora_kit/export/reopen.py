@@ -27,6 +27,8 @@ from qlora_kit.recipe import DataSpec, ModelSpec, QuantizationSpec, SourceSpec, 
 from qlora_kit.report.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from peft import PeftModel
 
     from qlora_kit.data.render import TokenSequence
@@ -37,7 +39,7 @@ class Reopened:
     """A trained adapter in memory."""
 
     trained: TrainedAdapter
-    held_out: tuple[TokenSequence, ...]
+    held_out: Sequence[TokenSequence]
     recipe_sha256: str | None
     _model: PeftModel | None
 

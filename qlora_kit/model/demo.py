@@ -15,9 +15,9 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from qlora_kit.atomic import draft_beside, require_disk
 from qlora_kit.environment import cache_dir
 from qlora_kit.errors import ModelError
-from qlora_kit.atomic import draft_beside, require_disk
 from qlora_kit.model.gguf import CONVERSION_VERSION, converted_folder, gguf_to_folder, sha256_of
 
 DEMO_MODEL = "demo/smollm2-135m-instruct"

@@ -26,9 +26,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from qlora_kit.atomic import published_folder, require_disk
 from qlora_kit.environment import cache_dir, probe_hardware
 from qlora_kit.errors import HardwareError, ModelError
-from qlora_kit.atomic import published_folder, require_disk
 from qlora_kit.model.gguf_rope import add_rope_scaling, rope_scaling
 from qlora_kit.model.gguf_tokenizer import build_tokenizer
 
