@@ -10,8 +10,8 @@ Rules:
 - Both answers are of one form: text, one message, or messages. Messages that begin with a
   system or user turn are whole conversations; their prompt is what they share, it ends where
   two answers of the assistant differ, and a `prompt` beside them must be part of it.
-- Otherwise the prompt is `conversations` (or `messages`), else `instruction` as in alpaca,
-  else `prompt` (or question, query, input). A text before messages is a user turn.
+- Otherwise the prompt is `prompt`, else `conversations` (or `messages`), else `instruction` as
+  in alpaca, else question, query or input. A text before messages is a user turn.
 - Where prompt and answers are texts, both are joined as they stand, without a chat template.
   Without a prompt, it is what the two texts share, up to the last white space.
 - An answer that is not worse or better than the other, as both are the same, is refused.
@@ -29,6 +29,7 @@ from qlora_kit.data.schemas.fields import (
     Unfit,
     first_filled,
     full_text,
+    is_filled,
     kind,
     one_of,
     optional_text,
@@ -102,11 +103,12 @@ def _answers(record: Record) -> tuple[str, str] | list[list[Message]]:
 def _prompt_turns(record: Record, rules: Rules, or_text: bool = False) -> list[Message] | None:
     """The prompt as turns; a text is one only where the answers are turns (`or_text`)."""
     system = optional_text(record, "system")
-    key = first_filled(record, _TURNS_KEYS)
-    if key is not None:
-        return with_system(with_greeting(read_messages(record[key], key)), system)
-    if record.get("instruction") is not None:
-        return alpaca.prompt(record)
+    if not is_filled(record.get("prompt")):
+        turns_key = first_filled(record, _TURNS_KEYS)
+        if turns_key is not None:
+            return with_system(with_greeting(read_messages(record[turns_key], turns_key)), system)
+        if record.get("instruction") is not None:
+            return alpaca.prompt(record)
     key = one_of(record, completion.PROMPT_KEYS, rules.mapped, "the prompt")
     prompt = record.get(key)
     if isinstance(prompt, list | tuple):
