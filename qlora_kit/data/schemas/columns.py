@@ -30,14 +30,16 @@ def mapped(record: Record, columns: Mapping[str, str]) -> tuple[Record, Record]:
     return filled, {**rest, **filled}
 
 
-def check_targets(path: str, columns: Mapping[str, str], known: Collection[str]) -> None:
-    """Raise DataError where the mapping fills a field that no schema reads."""
+def check_targets(
+    path: str, columns: Mapping[str, str], known: Collection[str], not_read: str
+) -> None:
+    """Raise DataError where the mapping fills an unknown field; `not_read` says by whom."""
     for field in columns:
         if field not in known:
             near = difflib.get_close_matches(field, known, n=1)
             meant = f"; did you mean {near[0]}?" if near else "."
             raise DataError(
-                f"the columns of {path} fill {field!r}, which no schema reads{meant} "
+                f"the columns of {path} fill {field!r}, which {not_read}{meant} "
                 f"Fields are {', '.join(sorted(known))}."
             )
 

@@ -76,7 +76,8 @@ class Recogniser:
         self._layouts: dict[tuple[str, ...], tuple[Schema, list[str]]] = {}
         self._ignored: dict[str, None] = {}
         known = self._named.reads if self._named else _FIELDS
-        columns.check_targets(source.path, source.columns, known)
+        not_read = f"type: {source.type} does not read" if self._named else "no schema reads"
+        columns.check_targets(source.path, source.columns, known, not_read)
 
     @property
     def schema(self) -> SchemaName | None:

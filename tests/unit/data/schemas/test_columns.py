@@ -77,7 +77,9 @@ def test_a_path_that_leads_to_null() -> None:
 def test_fields_that_no_schema_reads() -> None:
     with pytest.raises(DataError, match="fill 'mesages', which no schema reads; did you mean mess"):
         Recogniser(source(columns={"mesages": "a"}))
-    with pytest.raises(DataError, match=r"fill 'output', which no schema reads.*content, text"):
+    with pytest.raises(
+        DataError, match=r"fill 'output', which type: text does not read.*content, text"
+    ):
         Recogniser(source(type="text", columns={"output": "a"}))
     assert read({"a": "b"}, type="text", columns={"text": "a"}) == PlainText("b", ORIGIN)
 
