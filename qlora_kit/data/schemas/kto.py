@@ -8,7 +8,8 @@ Rules:
 - Beside `label` or `kto_tag` the row is one of `messages`, `sharegpt`, `alpaca` or
   `prompt_completion`; of a conversation, what follows the last user turn is rated.
 - The rating is true or false, or the text of either, which is all that a table can hold. A 0
-  or 1 is refused: it may as well be a class. With another label, such a row is no `kto`.
+  or 1 is refused: it may as well be a class. With another label, the row is no `kto`; but in
+  a source that is `kto`, such a label is a fault.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from qlora_kit.data.schemas.schema import Rules, Schema, refuse_unread
 from qlora_kit.data.schemas.turns import last_answer
 
 KEYS = ("label", "kto_tag")
-_BASES = (messages.SCHEMA, sharegpt.SCHEMA, alpaca.SCHEMA, completion.SCHEMA)
+BASES = (messages.SCHEMA, sharegpt.SCHEMA, alpaca.SCHEMA, completion.SCHEMA)
 _WORDS = {"true": True, "false": False}
 
 
@@ -47,8 +48,8 @@ def read(record: Record, origin: str, rules: Rules) -> Rated:
 
 def _base(record: Record, present: Collection[str]) -> Schema | None:
     filled = [key for key in present if record[key] is not None]
-    fitting = [one for one in _BASES if one.fits(record, filled)]
-    fitting += [one for one in _BASES if one.fits(record, present)]
+    fitting = [one for one in BASES if one.fits(record, filled)]
+    fitting += [one for one in BASES if one.fits(record, present)]
     return fitting[0] if fitting else None
 
 
@@ -59,7 +60,7 @@ def _fits(record: Record, present: Collection[str]) -> bool:
 
 def _is_rating(value: Any) -> bool:
     if isinstance(value, str):
-        return value.strip().lower() in _WORDS
+        return not value.strip() or value.strip().lower() in _WORDS
     return value is None or (isinstance(value, bool | int | float) and value in (0, 1))
 
 
@@ -75,7 +76,7 @@ SCHEMA = Schema(
     name="kto",
     layout="an answer and whether it is wanted",
     slots=(KEYS,),
-    reads=frozenset({*KEYS, *(key for base in _BASES for key in base.reads)}),
+    reads=frozenset({*KEYS, *(key for base in BASES for key in base.reads)}),
     read=read,
     also_fits=_fits,
 )

@@ -11,14 +11,15 @@ Rules:
 - `train: true | false` says of a turn whether it is supervised; so do `weight: 0` and
   `weight: 1`, of an assistant's turn.
 - `name` and `tool_call_id` are kept where the turn is a tool's.
-- A turn may as well be written as ShareGPT writes it, with `from` and `value`.
+- The list may be JSON text, as tables have it. A turn may as well be written as ShareGPT
+  writes it, with `from` and `value`.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-from qlora_kit.data.examples import Conversation, Message, ToolCall
+from qlora_kit.data.examples import Conversation, Message, Role, ToolCall
 from qlora_kit.data.rows import Record
 from qlora_kit.data.schemas.fields import (
     Unfit,
@@ -28,6 +29,7 @@ from qlora_kit.data.schemas.fields import (
     kind,
     names,
     optional_text,
+    parsed,
     shown,
     sound_text,
 )
@@ -36,7 +38,7 @@ from qlora_kit.data.schemas.tools import TOOL_KEYS, calls_in_text, tool_call, to
 from qlora_kit.data.schemas.turns import check_order, role_of, with_system
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_PLAIN_ROLES = frozenset({"system", "user", "assistant"})
+_PLAIN_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
 
 
 def read(record: Record, origin: str, rules: Rules) -> Conversation:
@@ -63,6 +65,8 @@ def read_messages(given: Any, field: str) -> list[Message]:
     Raises:
         Unfit: it is no list of turns, or one of them is at fault.
     """
+    if isinstance(given, str) and given.lstrip().startswith("["):
+        given = parsed(given, field, field)
     if not isinstance(given, list | tuple):
         raise Unfit(f"{field} is {kind(given)}", f"{field} is {shown(given)}, not a list of turns")
     if not given:
@@ -80,7 +84,7 @@ def read_messages(given: Any, field: str) -> list[Message]:
                 and not content.isspace()
                 and (content.isascii() or is_sound(content))
             ):
-                messages.append(Message(role, content))  # type: ignore[arg-type]
+                messages.append(Message(_PLAIN_ROLES[role], content))
                 continue
         _append(messages, *_message(turn, f"{field}[{number}]"))
     return messages

@@ -176,6 +176,8 @@ class Recogniser:
         settled, first = self._first
         if schema is not settled and by_nulls and settled.fits(pool, pool):
             return settled
+        if settled is kto.SCHEMA and schema in kto.BASES and not settled.missing(pool):
+            return settled
         if schema is not settled:
             raise DataError(_two_schemas(row, schema, first, settled))
         return schema

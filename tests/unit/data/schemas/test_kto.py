@@ -7,9 +7,11 @@ from typing import Any
 import pytest
 
 from qlora_kit.data.examples import Conversation, PromptCompletion, Rated
+from qlora_kit.data.rows import RowRefused
+from qlora_kit.data.schemas import Recogniser
 from qlora_kit.errors import DataError
 
-from .rows import ANSWER, ORIGIN, SAID_ANSWER, SAID_USER, USER, read, reason
+from .rows import ANSWER, ORIGIN, SAID_ANSWER, SAID_USER, USER, read, reason, row, source
 
 TEXTS = {"prompt": "Q: ", "completion": " A"}
 TURNS = [USER, ANSWER, USER, ANSWER]
@@ -45,6 +47,7 @@ def test_the_last_answer_is_rated(record: dict[str, Any]) -> None:
     ("record", "expected"),
     [
         ({**TEXTS, "label": None}, "label is null"),
+        ({**TEXTS, "label": " "}, "label is a text"),
         ({**TEXTS, "label": 1}, "label is a number"),
         ({**TEXTS, "label": 0}, "label is a number"),
         ({**TEXTS, "label": True, "completion": None}, "completion is null"),
@@ -64,6 +67,16 @@ def test_faults(record: dict[str, Any], expected: str) -> None:
 def test_another_label_is_no_rating() -> None:
     for label in ("arithmetic", 5, 0.5):
         assert read({**TEXTS, "label": label}) == PromptCompletion("Q: ", " A", ORIGIN)
+
+
+def test_another_label_among_ratings() -> None:
+    recogniser = Recogniser(source())
+    recogniser.recognise(row({**TEXTS, "label": True}))
+    for label in ("good", 5, None):
+        with pytest.raises(RowRefused, match="label is"):
+            recogniser.recognise(row({**TEXTS, "label": label}))
+    with pytest.raises(DataError, match="different schemas"):
+        recogniser.recognise(row(TEXTS))
 
 
 def test_named() -> None:

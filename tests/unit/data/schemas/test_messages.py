@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -65,6 +66,11 @@ def test_system_user_assistant() -> None:
 )
 def test_forms_of_a_user_turn(turn: dict[str, Any]) -> None:
     assert said(turn, ANSWER) == (SAID_USER, SAID_ANSWER)
+
+
+def test_a_list_as_text() -> None:
+    example = read({"messages": json.dumps([USER, ANSWER])})
+    assert example == Conversation((SAID_USER, SAID_ANSWER), ORIGIN)
 
 
 @pytest.mark.parametrize("role", ["assistant", "gpt", "bot", "model", "ai", "ChatGPT"])
@@ -213,6 +219,7 @@ def test_faults_of_a_turn(fields: dict[str, Any], expected: str) -> None:
         ([], "messages is empty"),
         ({"role": "user"}, "messages is an object"),
         ("hello", "messages is a text"),
+        ("[hello]", "messages are not JSON"),
         (None, "messages is null"),
         (["hello"], "a turn is a text"),
         ([USER, {"role": "assistant"}], "a turn without content"),
