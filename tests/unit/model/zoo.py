@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_kit.environment import probe_hardware
 from qlora_kit.model.base import Base, load_base, prepare_for_training
+from qlora_kit.model.skeleton import Skeleton, build_skeleton
 from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec
 
 COMMON: dict[str, Any] = {
@@ -138,6 +139,12 @@ def build(folder: Path, model_type: str, values: dict[str, Any]) -> Path:
             parameter.add_(torch.randn_like(parameter) * 0.02)
     model.save_pretrained(folder)
     return folder
+
+
+def skeleton_of(name: str, **changed: Any) -> Skeleton:
+    """An architecture of this zoo without weights and without a folder."""
+    model_type, values = {**DENSE, **MIXTURES}[name]
+    return build_skeleton(AutoConfig.for_model(model_type, **{**COMMON, **values, **changed}))
 
 
 def load(
