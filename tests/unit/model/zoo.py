@@ -182,10 +182,12 @@ def shake(model: torch.nn.Module, scale: float = 0.05) -> None:
             parameter.data.add_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-def train_a_step(model: torch.nn.Module, rate: float = 0.5) -> float:
+def train_a_step(
+    model: torch.nn.Module, rate: float = 0.5, ids: torch.Tensor | None = None
+) -> float:
     """One step of plain gradient descent; returns the loss before it."""
     model.train()
-    ids = some_ids()
+    ids = some_ids() if ids is None else ids
     loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
     loss.backward()
     with torch.no_grad():
