@@ -10,6 +10,7 @@ import pytest
 
 from qlora_kit import run as run_module
 from qlora_kit.errors import HardwareError
+from qlora_kit.evaluate.divergence import DEFAULT_MAX_TOKENS
 from qlora_kit.recipe import load_recipe
 
 from .conftest import FinishedRun, write_recipe
@@ -63,4 +64,6 @@ def test_room_that_a_run_needs_is_what_it_writes(
     written = ["adapter", "merged"] if merge else ["adapter"]
     weights = [path for name in written for path in (finished.folder / name).glob("*.safetensors")]
     assert len(weights) == len(written)
-    assert asked[0] >= 0.9 * sum(path.stat().st_size for path in weights)
+    vocabulary = 384
+    record = 4 * vocabulary * DEFAULT_MAX_TOKENS * merge  # what the trained graph said, for a while
+    assert asked[0] - record >= 0.9 * sum(path.stat().st_size for path in weights)
