@@ -389,6 +389,9 @@ class TestNewTokens:
 
         tuned = logits(model, ids)
         back = there_and_back(model, base, FOUR, tmp_path / "adapter")
+        stored = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+        num_stored = sum(value.numel() for value in stored.values())
+        assert num_stored == sum(value.numel() for value in trainable(model).values())
         for was, now in zip(after, self.matrices(back), strict=True):
             torch.testing.assert_close(now[: num_known + 2], was[: num_known + 2], rtol=0, atol=0)
         torch.testing.assert_close(
