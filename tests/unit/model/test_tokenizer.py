@@ -1,19 +1,17 @@
-"""The tokenizer ready to train with: what pads, what stops, which template, and its hash."""
+"""The tokenizer ready to train with: what pads and why, what stops, and what its hash is of."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import CHATML, build_tokenizer
+from conftest import build_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
-    AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -201,57 +199,6 @@ class TestWhereGenerationStops:
         assert stop_ids(model, small()) == frozenset()
 
 
-class TestTheTemplate:
-    def test_a_file_replaces_the_tokenizer_s_own(self, folder: Path, tmp_path: Path) -> None:
-        path = tmp_path / "mine.jinja"
-        path.write_text(TEMPLATE + "é", encoding="utf-8")
-        tokenizer = load_tokenizer(folder, str(path))
-        assert tokenizer.chat_template == TEMPLATE + "é"
-        messages = [{"role": "user", "content": "hello"}]
-        assert tokenizer.apply_chat_template(messages, tokenize=False) == "hello<eos>é"
-        assert load_tokenizer(folder).chat_template == CHATML
-
-    def test_a_tilde_is_the_home_folder(
-        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setenv("HOME", str(tmp_path))
-        (tmp_path / "mine.jinja").write_text(TEMPLATE)
-        assert load_tokenizer(folder, "~/mine.jinja").chat_template == TEMPLATE
-
-    @pytest.mark.parametrize(
-        ("content", "said"),
-        [
-            (None, "cannot be read: No such file"),
-            (b"", "is empty"),
-            (b" \n", "is empty"),
-            (b"\xff\xfe\x00", "is not UTF-8 text"),
-            (b"{% for m in messages %}\n{% endif %}", r"mine\.jinja:2 is not Jinja"),
-            (b"hello\n\n{{ x | nonsense }}", r"mine\.jinja:3 is not Jinja: .*nonsense"),
-        ],
-    )
-    def test_a_file_that_is_none(
-        self, folder: Path, tmp_path: Path, content: bytes | None, said: str
-    ) -> None:
-        path = tmp_path / "mine.jinja"
-        if content is not None:
-            path.write_bytes(content)
-        with pytest.raises(ModelError, match=rf"model\.chat_template: .*{said}"):
-            load_tokenizer(folder, str(path))
-
-    def test_a_folder_in_its_place(self, folder: Path, tmp_path: Path) -> None:
-        with pytest.raises(ModelError, match=r"model\.chat_template: .*cannot be read"):
-            load_tokenizer(folder, str(tmp_path))
-
-    def test_its_hash(self) -> None:
-        hashes = [
-            template_hash(small(template=template))
-            for template in (None, "", TEMPLATE, TEMPLATE + "\n")
-        ]
-        assert hashes[:2] == [None, None]
-        assert hashes[2] != hashes[3]
-        assert hashes[2] == template_hash(small("more", template=TEMPLATE))
-
-
 def with_extra_word(state: dict[str, Any]) -> None:
     state["model"]["vocab"]["zebra"] = len(state["model"]["vocab"])
 
@@ -350,57 +297,11 @@ class TestTheHash:
         tokenizer.save_pretrained(tmp_path)
         assert tokenizer_hash(load_tokenizer(tmp_path)) == before
 
-
-class TestWhatIsRefused:
-    def test_a_folder_without_one(self, tmp_path: Path) -> None:
-        with pytest.raises(ModelError, match=r"no tokenizer that can be read.*tokenizer_name_or"):
-            load_tokenizer(tmp_path)
-
-    @pytest.mark.parametrize("content", ["", "{", "[]", '{"model": {"type": "Nonsense"}}'])
-    def test_a_damaged_one(self, folder: Path, content: str) -> None:
-        (folder / "tokenizer.json").write_text(content)
-        with pytest.raises(ModelError, match="no tokenizer that can be read") as error:
-            load_tokenizer(folder)
-        assert str(folder) in str(error.value)
-
-    def test_one_without_a_fast_version(self, tmp_path: Path) -> None:
-        config = {"tokenizer_class": "ByT5Tokenizer"}
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
-        with pytest.raises(ModelError, match=r"no fast version \(tokenizer\.json\)"):
-            load_tokenizer(tmp_path)
-
-    def test_one_that_knows_no_tokens(self, folder: Path) -> None:
-        path = folder / "tokenizer.json"
-        state = json.loads(path.read_text(encoding="utf-8"))
-        state["model"] |= {"vocab": {}, "merges": []}
-        path.write_text(json.dumps({**state, "added_tokens": []}))
-        for other in folder.iterdir():
-            if other != path:
-                other.unlink()
-        config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        (folder / "tokenizer_config.json").write_text(json.dumps(config))
-        with pytest.raises(ModelError, match="knows no tokens"):
-            load_tokenizer(folder)
-
-    def test_code_of_its_own_unless_trusted(
-        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        from transformers import dynamic_module_utils
-
-        monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-        own = Path(shutil.copytree(folder, tmp_path / "own"))
-        config = json.loads((own / "tokenizer_config.json").read_text())
-        config |= {
-            "tokenizer_class": "OwnTokenizer",
-            "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]},
-        }
-        (own / "tokenizer_config.json").write_text(json.dumps(config))
-        (own / "own.py").write_text(
-            "from transformers import PreTrainedTokenizerFast\n"
-            "class OwnTokenizer(PreTrainedTokenizerFast):\n    pass\n"
-        )
-        with pytest.raises(ModelError, match=r"own Python code.*model\.trust_remote_code: true"):
-            load_tokenizer(own)
-        trusted = load_tokenizer(own, trust_remote_code=True)
-        assert type(trusted).__name__ == "OwnTokenizer"
-        assert trusted.encode("hello") == AutoTokenizer.from_pretrained(folder).encode("hello")
+    def test_a_template_has_its_own(self) -> None:
+        hashes = [
+            template_hash(small(template=template))
+            for template in (None, "", TEMPLATE, TEMPLATE + "\n")
+        ]
+        assert hashes[:2] == [None, None]
+        assert hashes[2] != hashes[3]
+        assert hashes[2] == template_hash(small("more", template=TEMPLATE))
