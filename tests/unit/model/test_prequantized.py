@@ -143,6 +143,12 @@ class TestFourBits:
         (gradient,) = torch.autograd.grad(product, rows, torch.ones_like(product))
         torch.testing.assert_close(gradient, torch.ones_like(product) @ weight)
 
+    def test_bring_no_warning_of_settings_that_upstream_passes_over(
+        self, folders: dict[str, Path], recwarn: pytest.WarningsRecorder
+    ) -> None:
+        load(folders["nf4"])
+        assert [one for one in recwarn if "quantization_config" in str(one.message)] == []
+
     def test_upstream_still_computes_in_what_was_stored(self, folders: dict[str, Path]) -> None:
         """Why it is set here; when this fails, upstream has mended it."""
         model = AutoModelForCausalLM.from_pretrained(
