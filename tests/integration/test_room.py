@@ -64,6 +64,6 @@ def test_room_that_a_run_needs_is_what_it_writes(
     written = ["adapter", "merged"] if merge else ["adapter"]
     weights = [path for name in written for path in (finished.folder / name).glob("*.safetensors")]
     assert len(weights) == len(written)
-    vocabulary = 384
-    record = 4 * vocabulary * DEFAULT_MAX_TOKENS * merge  # what the trained graph said, for a while
-    assert asked[0] - record >= 0.9 * sum(path.stat().st_size for path in weights)
+    vocabulary, weighed = 384, sum(path.stat().st_size for path in weights)
+    most = 4 * vocabulary * DEFAULT_MAX_TOKENS  # what the trained graph said, were there many rows
+    assert 0.9 * weighed <= asked[0] <= 10 * weighed < most + weighed
