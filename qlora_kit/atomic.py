@@ -21,16 +21,25 @@ def draft_beside(folder: Path) -> Iterator[Path]:
 
     What a killed process leaves is removed by the next use that is a day younger.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    _make(folder.parent, folder)
     for leftover in folder.parent.glob(f".{folder.name}.*.draft"):
         if time.time() - leftover.stat().st_mtime > _LEFTOVER_SECONDS:
             shutil.rmtree(leftover, ignore_errors=True)
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.draft")
-    draft.mkdir()
+    _make(draft, folder)
     try:
         yield draft
     finally:
         shutil.rmtree(draft, ignore_errors=True)
+
+
+def _make(folder: Path, meant: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HardwareError(
+            f"{meant} cannot be written: {error.strerror} ({folder.parent}). Name another folder."
+        ) from None
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from qlora_kit.environment import (
     resolve_compute_dtype,
 )
 from qlora_kit.evaluate.divergence import DEFAULT_MAX_TOKENS
-from qlora_kit.evaluate.evaluate import evaluate_model, evaluate_side_by_side
+from qlora_kit.evaluate.evaluate import evaluate_model, evaluate_side_by_side, window_size
 from qlora_kit.export.merge_run import merge_after_training
 from qlora_kit.model.adapter import Adapted, attach_adapter
 from qlora_kit.model.base import Base, load_base, prepare_for_training
@@ -36,8 +36,12 @@ from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.train import TrainResult, train_adapter
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+    from qlora_kit.data.render import TokenSequence
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ def run_recipe(recipe: Recipe, reporter: Reporter = SILENT) -> RunResult:
             hardware,
             lora=recipe.lora,
         )
+        if recipe.evaluate.perplexity and recipe.data.eval:
+            window_size(base.model, recipe.evaluate, recipe.data)  # rather now than after training
         prepare_for_training(base.model)
         narrate.base(reporter, base, recipe.quantization)
 
@@ -93,7 +99,9 @@ def run_recipe(recipe: Recipe, reporter: Reporter = SILENT) -> RunResult:
         narrate.adapter(reporter, adapted, recipe)
         narrate.schedule(reporter, recipe.train, batches)
 
-        require_disk(Path(recipe.run_dir), bytes_to_write(recipe, adapted), "this run")
+        require_disk(
+            Path(recipe.run_dir), bytes_to_write(recipe, adapted, held_out.sequences), "this run"
+        )
         run = create_run(recipe)
         write_json(run.ledger, {"train": train.ledger.as_dict(), "eval": held_out.ledger.as_dict()})
 
@@ -138,21 +146,21 @@ def evaluate_held_out(
 ) -> dict[str, Any]:
     """Figures on the held-out rows, of base and tuned model where there is an adapter.
 
-    Empty where no eval source is named.
+    Of a model without one its own. Empty where no eval source is named.
     """
     if not held_out.sequences:
         return {}
     if model is base.model:
         measured = evaluate_model(
-            "tuned", model, base, held_out, recipe.evaluate, recipe.data, reporter
+            base.source.name, model, base, held_out, recipe.evaluate, recipe.data, reporter
         )
-        return {"base": None, "tuned": measured.as_dict()}
+        return {"model": measured.as_dict()}
     return evaluate_side_by_side(
         model, base, held_out, recipe.evaluate, recipe.data, reporter
     ).as_dict()
 
 
-def bytes_to_write(recipe: Recipe, adapted: Adapted) -> int:
+def bytes_to_write(recipe: Recipe, adapted: Adapted, held_out: Sequence[TokenSequence] = ()) -> int:
     """At most what the run will leave on the disk: checkpoints, adapter, merged models.
 
     A checkpoint holds the adapter and its optimizer's two states, each in float32 at most
@@ -164,7 +172,8 @@ def bytes_to_write(recipe: Recipe, adapted: Adapted) -> int:
     merges = {True: 2 if recipe.export.merge_options.base == "auto" else 1, False: 0}
     merged = 4 * adapted.num_parameters * merges[recipe.export.merge]
     vocabulary = adapted.model.config.get_text_config().vocab_size
-    record = 4 * vocabulary * DEFAULT_MAX_TOKENS if recipe.export.merge else 0
+    measured = sum(one.num_supervised for one in held_out[: recipe.export.merge_options.max_rows])
+    record = 4 * vocabulary * min(measured, DEFAULT_MAX_TOKENS) if recipe.export.merge else 0
     return adapter * (1 + 3 * kept) + merged + record
 
 

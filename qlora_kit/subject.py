@@ -10,7 +10,7 @@ import torch
 
 from qlora_kit.checkpoint.run_directory import RunDirectory, is_run, open_run
 from qlora_kit.environment import probe_hardware, resolve_compute_dtype
-from qlora_kit.errors import AdapterError
+from qlora_kit.errors import AdapterError, HardwareError
 from qlora_kit.model.base import Base, load_base, prepare_for_training
 from qlora_kit.model.manifest import MANIFEST_FILE, base_of, read_manifest, stored_settings
 from qlora_kit.model.prequantized import stored_quantization
@@ -44,7 +44,8 @@ def load_subject(
 ) -> Subject:
     """Load a run (its base with its adapter), an adapter folder, or a model as it stands.
 
-    `model_spec` says how a model is read (trust_remote_code, allow_pickle, chat_template).
+    `model_spec` says how a model is read (trust_remote_code, allow_pickle, chat_template); its
+    revision, GGUF file and tokenizer are those of the model that it names, and of no other.
 
     Raises:
         QloraKitError: nothing of the kind is there, or the adapter belongs to another base.
@@ -59,7 +60,7 @@ def load_subject(
         spec, quantization = _from_manifest(folder, read_as)
         model, base = _with_adapter(spec, quantization, folder, force, reporter)
         return Subject(name, model, base, None, None)
-    base = _plain(read_as.model_copy(update={"name_or_path": name}))
+    base = _plain(read_as if read_as.name_or_path == name else _read_alike(name, read_as))
     return Subject(name, base.model, base, None, None)
 
 
@@ -70,7 +71,7 @@ def _with_adapter(
     force: bool,
     reporter: Reporter,
 ) -> tuple[PeftModel, Base]:
-    base = _load(spec, quantization, adapter)
+    base = _load(spec, _native(quantization), adapter)
     prepare_for_training(base.model)  # the graph that was trained has its norms in float32
     model, findings = load_adapter(base, quantization, adapter, force)
     for finding in findings:
@@ -86,6 +87,26 @@ def _from_manifest(folder: Path, read_as: ModelSpec) -> tuple[ModelSpec, Quantiz
         )
     manifest = read_manifest(folder)
     return base_of(manifest, read_as), stored_settings(manifest, folder)
+
+
+def _native(quantization: QuantizationSpec) -> QuantizationSpec:
+    """An adapter trained in what this machine only emulates is computed in what it has."""
+    try:
+        resolve_compute_dtype(quantization.compute_dtype, probe_hardware())
+    except HardwareError:
+        return quantization.model_copy(update={"compute_dtype": "auto"})
+    return quantization
+
+
+def _read_alike(name: str, read_as: ModelSpec) -> ModelSpec:
+    """Another model, with the same trust in it."""
+    return ModelSpec(
+        name_or_path=name,
+        chat_template=read_as.chat_template,
+        attn_implementation=read_as.attn_implementation,
+        trust_remote_code=read_as.trust_remote_code,
+        allow_pickle=read_as.allow_pickle,
+    )
 
 
 def _plain(spec: ModelSpec) -> Base:

@@ -114,8 +114,27 @@ def open_run(folder: Path) -> tuple[RunDirectory, Recipe]:
     if not run.recipe.is_file():
         raise RunError(f"{folder} is not a run: it has no recipe.yaml.")
     if not run.adapter.is_dir():
-        raise RunError(f"{folder} has no adapter yet; its training did not end.")
+        raise RunError(
+            f"{folder} has no adapter: its training did not end. "
+            f"{left_behind(load_recipe(run.recipe))}"
+        )
     return run, load_recipe(run.recipe)
+
+
+def left_behind(recipe: Recipe) -> str:
+    """What a run that did not end has kept, and what can be done with it."""
+    run = RunDirectory(Path(recipe.run_dir))
+    if not run.recipe.is_file():
+        return "Nothing was written."
+    if run.adapter.is_dir():
+        return (
+            f"Its training had ended: the adapter is in {run.adapter}. Go on with "
+            f"`qlora-kit evaluate {run.folder}` and `qlora-kit merge {run.folder}`, or train anew "
+            "into a new folder with --fresh."
+        )
+    kept = sorted(run.folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    held = f" {run.folder} holds {', '.join(path.name for path in kept)}." if kept else ""
+    return f"A run cannot be continued yet; --fresh trains anew into a new folder.{held}"
 
 
 def is_run(folder: Path) -> bool:
@@ -155,8 +174,12 @@ def _taken(run: RunDirectory, recipe: Recipe) -> str:
     other = f"`run_dir={fresh_folder(recipe)}`"
     if not run.recipe.is_file():
         return f"run_dir {run.folder} is not empty and holds no run; choose another: {other}."
-    state = "a finished run" if run.is_finished else "a run that was not finished"
+    if not run.is_finished:
+        return (
+            f"run_dir {run.folder} already holds a run that was not finished. Nothing there was "
+            f"touched. {left_behind(recipe)} Or choose another folder: {other}."
+        )
     return (
-        f"run_dir {run.folder} already holds {state}. Nothing there was touched. Train into a new "
-        f"folder with --fresh, or choose one: {other}."
+        f"run_dir {run.folder} already holds a finished run. Nothing there was touched. Train into "
+        f"a new folder with --fresh, or choose one: {other}."
     )

@@ -3,23 +3,55 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import Annotated, Any
 
 import typer
 
+import qlora_kit
 from qlora_kit.cli import chat, check, dequantize, doctor, evaluate, merge, recipes, train
 from qlora_kit.environment import quiet_upstream
 from qlora_kit.errors import QloraKitError
 
 app = typer.Typer(
     name="qlora-kit",
-    help="QLoRA fine-tuning from one YAML recipe to a merged, measured and certified model.",
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+
+def interruptible(command: Callable[..., None]) -> Callable[..., None]:
+    """A verb that says so when it is interrupted from the keyboard; Typer ends without a word."""
+
+    @wraps(command)
+    def say_so(*arguments: Any, **options: Any) -> None:
+        try:
+            command(*arguments, **options)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+    return say_so
+
+
 for verb in (check, train, evaluate, merge, dequantize, chat, recipes, doctor):
-    app.command(name=verb.NAME)(verb.command)
+    app.command(name=verb.NAME)(interruptible(verb.command))
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and end.", is_eager=True)
+    ] = False,
+) -> None:
+    """QLoRA fine-tuning from one YAML recipe to a merged, measured and certified model."""
+    if version:
+        print(qlora_kit.__version__)
+        raise typer.Exit
 
 
 def main() -> None:
@@ -30,8 +62,5 @@ def main() -> None:
     except QloraKitError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
     except BrokenPipeError:
         sys.exit(141)

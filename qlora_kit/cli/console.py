@@ -22,6 +22,7 @@ from qlora_kit.report.reporter import Progress, Reporter
 
 # Without a terminal a line is printed this often, so that a log shows life and stays short.
 _LOG_SECONDS = 15.0
+_SHORT_SECONDS = 2.0
 # Without a terminal there is no width to keep to; tables are given this many columns.
 _LOG_WIDTH = 132
 
@@ -42,15 +43,27 @@ class _Lines(Progress):
         self._console = console
         self._name = name
         self._total = total
-        self._done = 0
+        self._done = self._shown = 0
+        self._fields: dict[str, str] = {}
         self._start = self._last = time.monotonic()
 
     def update(self, advance: int = 1, **fields: str) -> None:
         self._done += advance
+        self._fields = fields
         now = time.monotonic()
         if now - self._last < _LOG_SECONDS:
             return
         self._last = now
+        self._show(now, fields)
+
+    def finish(self) -> None:
+        """Show the last figures, unless they were shown or the work was too short to need any."""
+        now = time.monotonic()
+        if self._shown < self._done and now - self._start > _SHORT_SECONDS:
+            self._show(now, self._fields)
+
+    def _show(self, now: float, fields: dict[str, str]) -> None:
+        self._shown = self._done
         seconds_left = (now - self._start) * max(self._total - self._done, 0) / max(self._done, 1)
         figures = [*(value for value in fields.values() if value), f"{clock(seconds_left)} left"]
         line = f"{self._name}: {self._done:,} of {self._total:,}  {'  '.join(figures)}"
@@ -87,7 +100,9 @@ class ConsoleReporter(Reporter):
     @contextmanager
     def progress(self, name: str, total: int) -> Iterator[Progress]:
         if not self._console.is_terminal:
-            yield _Lines(self._console, name, total)
+            lines = _Lines(self._console, name, total)
+            yield lines
+            lines.finish()
             return
         bar = RichProgress(
             TextColumn("{task.description:9}"),

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from qlora_kit.cli.arguments import AsJson, Force, Overrides, SubjectName
-from qlora_kit.errors import Fault, RecipeError
+from qlora_kit.errors import Fault, RecipeError, RunError
 
 NAME = "evaluate"
 
@@ -28,13 +28,18 @@ def command(
 ) -> None:
     """Measure a run (base and tuned side by side) or any model on held-out rows."""
     from qlora_kit.checkpoint.run_directory import is_run
+    from qlora_kit.preflight import looks_local
     from qlora_kit.recipe import load_recipe
 
-    own = Path(subject).expanduser() / "recipe.yaml" if is_run(Path(subject).expanduser()) else None
+    folder = Path(subject).expanduser()
+    if looks_local(subject) and not folder.exists():
+        raise RunError(f"{folder} does not exist.")
+    own = folder / "recipe.yaml" if is_run(folder) else None
     path = recipe or own
     if path is None:
-        raise RecipeError(
-            subject, [Fault("", "is not a run, so say what to measure it on", "--recipe RECIPE")]
+        raise typer.BadParameter(
+            f"{subject} is not a run, so its eval rows are not known; name a recipe that has some "
+            "with --recipe RECIPE."
         )
     loaded = load_recipe(path, overrides or ())
     if not loaded.data.has_eval_rows:
@@ -58,5 +63,5 @@ def command(
     if as_json:
         print(json.dumps(values, indent=2, ensure_ascii=False))
     else:
-        narrate.evaluation(reporter, values)
-        narrate.samples(reporter, values["tuned"])
+        narrate.evaluation(reporter, values, loaded.quantization)
+        narrate.samples(reporter, values.get("tuned") or values["model"])

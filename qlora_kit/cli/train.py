@@ -23,7 +23,7 @@ def command(
     """Train, evaluate, and export what the recipe says."""
     from pathlib import Path
 
-    from qlora_kit.checkpoint.run_directory import finished_run, fresh_folder
+    from qlora_kit.checkpoint.run_directory import finished_run, fresh_folder, left_behind
     from qlora_kit.cli.console import console_reporter
     from qlora_kit.errors import RecipeError
     from qlora_kit.preflight import preflight
@@ -45,7 +45,11 @@ def command(
     else:
         from qlora_kit.run import run_recipe
 
-        result = run_recipe(loaded, reporter)
+        try:
+            result = run_recipe(loaded, reporter)
+        except KeyboardInterrupt:
+            reporter.warn(f"interrupted. {left_behind(loaded)}")
+            raise typer.Exit(130) from None
         values = json.loads(result.run.summary.read_text(encoding="utf-8"))
     if as_json:
         print(json.dumps(values, indent=2))

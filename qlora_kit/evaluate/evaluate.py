@@ -107,7 +107,7 @@ def evaluate_model(
     samples: tuple[Sample, ...] = ()
     if spec.generate is not None:
         examples, prompts = _prompts(part, base, spec.generate.max_rows)
-        if not prompts:
+        if not prompts and name != "base":  # said once of the two
             reporter.warn("evaluate.generate: no eval row has an answer to compare with.")
         with reporter.progress(f"{name}: answering", len(prompts)) as progress:
             answers = generate_answers(
@@ -178,8 +178,8 @@ def window_size(model: CausalModel, spec: EvaluateSpec, data: DataSpec) -> int:
     if limit is not None and window > limit:
         key = "evaluate.window_tokens" if spec.window_tokens else "data.max_length"
         raise ModelError(
-            f"{key} is {window}, but the model's context is {limit} tokens; set "
-            f"evaluate.window_tokens to {limit} or less."
+            f"{key} is {window}, but the model's context is {limit} tokens; set {key} to {limit} "
+            "or less."
         )
     return window
 

@@ -76,7 +76,8 @@ def show_candidates(
             f"The {base} base predicts the held-out rows better (perplexity "
             f"{measured.candidate_perplexity:.4g}, the kept one "
             f"{chosen.divergence.candidate_perplexity:.4g}), but is further from what was trained "
-            f"than the budget. To keep it: --base {base} --max-kl {_above(measured.kl_mean)}"
+            f"than the budget. To keep that one: --base {base} --max-kl "
+            f"{_above(measured.kl_mean)}, into another folder with --out"
         )
 
 

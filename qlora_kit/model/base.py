@@ -28,7 +28,7 @@ from qlora_kit.model.skeleton import (
 )
 from qlora_kit.model.source import ModelSource, resolve_source
 from qlora_kit.model.stored import require_fitting, require_none_missing
-from qlora_kit.model.targets import require_targets
+from qlora_kit.model.targets import refuse_dora, require_targets
 from qlora_kit.model.tokenizer import (
     PadChoice,
     ensure_padding,
@@ -104,6 +104,7 @@ def load_base(
     refuse_unquantizable(skeleton, quantization)
     if lora is not None:
         require_targets(skeleton, lora, quantization)
+        refuse_dora(lora.use_dora, quantization.num_bits, hardware.device)
     tokenizer = _load_tokenizer(source, spec, adapter)
     if adapter is None:
         check_vocabulary(skeleton.model, tokenizer)

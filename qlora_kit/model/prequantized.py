@@ -89,7 +89,10 @@ def _settings(config: PreTrainedConfig) -> dict[str, Any] | None:
     settings = getattr(config, "quantization_config", None)
     if settings is None:
         return None
-    return dict(settings if isinstance(settings, dict) else settings.to_dict())
+    stored = dict(settings if isinstance(settings, dict) else settings.to_dict())
+    if stored.get("load_in_4bit") or stored.get("load_in_8bit"):
+        stored.setdefault("quant_method", "bitsandbytes")  # which was the only one until 2023
+    return stored
 
 
 def _num_bits(stored: dict[str, Any]) -> int:

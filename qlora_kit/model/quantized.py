@@ -91,6 +91,7 @@ def require_quantized(
             missed.append(name)
         else:
             _require_shape(name, module)
+            _require_kind(name, module, quantization)
     if missed:
         more = " …" if len(missed) > 3 else ""
         raise ModelError(
@@ -114,6 +115,27 @@ def _require_shape(name: str, module: Any) -> None:
             f"{name} was loaded in shape {list(shape)}, and config.json describes {list(wanted)}: "
             "the checkpoint and its config.json do not belong together."
         )
+
+
+def _require_kind(name: str, module: Any, quantization: QuantizationSpec) -> None:
+    """Upstream believes the tensors of a stored checkpoint, whatever its config.json says.
+
+    Where the scales of the scales are gone, it takes the scales as they are.
+    """
+    if not is_four_bit(module.weight):
+        return
+    state = module.weight.quant_state
+    stored = _kind(state.quant_type, state.nested)
+    said = _kind(quantization.quant_type, quantization.double_quant)
+    if stored != said:
+        raise ModelError(
+            f"{name} was loaded as {stored}, and config.json says {said}: the checkpoint is "
+            "incomplete, or its config.json belongs to another."
+        )
+
+
+def _kind(quant_type: str, double_quant: bool) -> str:
+    return f"{quant_type} {'with' if double_quant else 'without'} double quantization"
 
 
 def _quant_state_bytes(state: Any) -> int:

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from safetensors import SafetensorError
 
 from qlora_kit.errors import AdapterError
@@ -19,6 +20,7 @@ from qlora_kit.model.manifest import (
     write_manifest,
 )
 from qlora_kit.model.reason import reason_of
+from qlora_kit.model.targets import refuse_dora
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
@@ -85,9 +87,31 @@ def load_adapter(
         base.model.resize_token_embeddings(len(base.tokenizer), mean_resizing=False)
     try:
         model = PeftModel.from_pretrained(base.model, str(folder), is_trainable=False)
+        _read_in_float32(model, folder)
     except (ValueError, RuntimeError, LookupError, TypeError, OSError, SafetensorError) as error:
         raise AdapterError(
             f"{folder} cannot be loaded onto {base.source.name}: {reason_of(error)}"
         ) from error
+    refuse_dora(
+        model.peft_config["default"].use_dora, quantization.num_bits, base.model.device.type
+    )
     model.eval()
     return model, findings
+
+
+def _read_in_float32(model: PeftModel, folder: Path) -> None:
+    """What modules_to_save trained in float32, PEFT has rounded to the dtype of the base."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+    from peft.utils import ModulesToSaveWrapper
+
+    rounded = [
+        parameter
+        for wrapper in model.modules()
+        if isinstance(wrapper, ModulesToSaveWrapper)
+        for parameter in wrapper.modules_to_save.parameters()
+        if parameter.dtype != torch.float32
+    ]
+    for parameter in rounded:
+        parameter.data = parameter.data.float()
+    if rounded:
+        set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"))

@@ -58,6 +58,21 @@ def require_targets(skeleton: Skeleton, spec: LoraSpec, quantization: Quantizati
         _refuse_wrapped_embeddings(model, targets)
 
 
+def refuse_dora(use_dora: bool, num_bits: int, device: str) -> None:
+    """Refuse what loses the scales of 8-bit weights after one forward pass.
+
+    Reading a weight for DoRA, PEFT moves it to the CPU again, by then without its scales.
+
+    Raises:
+        AdapterError: DoRA on an 8-bit base, on a CPU.
+    """
+    if use_dora and num_bits == 8 and device == "cpu":
+        raise AdapterError(
+            "lora.use_dora: PEFT cannot compute DoRA on an 8-bit base on a CPU; take a 4-bit base "
+            "(quantization.load_in_4bit: true), a GPU, or no DoRA."
+        )
+
+
 def find_targets(skeleton: Skeleton, spec: LoraSpec) -> Targets:
     """The modules that `spec` names; expert routers never carry an adapter.
 
@@ -179,17 +194,27 @@ def _refuse_quantized(
 
 def _refuse_wrapped_embeddings(model: PreTrainedModel, targets: Targets) -> None:
     """Rows of new tokens are trained by themselves, beside nothing else on the same matrix."""
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    is_tied = head is not None and head.weight is embedding.weight
     for name, module in model.named_modules():
-        if any(module is end for end in ends):
-            key = "target_modules" if name in targets.modules else ""
-            if module is ends[0] and targets.saves(name):
-                key = "modules_to_save"
-            if key:
-                raise AdapterError(
-                    f"lora.new_tokens trains the new rows of {name}, and lora.{key} all of it; "
-                    "drop one of the two."
-                )
+        if module is not embedding and module is not head:
+            continue
+        key = "target_modules" if name in targets.modules else ""
+        if targets.saves(name):
+            if module is head and not is_tied:
+                continue  # the rows are trained with the rest of it
+            key = "modules_to_save"
+        if key:
+            raise AdapterError(
+                f"lora.new_tokens trains the new rows of {name}, and lora.{key} all of it; "
+                "drop one of the two."
+            )
+        if module is head and getattr(head, "bias", None) is not None:
+            remedy = "drop it" if is_tied else f"name {_kind(name)} in lora.modules_to_save"
+            raise AdapterError(
+                f"lora.new_tokens: PEFT leaves out the bias of {name} when it trains rows of it; "
+                f"{remedy}."
+            )
 
 
 def _modules_to_save(spec: LoraSpec, names: Iterable[str]) -> tuple[str, ...]:

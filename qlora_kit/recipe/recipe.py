@@ -82,5 +82,5 @@ class Recipe(Spec):
             yield Fault(
                 "lora.init",
                 "loftq corrects a quantization error, and this base is not quantized",
-                "use init: default or pissa",
+                "use init: default or gaussian",
             )

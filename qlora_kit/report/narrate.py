@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 _MIB = 1024**2
 _GIB = 1024**3
+_SMALL_SHARE = 0.3
 
 
 def hardware(
@@ -43,6 +44,11 @@ def base(reporter: Reporter, loaded: Base, quantization: QuantizationSpec) -> No
         16: f"{str(loaded.compute_dtype).removeprefix('torch.')}, not quantized",
     }[quantization.num_bits]
     share = f", {counted.share:.1%} of the parameters quantized" if counted.num_quantized else ""
+    if 0 < counted.share < _SMALL_SHARE:
+        reporter.warn(
+            f"only {counted.share:.1%} of the parameters are quantized: most are in embeddings, "
+            "which stay as they are, so little memory is saved."
+        )
     reporter.say(
         f"base      {loaded.source.name}: {counted.num_parameters / 1e6:,.1f} M parameters in "
         f"{counted.weight_bytes / _MIB:,.0f} MiB, {how}{share}"
@@ -135,7 +141,7 @@ def summary(reporter: Reporter, run: RunDirectory, recipe: Recipe) -> None:
         f"{training['last_loss']:.3f}; peak memory {memory['peak_bytes'] / _MIB:,.0f} MiB "
         f"({memory['peak_phase']})"
     )
-    evaluation(reporter, values["evaluation"])
+    evaluation(reporter, values["evaluation"], recipe.quantization)
     if values["certificate"] is not None:
         certificate(reporter, values["certificate"])
     reporter.say("")
@@ -152,15 +158,18 @@ def summary(reporter: Reporter, run: RunDirectory, recipe: Recipe) -> None:
         )
 
 
-def evaluation(reporter: Reporter, values: dict[str, Any] | None) -> None:
-    """Base and tuned model side by side."""
+def evaluation(
+    reporter: Reporter, values: dict[str, Any] | None, quantization: QuantizationSpec
+) -> None:
+    """Base and tuned model side by side, or one model alone."""
     if not values:
         return
     rows = []
-    for key, name in (("base", "base"), ("tuned", "tuned")):
-        measured = values.get(key)
+    kind = _kind_of(quantization)
+    for measured in values.values():
         if measured is None:
             continue
+        name = f"base ({kind})" if measured["name"] == "base" else measured["name"]
         perplexity, exact = measured["perplexity"], measured["exact_match"]
         rows.append(
             (
@@ -173,6 +182,11 @@ def evaluation(reporter: Reporter, values: dict[str, Any] | None) -> None:
         )
     columns = ("held-out rows", "perplexity", "exact match", "rows", "never stopped")
     reporter.table("", columns, rows)
+
+
+def _kind_of(quantization: QuantizationSpec) -> str:
+    names = {4: quantization.quant_type.upper(), 8: "LLM.int8()", 16: "not quantized"}
+    return names[quantization.num_bits]
 
 
 def samples(reporter: Reporter, measured: dict[str, Any], count: int = 3) -> None:
@@ -188,9 +202,9 @@ def certificate(reporter: Reporter, values: dict[str, Any]) -> None:
     measured = values["divergence"]
     verdict = "certified" if values["passed"] else "OVER BUDGET"
     reporter.say(
-        f"merged    {verdict}: {values['base']} base in {values['dtype']}, "
-        f"KL {measured['kl_mean']:.2g} nats/token (budget {values['max_kl']:g}), "
-        f"same top token {measured['top1_agreement']:.2%}, "
+        f"merged    {verdict} on {measured['num_tokens']:,} held-out tokens: {values['base']} base "
+        f"in {values['dtype']}, KL {measured['kl_mean']:.2g} nats/token "
+        f"(budget {values['max_kl']:g}), same top token {measured['top1_agreement']:.2%}, "
         f"max |Δ log p| {measured['max_abs_delta_logp']:.2g}, perplexity "
         f"{measured['reference_perplexity']:.4f} → {measured['candidate_perplexity']:.4f}"
     )

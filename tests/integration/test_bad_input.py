@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import build_llama
+from safetensors.torch import load_file
 
-from .conftest import Call, write_recipe, write_rows
+from qlora_kit.model.manifest import MANIFEST_FILE, file_sha256
+
+from .conftest import Call, FinishedRun, write_recipe, write_rows
 
 Spoil = Callable[[Path, Path], list[str]]
 """Damages (folder, copied model) and returns overrides."""
@@ -36,6 +42,33 @@ def empty_data(folder: Path, model: Path) -> list[str]:
     return []
 
 
+def data_is_a_folder(folder: Path, model: Path) -> list[str]:
+    (folder / "train.jsonl").unlink()
+    (folder / "train.jsonl").mkdir()
+    return []
+
+
+def data_is_a_dead_link(folder: Path, model: Path) -> list[str]:
+    (folder / "train.jsonl").unlink()
+    (folder / "train.jsonl").symlink_to(folder / "gone.jsonl")
+    return []
+
+
+def data_is_not_text(folder: Path, model: Path) -> list[str]:
+    """Its 49th line is in Latin-1, as a spreadsheet writes it."""
+    with (folder / "train.jsonl").open("ab") as file:
+        file.write('{"prompt": "é", "completion": "x"}\n'.encode("latin-1"))
+    return []
+
+
+def data_is_forbidden(folder: Path, model: Path) -> list[str]:
+    path = folder / "train.jsonl"
+    path.chmod(0)
+    if os.access(path, os.R_OK):
+        pytest.skip("this user reads files that nobody may read")
+    return []
+
+
 def broken_json(folder: Path, model: Path) -> list[str]:
     with (folder / "train.jsonl").open("a") as file:
         file.write('{"messages": [\n')
@@ -49,6 +82,38 @@ def nothing_supervised(folder: Path, model: Path) -> list[str]:
 
 def too_long(folder: Path, model: Path) -> list[str]:
     return ["data.max_length=8"]
+
+
+def weights_as_pickles(folder: Path, model: Path) -> list[str]:
+    pickle_weights(model)
+    return []
+
+
+def code_of_its_own(folder: Path, model: Path) -> list[str]:
+    """It would leave a file behind when it runs."""
+    config = json.loads((model / "config.json").read_text())
+    names = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    (model / "config.json").write_text(
+        json.dumps({**config, "model_type": "own", "auto_map": names})
+    )
+    (model / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()\n")
+    return []
+
+
+def code_of_its_own_tokenizer(folder: Path, model: Path) -> list[str]:
+    path = model / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {
+        "tokenizer_class": "OwnTokenizer",
+        "auto_map": {"AutoTokenizer": [None, "own.OwnTokenizer"]},
+    }
+    path.write_text(json.dumps(config))
+    (model / "own.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()\n")
+    return []
+
+
+def pickle_weights(model: Path) -> None:
+    torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
+    (model / "model.safetensors").unlink()
 
 
 def taken_folder(folder: Path, model: Path) -> list[str]:
@@ -66,6 +131,16 @@ CASES: dict[str, tuple[Spoil, tuple[str, ...]]] = {
     "truncated shard": (truncated_weights, ("model.safetensors",)),
     "no chat template": (no_template, ("chat template", "model.chat_template")),
     "empty data": (empty_data, ("train.jsonl",)),
+    "data is a folder": (data_is_a_folder, ("train.jsonl", "is a folder")),
+    "data is a dead link": (data_is_a_dead_link, ("train.jsonl", "there is no file")),
+    "data is not text": (data_is_not_text, ("train.jsonl", "UTF-8")),
+    "data is forbidden": (data_is_forbidden, ("train.jsonl", "Permission denied")),
+    "pickles": (weights_as_pickles, ("pytorch_model.bin", "model.allow_pickle: true")),
+    "remote code": (code_of_its_own, ("own Python code", "model.trust_remote_code: true")),
+    "remote code of the tokenizer": (
+        code_of_its_own_tokenizer,
+        ("own Python code", "model.trust_remote_code: true"),
+    ),
     "broken JSON": (broken_json, ("train.jsonl:49", "not JSON")),
     "nothing supervised": (nothing_supervised, ("nothing supervised",)),
     "rows too long": (too_long, ("longer than max_length",)),
@@ -135,14 +210,9 @@ def test_recipes_that_are_none(
 
 
 def test_adapter_of_another_base_is_refused(
-    tmp_path: Path, tiny_llama_untied: Path, finished: object, call: Call
+    tmp_path: Path, finished: FinishedRun, call: Call
 ) -> None:
     """The base's folder now holds other weights of the same shapes."""
-    from .conftest import FinishedRun
-
-    assert isinstance(finished, FinishedRun)
-    from conftest import build_llama
-
     other = build_llama(tmp_path / "other", seed=5)
     run = tmp_path / "run"
     shutil.copytree(finished.folder, run)
@@ -156,6 +226,86 @@ def test_adapter_of_another_base_is_refused(
     forced = call("evaluate", str(run), "--force")
     assert forced.code == 0, forced.err
     assert "forced onto another base" in forced.out
+
+
+def contents(folder: Path) -> dict[str, tuple[str, int]]:
+    """Every file's SHA-256 and time of change."""
+    return {
+        str(path.relative_to(folder)): (file_sha256(path), path.stat().st_mtime_ns)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+def test_an_adapter_of_another_base_is_not_merged(
+    tmp_path: Path, finished: FinishedRun, call: Call
+) -> None:
+    """Not the run's, and not the adapter's alone; forced, the certificate has the last word."""
+    other = build_llama(tmp_path / "other", seed=5)
+    run = tmp_path / "run"
+    shutil.copytree(finished.folder, run, ignore=shutil.ignore_patterns("merged"))
+    recipe = _yaml(run / "recipe.yaml")
+    recipe["model"]["name_or_path"] = str(other)
+    (run / "recipe.yaml").write_text(json.dumps(recipe))
+    adapter = tmp_path / "adapter"
+    shutil.copytree(finished.folder / "adapter", adapter)
+    manifest = json.loads((adapter / MANIFEST_FILE).read_text())
+    (adapter / MANIFEST_FILE).write_text(json.dumps({**manifest, "base_name": str(other)}))
+    rows = str(finished.recipe.with_name("held-out.jsonl"))
+    out = tmp_path / "out"
+    before = contents(tmp_path)
+    for subject in (run, adapter):
+        said = call("merge", str(subject), "--data", rows, "--out", str(out))
+        assert said.code == 1
+        assert said.err.startswith("error: ")
+        assert "does not belong to this base" in said.err
+        assert "the weights: " in said.err
+        assert "Traceback" not in said.err
+        assert contents(tmp_path) == before
+        assert not out.exists()
+    forced = call("merge", str(run), "--data", rows, "--out", str(out), "--force")
+    assert forced.code == 0, forced.err
+    assert "forced onto another base: the weights" in forced.out
+    assert json.loads((out / "certificate.json").read_text())["passed"]
+
+
+def test_a_folder_that_holds_another_run_is_left_as_it_is(
+    tmp_path: Path, finished: FinishedRun, call: Call
+) -> None:
+    """Whether that one is finished or not; the recipe differs in one number."""
+    run = tmp_path / "run"
+    shutil.copytree(finished.folder, run)
+    arguments = ("train", str(finished.recipe), f"run_dir={run}", "train.max_steps=1")
+    for state in ("a finished run", "a run that was not finished"):
+        before = contents(tmp_path)
+        said = call(*arguments)
+        assert said.code == 1
+        assert said.err.startswith("error: ")
+        assert f"already holds {state}" in said.err
+        assert "--fresh" in said.err
+        assert "run-2" in said.err
+        assert contents(tmp_path) == before
+        (run / "summary.json").unlink(missing_ok=True)
+
+
+def test_pickles_train_and_merge_when_asked_for(
+    tmp_path: Path, tiny_llama_untied: Path, call: Call
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama_untied, model)
+    pickle_weights(model)
+    recipe = write_recipe(tmp_path, model)
+    said = call(
+        "train",
+        str(recipe),
+        "model.allow_pickle=true",
+        "train.max_steps=1",
+        "evaluate.generate=null",
+        "export.merge_options={base: original, max_kl: 10}",
+    )
+    assert said.code == 0, said.err
+    assert (tmp_path / "run/merged/model.safetensors").is_file()
+    assert not list((tmp_path / "run").rglob("*.bin")), "what is exported is no pickle"
 
 
 def _yaml(path: Path) -> dict[str, dict[str, object]]:

@@ -98,7 +98,7 @@ def test_opening_says_what_is_missing(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="not a run"):
         open_run(tmp_path)
     run = create_run(recipe_in(tmp_path / "one"))
-    with pytest.raises(RunError, match="no adapter yet"):
+    with pytest.raises(RunError, match="has no adapter: its training did not end"):
         open_run(run.folder)
     run.adapter.mkdir()
     assert open_run(run.folder)[0] == RunDirectory(run.folder)

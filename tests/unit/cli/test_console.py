@@ -22,11 +22,23 @@ def test_a_line_says_what_is_done_and_how_long_the_rest_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     written = io.StringIO()
-    now = iter([100.0, 110.0, 120.0, 125.0])
+    now = iter([100.0, 110.0, 120.0, 125.0, 126.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
     reporter = ConsoleReporter(Console(file=written, width=132))
     with reporter.progress("training", 10) as progress:
         progress.update(1, loss="loss 3.0")
         progress.update(1, loss="loss 2.0", tokens="90 tok/s")
         progress.update(1, loss="loss 1.0")
-    assert written.getvalue() == "training: 2 of 10  loss 2.0  90 tok/s  1:20 left\n"
+    assert written.getvalue() == (
+        "training: 2 of 10  loss 2.0  90 tok/s  1:20 left\ntraining: 3 of 10  loss 1.0  1:01 left\n"
+    )
+
+
+def test_short_work_leaves_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    now = iter([100.0, 100.5, 101.0, 101.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    with ConsoleReporter(Console(file=written, width=132)).progress("x", 2) as progress:
+        progress.update()
+        progress.update()
+    assert written.getvalue() == ""

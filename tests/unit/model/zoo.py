@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora_kit.environment import probe_hardware
 from qlora_kit.model.base import Base, load_base, prepare_for_training
+from qlora_kit.model.skeleton import Skeleton, build_skeleton
 from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec
 
 COMMON: dict[str, Any] = {
@@ -140,6 +141,12 @@ def build(folder: Path, model_type: str, values: dict[str, Any]) -> Path:
     return folder
 
 
+def skeleton_of(name: str, **changed: Any) -> Skeleton:
+    """An architecture of this zoo without weights and without a folder."""
+    model_type, values = {**DENSE, **MIXTURES}[name]
+    return build_skeleton(AutoConfig.for_model(model_type, **{**COMMON, **values, **changed}))
+
+
 def load(
     folder: Path,
     quantization: QuantizationSpec | None = None,
@@ -175,10 +182,12 @@ def shake(model: torch.nn.Module, scale: float = 0.05) -> None:
             parameter.data.add_(torch.randn(parameter.shape, generator=generator) * scale)
 
 
-def train_a_step(model: torch.nn.Module, rate: float = 0.5) -> float:
+def train_a_step(
+    model: torch.nn.Module, rate: float = 0.5, ids: torch.Tensor | None = None
+) -> float:
     """One step of plain gradient descent; returns the loss before it."""
     model.train()
-    ids = some_ids()
+    ids = some_ids() if ids is None else ids
     loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids).loss
     loss.backward()
     with torch.no_grad():
