@@ -32,13 +32,15 @@ class Reply:
     ending: Literal["stopped", "length", "context", "interrupted"]
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) -> tuple[int, ...]:
-    """A conversation as the model is to see it, or the last message alone without a template.
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], is_conversation: bool = True
+) -> tuple[int, ...]:
+    """A conversation as the model is to see it; else the last message alone, as it stands.
 
     Raises:
         DataError: the template refuses the conversation, or no token comes of it.
     """
-    if tokenizer.chat_template:
+    if is_conversation:
         asked = (*messages, Message("assistant", ""))
         prompt = render_prompt(Conversation(asked, _ORIGIN), tokenizer)
     else:

@@ -83,7 +83,7 @@ def run_recipe(recipe: Recipe, reporter: Reporter = SILENT) -> RunResult:
             hardware,
             lora=recipe.lora,
         )
-        if recipe.evaluate.perplexity and recipe.data.eval:
+        if recipe.evaluate.perplexity and recipe.data.has_eval_rows:
             window_size(base.model, recipe.evaluate, recipe.data)  # rather now than after training
         prepare_for_training(base.model)
         narrate.base(reporter, base, recipe.quantization)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from io import TextIOWrapper
 from itertools import islice
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlora_kit.cli.arguments import AllowPickle, Force, SubjectName, TrustRemoteCode
-from qlora_kit.data.examples import Message
+from qlora_kit.data.examples import AnyExample, Conversation, Message
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -49,53 +49,61 @@ def command(
         name_or_path=subject, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
     )
     loaded = load_subject(subject, read_as, force, reporter)
-    has_template = bool(loaded.base.tokenizer.chat_template)
-    if system is not None and not has_template:
-        raise DataError(
-            "--system needs a chat template, and the tokenizer has none; put the text in front "
-            "of your prompt instead."
-        )
-    if not has_template:
-        reporter.say("The tokenizer has no chat template: each line is continued as plain text.")
+    trained = first_examples(loaded.recipe) if loaded.recipe is not None else []
+    is_conversation = bool(loaded.base.tokenizer.chat_template)
+    why = "The tokenizer has no chat template"
+    if trained and not any(isinstance(one, Conversation) for one in trained):
+        is_conversation = False
+        why = "It was trained on text without a chat template"
+    if system is not None and not is_conversation:
+        raise DataError(f"--system needs a conversation. {why}: put the text into your prompt.")
+    if not is_conversation:
+        reporter.say(f"{why}: each line is continued as plain text.")
     if sys.stdin.isatty():
         reporter.say(f"{loaded.name} listens. {_HELP}")
-    if system is None and has_template and loaded.recipe is not None:
-        system = trained_system_message(loaded.recipe)
+    if system is None and is_conversation:
+        system = trained_system_message(trained)
         if system is not None:
             reporter.say(f"As in training, it is told beforehand: {system}")
     before = [Message("system", system)] if system is not None else []
-    if not converse(loaded, before, max_new_tokens, temperature, reporter):
+    if not converse(loaded, before, is_conversation, max_new_tokens, temperature, reporter):
         raise typer.Exit(1)
 
 
-def trained_system_message(recipe: Recipe) -> str | None:
-    """The system message that every training row begins with; None where they differ."""
-    from qlora_kit.data.examples import Conversation
+def first_examples(recipe: Recipe) -> list[AnyExample]:
+    """What the first training rows say; nothing where they have moved since."""
     from qlora_kit.data.prepare import read_examples
     from qlora_kit.errors import QloraKitError
 
     try:
-        messages = {
-            one.messages[0].content
-            if isinstance(one, Conversation) and one.messages[0].role == "system"
-            else None
-            for one in islice(read_examples(recipe.data.train), _ROWS_LOOKED_AT)
-        }
+        return list(islice(read_examples(recipe.data.train), _ROWS_LOOKED_AT))
     except QloraKitError:
-        return None  # the rows have moved since; chat does not need them
+        return []
+
+
+def trained_system_message(examples: Sequence[AnyExample]) -> str | None:
+    """The system message that every training row begins with; None where they differ."""
+    messages = {
+        one.messages[0].content
+        if isinstance(one, Conversation) and one.messages[0].role == "system"
+        else None
+        for one in examples
+    }
     return messages.pop() if len(messages) == 1 else None
 
 
 def converse(
     subject: Subject,
     before: list[Message],
+    is_conversation: bool,
     max_new_tokens: int,
     temperature: float,
     reporter: Reporter,
 ) -> bool:
     """Answer line after line until they end; whether each one could be answered.
 
-    `before` holds the messages that every conversation begins with.
+    `before` holds the messages that every conversation begins with. Where it is no conversation,
+    each line is a text to be continued.
     """
     from qlora_kit.chat import prompt_ids, room_for_answer, stream_reply
 
@@ -109,7 +117,7 @@ def converse(
             reporter.say("(a new conversation)")
             continue
         asked = [*messages, Message("user", line)]
-        input_ids = prompt_ids(subject.base.tokenizer, asked)
+        input_ids = prompt_ids(subject.base.tokenizer, asked, is_conversation)
         room = room_for_answer(subject, input_ids)
         if room is not None and room <= 0:
             all_answered = False
