@@ -32,24 +32,31 @@ class Encoded:
 
     def token_at(self, character: int) -> int | None:
         """The token that a character of the text fell into; None where it left none."""
-        place = self._place(character)
-        return None if place is None else place[0]
+        place = self._piece(character)
+        if place is None:
+            return None
+        encoding, character, num_tokens = place
+        token = encoding.char_to_token(character)
+        return None if token is None else num_tokens + token
 
     def token_from(self, character: int) -> int | None:
         """The token that begins at a character; None where one from before reaches into it."""
-        place = self._place(character)
-        return place[0] if place is not None and place[1] else None
+        place = self._piece(character)
+        if place is None:
+            return None
+        encoding, character, num_tokens = place
+        token = encoding.char_to_token(character)
+        if token is None:
+            return None
+        span = encoding.token_to_chars(token)
+        return num_tokens + token if span is not None and span[0] == character else None
 
-    def _place(self, character: int) -> tuple[int, bool] | None:
-        """The token that a character fell into, and whether it begins there."""
+    def _piece(self, character: int) -> tuple[Encoding, int, int] | None:
+        """The piece of a character, the character in it, and how many tokens stand before it."""
         num_tokens = 0
         for text, encoding in self.pieces:
             if character < len(text):
-                token = encoding.char_to_token(character)
-                if token is None:
-                    return None
-                span = encoding.token_to_chars(token)
-                return num_tokens + token, span is not None and span[0] == character
+                return encoding, character, num_tokens
             character -= len(text)
             num_tokens += len(encoding.ids)
         return None

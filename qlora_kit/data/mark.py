@@ -73,7 +73,7 @@ def mark(example: Example, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) 
         RowRefused: it can, but not this one.
     """
     if isinstance(example, Conversation):
-        return _mark_conversation(example, tokenizer, loss_on)
+        return mark_conversation(example, tokenizer, loss_on)
     if isinstance(example, PlainText):
         nothing = () if not example.text.strip() else None
         return Marked(example.text, nothing, example.origin, is_templated=False)
@@ -96,9 +96,10 @@ def supervised_turns(conversation: Conversation, loss_on: LossOn) -> tuple[bool,
     return tuple(chosen)
 
 
-def _mark_conversation(
+def mark_conversation(
     example: Conversation, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
 ) -> Marked:
+    """As `mark`."""
     text = apply_template(example, tokenizer)
     notes = []
     literal = spelled_in(example, text, tokenizer)
@@ -183,20 +184,26 @@ def _content_end(message: Message, text: str, start: int, origin: str) -> int:
 def _find_said(
     example: Conversation, number: int, text: str, tokenizer: PreTrainedTokenizerBase
 ) -> Span:
-    """Where a message that is no answer stands in the text, up to the token that closes it."""
-    before = apply_template(example, tokenizer, number) if number else ""
-    own = apply_template(example, tokenizer, number + 1)
-    role = example.messages[number].role
-    content = example.messages[number].content.strip()
-    start = own.find(content, len(before))
-    if not own.startswith(before) or not text.startswith(own[: start + len(content)]) or start < 0:
+    """Where a message that is no answer stands in the text, up to the token that closes it.
+
+    The conversation is rendered once more with a mark in its place.
+    """
+    messages = list(example.messages)
+    messages[number] = replace(messages[number], content=_MARK)
+    around = apply_template(replace(example, messages=tuple(messages)), tokenizer).split(_MARK)
+    start, end = len(around[0]), len(text) - len(around[-1])
+    if len(around) != 2 or start > end or not _surrounds(around, text):
+        role = example.messages[number].role
         reason = f"the chat template cannot be split where a {role} turn begins"
         raise RowRefused(example.origin, reason)
-    end = start + len(content)
     closing = added_tokens(tokenizer).search(text, end)
     if closing is None or text[end : closing.start()].strip():
         return Span(start, end, asked=False, closes=False)
     return Span(start, closing.start(), asked=False)
+
+
+def _surrounds(around: Sequence[str], text: str) -> bool:
+    return text.startswith(around[0]) and text.endswith(around[-1])
 
 
 def spelled_in(

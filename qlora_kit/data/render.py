@@ -24,7 +24,8 @@ from qlora_kit.data.encode import (
 from qlora_kit.data.examples import Conversation, Example, PlainText, PromptCompletion
 from qlora_kit.data.mark import LossOn, Marked, find_answer, mark, spelled_in
 from qlora_kit.data.rows import RowRefused
-from qlora_kit.data.template import added_tokens, apply_template, turn_end
+from qlora_kit.data.skeleton import mark_by_skeleton
+from qlora_kit.data.template import PROBE, added_tokens, apply_template, turn_end
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -53,7 +54,9 @@ class TokenSequence:
 
     @property
     def num_supervised(self) -> int:
-        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+        first = self.labels[:1]
+        ignored = self.labels.count(IGNORE_INDEX)
+        return len(self.labels) - ignored - len(first) + first.count(IGNORE_INDEX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +117,10 @@ def _mark(
     example: Example, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
 ) -> Marked | RowRefused:
     try:
-        return mark(example, tokenizer, loss_on)
+        marked = None
+        if isinstance(example, Conversation):
+            marked = mark_by_skeleton(example, tokenizer, loss_on)
+        return marked or mark(example, tokenizer, loss_on)
     except RowRefused as refused:
         return refused
 
@@ -191,16 +197,30 @@ def _follows_prompt(
     token = encoded.token_from(start)
     if token is None:
         return False
-    cut = 0
-    for found in added_tokens(tokenizer).finditer(marked.text, max(0, start - 200), start):
-        cut = found.start()
-    tail = _ids_of(tokenizer, marked.text[cut:start])
-    return encoded.ids[token - len(tail) : token] == list(tail)
+    tail = _opening_end(tokenizer, str(tokenizer.chat_template))
+    if not tail or marked.text[start - len(tail) : start] != tail:
+        cut = 0
+        for found in added_tokens(tokenizer).finditer(marked.text, 0, start):
+            cut = found.start()
+        tail = marked.text[cut:start]
+    ids = _ids_of(tokenizer, tail)
+    return encoded.ids[token - len(ids) : token] == ids
+
+
+@lru_cache(maxsize=8)
+def _opening_end(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """How prompts for an answer mostly end, from an added token on; empty where they have none."""
+    try:
+        opening = apply_template(PROBE, tokenizer, 1, prompt=True)
+    except RowRefused:
+        return ""
+    cuts = [found.start() for found in added_tokens(tokenizer).finditer(opening)]
+    return opening[cuts[-1] :] if cuts else ""
 
 
 @lru_cache(maxsize=4096)
-def _ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> tuple[int, ...]:
-    return tuple(encode(tokenizer, text))
+def _ids_of(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return encode(tokenizer, text)
 
 
 def render_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> Prompt | None:

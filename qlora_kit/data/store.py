@@ -9,6 +9,7 @@ more memory than the pages it touches.
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -60,10 +61,10 @@ class StoreWriter:
 
     def add(self, sequence: TokenSequence, group: int = 0) -> None:
         """`group` is the number of its source in the recipe."""
-        ids = np.asarray(sequence.input_ids, np.int32)
-        self._tokens.write(ids.tobytes())
-        self._supervised.write((np.asarray(sequence.labels) != IGNORE_INDEX).tobytes())
-        self._end += len(ids)
+        self._tokens.write(array("i", sequence.input_ids))
+        labels = np.frombuffer(array("i", sequence.labels), np.int32)
+        self._supervised.write((labels != IGNORE_INDEX).tobytes())
+        self._end += len(labels)
         source, _, number = sequence.origin.rpartition(":")
         self._block.append(
             (

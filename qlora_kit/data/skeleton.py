@@ -1,0 +1,127 @@
+"""Marking many conversations of the same roles by one rendering of their template."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from qlora_kit.data.examples import Conversation, Message
+from qlora_kit.data.linear import is_linear
+from qlora_kit.data.mark import LossOn, Marked, Span, mark_conversation
+from qlora_kit.data.rows import RowRefused
+from qlora_kit.data.template import spelled_tokens
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+# Noncharacters, which no text may hold; the spaces show whether the template trims.
+_HOLE = re.compile("( ?)\ufdd1(\\d+)\ufdd2( ?)")
+
+# What a conversation's rendering depends on besides its contents.
+Shape = tuple[tuple[tuple[str, bool | None], ...], int]
+
+
+@dataclass(frozen=True, slots=True)
+class _Hole:
+    """Where the content of a message goes."""
+
+    start: int
+    end: int
+    keeps_left: bool
+    keeps_right: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """The rendering of a conversation whose contents are holes."""
+
+    marked: Marked
+    holes: tuple[_Hole, ...]
+
+    def filled(self, conversation: Conversation) -> Marked:
+        """The rendering of a conversation of this shape."""
+        text = self.marked.text
+        pieces: list[str] = []
+        shifts: list[tuple[int, int]] = []
+        done = shift = 0
+        for hole, message in zip(self.holes, conversation.messages, strict=True):
+            content = message.content
+            if not (hole.keeps_left and hole.keeps_right):
+                content = _trimmed(content, hole)
+            pieces += (text[done : hole.start], content)
+            shift += len(content) - (hole.end - hole.start)
+            shifts.append((hole.end, shift))
+            done = hole.end
+        pieces.append(text[done:])
+        spans = self.marked.spans
+        if spans is not None:
+            spans = tuple(
+                replace(span, start=_moved(span.start, shifts), end=_moved(span.end, shifts))
+                for span in spans
+            )
+        return replace(self.marked, text="".join(pieces), spans=spans, origin=conversation.origin)
+
+
+def mark_by_skeleton(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
+) -> Marked | None:
+    """As `mark_conversation`; None where this conversation has to be rendered by itself."""
+    if conversation.tools or not is_linear(str(tokenizer.chat_template or "")):
+        return None
+    spelled = spelled_tokens(tokenizer)
+    for message in conversation.messages:
+        content = message.content
+        if not content or content.isspace() or _has_more(message) or spelled.search(content):
+            return None
+    turns = tuple((message.role, message.train) for message in conversation.messages)
+    template = str(tokenizer.chat_template)
+    skeleton = _skeleton((turns, conversation.num_given), tokenizer, template, loss_on)
+    return None if skeleton is None else skeleton.filled(conversation)
+
+
+def _has_more(message: Message) -> bool:
+    return bool(
+        message.tool_calls
+        or message.reasoning is not None
+        or message.name is not None
+        or message.tool_call_id is not None
+    )
+
+
+@lru_cache(maxsize=2048)
+def _skeleton(
+    shape: Shape, tokenizer: PreTrainedTokenizerBase, template: str, loss_on: LossOn
+) -> Skeleton | None:
+    """None where the template refuses such conversations, or does not write each content once."""
+    turns, num_given = shape
+    messages = tuple(
+        Message(role, f" \ufdd1{number}\ufdd2 ", train=train)  # type: ignore[arg-type]
+        for number, (role, train) in enumerate(turns)
+    )
+    try:
+        marked = mark_conversation(Conversation(messages, "", num_given), tokenizer, loss_on)
+    except RowRefused:
+        return None
+    found = list(_HOLE.finditer(marked.text))
+    if [int(one[2]) for one in found] != list(range(len(turns))):
+        return None
+    holes = tuple(_Hole(one.start(), one.end(), bool(one[1]), bool(one[3])) for one in found)
+    return Skeleton(marked, holes)
+
+
+def _trimmed(content: str, hole: _Hole) -> str:
+    if not hole.keeps_left:
+        content = content.lstrip()
+    return content if hole.keeps_right else content.rstrip()
+
+
+def _moved(position: int, shifts: list[tuple[int, int]]) -> int:
+    """Where a position of the skeleton is once the holes before it are filled."""
+    moved = position
+    for end, shift in shifts:
+        if position < end:
+            break
+        moved = position + shift
+    return moved
