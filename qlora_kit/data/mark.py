@@ -61,6 +61,9 @@ class Marked:
     literal: tuple[tuple[int, int], ...] = ()
     """Parts in which what spells a special token is text."""
     notes: tuple[str, ...] = ()
+    openings: tuple[int, ...] = ()
+    """For each span the number of openings (see `opening_end`) that stand before its own, where
+    spans can be found by counting them; no content holds one."""
     prompt: int = 0
     """Characters that generation is given, where no template wrote the text."""
 

@@ -17,6 +17,7 @@ from qlora_kit.data.encode import (
     encode,
     encode_batch,
     encode_cut,
+    encode_ids,
     encode_literally,
     eos_id,
     with_bos,
@@ -25,7 +26,7 @@ from qlora_kit.data.examples import Conversation, Example, PlainText, PromptComp
 from qlora_kit.data.mark import LossOn, Marked, find_answer, mark, spelled_in
 from qlora_kit.data.rows import RowRefused
 from qlora_kit.data.skeleton import mark_by_skeleton
-from qlora_kit.data.template import PROBE, added_tokens, apply_template, turn_end
+from qlora_kit.data.template import added_tokens, apply_template, opening_end, turn_end
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -98,19 +99,52 @@ class Rendering:
     ):
         self._tokenizer = tokenizer
         self._marked = [_mark(example, tokenizer, loss_on) for example in examples]
+        self._examples = examples
+        self._loss_on = loss_on
+        self._ids: list[list[int]] = []
         self._encodings: list[Encoding] = []
 
     def encode(self) -> None:
-        whole = [one.text for one in self._marked if isinstance(one, Marked) and not one.literal]
+        marked = [one for one in self._marked if isinstance(one, Marked)]
+        counted = [one.text for one in marked if one.openings]
+        whole = [one.text for one in marked if not one.openings and not one.literal]
+        self._ids = encode_ids(self._tokenizer, counted) if counted else []
         self._encodings = encode_batch(self._tokenizer, whole) if whole else []
 
     def label(self) -> list[TokenSequence | RowRefused]:
         """Each example rendered, or why it cannot be."""
-        encodings = iter(self._encodings)
+        ids, encodings = iter(self._ids), iter(self._encodings)
         return [
-            one if isinstance(one, RowRefused) else _label(one, encodings, self._tokenizer)
-            for one in self._marked
+            self._labelled(example, marked, ids, encodings)
+            for example, marked in zip(self._examples, self._marked, strict=True)
         ]
+
+    def _labelled(
+        self,
+        example: Example,
+        marked: Marked | RowRefused,
+        ids: Iterator[list[int]],
+        encodings: Iterator[Encoding],
+    ) -> TokenSequence | RowRefused:
+        if isinstance(marked, RowRefused):
+            return marked
+        try:
+            if marked.openings:
+                counted = _label_counted(marked, next(ids), self._tokenizer)
+                if counted is not None:
+                    return counted
+                marked = mark(example, self._tokenizer, self._loss_on)
+                encoding = encode_batch(self._tokenizer, [marked.text])[0]
+                return _label(marked, Encoded.of([(marked.text, encoding)]), self._tokenizer)
+            if marked.literal:
+                encoded = encode_literally(
+                    self._tokenizer, marked.text, marked.literal, marked.origin
+                )
+            else:
+                encoded = Encoded.of([(marked.text, next(encodings))])
+            return _label(marked, encoded, self._tokenizer)
+        except RowRefused as refused:
+            return refused
 
 
 def _mark(
@@ -125,19 +159,36 @@ def _mark(
         return refused
 
 
-def _label(
-    marked: Marked, encodings: Iterator[Encoding], tokenizer: PreTrainedTokenizerBase
-) -> TokenSequence | RowRefused:
+def _label(marked: Marked, encoded: Encoded, tokenizer: PreTrainedTokenizerBase) -> TokenSequence:
+    if marked.is_templated:
+        return _label_turns(marked, encoded, tokenizer)
+    return _label_plain(marked, encoded, tokenizer)
+
+
+def _label_counted(
+    marked: Marked, ids: list[int], tokenizer: PreTrainedTokenizerBase
+) -> TokenSequence | None:
+    """Find answers by counting the openings before them, which need no offsets.
+
+    None where an opening is split otherwise than at the end of a prompt.
+    """
+    opening = _ids_of(tokenizer, opening_end(tokenizer))
+    first, length, end_id = opening[0], len(opening), turn_end(tokenizer).id
+    labels = [IGNORE_INDEX] * len(ids)
+    position = number = -1
     try:
-        if marked.literal:
-            encoded = encode_literally(tokenizer, marked.text, marked.literal, marked.origin)
-        else:
-            encoded = Encoded.of([(marked.text, next(encodings))])
-        if marked.is_templated:
-            return _label_turns(marked, encoded, tokenizer)
-        return _label_plain(marked, encoded, tokenizer)
-    except RowRefused as refused:
-        return refused
+        for wanted in marked.openings:
+            while number < wanted:
+                position = ids.index(first, position + 1)
+                number += 1
+            start = position + length
+            if ids[position:start] != opening:
+                return None
+            end = ids.index(end_id, start) + 1
+            labels[start:end] = ids[start:end]
+    except ValueError:
+        return None
+    return TokenSequence(tuple(ids), tuple(labels), marked.origin, marked.notes)
 
 
 def _label_plain(
@@ -197,7 +248,7 @@ def _follows_prompt(
     token = encoded.token_from(start)
     if token is None:
         return False
-    tail = _opening_end(tokenizer, str(tokenizer.chat_template))
+    tail = opening_end(tokenizer)
     if not tail or marked.text[start - len(tail) : start] != tail:
         cut = 0
         for found in added_tokens(tokenizer).finditer(marked.text, 0, start):
@@ -205,17 +256,6 @@ def _follows_prompt(
         tail = marked.text[cut:start]
     ids = _ids_of(tokenizer, tail)
     return encoded.ids[token - len(ids) : token] == ids
-
-
-@lru_cache(maxsize=8)
-def _opening_end(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
-    """How prompts for an answer mostly end, from an added token on; empty where they have none."""
-    try:
-        opening = apply_template(PROBE, tokenizer, 1, prompt=True)
-    except RowRefused:
-        return ""
-    cuts = [found.start() for found in added_tokens(tokenizer).finditer(opening)]
-    return opening[cuts[-1] :] if cuts else ""
 
 
 @lru_cache(maxsize=4096)

@@ -11,7 +11,7 @@ from qlora_kit.data.examples import Conversation, Message
 from qlora_kit.data.linear import is_linear
 from qlora_kit.data.mark import LossOn, Marked, Span, mark_conversation
 from qlora_kit.data.rows import RowRefused
-from qlora_kit.data.template import spelled_tokens
+from qlora_kit.data.template import added_tokens, opening_end, spelled_tokens
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,8 +41,12 @@ class Skeleton:
     holes: tuple[_Hole, ...]
 
     def filled(self, conversation: Conversation) -> Marked:
-        """The rendering of a conversation of this shape."""
-        text = self.marked.text
+        """The rendering of a conversation of this shape.
+
+        Where spans can be found by counting openings they are left as in the skeleton.
+        """
+        marked = self.marked
+        text = marked.text
         pieces: list[str] = []
         shifts: list[tuple[int, int]] = []
         done = shift = 0
@@ -55,13 +59,20 @@ class Skeleton:
             shifts.append((hole.end, shift))
             done = hole.end
         pieces.append(text[done:])
-        spans = self.marked.spans
-        if spans is not None:
+        spans = marked.spans
+        if spans and not marked.openings:
             spans = tuple(
                 replace(span, start=_moved(span.start, shifts), end=_moved(span.end, shifts))
                 for span in spans
             )
-        return replace(self.marked, text="".join(pieces), spans=spans, origin=conversation.origin)
+        return Marked(
+            "".join(pieces),
+            spans,
+            conversation.origin,
+            is_templated=True,
+            notes=marked.notes,
+            openings=marked.openings,
+        )
 
 
 def mark_by_skeleton(
@@ -108,7 +119,21 @@ def _skeleton(
     if [int(one[2]) for one in found] != list(range(len(turns))):
         return None
     holes = tuple(_Hole(one.start(), one.end(), bool(one[1]), bool(one[3])) for one in found)
-    return Skeleton(marked, holes)
+    return Skeleton(replace(marked, openings=_openings(marked, tokenizer)), holes)
+
+
+def _openings(marked: Marked, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
+    """Empty where some span cannot be found by counting, or there is none."""
+    opening = opening_end(tokenizer)
+    spans = marked.spans or ()
+    if not opening or not all(_is_opened(span, opening, marked.text) for span in spans):
+        return ()
+    first = str(added_tokens(tokenizer).match(opening)[0])  # type: ignore[index]
+    return tuple(marked.text.count(first, 0, span.start - len(opening)) for span in spans)
+
+
+def _is_opened(span: Span, opening: str, text: str) -> bool:
+    return span.asked and span.closes and text.endswith(opening, 0, span.start)
 
 
 def _trimmed(content: str, hole: _Hole) -> str:

@@ -92,6 +92,21 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
     return _find_turn_end(tokenizer, str(tokenizer.chat_template or ""))
 
 
+def opening_end(tokenizer: PreTrainedTokenizerBase) -> str:
+    """How prompts for an answer mostly end, from an added token on; empty where they have none."""
+    return _opening_end(tokenizer, str(tokenizer.chat_template or ""))
+
+
+@lru_cache(maxsize=8)
+def _opening_end(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    try:
+        opening = apply_template(PROBE, tokenizer, 1, prompt=True)
+    except RowRefused:
+        return ""
+    cuts = [found.start() for found in added_tokens(tokenizer).finditer(opening)]
+    return opening[cuts[-1] :] if cuts else ""
+
+
 def spelled_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Matches what only a template may write: a special token, or the end of a turn."""
     return _special_tokens(tokenizer, len(tokenizer), str(tokenizer.chat_template or ""))
