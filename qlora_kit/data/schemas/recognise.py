@@ -54,6 +54,7 @@ _FIELDS = frozenset().union(*(schema.reads for schema in SCHEMAS.values()))
 _NAMING = [key for schema in SCHEMAS.values() for slot in schema.slots for key in slot]
 _MOST_LAYOUTS = 1000
 _MOST_IGNORED = 100
+_MOST_HINTS = 20
 
 
 class Recogniser:
@@ -230,7 +231,7 @@ def _no_schema(row: Row, record: Record, tried: Sequence[Schema]) -> str:
         for schema in tried
     )
     message += ". Where a row keeps them under other names, say so with columns."
-    for key, value in sorted(record.items(), key=lambda pair: str(pair[0])):
+    for key, value in sorted(record.items(), key=lambda pair: str(pair[0]))[:_MOST_HINTS]:
         near = difflib.get_close_matches(str(key).lower()[:40], _NAMING, n=1, cutoff=0.8)
         if near and near[0] not in record:
             message += f" Did you mean {near[0]} by {key}?"

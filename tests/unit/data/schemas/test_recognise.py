@@ -134,6 +134,7 @@ def test_the_first_row_fits_none() -> None:
     assert "has the keys (none)" in stop({})
     odd: Json = {None: ["x"], "\x1b[31m": 1, "a\nb": 2}  # type: ignore[dict-item]
     assert stop(odd).isprintable()
+    assert len(stop({f"texts {number}": [{}] for number in range(10_000)})) < 4000
 
 
 def test_a_later_row_fits_none() -> None:
