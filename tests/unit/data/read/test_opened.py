@@ -52,7 +52,6 @@ def test_parts_that_follow_each_other(tmp_path: Path, pack: type[bytes]) -> None
         (gzip.compress(TEXT.encode())[:-1], "is cut off within its gzip data"),
         (gzip.compress(TEXT.encode())[:12], "is cut off within its gzip data"),
         (gzip.compress(TEXT.encode())[:-8] + bytes(8), "has damaged gzip data"),
-        (gzip.compress(TEXT.encode())[:12] + b"\xff" * 40, "has damaged gzip data"),
         (gzip.compress(TEXT.encode()) + b"more", "has damaged gzip data"),
         (zstd(os.urandom(9000))[:5000], "is cut off within its zstd data"),
         (zstd(TEXT.encode())[:-1], "is cut off within its zstd data"),

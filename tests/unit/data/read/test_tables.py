@@ -21,7 +21,7 @@ from qlora_kit.data.read import BadRow, Row
 from qlora_kit.data.read.delimited import delimited_rows
 from qlora_kit.data.read.plain_text import text_rows
 from qlora_kit.errors import DataError
-from tests.unit.data.read.files import good, lines, outcome, read, refusal, write
+from tests.unit.data.read.files import fault, good, lines, outcome, read, refusal, write
 
 CELLS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=12)
 NO_FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
@@ -48,7 +48,8 @@ def test_fields_come_back_with_their_lines(rows: list[tuple[str, str]], delimite
     ("name", "content", "expected"),
     [
         ("a.csv", "a,b\n1,x\n", [(2, {"a": "1", "b": "x"})]),
-        ("a.csv", "a,b\r\n1,x\r\n\r\n2,\r\n", [(2, {"a": "1", "b": "x"}), (4, {"a": "2", "b": ""})]),
+        ("a.csv", "a,b\r\n1,x\r\n\r\n2,\r\n", [(2, {"a": "1", "b": "x"}),
+         (4, {"a": "2", "b": ""})]),
         ("a.csv", "a,b\r1,x\r2,y", [(2, {"a": "1", "b": "x"}), (3, {"a": "2", "b": "y"})]),
         ("a.csv", '\ufeff"a","b"\n"1, 2","x ""y"""\n', [(2, {"a": "1, 2", "b": 'x "y"'})]),
         ("a.csv", 'a,b\n"1\n2",x\n3,y', [(2, {"a": "1\n2", "b": "x"}), (4, {"a": "3", "b": "y"})]),
@@ -229,10 +230,8 @@ def test_damage_is_no_crash(tmp_path: Path, at: int, damage: bytes, form: str) -
     content = bytearray(save(tmp_path / "whole", table, form).read_bytes())
     at %= len(content) - len(damage)
     content[at : at + len(damage)] = damage
-    try:
-        read(write(tmp_path, "a.parquet", bytes(content)))
-    except DataError as error:
-        assert "a.parquet" in str(error)
+    told = fault(write(tmp_path, "a.parquet", bytes(content)))
+    assert told is None or "a.parquet" in told
 
 
 def test_a_column_named_twice(tmp_path: Path) -> None:
