@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported: two cores, and other processes on them.
@@ -83,6 +84,20 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Nothing is written to the user's cache, but for the demo model: it is fetched once."""
+    from qlora_kit.environment import cache_dir
+
+    demo = cache_dir() / "demo"
+    demo.mkdir(parents=True, exist_ok=True)
+    folder = tmp_path_factory.mktemp("cache")
+    (folder / "demo").symlink_to(demo, target_is_directory=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QLORA_KIT_CACHE", str(folder))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -25,17 +25,24 @@ _NOT_RENDERING = {"packing", "streaming"}
 
 
 def cache_folder(
-    part: str, spec: DataSpec, fingerprints: Sequence[str], tokenizer: PreTrainedTokenizerBase
+    part: str,
+    spec: DataSpec,
+    fingerprints: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: frozenset[int],
 ) -> Path:
     """Where one part of the data is kept once it is rendered.
 
-    `fingerprints` stand for the bytes of its sources (and of those it must not repeat).
+    `fingerprints` stand for the bytes of its sources (and of those it must not repeat). The
+    end of a turn is proved against `stop_ids` when it is rendered, so what was proved for others
+    does not count.
     """
     facts = {
         "part": part,
         "section": spec.model_dump(mode="json", exclude=_NOT_RENDERING),
         "sources": list(fingerprints),
         "tokenizer": _tokenizer_facts(tokenizer),
+        "stop_ids": sorted(stop_ids),
         "code": _code_digest(),
     }
     digest = hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16)

@@ -126,7 +126,7 @@ def _prepare(
     sources = spec.eval if part == "eval" and spec.eval else spec.train
     related = sources if part == "eval" else (*spec.train, *spec.eval)
     fingerprints = [source_fingerprint(source) for source in related]
-    folder = cache_folder(part, spec, fingerprints, tokenizer)
+    folder = cache_folder(part, spec, fingerprints, tokenizer, stop_ids)
     if not folder.is_dir():
         selection = _selection(part, spec)
         with published_folder(folder) as draft:

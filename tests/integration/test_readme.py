@@ -54,14 +54,15 @@ def test_recipe_in_the_readme_is_a_recipe() -> None:
 
 
 def test_row_shapes_in_the_readme_are_understood(tmp_path: Path) -> None:
-    from qlora_kit.data.read import Row
-    from qlora_kit.data.schema import to_example
+    from qlora_kit.data.prepare import read_examples
+    from qlora_kit.recipe import SourceSpec
 
     rows = [line for block in blocks("json") for line in block.splitlines() if line]
-    assert len(rows) == 4
-    for number, line in enumerate(rows, start=1):
-        values = parse_yaml(line, "README.md")
-        to_example(Row("README.md", number, values))
+    assert len(rows) >= 4
+    for line in rows:
+        (tmp_path / "train.jsonl").write_text(line + "\n", encoding="utf-8")
+        source = SourceSpec(path=str(tmp_path / "train.jsonl"))
+        assert len(list(read_examples([source]))) == 1, line
 
 
 def test_every_verb_is_in_the_table() -> None:

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 from qlora_kit.errors import Fault
 from qlora_kit.preflight import DEMO_MODELS, looks_local, preflight
 from qlora_kit.recipe import recipe_from_dict
+from qlora_kit.recipe.data import COMPRESSED_ENDINGS, FILE_ENDINGS
 
 
 def faults_of(model: dict[str, Any], *train: dict[str, Any]) -> list[Fault]:
@@ -176,16 +177,35 @@ def test_data_files(tmp_path: Path, rows: Path) -> None:
     model, key = {"name_or_path": DEMO_MODELS[0]}, "data.train.0.path"
     check(faults_of(model, {"path": "no.jsonl"}), key, "there is no file", str(Path.cwd()))
     check(faults_of(model, {"path": "./no"}), key, "there is no file")
-    check(faults_of(model, {"path": str(tmp_path)}), key, "is a folder", ".jsonl")
-    rows.write_text(" \n\n")
+    check(faults_of(model, {"path": str(tmp_path), "split": "dev"}), key, "dev")
+    (tmp_path / "nothing").mkdir()
+    check(faults_of(model, {"path": str(tmp_path / "nothing")}), key, "nothing", ".jsonl")
+    rows.write_text("")
     check(faults_of(model, {"path": str(rows)}), key, "is empty")
-    (tmp_path / "rows.csv").write_text("a,b")
-    check(faults_of(model, {"path": str(tmp_path / "rows.csv")}), key, "ends in .csv")
+    (tmp_path / "rows.xlsx").write_text("a,b")
+    check(faults_of(model, {"path": str(tmp_path / "rows.xlsx")}), key, "has the ending .xlsx")
+    (tmp_path / "page.jsonl").write_text("<!DOCTYPE html><html><body>Sign in</body></html>")
+    check(faults_of(model, {"path": str(tmp_path / "page.jsonl")}), key, "HTML")
+
+
+@pytest.mark.parametrize("ending", FILE_ENDINGS)
+@pytest.mark.parametrize("compression", ["", *COMPRESSED_ENDINGS])
+def test_a_missing_file_is_not_looked_for_on_the_hub(ending: str, compression: str) -> None:
+    path = f"owner/rows{ending}{compression}"
+    faults = faults_of({"name_or_path": DEMO_MODELS[0]}, {"path": path})
+    check(faults, "data.train.0.path", "there is no file", path)
+
+
+def test_a_folder_and_a_pattern_of_files(tmp_path: Path, rows: Path) -> None:
+    model = {"name_or_path": DEMO_MODELS[0]}
+    assert faults_of(model, {"path": str(tmp_path)}) == []
+    assert faults_of(model, {"path": str(tmp_path / "*.jsonl")}) == []
+    check(faults_of(model, {"path": str(tmp_path / "*.csv")}), "data.train.0.path", "*.csv")
 
 
 def test_a_file_that_cannot_be_read(rows: Path) -> None:
     faults = faults_of({"name_or_path": DEMO_MODELS[0]}, {"path": f"{rows}/below.jsonl"})
-    check(faults, "data.train.0.path", "cannot be read: Not a directory")
+    check(faults, "data.train.0.path", "there is no file", "below.jsonl")
 
 
 @pytest.mark.parametrize("name", ["x" * 300, "./" + "y" * 300, "~nobody-of-this-name/x"])
@@ -196,12 +216,9 @@ def test_names_that_the_system_refuses(name: str) -> None:
 
 
 def test_it_agrees_with_what_loads_the_model() -> None:
-    from qlora_kit.data.read import LOCAL_SUFFIXES
     from qlora_kit.model import demo, source
-    from qlora_kit.recipe.data import FILE_ENDINGS
 
     assert DEMO_MODELS == (demo.DEMO_MODEL,)
-    assert LOCAL_SUFFIXES == FILE_ENDINGS
     for name in ("a", "a/b", "a/b/c", "./a", "../a", "/a", "~/a", ".a/b", "a.gguf"):
         assert looks_local(name) == source.looks_local(name), name
 

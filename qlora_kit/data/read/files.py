@@ -79,7 +79,7 @@ def find_files(path: str, split: str) -> Iterator[tuple[Path, str]]:
     elif not _is_there(place):
         if place.is_symlink():
             raise DataError(f"{path} is a link to a file that is not there; mend the link.")
-        raise DataError(f"there is no file {path}{_near_miss(place)}.")
+        raise DataError(f"there is no file {path}{_near_miss(place)}")
     else:
         yield place, path
 
@@ -106,15 +106,15 @@ def _is_there(path: Path) -> bool:
 
 
 def _near_miss(path: Path) -> str:
-    """What may have been meant, as the end of a sentence."""
+    """What may have been meant, as the end of the sentence."""
     try:
         neighbours = [one.name for one in path.parent.iterdir()]
     except OSError:
-        return f", nor a folder {path.parent}"
+        return f", nor a folder {path.parent}."
     near = difflib.get_close_matches(path.name, neighbours, n=1)
     if near:
         return f"; did you mean {path.parent / near[0]}?"
-    return "" if path.is_absolute() else f"; relative paths start in {Path.cwd()}"
+    return "." if path.is_absolute() else f"; relative paths start in {Path.cwd()}."
 
 
 def _in_folder(folder: Path, shown: str, split: str) -> Iterator[tuple[Path, str]]:

@@ -292,7 +292,9 @@ class _Scanner:
                 raise self._broken(error) from None
             except RecursionError:
                 raise self.fault("it is nested too deeply") from None
-            may_go_on = end == len(self._text) and self._text[end - 1] not in '}]"'
+            # A number may: 1 may be the start of 12, and in `1.5e-` only 1.5 is one so far.
+            is_number = self._text[end - 1] not in '}]"'
+            may_go_on = is_number and end >= len(self._text) - _LONGEST_TOKEN
             if not (may_go_on and self._read_on()):
                 return value, end - self._at
 
@@ -307,7 +309,10 @@ class _Scanner:
         return self.fault(what, "It is cut off; fetch or write it again")
 
     def _read_on(self) -> bool:
-        """Take in as much again as is in hand, so that no long value is read often."""
+        """Take in as much again as is in hand, so that no long value is read often.
+
+        Nothing changes where there is no more.
+        """
         assert self.line
         parts = [self._text[self._at :]]
         wanted, taken = max(1, len(parts[0])), 0
@@ -318,5 +323,6 @@ class _Scanner:
             taken += len(chunk)
             if taken >= wanted:
                 break
-        self._text, self._at, self._counted_to = "".join(parts), 0, 0
+        if taken:
+            self._text, self._at, self._counted_to = "".join(parts), 0, 0
         return taken > 0

@@ -123,15 +123,15 @@ def _recognised(path: Path, name: str, asked: FileFormat) -> SourceFile:
     if refused is not None:
         raise DataError(f"{name} is {refused[0]}; {refused[1]}.")
     binary = next((kind for magic, kind in _BINARY.items() if head.startswith(magic)), None)
-    if binary is not None or asked in ("parquet", "arrow"):
-        if binary is None or asked not in ("auto", binary):
-            found = "no such file by its first bytes" if binary is None else f"a {binary} file"
-            raise DataError(f"{name} is {found}; format: {asked} cannot read it.")
+    if binary is not None:
+        if asked not in ("auto", binary):
+            raise DataError(f"{name} is a {binary} file; format: {asked} cannot read it.")
         return SourceFile(path, name, binary, compression)
     _check_text(name, head, asked)
-    if asked != "auto":
-        return SourceFile(path, name, asked, compression)
-    return SourceFile(path, name, _text_format(path, name, compression), compression)
+    kind = _text_format(path, name, compression) if asked == "auto" else asked
+    if kind in ("parquet", "arrow"):
+        raise DataError(f"{name} is no {kind} file by its first bytes; fetch or write it again.")
+    return SourceFile(path, name, kind, compression)
 
 
 def _check_text(name: str, head: bytes, asked: FileFormat) -> None:

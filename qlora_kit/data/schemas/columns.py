@@ -18,8 +18,8 @@ from qlora_kit.data.schemas.fields import Unfit, kind, names
 from qlora_kit.errors import DataError
 
 
-def mapped(record: Record, columns: Mapping[str, str]) -> tuple[Record, Record]:
-    """The fields that the mapping fills, and the row with these and without their columns.
+def mapped(record: Record, columns: Mapping[str, str]) -> Record:
+    """The row with the fields that the mapping fills, and without their columns.
 
     Raises:
         Unfit: a path leads nowhere.
@@ -27,7 +27,7 @@ def mapped(record: Record, columns: Mapping[str, str]) -> tuple[Record, Record]:
     filled = {field: _at(record, path, field) for field, path in columns.items()}
     used = {path if path in record else path.partition(".")[0] for path in columns.values()}
     rest = {key: value for key, value in record.items() if key not in used}
-    return filled, {**rest, **filled}
+    return {**rest, **filled}
 
 
 def check_targets(

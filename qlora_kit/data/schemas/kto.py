@@ -32,7 +32,7 @@ _WORDS = {"true": True, "false": False}
 
 def read(record: Record, origin: str, rules: Rules) -> Rated:
     """One row of this schema."""
-    base = _base(record, record)
+    base = _base(record, record, rules.mapped)
     if base is None:
         raise Unfit("nothing is rated", "label stands beside neither messages nor a completion")
     refuse_unread(record, base.unread(record))
@@ -46,10 +46,13 @@ def read(record: Record, origin: str, rules: Rules) -> Rated:
     return Rated(answer, wanted, origin)
 
 
-def _base(record: Record, present: Collection[str]) -> Schema | None:
+def _base(
+    record: Record, present: Collection[str], mapped: frozenset[str] = frozenset()
+) -> Schema | None:
+    """What is rated: of the schemas that read every mapped field, the first that fits."""
+    bases = [one for one in BASES if one.reads.issuperset(mapped.difference(KEYS))]
     filled = [key for key in present if record[key] is not None]
-    fitting = [one for one in BASES if one.fits(record, filled)]
-    fitting += [one for one in BASES if one.fits(record, present)]
+    fitting = [one for keys in (filled, present) for one in bases if one.fits(record, keys)]
     return fitting[0] if fitting else None
 
 

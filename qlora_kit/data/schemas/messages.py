@@ -38,7 +38,13 @@ from qlora_kit.data.schemas.tools import TOOL_KEYS, calls_in_text, tool_call, to
 from qlora_kit.data.schemas.turns import check_order, role_of, with_system
 
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
-_PLAIN_ROLES: dict[str, Role] = {"system": "system", "user": "user", "assistant": "assistant"}
+_PLAIN_ROLES: dict[str, Role] = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
 
 
 def read(record: Record, origin: str, rules: Rules) -> Conversation:
@@ -76,6 +82,8 @@ def read_messages(given: Any, field: str) -> list[Message]:
         # Most turns are a role and a text, and there may be millions.
         if type(turn) is dict and len(turn) == 2:
             role, content = turn.get("role"), turn.get("content")
+            if role is None and content is None:
+                role, content = turn.get("from"), turn.get("value")
             if (
                 type(role) is str
                 and role in _PLAIN_ROLES

@@ -11,7 +11,8 @@ Rules:
   system or user turn are whole conversations; their prompt is what they share, it ends where
   two answers of the assistant differ, and a `prompt` beside them must be part of it.
 - Otherwise the prompt is `prompt`, else `conversations` (or `messages`), else `instruction` as
-  in alpaca, else question, query or input. A text before messages is a user turn.
+  in alpaca, else question, query or input; what a column mapping fills goes before these. A
+  text before messages is a user turn.
 - Where prompt and answers are texts, both are joined as they stand, without a chat template.
   Without a prompt, it is what the two texts share, up to the last white space.
 - An answer that is not worse or better than the other, as both are the same, is refused.
@@ -103,7 +104,8 @@ def _answers(record: Record) -> tuple[str, str] | list[list[Message]]:
 def _prompt_turns(record: Record, rules: Rules, or_text: bool = False) -> list[Message] | None:
     """The prompt as turns; a text is one only where the answers are turns (`or_text`)."""
     system = optional_text(record, "system")
-    if not is_filled(record.get("prompt")):
+    elsewhere = rules.mapped.intersection((*_TURNS_KEYS, "instruction"))
+    if elsewhere or not is_filled(record.get("prompt")):
         turns_key = first_filled(record, _TURNS_KEYS)
         if turns_key is not None:
             return with_system(with_greeting(read_messages(record[turns_key], turns_key)), system)
@@ -160,7 +162,7 @@ def _check_prompt(record: Record, shared: Sequence[Message], rules: Rules) -> No
     """A prompt beside whole conversations says nothing new, or the row contradicts itself."""
     key = one_of(record, completion.PROMPT_KEYS, rules.mapped, "the prompt")
     prompt = record.get(key)
-    if prompt is None or prompt == "" or prompt == []:
+    if not is_filled(prompt):
         return
     if isinstance(prompt, list | tuple):
         fits = read_messages(prompt, "prompt") == list(shared[: len(prompt)])
@@ -196,10 +198,7 @@ def _texts(record: Record, origin: str, chosen: str, rejected: str, rules: Rules
 def _shared_text(chosen: str, rejected: str) -> str:
     """What both begin with, up to the white space before the first word that differs."""
     pairs = enumerate(zip(chosen, rejected, strict=False))
-    num_shared = next(
-        (number for number, (a, b) in pairs if a != b), min(len(chosen), len(rejected))
-    )
-    shared = chosen[:num_shared]
+    shared = chosen[: next((number for number, (a, b) in pairs if a != b), len(rejected))]
     prompt = shared.rstrip()
     if prompt == shared:
         whole_words = shared.rsplit(None, 1)

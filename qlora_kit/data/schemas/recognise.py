@@ -2,8 +2,8 @@
 
 Rules:
 - Schemas are tried in the order of `SCHEMAS`, and the first that fits is taken: what says more
-  about an answer goes before what says less. A column mapping decides where its fields alone
-  fit a schema.
+  about an answer goes before what says less. With a column mapping, those that read every
+  field that it fills are tried.
 - A field that is null counts as absent, but not for making another schema of a row: with the
   keys `text` and `label`, a null label is a fault, and the row no plain text.
 - All rows of a source have one schema.
@@ -14,7 +14,7 @@ Rules:
 from __future__ import annotations
 
 import difflib
-from collections.abc import Collection
+from collections.abc import Sequence
 
 from qlora_kit.data.examples import AnyExample
 from qlora_kit.data.rows import Record, Row, RowRefused
@@ -54,6 +54,7 @@ _FIELDS = frozenset().union(*(schema.reads for schema in SCHEMAS.values()))
 _NAMING = [key for schema in SCHEMAS.values() for slot in schema.slots for key in slot]
 _MOST_LAYOUTS = 1000
 _MOST_IGNORED = 100
+_MOST_HINTS = 20
 
 
 class Recogniser:
@@ -67,7 +68,6 @@ class Recogniser:
     """
 
     def __init__(self, source: SourceSpec, needs_answer: bool = True):
-        self._path = source.path
         self._named = None if source.type == "auto" else SCHEMAS[source.type]
         self._columns = source.columns
         self._rules = Rules(needs_answer, frozenset(source.columns))
@@ -78,6 +78,12 @@ class Recogniser:
         known = self._named.reads if self._named else _FIELDS
         not_read = f"type: {source.type} does not read" if self._named else "no schema reads"
         columns.check_targets(source.path, source.columns, known, not_read)
+        self._tried = [one for one in SCHEMAS.values() if one.reads.issuperset(source.columns)]
+        if not self._tried:
+            raise DataError(
+                f"the columns of {source.path} fill {' and '.join(source.columns)}, which no "
+                "schema reads together. Fill the fields of one schema."
+            )
 
     @property
     def schema(self) -> SchemaName | None:
@@ -110,19 +116,15 @@ class Recogniser:
         """
         origin = row.origin
         try:
-            if self._columns:
-                filled, record = self._mapped(row)
-                schema, unread = self._layout(row, record, filled)
-            else:
-                record = row.record
-                schema, unread = self._layout(row, record, record)
+            record = self._mapped(row) if self._columns else row.record
+            schema, unread = self._layout(row, record)
             if unread:
                 refuse_unread(record, unread)
             return schema.read(record, origin, self._rules)
         except Unfit as fault:
             raise RowRefused(origin, fault.reason, fault.detail) from None
 
-    def _mapped(self, row: Row) -> tuple[Record, Record]:
+    def _mapped(self, row: Row) -> Record:
         try:
             return columns.mapped(row.record, self._columns)
         except Unfit as fault:
@@ -130,7 +132,7 @@ class Recogniser:
                 raise DataError(f"{row.origin}: {fault.reason}: {fault.detail}.") from None
             raise
 
-    def _layout(self, row: Row, record: Record, filled: Record) -> tuple[Schema, list[str]]:
+    def _layout(self, row: Row, record: Record) -> tuple[Schema, list[str]]:
         """The schema of a row, and its keys that would have to be read."""
         keys = tuple(record)
         by_keys = "label" not in record and "kto_tag" not in record and None not in record.values()
@@ -138,9 +140,7 @@ class Recogniser:
             known = self._layouts.get(keys)
             if known is not None:
                 return known
-        schema = (
-            self._named_schema(row, record) if self._named else self._found(row, filled, record)
-        )
+        schema = self._named_schema(row, record) if self._named else self._found(row, record)
         unread = schema.unread(keys)
         for key in keys:
             extra = key not in schema.reads and key not in unread and record[key] is not None
@@ -161,22 +161,21 @@ class Recogniser:
         self._settle(self._named, row, record)
         return self._named
 
-    def _found(self, row: Row, filled: Record, record: Record) -> Schema:
+    def _found(self, row: Row, record: Record) -> Schema:
         """The schema by the keys, which is that of the rows before."""
-        pool = filled if self._columns and _fitting(filled, filled) else record
-        schema, by_nulls = _schema_of(pool)
+        schema, by_nulls = _schema_of(record, self._tried)
         if schema is None:
             if self._first is None:
-                raise DataError(_no_schema(row, pool))
+                raise DataError(_no_schema(row, record, self._tried))
             raise Unfit(NO_SCHEMA, f"keys: {names(row.record)}")
         if self._first is None:
             if not by_nulls:
-                self._settle(schema, row, pool)
+                self._settle(schema, row, record)
             return schema
         settled, first = self._first
-        if schema is not settled and by_nulls and settled.fits(pool, pool):
+        if schema is not settled and by_nulls and settled.fits(record, record):
             return settled
-        if settled is kto.SCHEMA and schema in kto.BASES and not settled.missing(pool):
+        if settled is kto.SCHEMA and schema in kto.BASES and not settled.missing(record):
             return settled
         if schema is not settled:
             raise DataError(_two_schemas(row, schema, first, settled))
@@ -190,17 +189,13 @@ class Recogniser:
                 self._naming = naming
 
 
-def _fitting(record: Record, present: Collection[str]) -> Schema | None:
-    return next((one for one in SCHEMAS.values() if one.fits(record, present)), None)
-
-
-def _schema_of(record: Record) -> tuple[Schema | None, bool]:
-    """The schema that the keys fit, and whether it is one only if a null counts as there."""
+def _schema_of(record: Record, tried: Sequence[Schema]) -> tuple[Schema | None, bool]:
+    """The schema that the keys fit, and whether it does only if a null counts as there."""
     present = [key for key in record if record[key] is not None]
-    schema = _fitting(record, present)
+    schema = next((one for one in tried if one.fits(record, present)), None)
     if len(present) == len(record):
         return schema, False
-    with_nulls = _fitting(record, record)
+    with_nulls = next((one for one in tried if one.fits(record, record)), None)
     if with_nulls is None or with_nulls is schema:
         return schema, False
     if schema is None or with_nulls.reads.issuperset(schema.naming(present)):
@@ -226,17 +221,17 @@ def _missing(row: Row, schema: Schema, missing: list[str]) -> str:
     )
 
 
-def _no_schema(row: Row, record: Record) -> str:
+def _no_schema(row: Row, record: Record, tried: Sequence[Schema]) -> str:
     listed = [f"{key} (null)" if value is None else key for key, value in record.items()]
     message = (
         f"{row.origin} has the keys {names(sorted(map(str, listed)))}, which fit no known schema. "
     )
     message += "Known: " + "; ".join(
         f"{schema.name} ({' + '.join(slot[0] for slot in schema.slots)}: {schema.layout})"
-        for schema in SCHEMAS.values()
+        for schema in tried
     )
     message += ". Where a row keeps them under other names, say so with columns."
-    for key, value in sorted(record.items(), key=lambda pair: str(pair[0])):
+    for key, value in sorted(record.items(), key=lambda pair: str(pair[0]))[:_MOST_HINTS]:
         near = difflib.get_close_matches(str(key).lower()[:40], _NAMING, n=1, cutoff=0.8)
         if near and near[0] not in record:
             message += f" Did you mean {near[0]} by {key}?"

@@ -15,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from qlora_kit.chat import prompt_ids, stream_reply, turn_ends
 from qlora_kit.cli import app
+from qlora_kit.data.examples import Message
 from qlora_kit.errors import DataError
 from qlora_kit.subject import Subject, load_subject
 
@@ -153,7 +154,7 @@ def test_a_conversation_that_fills_the_context_can_be_reset(talker: Path) -> Non
 
 def test_generation_stops_at_the_end_of_the_turn(subject: Subject, talker: Path) -> None:
     """Any token can be made an end; that one must end the answer and not be shown."""
-    ids = prompt_ids(subject.base.tokenizer, [{"role": "user", "content": "hello"}])
+    ids = prompt_ids(subject.base.tokenizer, [Message("user", "hello")])
     said = greedy_ids(talker, turn("user", "hello") + OPENING, 8)
     shown = [len(subject.base.tokenizer.decode([i], skip_special_tokens=True)) for i in said]
     end = next(i for i in range(2, 8) if shown[i] and said[i] not in said[:i])
@@ -166,7 +167,7 @@ def test_generation_stops_at_the_end_of_the_turn(subject: Subject, talker: Path)
 
 
 def test_ctrl_c_stops_the_answer_and_keeps_what_was_said(subject: Subject) -> None:
-    ids = prompt_ids(subject.base.tokenizer, [{"role": "user", "content": "hello"}])
+    ids = prompt_ids(subject.base.tokenizer, [Message("user", "hello")])
     pieces: list[str] = []
 
     def write(text: str) -> None:
@@ -201,7 +202,7 @@ def test_a_word_that_was_under_way_at_ctrl_c_is_shown(
 
 
 def test_temperature_draws_tokens(subject: Subject) -> None:
-    ids = prompt_ids(subject.base.tokenizer, [{"role": "user", "content": "hello"}])
+    ids = prompt_ids(subject.base.tokenizer, [Message("user", "hello")])
 
     def answer(seed: int, temperature: float) -> str:
         torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""Tokens on both sides of a seam."""
+"""Tokens on both sides of a seam, and text that only looks like a token."""
 
 from __future__ import annotations
 
@@ -6,13 +6,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qlora_kit.data.encode import as_generated, decode, encode, encode_after, eos_id, with_bos
-from qlora_kit.data.template import RowRefused
+from qlora_kit.data.encode import (
+    Encoded,
+    as_generated,
+    decode,
+    encode,
+    encode_batch,
+    encode_cut,
+    encode_literally,
+    eos_id,
+    with_bos,
+)
+from qlora_kit.data.rows import RowRefused
 from qlora_kit.errors import DataError
 
 from .formats import build, build_sentencepiece, tokenizer_of
 
 ROUGH = st.text(alphabet="ab \n1é🙂", max_size=12)
+SPELLED = st.lists(
+    st.sampled_from(["<|im_end|>", "<|im_start|>", "a", " ", "\n", "é🙂", "<", "|"]), max_size=6
+)
+
+
+def whole(tokenizer: object, text: str) -> Encoded:
+    return Encoded.of([(text, encode_batch(tokenizer, [text])[0])])
 
 
 def test_nothing_is_added() -> None:
@@ -21,34 +38,68 @@ def test_nothing_is_added() -> None:
 
 
 @settings(deadline=None, derandomize=True)
-@given(opening=ROUGH, rest=ROUGH)
-def test_the_text_begins_with_the_tokens_of_its_opening(opening: str, rest: str) -> None:
+@given(texts=st.lists(ROUGH, min_size=1, max_size=4))
+def test_many_at_once_are_each_as_alone(texts: list[str]) -> None:
     tokenizer = tokenizer_of("chatml")
-    encoded, [prompt] = encode_after(tokenizer, opening + rest, [opening], "row")
-    assert prompt == encode(tokenizer, opening)
-    assert encoded.ids[: len(prompt)] == prompt
-    assert decode(tokenizer, encoded.ids) == opening + rest
+    together = [one.ids for one in encode_batch(tokenizer, texts)]
+    assert together == [encode(tokenizer, text) for text in texts]
 
 
-def test_a_text_stays_in_one_piece_where_it_can() -> None:
-    tokenizer = build()
-    encoded, _ = encode_after(tokenizer, "the fox, the dog", ["the fox,"], "row")
-    assert encoded.pieces == ("the fox, the dog",)
-    encoded, _ = encode_after(tokenizer, "the fox, the dog", ["the f"], "row")
-    assert encoded.pieces == ("the f", "ox, the dog")
+@settings(deadline=None, derandomize=True)
+@given(opening=ROUGH, rest=ROUGH)
+def test_a_cut_text_begins_with_the_tokens_of_its_opening(opening: str, rest: str) -> None:
+    tokenizer = tokenizer_of("chatml")
+    cut = encode_cut(tokenizer, whole(tokenizer, opening + rest), opening, "row")
+    prompt = encode(tokenizer, opening)
+    assert cut.ids == [*prompt, *encode(tokenizer, rest)]
+    assert decode(tokenizer, cut.ids) == opening + rest
 
 
 def test_a_seam_that_would_change_the_text_is_refused() -> None:
+    tokenizer = build_sentencepiece(None)
     with pytest.raises(RowRefused, match="row: the first token of an answer begins before it"):
-        encode_after(build_sentencepiece(None), "hello", ["hel"], "row")
+        encode_cut(tokenizer, whole(tokenizer, "hello"), "hel", "row")
 
 
-@pytest.mark.parametrize("opening", ["🙂", "🙂é the ", "x"])
+@settings(deadline=None, derandomize=True)
+@given(before=SPELLED, said=SPELLED, after=SPELLED)
+def test_what_is_literal_holds_no_token_of_its_own(
+    before: list[str], said: list[str], after: list[str]
+) -> None:
+    """And what is not literal keeps every one of its own."""
+    tokenizer = tokenizer_of("chatml")
+    own = {tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|im_start|>")}
+    opening, content, rest = "".join(before), "".join(said), "".join(after)
+    place = (len(opening), len(opening) + len(content))
+    literal = [place] if content else []
+    encoded = encode_literally(tokenizer, opening + content + rest, literal, "row")
+    assert decode(tokenizer, encoded.ids) == opening + content + rest
+    expected = [*encode(tokenizer, opening), *encode(tokenizer, rest)]
+    if content:
+        assert [one for one in encoded.ids if one in own] == [one for one in expected if one in own]
+
+
+def test_a_cut_through_literal_text_keeps_it_text() -> None:
+    tokenizer = build()
+    end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    text = "say <|im_end|> now <|im_end|>"
+    places = [(4, 14), (19, 29)]
+    for cut_at in range(len(text)):
+        encoded = encode_literally(tokenizer, text, places, "row")
+        if any(start < cut_at < stop for start, stop in places):
+            continue
+        cut = encode_cut(tokenizer, encoded, text[:cut_at], "row", places)
+        assert end not in cut.ids
+        assert decode(tokenizer, cut.ids) == text
+
+
+@pytest.mark.parametrize("opening", ["", "🙂", "🙂é the ", "x"])
 def test_where_a_character_is(opening: str) -> None:
     """Several tokens share a character here, and pieces are counted through."""
     tokenizer = build()
     text = opening + "  é🙂 lamp<|im_end|>\n"
-    encoded, _ = encode_after(tokenizer, text, [opening], "row")
+    encoded = encode_cut(tokenizer, whole(tokenizer, text), opening, "row")
+    assert len(encoded.pieces) == (2 if opening else 1)
     for character in range(len(text)):
         token = encoded.token_at(character)
         assert token is not None

@@ -12,7 +12,7 @@ from qlora_kit.data.ledger import END_CUT, TRUNCATED, Ledger
 def test_findings_say_how_many_and_where() -> None:
     ledger = Ledger(num_rows=2000, truncated=1, ends_cut=1)
     for number in range(1200):
-        ledger.drop("too long", f"a:{number}", 10)
+        ledger.drop("too long", f"a:{number}", num_tokens=10)
     ledger.note("odd", "b:1")
     ledger.example(TRUNCATED, "c:1")
     ledger.example(END_CUT, "c:1")
@@ -46,15 +46,45 @@ def test_what_does_not_add_up(counts: dict[str, int]) -> None:
 
 def test_what_adds_up() -> None:
     ledger = Ledger(num_rows=3, num_kept=2, rendered_tokens=10, repeated_tokens=1)
-    ledger.drop("too long", "a:1", 4)
+    ledger.drop("too long", "a:1", num_tokens=4)
     ledger.supervised_tokens, ledger.context_tokens, ledger.cut_tokens = 3, 2, 2
     ledger.check_balance()
 
 
+def test_rows_set_aside_balance_and_are_no_loss() -> None:
+    ledger = Ledger(num_rows=2, num_kept=1)
+    ledger.put_aside("held out", "a:2")
+    ledger.check_balance()
+    assert ledger.num_lost == 0
+    assert ledger.findings() == ["1 of 2 rows: set aside, held out (a:2)"]
+
+
+def test_what_is_particular_to_a_row_stands_with_its_origin() -> None:
+    ledger = Ledger(num_rows=2)
+    ledger.drop("no answer", "a:1", "the last turn is the user's")
+    ledger.drop("no answer", "a:2")
+    assert ledger.dropped == {"no answer": 2}
+    assert ledger.examples == {"no answer": ["a:1 (the last turn is the user's)", "a:2"]}
+
+
 def test_as_json() -> None:
-    ledger = Ledger(num_rows=1)
-    ledger.drop("too long", "a:1", 4)
+    ledger = Ledger(num_rows=1, schemas={"a": "text: text"}, padding_tokens=7)
+    ledger.drop("too long", "a:1", num_tokens=4)
     stored = json.loads(json.dumps(ledger.as_dict()))
     assert stored["rows"]["dropped"] == {"too long": 1}
     assert stored["tokens"]["dropped"] == 4
+    assert stored["tokens"]["padding"] == 7
     assert stored["examples"] == {"too long": ["a:1"]}
+    assert stored["schemas"] == {"a": "text: text"}
+
+
+def test_it_comes_back_from_a_cache_as_it_was() -> None:
+    ledger = Ledger(num_rows=3, num_kept=1, split=1, schemas={"a": "text: text"})
+    ledger.drop("too long", "a:1", num_tokens=4)
+    ledger.put_aside("held out", "a:2")
+    ledger.note("odd", "a:3")
+    again = Ledger.from_state(json.loads(json.dumps(ledger.state())))
+    assert again == ledger
+    assert again.findings() == ledger.findings()
+    again.drop("another", "a:4")  # its counters count on
+    assert again.dropped["another"] == 1

@@ -13,24 +13,30 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
+from qlora_kit.data.examples import Conversation, PlainText
+from qlora_kit.data.fit import NOTHING_LEFT, NOTHING_SUPERVISED, OVERLENGTH
 from qlora_kit.data.ledger import END_CUT, TRUNCATED
+from qlora_kit.data.mark import NOTE_REWRITTEN, NOTE_SPELLED
 from qlora_kit.data.prepare import (
-    NOTHING_LEFT,
-    NOTHING_SUPERVISED,
-    OVERLENGTH,
+    NOTE_REJECTED,
+    UNWANTED,
     Part,
-    prepare_part,
+    prepare_eval,
+    prepare_train,
     prove_end_of_turn,
     read_examples,
 )
-from qlora_kit.data.render import IGNORE_INDEX, NOTE_REWRITTEN, render, render_prompt
-from qlora_kit.data.schema import Conversation, PlainText
+from qlora_kit.data.render import IGNORE_INDEX, TokenSequence, render, render_prompt
+from qlora_kit.data.schemas import content_key
+from qlora_kit.data.select import DUPLICATE
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import DataSpec, SourceSpec
 
 from .formats import CHATML, FORMATS, NO_END, R1, build, tokenizer_of
 
-SPELLED = "a message spells the special token <|im_end|>"
+NO_ANSWER = "no answer"
+REFUSED = "spells a special token in a tool or a call of one"
+STOPS = frozenset({tokenizer_of("chatml").eos_token_id})
 
 
 def talk(question: str, answer: str = "fine") -> dict[str, Any]:
@@ -57,7 +63,21 @@ def prepare(
 ) -> Part:
     tokenizer = tokenizer or tokenizer_of("chatml")
     stops = frozenset({tokenizer.eos_token_id})
-    return prepare_part("train", (source,), tokenizer, spec_of(source, **values), stops)
+    return prepare_train(spec_of(source, **values), tokenizer, stops)
+
+
+def prepare_held(source: SourceSpec, **values: Any) -> Part:
+    spec = DataSpec(
+        train=(SourceSpec(path="demo/commands"),),
+        eval=(source,),
+        **{"max_dropped_share": 1.0, **values},
+    )
+    return prepare_eval(spec, tokenizer_of("chatml"), STOPS)
+
+
+def calling(name: str) -> dict[str, Any]:
+    """A row that the template could show, but for what it spells."""
+    return {**talk("hello"), "tools": [{"name": name, "parameters": {}}]}
 
 
 def tokens(part: Part) -> dict[str, int]:
@@ -67,13 +87,18 @@ def tokens(part: Part) -> dict[str, int]:
 
 
 def test_what_is_kept_whole(tmp_path: Path) -> None:
-    part = prepare(write(tmp_path, [talk("hello"), talk("12", "you\n")]))
-    sequences = [render(example, tokenizer_of("chatml"), "assistant") for example in part.examples]
+    source = write(tmp_path, [talk("hello"), talk("12", "you\n")])
+    part = prepare(source)
+    sequences = [
+        render(one, tokenizer_of("chatml"), "assistant") for one in read_examples([source])
+    ]
     assert list(part.sequences) == sequences
     assert part.num_supervised == sum(one.num_supervised for one in sequences)
     assert part.ledger.num_rows == part.ledger.num_kept == part.ledger.num_sequences == 2
     assert part.ledger.findings() == []
     assert part.ledger.num_lost == 0
+    assert list(part.ledger.schemas) == [source.path]
+    assert part.ledger.schemas[source.path].startswith("messages: ")
     length = sum(len(one.input_ids) for one in sequences)
     assert tokens(part) == {
         "rendered": length,
@@ -82,26 +107,89 @@ def test_what_is_kept_whole(tmp_path: Path) -> None:
         "context": length - part.num_supervised,
         "cut": 0,
         "dropped": 0,
+        "padding": 0,
     }
+
+
+def test_only_an_eval_part_says_what_its_rows_say(tmp_path: Path) -> None:
+    source = write(tmp_path, [talk("hello"), talk("12", "you\n")])
+    assert prepare(source).examples == ()
+    held = prepare_held(source)
+    assert held.examples == tuple(read_examples([source]))
+    assert [one.origin for one in held.sequences] == [one.origin for one in held.examples]
 
 
 def test_rows_without_an_answer_are_dropped_and_counted(tmp_path: Path) -> None:
     rows = [talk("hello"), {"messages": [{"role": "user", "content": "hello"}]}]
     part = prepare(write(tmp_path, rows))
+    assert part.ledger.dropped == {NO_ANSWER: 1}
+    [shown] = part.ledger.examples[NO_ANSWER]
+    assert shown.startswith(f"{tmp_path / 'rows.jsonl'}:2")
+    assert len(part.sequences) == 1
+
+
+def test_rows_of_which_nothing_is_supervised_are_dropped_with_their_tokens(tmp_path: Path) -> None:
+    untrained = talk("hello", "no")
+    untrained["messages"][1]["train"] = False
+    part = prepare(write(tmp_path, [talk("hello"), untrained]))
     assert part.ledger.dropped == {NOTHING_SUPERVISED: 1}
     assert part.ledger.examples == {NOTHING_SUPERVISED: [f"{tmp_path / 'rows.jsonl'}:2"]}
     assert tokens(part)["dropped"] > 0
     assert len(part.sequences) == 1
 
 
+def test_lines_that_cannot_be_read_are_dropped_and_counted(tmp_path: Path) -> None:
+    source = write(tmp_path, [talk("hello"), talk("12")])
+    path = Path(source.path)
+    path.write_text(path.read_text() + '{"messages": [\n' + json.dumps(talk("you")) + "\n")
+    part = prepare(source)
+    assert (part.ledger.num_rows, part.ledger.num_kept) == (4, 3)
+    [(reason, count)] = part.ledger.dropped.items()
+    assert count == 1
+    assert part.ledger.examples[reason][0].startswith(f"{path}:3")
+
+
 def test_rows_that_cannot_be_rendered_are_dropped_and_counted(tmp_path: Path) -> None:
-    """Evaluation asks for an answer to every example of a part, so these are not among them."""
-    rows = [talk("hello"), talk("<|im_end|>"), talk("12", "a <|im_end|> b")]
+    rows = [talk("hello"), calling("<|im_end|>"), calling("a <|im_end|> b")]
     part = prepare(write(tmp_path, rows))
-    assert part.ledger.dropped == {SPELLED: 2}
+    assert part.ledger.dropped == {REFUSED: 2}
     assert tokens(part)["dropped"] == 0
-    assert len(part.examples) == len(part.sequences) == 1
-    assert part.ledger.findings()[0].startswith(f"2 of 3 rows: dropped, {SPELLED} (")
+    assert len(part.sequences) == 1
+    assert part.ledger.findings()[0].startswith(f"2 of 3 rows: dropped, {REFUSED} (")
+
+
+def test_a_special_token_that_a_user_spells_is_kept_as_text(tmp_path: Path) -> None:
+    part = prepare(write(tmp_path, [talk("hello <|im_end|>"), talk("12", "a <|im_end|> b")]))
+    assert part.ledger.noted == {NOTE_SPELLED: 2}
+    end = tokenizer_of("chatml").convert_tokens_to_ids("<|im_end|>")
+    assert [one.input_ids.count(end) for one in part.sequences] == [2, 2]
+    assert [one.labels.count(end) for one in part.sequences] == [1, 1]
+
+
+def test_duplicates_are_set_aside_and_are_no_loss(tmp_path: Path) -> None:
+    rows = [talk("hello"), talk("12"), talk("hello"), talk("hello")]
+    part = prepare(write(tmp_path, rows), max_dropped_share=0.0)
+    assert part.ledger.set_aside == {DUPLICATE: 2}
+    assert part.ledger.num_lost == 0
+    assert len(prepare(write(tmp_path, rows), duplicates="keep").sequences) == 4
+    with pytest.raises(DataError, match=r":3 is the same as .*:1, and data.duplicates is error"):
+        prepare(write(tmp_path, rows), duplicates="error")
+
+
+def test_of_pairs_the_chosen_is_trained_and_of_rated_answers_the_wanted(tmp_path: Path) -> None:
+    pair = {"prompt": "hello", "chosen": "fine", "rejected": "no"}
+    part = prepare(write(tmp_path, [pair]))
+    [sequence] = part.sequences
+    assert "fine" in tokenizer_of("chatml").decode(sequence.input_ids)
+    assert "no" not in tokenizer_of("chatml").decode(sequence.input_ids)
+    assert part.ledger.noted == {NOTE_REJECTED: 1}
+    rated = [
+        {"prompt": "hello", "completion": "fine", "label": True},
+        {"prompt": "hello", "completion": "no", "label": False},
+    ]
+    part = prepare(write(tmp_path, rated))
+    assert part.ledger.set_aside == {UNWANTED: 1}
+    assert len(part.sequences) == 1
 
 
 def test_rows_that_are_too_long_are_dropped_and_counted(tmp_path: Path) -> None:
@@ -112,7 +200,7 @@ def test_rows_that_are_too_long_are_dropped_and_counted(tmp_path: Path) -> None:
     whole = prepare(source)
     assert tokens(part)["dropped"] == len(whole.sequences[1].input_ids)
     assert tokens(part)["rendered"] == tokens(whole)["rendered"]
-    assert len(part.examples) == 2
+    assert len(prepare_held(source, max_length=64).examples) == 2
 
 
 @pytest.mark.parametrize("excess", [-1, 0, 1])
@@ -128,20 +216,22 @@ def test_an_answer_cut_in_the_middle_has_no_end_and_that_is_counted(tmp_path: Pa
     (long, short) = prepare(source).sequences
     max_length = len(long.input_ids) - 5
     part = prepare(source, max_length=max_length, overlength="truncate")
-    assert part.sequences == (
-        type(long)(long.input_ids[:max_length], long.labels[:max_length], long.origin),
+    assert list(part.sequences) == [
+        TokenSequence(long.input_ids[:max_length], long.labels[:max_length], long.origin),
         short,
-    )
+    ]
     assert (part.ledger.truncated, part.ledger.ends_cut, part.ledger.num_lost) == (1, 1, 1)
     assert tokens(part)["cut"] == 5
     origin = f"{tmp_path / 'rows.jsonl'}:1"
-    assert part.ledger.examples == {TRUNCATED: [origin], END_CUT: [origin]}
+    length = len(long.input_ids)
+    assert part.ledger.examples == {TRUNCATED: [f"{origin} ({length} tokens)"], END_CUT: [origin]}
     assert END_CUT in " ".join(part.ledger.findings())
 
 
 def test_what_is_cut_behind_the_end_of_an_answer_is_no_lost_end(tmp_path: Path) -> None:
-    more = [*talk("hello")["messages"], {"role": "user", "content": "how are you " * 20}]
-    source = write(tmp_path, [{"messages": more}])
+    more = talk("how are you " * 20)["messages"]
+    more[1]["train"] = False
+    source = write(tmp_path, [{"messages": [*talk("hello")["messages"], *more]}])
     (sequence,) = prepare(source).sequences
     end = max(place for place, label in enumerate(sequence.labels) if label != IGNORE_INDEX)
     for max_length, ends_cut in ((end, 1), (end + 1, 0), (end + 2, 0)):
@@ -180,9 +270,9 @@ def test_an_answer_beyond_the_limit_is_an_error_where_asked(tmp_path: Path) -> N
 
 
 def test_that_error_is_about_length_alone(tmp_path: Path) -> None:
-    source = write(tmp_path, [talk("hello"), talk("<|im_end|>")])
+    source = write(tmp_path, [talk("hello"), calling("<|im_end|>")])
     part = prepare(source, overlength="error")
-    assert part.ledger.dropped == {SPELLED: 1}
+    assert part.ledger.dropped == {REFUSED: 1}
     with pytest.raises(DataError, match=r"more than the 1\.0% allowed") as caught:
         prepare(source, overlength="error", max_dropped_share=0.01)
     assert "max_length" not in str(caught.value)
@@ -210,12 +300,14 @@ def test_losses_beyond_the_allowed_share(
 
 def test_nothing_to_train_on(tmp_path: Path) -> None:
     """Whatever share may be dropped, all of it may not."""
-    source = write(tmp_path, [{"messages": [{"role": "user", "content": "hello"}]}, talk("</s>")])
-    with pytest.raises(DataError, match="every row was dropped") as caught:
+    source = write(
+        tmp_path, [{"messages": [{"role": "user", "content": "hello"}]}, calling("</s>")]
+    )
+    with pytest.raises(DataError, match="no row was kept") as caught:
         prepare(source, tokenizer_of("mistral"))
     message = str(caught.value)
-    assert f"1 of 2 rows: dropped, {NOTHING_SUPERVISED} ({tmp_path / 'rows.jsonl'}:1)" in message
-    assert "dropped, a message spells the special token </s>" in message
+    assert f"1 of 2 rows: dropped, {NO_ANSWER} ({tmp_path / 'rows.jsonl'}:1" in message
+    assert f"dropped, {REFUSED}" in message
 
 
 def test_a_long_text_is_split_and_loses_nothing(tmp_path: Path) -> None:
@@ -261,7 +353,7 @@ ANY_TEXT = st.builds(lambda words: {"text": " ".join(words)}, WORDS)
     rows=st.lists(ANY_ROW, max_size=6).map(lambda rows: [*rows, talk("12", "7")])
     | st.lists(ANY_TEXT, max_size=6).map(lambda rows: [*rows, {"text": "12"}]),
     max_length=st.integers(24, 60),
-    overlength=st.sampled_from(["drop", "truncate"]),
+    overlength=st.sampled_from(["drop", "truncate", "split"]),
     loss_on=st.sampled_from(["assistant", "all"]),
 )
 def test_the_books_balance(
@@ -270,15 +362,17 @@ def test_the_books_balance(
     source = write(tmp_path, rows)
     part = prepare(source, max_length=max_length, overlength=overlength, loss_on=loss_on)
     ledger = part.ledger
-    assert ledger.num_rows == len(rows) == ledger.num_kept + sum(ledger.dropped.values())
+    out = sum(ledger.dropped.values()) + sum(ledger.set_aside.values())
+    assert ledger.num_rows == len(rows) == ledger.num_kept + out
     assert ledger.num_sequences == len(part.sequences)
     assert all(len(one.input_ids) <= max_length for one in part.sequences)
     assert all(one.num_supervised for one in part.sequences)
-    assert ledger.supervised_tokens == part.num_supervised
+    assert ledger.supervised_tokens == sum(one.num_supervised for one in part.sequences)
     assert ledger.supervised_tokens + ledger.context_tokens == sum(
         len(one.input_ids) for one in part.sequences
     )
-    rendered = [render(example, tokenizer_of("chatml"), loss_on) for example in part.examples]
+    different = {content_key(one): one for one in read_examples([source], loss_on != "all")}
+    rendered = [render(one, tokenizer_of("chatml"), loss_on) for one in different.values()]
     assert ledger.rendered_tokens == sum(len(one.input_ids) for one in rendered)
 
 
@@ -347,25 +441,25 @@ SETS = {
 def test_real_conversations(shared_data: Path, name: str) -> None:
     """Every row is read; of the first of them, every answer is supervised as it stands."""
     source = SourceSpec(path=str(shared_data / name))
-    assert len(read_examples((source,))) == SETS[name]
+    assert len(list(read_examples((source,)))) == SETS[name]
     tokenizer = tokenizer_of("chatml")
-    part = prepare(SourceSpec(path=source.path, max_rows=150), max_length=8192)
+    part = prepare_held(SourceSpec(path=source.path, max_rows=150), max_length=8192)
     assert part.ledger.num_kept == 150
     for example, sequence in zip(part.examples, part.sequences, strict=True):
         assert isinstance(example, Conversation)
         supervised = [label for label in sequence.labels if label != IGNORE_INDEX]
-        assert tokenizer.decode(supervised) == example.messages[-1]["content"] + "<|im_end|>"
+        assert tokenizer.decode(supervised) == example.messages[-1].content + "<|im_end|>"
         prompt = render_prompt(example, tokenizer)
         assert prompt is not None
         assert sequence.input_ids[: len(prompt.input_ids)] == prompt.input_ids
-        assert prompt.reference == example.messages[-1]["content"].strip()
+        assert prompt.reference == example.messages[-1].content.strip()
 
 
 def test_real_instructions(shared_data: Path, tmp_path: Path) -> None:
     """Nested instances are not read; one row for each is."""
     name = shared_data / "self-instruct" / "seed_tasks.jsonl"
-    with pytest.raises(DataError, match="If the objects in 'instances' are the rows"):
-        read_examples((SourceSpec(path=str(name)),))
+    with pytest.raises(DataError, match="'instances'"):
+        list(read_examples((SourceSpec(path=str(name)),)))
     tasks = [json.loads(line) for line in name.read_text().splitlines()]
     rows = [
         {"instruction": task["instruction"], **instance}
@@ -378,9 +472,9 @@ def test_real_instructions(shared_data: Path, tmp_path: Path) -> None:
 
 def test_real_text(shared_data: Path, tmp_path: Path) -> None:
     for path in sorted((shared_data / "wikitext-2").glob("*.txt")):
-        assert read_examples((SourceSpec(path=str(path)),)) == (
+        assert list(read_examples((SourceSpec(path=str(path)),))) == [
             PlainText(path.read_text(), f"{path}:1"),
-        )
+        ]
     text = path.read_text()[:50_000]
     (tmp_path / "some.txt").write_text(text)
     part = prepare(SourceSpec(path=str(tmp_path / "some.txt")), max_length=1024)
@@ -392,16 +486,19 @@ def test_real_text(shared_data: Path, tmp_path: Path) -> None:
     assert part.num_supervised == len(ids) - 1
 
 
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("fastchat/dummy_conversation.json", "ShareGPT conversations are not read"),
-        ("preference/dpo_en_demo.json", "is a preference"),
-        ("banking77/train.csv", "has the ending .csv"),
-        ("bfcl/BFCL_v4_parallel.json", "has the keys function, id, question, which fit no known"),
-        ("self-instruct", "is a folder"),
-    ],
-)
-def test_what_is_not_read_yet_is_said_clearly(shared_data: Path, name: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
-        read_examples((SourceSpec(path=str(shared_data / name)),))
+MORE_SETS = {
+    "fastchat/dummy_conversation.json": {},
+    "preference/dpo_en_demo.json": {},
+    "banking77/train.csv": {"type": "label"},
+}
+
+
+@pytest.mark.parametrize("name", MORE_SETS)
+def test_real_rows_of_other_schemas(shared_data: Path, name: str) -> None:
+    source = SourceSpec(path=str(shared_data / name), max_rows=50, **MORE_SETS[name])
+    tokenizer = tokenizer_of("chatml")
+    stops = frozenset({tokenizer.eos_token_id})
+    spec = spec_of(source, max_length=8192, max_dropped_share=0.01)
+    part = prepare_train(spec, tokenizer, stops)
+    assert part.ledger.num_kept + sum(part.ledger.set_aside.values()) == 50
+    assert all(one.num_supervised for one in part.sequences)

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
+from qlora_kit.data.examples import Conversation, Message
 from qlora_kit.data.render import end_of_turn_id
-from qlora_kit.data.template import RowRefused, apply_template, spelled_token, turn_end
+from qlora_kit.data.rows import RowRefused
+from qlora_kit.data.template import added_tokens, apply_template, spelled_tokens, turn_end
 from qlora_kit.errors import DataError
 
 from .formats import CHATML, FORMATS, NO_END, R1, build, tokenizer_of
 
-MESSAGES = [{"role": "user", "content": "hello"}]
+HELLO = Conversation((Message("user", "hello"),), "rows.jsonl:7")
+
+
+def spelled_token(text: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    found = spelled_tokens(tokenizer).search(text)
+    return found and found.group()
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -67,7 +75,7 @@ def test_no_end(template: str | None, message: str) -> None:
 )
 def test_what_fails_in_a_template(template: str, reason: str) -> None:
     with pytest.raises(RowRefused) as caught:
-        apply_template(MESSAGES, build(template=template), "rows.jsonl:7")
+        apply_template(HELLO, build(template=template))
     assert str(caught.value).startswith("rows.jsonl:7: the chat template refuses it: ")
     assert reason in caught.value.reason
 
@@ -87,3 +95,35 @@ def test_the_end_of_a_turn_counts_as_spelled_although_it_is_not_special() -> Non
     assert turn_end(tokenizer).text == "</turn>"
     assert spelled_token("a</turn>", tokenizer) == "</turn>"
     assert spelled_token("</think>\n", tokenizer) is None
+    assert [found.group() for found in added_tokens(tokenizer).finditer("a</think>\n</turn>")] == [
+        "</think>",
+        "</turn>",
+    ]
+
+
+def test_the_first_messages_and_the_prompt_for_the_next() -> None:
+    talk = Conversation((Message("user", "hello"), Message("assistant", "fine")), "rows.jsonl:7")
+    asked = "<|im_start|>user\nhello<|im_end|>\n"
+    answered = asked + "<|im_start|>assistant\nfine<|im_end|>\n"
+    assert apply_template(talk, build()) == answered
+    assert apply_template(talk, build(), 1) == asked
+    assert apply_template(talk, build(), 1, prompt=True) == asked + "<|im_start|>assistant\n"
+    assert apply_template(talk, build(), prompt=True) == answered + "<|im_start|>assistant\n"
+
+
+def test_a_conversation_without_a_template_names_the_library() -> None:
+    with pytest.raises(
+        DataError, match=r"rows.jsonl:7 holds a conversation.*chatml-tools, chatml, gemma"
+    ):
+        apply_template(HELLO, build(template=None))
+
+
+@pytest.mark.parametrize("is_wrapped", [True, False])
+def test_tools_reach_the_template_in_one_form(is_wrapped: bool) -> None:
+    function = {"name": "lamp", "parameters": {"type": "object"}}
+    tool = {"type": "function", "function": function} if is_wrapped else function
+    template = "{{ tools[0].type }} {{ tools[0].function.name }}"
+    talk = Conversation(HELLO.messages, HELLO.origin, tools=(tool,))
+    assert apply_template(talk, build(template=template)) == "function lamp"
+    none = "{{ 'none' if tools is none or tools is undefined else tools }}"
+    assert apply_template(HELLO, build(template=none)) == "none"

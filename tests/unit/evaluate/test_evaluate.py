@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_kit.data.prepare import Part, prepare_part
+from qlora_kit.data.prepare import Part, prepare_eval
 from qlora_kit.data.render import render, render_prompt
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import ModelError
@@ -63,7 +63,7 @@ def held_out(base: Base, folder: Path, records: list[Any], **data: Any) -> tuple
     path.write_text("\n".join(map(json.dumps, records)))
     source = {"path": str(path)}
     spec = DataSpec(train=({"path": "other.jsonl"},), eval=(source,), **data)  # type: ignore[arg-type]
-    return prepare_part("eval", spec.eval, base.tokenizer, spec, base.stop_ids), spec
+    return prepare_eval(spec, base.tokenizer, base.stop_ids), spec
 
 
 def figures(evaluation: ModelEvaluation) -> dict[str, Any]:

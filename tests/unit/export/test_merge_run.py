@@ -17,7 +17,7 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_kit.checkpoint.run_directory import RunDirectory
-from qlora_kit.data.prepare import Part, prepare_part
+from qlora_kit.data.prepare import Part, prepare_eval
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import AdapterError, DataError, HardwareError, RunError
 from qlora_kit.export import merge_run
@@ -95,9 +95,7 @@ def make_run(folder: Path, lora: LoraSpec | None = None, **merge_options: Any) -
     run.folder.mkdir()
     save_recipe(recipe, run.recipe)
     tuned = tune(folder / "base", run.adapter, lora)
-    held_out = prepare_part(
-        "eval", recipe.data.eval, tuned.base.tokenizer, recipe.data, tuned.base.stop_ids
-    )
+    held_out = prepare_eval(recipe.data, tuned.base.tokenizer, tuned.base.stop_ids)
     return TinyRun(run, recipe, tuned, held_out)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from qlora_kit.checkpoint.run_directory import RunDirectory
+from qlora_kit.data.collate import Collator
 from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import TrainingError
@@ -20,6 +21,7 @@ from qlora_kit.model.base import Base, load_base, prepare_for_training
 from qlora_kit.model.saved import load_adapter, save_adapter
 from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec, TrainSpec
 from qlora_kit.report.reporter import SILENT
+from qlora_kit.train.batching import Batching
 from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.train import TrainResult, num_update_steps, train_adapter
 
@@ -84,8 +86,7 @@ def train(
     return train_adapter(
         setup.adapted.model,
         setup.base,
-        rows,
-        eval_rows or [],
+        Batching(rows, eval_rows or [], Collator(0), "padded"),
         TrainSpec(**{**values, **spec}),
         precision,
         probe_hardware(),

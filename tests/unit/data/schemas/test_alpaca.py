@@ -11,7 +11,7 @@ import pytest
 from qlora_kit.data.examples import Conversation, Message
 from qlora_kit.data.schemas import Recogniser
 
-from .rows import ORIGIN, SAID_ANSWER, SAID_SYSTEM, SAID_USER, read, reason, row, source
+from .rows import ORIGIN, SAID_ANSWER, SAID_SYSTEM, SAID_USER, read, reason, refusal, row, source
 
 PLAIN = {"instruction": "hello", "output": "fine"}
 
@@ -70,6 +70,14 @@ def test_tools() -> None:
 )
 def test_faults(fields: dict[str, Any], expected: str) -> None:
     assert reason({**PLAIN, **fields}) == expected
+
+
+def test_details() -> None:
+    for value, detail in (7, "output is 7"), (["a"], "output is a list of 1"), (None, ""), ("", ""):
+        assert refusal({**PLAIN, "output": value}).detail == detail
+    assert refusal({**PLAIN, "history": [["a", ""]]}).detail == "history[0]"
+    assert refusal({**PLAIN, "history": [["a", None]]}).detail == "history[0]"
+    assert refusal({**PLAIN, "output": "a\ud800"}).detail == "output, character 1"
 
 
 def test_real_instructions(shared_data: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qlora_kit.data.examples import Conversation, PlainText, PromptCompletion
+from qlora_kit.data.examples import Conversation, PlainText, PromptCompletion, Rated
 from qlora_kit.data.rows import RowRefused
 from qlora_kit.data.schemas import Recogniser
 from qlora_kit.errors import DataError
@@ -28,10 +28,14 @@ def test_paths() -> None:
 
 
 def test_a_mapping_goes_before_what_else_is_there() -> None:
-    """Its fields alone name the schema, and a column that is used is not read otherwise."""
+    """A schema reads every field of it, and a column that is used is not read otherwise."""
     record = {"messages": [USER], "images": ["a.png"], "a": "Q: ", "b": "A", "answer": "x"}
-    columns = {"prompt": "a", "completion": "b", "text": "images.0"}
+    columns = {"prompt": "a", "completion": "b"}
+    assert reason(record, columns=columns) == "no place for images"
+    columns["response"] = "images.0"
     assert read(record, columns=columns) == PromptCompletion("Q: ", "A", ORIGIN)
+    rated = read({**record, "label": True}, columns=columns)
+    assert rated == Rated(PromptCompletion("Q: ", "A", ORIGIN), True, ORIGIN)
     swapped = {"prompt": "completion", "completion": "prompt"}
     assert read({"prompt": "A", "completion": "Q"}, columns=swapped) == PromptCompletion(
         "Q", "A", ORIGIN
@@ -82,6 +86,15 @@ def test_fields_that_no_schema_reads() -> None:
     ):
         Recogniser(source(type="text", columns={"output": "a"}))
     assert read({"a": "b"}, type="text", columns={"text": "a"}) == PlainText("b", ORIGIN)
+
+
+def test_fields_of_two_schemas() -> None:
+    with pytest.raises(DataError, match="fill messages and text, which no schema reads tog"):
+        Recogniser(source(columns={"messages": "a", "text": "b"}))
+    with pytest.raises(DataError, match="fit no known schema") as caught:
+        read({"title": "a"}, columns={"target": "title"})
+    assert "Known: kto (" in str(caught.value)
+    assert "messages (" not in str(caught.value)
 
 
 def test_real_instructions(shared_data: Path) -> None:

@@ -113,6 +113,14 @@ def test_texts(record: dict[str, Any], expected: Preference) -> None:
     assert read(record) == expected
 
 
+def test_a_mapped_prompt_goes_before() -> None:
+    record = {"prompt": "other", "q": "hello", "turns": [USER], **TEXTS}
+    columns: dict[str, str]
+    for columns in ({"instruction": "q"}, {"messages": "turns"}):
+        assert read(record, columns=columns) == conversations(SAID_USER)
+    assert read(record, columns={"query": "q"}) == texts("hello", "fine", "who cares")
+
+
 def test_tools() -> None:
     example = read({**WHOLE, "tools": [{"name": "sum"}]})
     assert isinstance(example, Preference)

@@ -115,6 +115,21 @@ def test_two_schemas() -> None:
     assert "is kto" in stop({"messages": TURNS}, {"messages": TURNS, "label": True})
 
 
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        ({"prompt": "a", "completion": "b", "label": "sums"}, {"label": True}),
+        ({"prompt": "a", "completion": "b", "kto_tag": "sums"}, {"kto_tag": True}),
+        ({"messages": TURNS, "text": None}, {"messages": None, "text": "a"}),
+    ],
+)
+def test_two_schemas_with_the_same_keys(first: Json, second: Json) -> None:
+    """What the keys hold decides between them, in every row anew."""
+    assert "two rows of one source have different schemas" in stop(
+        first, first, {**first, **second}
+    )
+
+
 def test_a_null_of_another_schema() -> None:
     """An optional column that other sources use is none of this one's."""
     recogniser = Recogniser(source())
@@ -134,6 +149,7 @@ def test_the_first_row_fits_none() -> None:
     assert "has the keys (none)" in stop({})
     odd: Json = {None: ["x"], "\x1b[31m": 1, "a\nb": 2}  # type: ignore[dict-item]
     assert stop(odd).isprintable()
+    assert len(stop({f"texts {number}": [{}] for number in range(10_000)})) < 4000
 
 
 def test_a_later_row_fits_none() -> None:
