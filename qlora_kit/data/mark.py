@@ -94,8 +94,9 @@ def supervised_turns(conversation: Conversation, loss_on: LossOn) -> tuple[bool,
         for number, message in enumerate(conversation.messages)
     ]
     if loss_on == "last":
-        answers = [n for n, one in enumerate(conversation.messages) if one.role == "assistant"]
-        chosen = [yes and number == answers[-1] for number, yes in enumerate(chosen)]
+        answers = (n for n, one in enumerate(conversation.messages) if one.role == "assistant")
+        last = max(answers, default=-1)
+        chosen = [yes and number == last for number, yes in enumerate(chosen)]
     return tuple(chosen)
 
 
