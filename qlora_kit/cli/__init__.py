@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from qlora_kit.cli import chat, check, dequantize, doctor, evaluate, merge, recipes, train
+from qlora_kit.cli import chat, check, data, dequantize, doctor, evaluate, merge, recipes, train
 from qlora_kit.environment import quiet_upstream
 from qlora_kit.errors import QloraKitError
 
@@ -18,7 +18,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for verb in (check, train, evaluate, merge, dequantize, chat, recipes, doctor):
+for verb in (check, data, train, evaluate, merge, dequantize, chat, recipes, doctor):
     app.command(name=verb.NAME)(verb.command)
 
 
