@@ -106,7 +106,7 @@ def _mark_conversation(
         notes.append(NOTE_SPELLED)
     if _leaves_out(example, text):
         notes.append(NOTE_LEFT_OUT)
-    _require_tools(example, text)
+    _require_tools(example, text, tokenizer)
     if loss_on == "all" and all(message.train is not False for message in example.messages):
         return Marked(text, None, example.origin, True, literal, tuple(notes))
     spans = []
@@ -183,16 +183,22 @@ def _content_end(message: Message, text: str, start: int, origin: str) -> int:
 def _find_said(
     example: Conversation, number: int, text: str, tokenizer: PreTrainedTokenizerBase
 ) -> Span:
-    """Where a message that is no answer stands in the text, up to the token that closes it."""
-    before = apply_template(example, tokenizer, number) if number else ""
+    """Where a message that is no answer stands in the text, up to the token that closes it.
+
+    It is rendered once more with marks around it: its words may be the template's, too.
+    """
+    message = example.messages[number]
+    said = message.content.strip()
+    lead = message.content.partition(said)[0] if said else message.content
+    trail = message.content[len(lead) + len(said) :]
+    marked = replace(message, content=f"{lead}{_MARK}{said}{_MARK}{trail}")
+    messages = (*example.messages[:number], marked)
+    pieces = apply_template(replace(example, messages=messages), tokenizer).split(_MARK)
     own = apply_template(example, tokenizer, number + 1)
-    role = example.messages[number].role
-    content = example.messages[number].content.strip()
-    start = own.find(content, len(before))
-    if not own.startswith(before) or not text.startswith(own[: start + len(content)]) or start < 0:
-        reason = f"the chat template cannot be split where a {role} turn begins"
+    start, end = len(pieces[0]), len("".join(pieces[:2]))
+    if len(pieces) != 3 or "".join(pieces) != own or not text.startswith(own[:end]):
+        reason = f"the chat template cannot be split where a {message.role} turn begins"
         raise RowRefused(example.origin, reason)
-    end = start + len(content)
     closing = added_tokens(tokenizer).search(text, end)
     if closing is None or text[end : closing.start()].strip():
         return Span(start, end, asked=False, closes=False)
@@ -263,13 +269,31 @@ def _structured(example: Conversation) -> list[str]:
     ]
 
 
-def _require_tools(example: Conversation, text: str) -> None:
-    """Raises RowRefused where the template does not show what the assistant may call."""
+def _require_tools(example: Conversation, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises RowRefused where the template does not show what may be called, or what is.
+
+    A name alone proves nothing, for people speak of lamps, too: without them the text must be
+    another.
+    """
+    silent = tuple(replace(message, tool_calls=()) for message in example.messages)
+    for reason, without in (
+        ("the chat template does not show the tools", replace(example, tools=())),
+        ("the chat template leaves out tool calls", replace(example, messages=silent)),
+    ):
+        if without != example and _renders_to(text, without, tokenizer):
+            raise RowRefused(example.origin, reason)
     for tool in example.tools:
         function = tool.get("function", tool)
         name = function.get("name") if isinstance(function, dict) else None
         if isinstance(name, str) and name not in text:
             raise RowRefused(example.origin, "the chat template does not show the tools")
+
+
+def _renders_to(text: str, example: Conversation, tokenizer: PreTrainedTokenizerBase) -> bool:
+    try:
+        return apply_template(example, tokenizer) == text
+    except RowRefused:
+        return False
 
 
 def _leaves_out(example: Conversation, text: str) -> bool:
