@@ -6,11 +6,11 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qlora_kit.errors import HardwareError
+from qlora_kit.errors import HardwareError, QloraKitError
 
 _LEFTOVER_SECONDS = 24 * 3600
 
@@ -61,6 +61,35 @@ def published_folder(folder: Path) -> Iterator[Path]:
             if not folder.is_dir():
                 raise
         _fsync(folder.parent)
+
+
+def publish_lines(path: Path, lines: Iterable[str], overwrite: bool = False) -> None:
+    """Write a text file beside `path` and rename it, so that it is there whole or not at all.
+
+    Raises:
+        QloraKitError: it is there already, or cannot be written.
+    """
+    refuse_existing(path, overwrite)
+    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with draft.open("x", encoding="utf-8", newline="\n") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        refuse_existing(path, overwrite)
+        draft.replace(path)
+    except OSError as error:
+        raise QloraKitError(f"{path} cannot be written: {error.strerror}.") from None
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Raises QloraKitError where a file would be lost."""
+    if path.is_dir():
+        raise QloraKitError(f"{path} is a folder; name a file.")
+    if path.exists() and not overwrite:
+        raise QloraKitError(f"{path} is there already; --force overwrites it.")
 
 
 def require_disk(parent: Path, needed_bytes: int, what: str) -> None:

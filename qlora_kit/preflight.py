@@ -42,12 +42,17 @@ _PEEK_BYTES = 65536
 def preflight(recipe: Recipe) -> list[Fault]:
     """Every fault in what the recipe names; relative paths start in the working directory."""
     faults = _guarded("model.name_or_path", _base_faults, recipe.model)
-    faults += _guarded("model.tokenizer_name_or_path", _tokenizer_faults, recipe.model)
+    return [*faults, *data_faults(recipe), *_tracker_faults(recipe)]
+
+
+def data_faults(recipe: Recipe) -> list[Fault]:
+    """Those that concern the data and how they become tokens, and not the base model."""
+    faults = _guarded("model.tokenizer_name_or_path", _tokenizer_faults, recipe.model)
     faults += _guarded("model.chat_template", _template_faults, recipe.model)
     for part in ("train", "eval"):
         for number, source in enumerate(getattr(recipe.data, part)):
             faults += _guarded(f"data.{part}.{number}", _source_faults, source)
-    return [*faults, *_tracker_faults(recipe)]
+    return faults
 
 
 def _tracker_faults(recipe: Recipe) -> list[Fault]:

@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qlora_kit.report.reporter import Progress, Reporter
+from qlora_kit.report.visible import bracketed
 
 # Without a terminal a line is printed this often, so that a log shows life and stays short.
 _LOG_SECONDS = 15.0
@@ -96,6 +97,16 @@ class ConsoleReporter(Reporter):
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         self._console.print(table)
+
+    def marked(self, runs: Sequence[tuple[str, bool]], prefix: str = "") -> None:
+        """Trained on in green; between ⟦ and ⟧ where there are no colours."""
+        if self._console.color_system is None or self._console.no_color:
+            self.say(prefix + bracketed(runs))
+            return
+        text = Text(prefix)
+        for piece, supervised in runs:
+            text.append(piece, style="bold green" if supervised else "")
+        self._console.print(text, soft_wrap=True)
 
     @contextmanager
     def progress(self, name: str, total: int) -> Iterator[Progress]:

@@ -22,6 +22,7 @@ def fit(
     """Fit one sequence to max_length; books it whichever way that goes."""
     length, origin = len(sequence.input_ids), sequence.origin
     ledger.rendered_tokens += length
+    ledger.lengths[length] += 1
     if not sequence.num_supervised:
         ledger.drop(NOTHING_SUPERVISED, origin, num_tokens=length)
         return []

@@ -40,6 +40,8 @@ class Ledger:
     dropped_tokens: int = 0
     rendered_tokens: int = 0
     """Tokens of all rows before anything was dropped, cut or repeated."""
+    lengths: Counter[int] = field(default_factory=Counter)
+    """Of those rows: how many have how many tokens."""
     repeated_tokens: int = 0
     """Context tokens that a split row has twice, so that each of its tokens is predicted."""
     padding_tokens: int = 0
@@ -131,4 +133,6 @@ class Ledger:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Ledger:
         counters = ("dropped", "set_aside", "noted")
-        return cls(**{**state, **{name: Counter(state[name]) for name in counters}})
+        lengths = Counter({int(length): count for length, count in state["lengths"].items()})
+        named = {name: Counter(state[name]) for name in counters}
+        return cls(**{**state, **named, "lengths": lengths})

@@ -111,7 +111,7 @@ def mark_conversation(
         notes.append(NOTE_SPELLED)
     if _leaves_out(example, text):
         notes.append(NOTE_LEFT_OUT)
-    _require_tools(example, text)
+    _require_tools(example, text, tokenizer)
     if loss_on == "all" and all(message.train is not False for message in example.messages):
         return Marked(text, None, example.origin, True, literal, tuple(notes))
     spans = []
@@ -274,13 +274,31 @@ def _structured(example: Conversation) -> list[str]:
     ]
 
 
-def _require_tools(example: Conversation, text: str) -> None:
-    """Raises RowRefused where the template does not show what the assistant may call."""
+def _require_tools(example: Conversation, text: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raises RowRefused where the template does not show what may be called, or what is.
+
+    A name alone proves nothing, for people speak of lamps, too: without them the text must be
+    another.
+    """
+    silent = tuple(replace(message, tool_calls=()) for message in example.messages)
+    for reason, without in (
+        ("the chat template does not show the tools", replace(example, tools=())),
+        ("the chat template leaves out tool calls", replace(example, messages=silent)),
+    ):
+        if without != example and _renders_to(text, without, tokenizer):
+            raise RowRefused(example.origin, reason)
     for tool in example.tools:
         function = tool.get("function", tool)
         name = function.get("name") if isinstance(function, dict) else None
         if isinstance(name, str) and name not in text:
             raise RowRefused(example.origin, "the chat template does not show the tools")
+
+
+def _renders_to(text: str, example: Conversation, tokenizer: PreTrainedTokenizerBase) -> bool:
+    try:
+        return apply_template(example, tokenizer) == text
+    except RowRefused:
+        return False
 
 
 def _leaves_out(example: Conversation, text: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -73,7 +73,7 @@ def prepare_train(
         DataError: nothing is left to train on, too much would be lost, or the model would
             never learn to stop.
     """
-    return _prepare("train", spec, tokenizer, stop_ids)
+    return _refuse_losses("train", read_part("train", spec, tokenizer, stop_ids), spec)
 
 
 def prepare_eval(
@@ -84,13 +84,54 @@ def prepare_eval(
     """
     if not spec.eval and spec.held_out is None:
         return Part.empty()
-    return _prepare("eval", spec, tokenizer, stop_ids)
+    part = _refuse_losses("eval", read_part("eval", spec, tokenizer, stop_ids), spec)
+    sources = spec.eval or spec.train
+    return replace(part, examples=tuple(_selected(sources, spec)))
+
+
+def read_part(
+    name: PartName, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int]
+) -> Part:
+    """What came of the rows of one part, without its examples, however many rows were lost.
+
+    Raises:
+        DataError: a source cannot be read, or the model would never learn to stop.
+    """
+    sources = spec.eval if name == "eval" and spec.eval else spec.train
+    related = sources if name == "eval" else (*spec.train, *spec.eval)
+    fingerprints = [source_fingerprint(source) for source in related]
+    folder = cache_folder(name, spec, fingerprints, tokenizer, stop_ids)
+    if not folder.is_dir():
+        with published_folder(folder) as draft:
+            ledger = _render_all(
+                sources, spec, selection_for(name, spec), tokenizer, stop_ids, draft
+            )
+            (draft / _LEDGER).write_text(json.dumps(ledger.state()), encoding="utf-8")
+    stamp_used(folder)
+    ledger = Ledger.from_state(json.loads((folder / _LEDGER).read_text(encoding="utf-8")))
+    ledger.check_balance()
+    sequences = StoredSequences(folder)
+    if name == "train":
+        sequences = sequences.in_order(training_order(sequences.groups(), spec))
+    return Part((), sequences, ledger)
 
 
 def read_examples(sources: Sequence[SourceSpec], needs_answer: bool = True) -> Iterator[AnyExample]:
     """Every sound example of every source, in order; faulty rows are passed over."""
     ledger = Ledger()
     return (example for _, example in _examples(sources, needs_answer, ledger))
+
+
+def selection_for(part: PartName, spec: DataSpec) -> Selection:
+    """What decides which sound rows of a part are used."""
+    needs_answer = spec.loss_on != "all"
+    threshold = None
+    if spec.held_out is not None:
+        threshold = held_out_threshold(spec, read_examples(spec.train, needs_answer))
+    keys: frozenset[bytes] = frozenset()
+    if part == "train" and spec.eval and spec.leaks != "keep":
+        keys = frozenset(content_key(one) for one in read_examples(spec.eval, needs_answer))
+    return Selection(spec, part, keys, threshold)
 
 
 def prove_end_of_turn(
@@ -117,49 +158,13 @@ def prove_end_of_turn(
     return end
 
 
-def _prepare(
-    part: PartName,
-    spec: DataSpec,
-    tokenizer: PreTrainedTokenizerBase,
-    stop_ids: frozenset[int],
-) -> Part:
-    sources = spec.eval if part == "eval" and spec.eval else spec.train
-    related = sources if part == "eval" else (*spec.train, *spec.eval)
-    fingerprints = [source_fingerprint(source) for source in related]
-    folder = cache_folder(part, spec, fingerprints, tokenizer, stop_ids)
-    if not folder.is_dir():
-        selection = _selection(part, spec)
-        with published_folder(folder) as draft:
-            ledger = _render_all(sources, spec, selection, tokenizer, stop_ids, draft)
-            (draft / _LEDGER).write_text(json.dumps(ledger.state()), encoding="utf-8")
-    stamp_used(folder)
-    ledger = Ledger.from_state(json.loads((folder / _LEDGER).read_text(encoding="utf-8")))
-    ledger.check_balance()
-    _refuse_losses(part, ledger, spec)
-    sequences = StoredSequences(folder)
-    if part == "train":
-        return Part((), sequences.in_order(training_order(sequences.groups(), spec)), ledger)
-    return Part(tuple(_selected(sources, spec)), sequences, ledger)
-
-
 def _selected(sources: Sequence[SourceSpec], spec: DataSpec) -> Iterator[Example]:
     """What the eval rows say."""
-    selection = _selection("eval", spec)
+    selection = selection_for("eval", spec)
     for _, example in _examples(sources, spec.loss_on != "all", Ledger()):
         answer = fine_tuning_example(example)
         if answer is not None and selection.rule_against(example) is None:
             yield answer
-
-
-def _selection(part: PartName, spec: DataSpec) -> Selection:
-    needs_answer = spec.loss_on != "all"
-    threshold = None
-    if spec.held_out is not None:
-        threshold = held_out_threshold(spec, read_examples(spec.train, needs_answer))
-    keys: frozenset[bytes] = frozenset()
-    if part == "train" and spec.eval and spec.leaks != "keep":
-        keys = frozenset(content_key(one) for one in read_examples(spec.eval, needs_answer))
-    return Selection(spec, part, keys, threshold)
 
 
 def _examples(
@@ -249,24 +254,33 @@ def _finished(
     return rendering, groups, examples
 
 
-def _refuse_losses(name: str, ledger: Ledger, spec: DataSpec) -> None:
-    shown = "".join(f"\n  - {finding}" for finding in ledger.findings())
+def losses(name: PartName, ledger: Ledger, spec: DataSpec) -> str | None:
+    """Why a run with so many rows lost must not start; None where it may."""
     if ledger.num_kept == 0:
-        raise DataError(f"data.{name} has nothing to train on: no row was kept.{shown}")
+        return f"data.{name} has nothing to train on: no row was kept."
     num_overlength = ledger.dropped[OVERLENGTH]
     if spec.overlength == "error" and num_overlength:
         origins = ", ".join(ledger.examples[OVERLENGTH])
-        raise DataError(
+        return (
             f"data.{name}: {num_overlength} of {ledger.num_rows} rows are longer than "
             f"data.max_length, {spec.max_length} tokens (for example {origins}), and "
             "data.overlength is error. Raise the one, or set the other to drop, split or truncate."
         )
     share = ledger.num_lost / ledger.num_rows
-    if share > spec.max_dropped_share:
-        by_length = num_overlength + ledger.dropped[NOTHING_LEFT] + ledger.truncated
-        longer = f"data.max_length (now {spec.max_length}) or " if by_length else ""
-        raise DataError(
-            f"data.{name}: {ledger.num_lost} of {ledger.num_rows} rows ({share:.1%}) would be "
-            f"dropped or truncated, more than the {spec.max_dropped_share:.1%} allowed. Mend "
-            f"them, or raise {longer}data.max_dropped_share.{shown}"
-        )
+    if share <= spec.max_dropped_share:
+        return None
+    by_length = num_overlength + ledger.dropped[NOTHING_LEFT] + ledger.truncated
+    longer = f"data.max_length (now {spec.max_length}) or " if by_length else ""
+    return (
+        f"data.{name}: {ledger.num_lost} of {ledger.num_rows} rows ({share:.1%}) would be "
+        f"dropped or truncated, more than the {spec.max_dropped_share:.1%} allowed. Mend "
+        f"them, or raise {longer}data.max_dropped_share."
+    )
+
+
+def _refuse_losses(name: PartName, part: Part, spec: DataSpec) -> Part:
+    fault = losses(name, part.ledger, spec)
+    if fault is not None:
+        shown = "".join(f"\n  - {finding}" for finding in part.ledger.findings())
+        raise DataError(fault + shown)
+    return part

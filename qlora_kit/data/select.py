@@ -57,6 +57,10 @@ class Selection:
         self._refuse("duplicates", example.origin, first)
         return DUPLICATE
 
+    def first_of(self, example: AnyExample) -> str | None:
+        """The origin of the first row that says the same, among those decided on."""
+        return self._seen.get(content_key(example))
+
     def _refuse(self, name: Literal["leaks", "duplicates"], origin: str, same_as: str) -> None:
         if getattr(self.spec, name) == "error":
             raise DataError(

@@ -15,7 +15,8 @@ from qlora_kit.model.gguf import convert_cached
 from qlora_kit.model.reason import reason_of
 
 # What a hub snapshot needs: weights, configuration, tokenizer, templates; no other formats.
-_PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "*.tiktoken")
+_WEIGHTS = "*.safetensors"
+_PATTERNS = ("*.json", _WEIGHTS, "*.model", "*.txt", "*.jinja", "*.tiktoken")
 # The same weights once more, for other programs.
 _IGNORED = ("consolidated*", "original/*", "onnx/*")
 
@@ -40,10 +41,12 @@ def resolve_source(
     gguf_file: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    with_weights: bool = True,
 ) -> ModelSource:
     """Find the model, fetching or converting it where that is needed.
 
-    A local path makes no network call.
+    A local path makes no network call. Without weights, those of a hub model are not fetched; a
+    GGUF file is converted all the same.
 
     Raises:
         ModelError: it is not there, or cannot be had.
@@ -69,8 +72,8 @@ def resolve_source(
         commit = fetched.parts[-len(Path(gguf_file).parts) - 1]
         return ModelSource(name_or_path, convert_cached(fetched), "gguf", commit, gguf_file)
     patterns = [
-        *_PATTERNS,
-        *(["*.bin"] if allow_pickle else []),
+        *(one for one in _PATTERNS if with_weights or one != _WEIGHTS),
+        *(["*.bin"] if allow_pickle and with_weights else []),
         *(["*.py"] if trust_remote_code else []),
     ]
     folder = _hub_snapshot(name_or_path, revision, patterns)

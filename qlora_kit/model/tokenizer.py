@@ -17,7 +17,7 @@ from qlora_kit.model.reason import reason_of
 from qlora_kit.templates import library
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # Tokens that models reserve and never write; any of them can pad. The best known come first.
 _SPARE_TOKENS = (
@@ -145,8 +145,14 @@ def _text(token: object) -> str | None:
 
 def stop_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Token ids at which generation with this model stops."""
+    return stop_ids_of(model.generation_config, tokenizer)
+
+
+def stop_ids_of(
+    config: GenerationConfig | None, tokenizer: PreTrainedTokenizerBase
+) -> frozenset[int]:
+    """The same by the generation settings of a model that is not loaded."""
     ids: set[int] = set()
-    config = model.generation_config
     for value in (config.eos_token_id if config else None, tokenizer.eos_token_id):
         if value is not None:
             ids |= set(value) if isinstance(value, list) else {value}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.data.render import IGNORE_INDEX
+from qlora_kit.data.preview import runs, token_pieces
 from qlora_kit.report.reporter import Reporter
+from qlora_kit.report.visible import visible
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -72,27 +73,11 @@ def data(
     for part in (train, held_out):
         for finding in part.ledger.findings():
             reporter.warn(finding)
-    reporter.say(
-        "first     " + marked(train.sequences[0].labels, train.sequences[0].input_ids, tokenizer)
+    first = train.sequences[0]
+    pieces = list(token_pieces(first.input_ids, first.labels, tokenizer))
+    reporter.marked(
+        [(visible(text), supervised) for text, supervised in runs(pieces)], "first     "
     )
-
-
-def marked(
-    labels: tuple[int, ...], input_ids: tuple[int, ...], tokenizer: PreTrainedTokenizerBase
-) -> str:
-    """The text of a sequence, with what is trained on between ⟦ and ⟧."""
-    pieces: list[str] = []
-    run: list[int] = []
-    supervised = False
-    for token, label in [*zip(input_ids, labels, strict=True), (None, None)]:
-        now = label is not None and label != IGNORE_INDEX
-        if token is None or now != supervised:
-            text = str(tokenizer.decode(run))
-            pieces.append(f"⟦{text}⟧" if supervised and text else text)
-            run, supervised = [], now
-        if token is not None:
-            run.append(token)
-    return "".join(pieces).replace("\n", "↵")
 
 
 def _ledger_row(name: str, ledger: Ledger) -> tuple[str, ...]:

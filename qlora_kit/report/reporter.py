@@ -25,6 +25,9 @@ class Reporter:
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         """Figures side by side; the first column names the row."""
 
+    def marked(self, runs: Sequence[tuple[str, bool]], prefix: str = "") -> None:
+        """Text in stretches, each with whether it is trained on."""
+
     @contextmanager
     def progress(self, name: str, total: int) -> Iterator[Progress]:
         """Work of `total` parts, shown while the context lasts."""

@@ -13,8 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from qlora_kit.errors import HardwareError
 from qlora_kit.atomic import draft_beside, published_folder, require_disk
+from qlora_kit.errors import HardwareError
 
 # Writes a folder as process NAME; waits for GO half-way, or dies there if NAME is "killed".
 WRITER = """

@@ -165,5 +165,3 @@ def test_a_split_row_predicts_each_supervised_token_once(pattern: str, max_lengt
     learned = [label for one in kept for label in one.labels[1:] if label != IGNORE_INDEX]
     whole = sequence(pattern)
     assert learned == [label for label in whole.labels[1:] if label != IGNORE_INDEX]
-    for before, after in zip(kept, kept[1:], strict=False):
-        assert after.input_ids[0] <= before.input_ids[-1] or "x" not in pattern

@@ -121,7 +121,7 @@ def test_leaks_through_both_files(tmp_path: Path) -> None:
     assert train.ledger.num_lost == 0
     train, _ = sides(tmp_path, ["a", "b", "c"], ["b", "d"], leaks="keep")
     assert contents(train) == ["a", "b", "c"]
-    with pytest.raises(DataError, match="data.leaks is error"):
+    with pytest.raises(DataError, match=r"data\.leaks is error"):
         sides(tmp_path, ["a", "b", "c"], ["b", "d"], leaks="error")
 
 

@@ -136,7 +136,11 @@ def test_it_takes_few_bytes(tmp_path: Path) -> None:
 
 
 def test_what_fails_leaves_no_index(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), StoreWriter(tmp_path) as writer:
-        writer.add(sequence([1], [False], "a:1"))
-        raise KeyError
+    def fail() -> None:
+        with StoreWriter(tmp_path) as writer:
+            writer.add(sequence([1], [False], "a:1"))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert not (tmp_path / "index.npy").exists()

@@ -365,3 +365,9 @@ def test_a_field_of_a_hundred_megabytes(tmp_path: Path) -> None:
     records = good(write(tmp_path, "a.json", content))
     assert [len(record["text"]) for record in records] == [100_000_000, 1]
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2_000_000
+
+
+@pytest.mark.parametrize("size", range(1, 20))
+def test_a_number_that_the_end_of_a_piece_cuts(size: int) -> None:
+    text = '{"version": 12.5e-3, "n": -10, "data": [{"a": 1}]}'
+    assert list(json_value("a", pieces(text, size))) == [Row("a", 1, {"a": 1})]
