@@ -190,24 +190,24 @@ def _find_said(
 ) -> Span:
     """Where a message that is no answer stands in the text, up to the token that closes it.
 
-    The conversation is rendered once more with a mark in its place.
+    It is rendered once more with marks around it: its words may be the template's, too.
     """
-    messages = list(example.messages)
-    messages[number] = replace(messages[number], content=_MARK)
-    around = apply_template(replace(example, messages=tuple(messages)), tokenizer).split(_MARK)
-    start, end = len(around[0]), len(text) - len(around[-1])
-    if len(around) != 2 or start > end or not _surrounds(around, text):
-        role = example.messages[number].role
-        reason = f"the chat template cannot be split where a {role} turn begins"
+    message = example.messages[number]
+    said = message.content.strip()
+    lead = message.content.partition(said)[0] if said else message.content
+    trail = message.content[len(lead) + len(said) :]
+    marked = replace(message, content=f"{lead}{_MARK}{said}{_MARK}{trail}")
+    messages = (*example.messages[:number], marked)
+    pieces = apply_template(replace(example, messages=messages), tokenizer).split(_MARK)
+    own = apply_template(example, tokenizer, number + 1)
+    start, end = len(pieces[0]), len("".join(pieces[:2]))
+    if len(pieces) != 3 or "".join(pieces) != own or not text.startswith(own[:end]):
+        reason = f"the chat template cannot be split where a {message.role} turn begins"
         raise RowRefused(example.origin, reason)
     closing = added_tokens(tokenizer).search(text, end)
     if closing is None or text[end : closing.start()].strip():
         return Span(start, end, asked=False, closes=False)
     return Span(start, closing.start(), asked=False)
-
-
-def _surrounds(around: Sequence[str], text: str) -> bool:
-    return text.startswith(around[0]) and text.endswith(around[-1])
 
 
 def spelled_in(

@@ -48,21 +48,24 @@ class Skeleton:
         marked = self.marked
         text = marked.text
         pieces: list[str] = []
-        shifts: list[tuple[int, int]] = []
-        done = shift = 0
+        contents: list[str] = []
+        done = 0
         for hole, message in zip(self.holes, conversation.messages, strict=True):
             content = message.content
             if not (hole.keeps_left and hole.keeps_right):
                 content = _trimmed(content, hole)
             pieces += (text[done : hole.start], content)
-            shift += len(content) - (hole.end - hole.start)
-            shifts.append((hole.end, shift))
+            contents.append(content)
             done = hole.end
         pieces.append(text[done:])
         spans = marked.spans
         if spans and not marked.openings:
             spans = tuple(
-                replace(span, start=_moved(span.start, shifts), end=_moved(span.end, shifts))
+                replace(
+                    span,
+                    start=self._moved(span.start, contents),
+                    end=self._moved(span.end, contents),
+                )
                 for span in spans
             )
         return Marked(
@@ -73,6 +76,22 @@ class Skeleton:
             notes=marked.notes,
             openings=marked.openings,
         )
+
+    def _moved(self, position: int, contents: list[str]) -> int:
+        """Where a position in the skeleton is once its holes are filled.
+
+        Within a hole it stands behind the space on the left, or before that on the right.
+        """
+        shift = 0
+        for hole, content in zip(self.holes, contents, strict=True):
+            if position <= hole.start:
+                break
+            if position == hole.start + 1:
+                return hole.start + shift + len(content) - len(content.lstrip())
+            if position < hole.end:
+                return hole.start + shift + len(content.rstrip())
+            shift += len(content) - (hole.end - hole.start)
+        return position + shift
 
 
 def mark_by_skeleton(
@@ -140,13 +159,3 @@ def _trimmed(content: str, hole: _Hole) -> str:
     if not hole.keeps_left:
         content = content.lstrip()
     return content if hole.keeps_right else content.rstrip()
-
-
-def _moved(position: int, shifts: list[tuple[int, int]]) -> int:
-    """Where a position of the skeleton is once the holes before it are filled."""
-    moved = position
-    for end, shift in shifts:
-        if position < end:
-            break
-        moved = position + shift
-    return moved

@@ -9,8 +9,8 @@ from datetime import date, datetime, time
 from decimal import Decimal
 from typing import Any
 
-import pyarrow as pa  # type: ignore[import-untyped]
-import pyarrow.parquet as pq  # type: ignore[import-untyped]
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 from qlora_kit.data.read.opened import SourceFile, unpacked_file
 from qlora_kit.data.read.strict_json import MAX_NESTING, Refusal, shown, too_deep

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 from qlora_kit.data.demo import demo_rows
-from qlora_kit.data.read.columnar import plain_record
 from qlora_kit.data.read.strict_json import Refusal
 from qlora_kit.data.rows import BadRow, Row
 from qlora_kit.errors import DataError
@@ -29,6 +28,8 @@ def hub_source(spec: SourceSpec, *, streaming: bool) -> Iterator[Row | BadRow]:
     Raises:
         DataError: the hub does not give it, or stops giving it.
     """
+    from qlora_kit.data.read.columnar import plain_record
+
     rows = iter(_loaded(spec, streaming=streaming))
     number = 0
     while True:

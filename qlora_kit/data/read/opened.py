@@ -11,11 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
-
-import pyarrow as pa  # type: ignore[import-untyped]
+from typing import IO, TYPE_CHECKING, Literal
 
 from qlora_kit.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 KnownFormat = Literal["json", "jsonl", "csv", "tsv", "parquet", "arrow", "text"]
 Compression = Literal["gzip", "zstd"]
@@ -95,6 +96,8 @@ def _unpacked(path: Path, compression: Compression | None) -> Iterator[IO[bytes]
         with gzip.open(path, "rb") as stream:
             yield stream  # type: ignore[misc]
     elif compression == "zstd":
+        import pyarrow as pa
+
         with pa.OSFile(str(path)) as raw, pa.CompressedInputStream(raw, "zstd") as stream:
             yield stream
     else:
@@ -128,6 +131,8 @@ def unpacked_file(file: SourceFile) -> Iterator[pa.NativeFile]:
     Raises:
         DataError: it cannot be opened or unpacked.
     """
+    import pyarrow as pa
+
     if file.compression is None:
         with _faults(file.name):
             mapped = pa.memory_map(str(file.path))

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-from qlora_kit.data.read.columnar import columnar_rows
 from qlora_kit.data.read.delimited import delimited_rows
 from qlora_kit.data.read.files import find_files, is_local
 from qlora_kit.data.read.hub import DEMO_PREFIX, demo_source, hub_source, remote_fingerprint
@@ -102,6 +101,8 @@ def _every_row(spec: SourceSpec, *, streaming: bool) -> Iterator[Row | BadRow]:
 
 def _rows_of(file: SourceFile, spec: SourceSpec) -> Iterator[Row | BadRow]:
     if file.format in ("parquet", "arrow"):
+        from qlora_kit.data.read.columnar import columnar_rows
+
         return columnar_rows(file)
     chunks = text_chunks(file)
     if file.format == "jsonl":

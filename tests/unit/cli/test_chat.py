@@ -119,7 +119,7 @@ def test_without_a_template_each_line_is_continued(plain: Path) -> None:
 
 
 def test_a_system_message_needs_a_template(plain: Path) -> None:
-    with pytest.raises(DataError, match="--system needs a chat template"):
+    with pytest.raises(DataError, match="--system needs a conversation"):
         chat(plain, "hello\n", "--system", "be kind")
 
 
