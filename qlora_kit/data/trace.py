@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from qlora_kit.data.fit import fit
 from qlora_kit.data.ledger import Ledger
 from qlora_kit.data.prepare import NOTE_REJECTED, UNWANTED, PartName, selection_for
 from qlora_kit.data.preview import Shown, show
-from qlora_kit.data.read import read_source
+from qlora_kit.data.read import read_source, source_files
 from qlora_kit.data.render import render
 from qlora_kit.data.rows import BadRow, Row, RowRefused
 from qlora_kit.data.schemas import Recogniser, fine_tuning_example
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora_kit.recipe import DataSpec, SourceSpec
+
+_MOST_NAMES = 5
 
 
 @dataclass(frozen=True)
@@ -59,29 +61,54 @@ def trace_row(
     Raises:
         DataError: no source has such a row, or one cannot be read.
     """
-    fates: list[Fate] = []
-    seen: dict[str, int] = {}
     held_out = spec.train if spec.held_out is not None else ()
     parts: tuple[tuple[PartName, tuple[SourceSpec, ...]], ...] = (
         ("train", spec.train),
         ("eval", spec.eval or held_out),
     )
+    source = _one_source(file, [*spec.train, *spec.eval])
+    fates: list[Fate] = []
+    last = 0
     for part, sources in parts:
+        if source not in _sources_of(sources):
+            continue
         selection = selection_for(part, spec)
         for row, found in _rows(sources, spec):
-            seen[row.source] = row.number
-            if row.number == number and _names(file, row.source):
+            last = max(last, row.number) if row.source == source else last
+            if row.number == number and row.source == source:
                 fates.append(_fate(part, row, found, selection, spec, tokenizer))
                 break
             if not isinstance(found, RowRefused):
                 selection.rule_against(found)
     if not fates:
-        there = ", ".join(f"{name} (to {last})" for name, last in list(seen.items())[:5])
         raise DataError(
-            f"no row {number} of {file} is read; the recipe's sources and their last rows: "
-            f"{there}. A row is FILE:LINE, as findings name it; blank lines are no rows."
+            f"{source} has no row {number}; the last one that is read is {last}. A row goes by "
+            "its line in the file, and a blank line is none."
         )
     return fates
+
+
+def _one_source(file: str, sources: Sequence[SourceSpec]) -> str:
+    """The file of the recipe that is meant, as origins name it."""
+    asked = Path(file).expanduser()
+    names = list(dict.fromkeys(_sources_of(sources)))
+    exact = [one for one in names if one == file or Path(one).absolute() == asked.absolute()]
+    fitting = exact or [one for one in names if Path(one).parts[-len(asked.parts) :] == asked.parts]
+    if len(fitting) == 1:
+        return fitting[0]
+    shown = ", ".join((fitting or names)[:_MOST_NAMES])
+    if fitting:
+        raise DataError(f"{file} can be any of {shown}; say more of its path.")
+    raise DataError(f"{file} is no file that this recipe reads; it reads {shown}.")
+
+
+def _sources_of(sources: Sequence[SourceSpec]) -> list[str]:
+    """The names that origins of these sources begin with."""
+    return [
+        name
+        for source in sources
+        for name in ([one.name for one in source_files(source)] or [source.path])
+    ]
 
 
 def _rows(
@@ -99,12 +126,6 @@ def _rows(
                 yield row, refused
             else:
                 yield row, example
-
-
-def _names(file: str, source: str) -> bool:
-    """Whether `file` is the path of a source, or its end."""
-    asked, path = Path(file).expanduser(), Path(source)
-    return path.parts[-len(asked.parts) :] == asked.parts or path.absolute() == asked.absolute()
 
 
 def _fate(

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from html import escape
 
 from qlora_kit.data.preview import Lengths, Piece, Preview, Shown
-from qlora_kit.report.data_text import packing_table, packing_verdict, row_table, token_table
+from qlora_kit.report.data_text import (
+    limit,
+    packing_table,
+    packing_verdict,
+    range_of,
+    row_table,
+    token_table,
+)
 from qlora_kit.report.visible import LINE_BREAK, visible
 
 _STYLE = """
@@ -124,13 +131,12 @@ def _histogram(lengths: Lengths) -> list[str]:
         middle = top + _ROW_HEIGHT * 0.7
         drawn.append(
             f'<text x="{_LABELS_WIDTH - 8}" y="{middle:g}" text-anchor="end">'
-            f"{one.first:,}–{one.last:,}</text>"
+            f"{range_of(one)}</text>"
             f'<rect class="{kind}" x="{_LABELS_WIDTH}" y="{top + 2}" width="{width:.1f}" '
             f'height="{_ROW_HEIGHT - 4}"></rect>'
             f'<text x="{_LABELS_WIDTH + width + 6:.1f}" y="{middle:g}">{one.count:,}</text>'
         )
         top += _ROW_HEIGHT
-    longer = f"{lengths.num_longer:,} rows are longer" if lengths.num_longer else "no row is longer"
     if limit_at is None:
         limit_at = top
         top += _ROW_HEIGHT
@@ -139,7 +145,7 @@ def _histogram(lengths: Lengths) -> list[str]:
     drawn.append(
         f'<line class="limit" x1="{_LABELS_WIDTH}" x2="{right}" y1="{middle:g}" '
         f'y2="{middle:g}"></line><text class="limit-text" x="{right + 6}" y="{middle + 4:g}">'
-        f"max_length {lengths.max_length:,}: {longer}</text>"
+        f"{limit(lengths)}</text>"
     )
     full = right + 240
     return [

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from qlora_kit.data.ledger import Ledger
-from qlora_kit.data.preview import Lengths, Packing, PartView, Preview, Shown, runs
+from qlora_kit.data.preview import LengthBin, Lengths, Packing, PartView, Preview, Shown, runs
 from qlora_kit.report.reporter import Reporter
 from qlora_kit.report.visible import shortened, visible
 
@@ -33,6 +33,8 @@ def preview(reporter: Reporter, found: Preview) -> None:
     reporter.table("Where every row went", ("", *columns), row_table(found.parts))
     reporter.say("")
     reporter.table("Where every token went", ("", *columns), token_table(ledgers))
+    if any(part.ledger.findings() for part in found.parts):
+        reporter.say("")
     for part in found.parts:
         findings(reporter, part)
     for part in found.parts:
@@ -68,8 +70,9 @@ def row_table(parts: Sequence[PartView]) -> list[Row]:
         for reason in reasons:
             counts = (f"{pick(one)[reason]:,}" for one in ledgers)
             rows.append((f"  {word}: {visible(reason)}", *counts))
-    if any(one.truncated or one.split for one in ledgers):
+    if any(one.truncated for one in ledgers):
         rows.append(_row("of those kept, truncated", ledgers, lambda one: one.truncated))
+    if any(one.split for one in ledgers):
         rows.append(_row("of those kept, split", ledgers, lambda one: one.split))
     return [*rows, _row("sequences made of them", ledgers, lambda one: one.num_sequences)]
 
@@ -104,19 +107,32 @@ def histogram(reporter: Reporter, name: str, lengths: Lengths) -> None:
         f"99% {lengths.p99:,}; the longest has {lengths.longest:,}"
     )
     most = max(one.count for one in lengths.bins)
-    ranges = [f"{one.first:,}–{one.last:,}" for one in lengths.bins]
+    ranges = [range_of(one) for one in lengths.bins]
     width = max(map(len, ranges))
     counts = max(len(f"{one.count:,}") for one in lengths.bins)
-    mark = f"max_length {lengths.max_length:,}"
     is_marked = False
     for label, one in zip(ranges, lengths.bins, strict=True):
         if one.first > lengths.max_length and not is_marked:
             is_marked = True
-            reporter.say(f"  {'':{width}} ├── {mark}: {lengths.num_longer:,} rows are longer")
+            reporter.say(f"  {'':{width}} ├── {limit(lengths)}")
         drawn = bar(one.count / most)
         reporter.say(f"  {label:>{width}} │{drawn:{_BAR_WIDTH}} {one.count:>{counts},}")
     if not is_marked:
-        reporter.say(f"  {'':{width}} ├── {mark}: no row is longer")
+        reporter.say(f"  {'':{width}} ├── {limit(lengths)}")
+
+
+def range_of(one: LengthBin) -> str:
+    return f"{one.first:,}–{one.last:,}" if one.first < one.last else f"{one.first:,}"
+
+
+def limit(lengths: Lengths) -> str:
+    """What max_length means for these rows."""
+    longer = f"{_num(lengths.num_longer, 'row')} longer" if lengths.num_longer else "no row longer"
+    return f"max_length {lengths.max_length:,}: {longer}"
+
+
+def _num(count: int, what: str) -> str:
+    return f"{count:,} {what}" + ("" if count == 1 else "s")
 
 
 def bar(share: float) -> str:
@@ -131,7 +147,7 @@ def packing_table(packing: Packing) -> list[Row]:
     ways = (
         ("padded to the longest of each batch", packing.padded_tokens, packing.num_batches),
         (
-            f"packed into {packing.num_packed:,} sequences",
+            f"packed into {_num(packing.num_packed, 'sequence')}",
             packing.packed_tokens,
             packing.num_packed_batches,
         ),
