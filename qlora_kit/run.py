@@ -93,9 +93,7 @@ def run_recipe(recipe: Recipe, reporter: Reporter = SILENT) -> RunResult:
         narrate.data(reporter, train, held_out, base.tokenizer)
 
         adapted = attach_adapter(base, recipe.lora, recipe.train.seed)
-        batches = plan_batches(
-            adapted.model, base, train.sequences, held_out.sequences, recipe.data
-        )
+        batches = plan_batches(adapted.model, base, train, held_out.sequences, recipe.data)
         narrate.adapter(reporter, adapted, recipe)
         narrate.schedule(reporter, recipe.train, batches)
 
@@ -103,7 +101,7 @@ def run_recipe(recipe: Recipe, reporter: Reporter = SILENT) -> RunResult:
             Path(recipe.run_dir), bytes_to_write(recipe, adapted, held_out.sequences), "this run"
         )
         run = create_run(recipe)
-        write_json(run.ledger, {"train": train.ledger.as_dict(), "eval": held_out.ledger.as_dict()})
+        write_ledger(run, train, held_out)
 
         def save(folder: Path) -> None:
             save_adapter(adapted.model, base, recipe.quantization, recipe_hash(recipe), folder)
@@ -121,6 +119,8 @@ def run_recipe(recipe: Recipe, reporter: Reporter = SILENT) -> RunResult:
             save,
         )
         save(run.adapter)
+        train.ledger.padding_tokens = trained.num_padding_tokens
+        write_ledger(run, train, held_out)
 
         memory.phase("evaluating")
         evaluation = evaluate_held_out(adapted.model, base, held_out, recipe, reporter)
@@ -135,6 +135,10 @@ def run_recipe(recipe: Recipe, reporter: Reporter = SILENT) -> RunResult:
     write_json(run.summary, summary_of(result, memory))
     narrate.summary(reporter, result.run, recipe)
     return result
+
+
+def write_ledger(run: RunDirectory, train: Part, held_out: Part) -> None:
+    write_json(run.ledger, {"train": train.ledger.as_dict(), "eval": held_out.ledger.as_dict()})
 
 
 def evaluate_held_out(

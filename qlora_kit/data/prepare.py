@@ -23,6 +23,7 @@ from qlora_kit.data.rows import BadRow, RowRefused
 from qlora_kit.data.schemas import Recogniser, content_key, fine_tuning_example
 from qlora_kit.data.select import Selection, held_out_threshold
 from qlora_kit.data.store import StoredSequences, StoreWriter
+from qlora_kit.data.stream import StreamedSequences
 from qlora_kit.data.template import PROBE, PROBE_ORIGIN
 from qlora_kit.errors import DataError
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 UNWANTED = "an answer that is rated as unwanted"
 NOTE_REJECTED = "a preference pair: its chosen answer is trained on, the rejected one is not"
 _CHUNK_ROWS = 512
+_ROWS_BETWEEN_CHECKS = 1024
 _LEDGER = "ledger.json"
 PartName = Literal["train", "eval"]
 
@@ -50,6 +52,8 @@ class Part:
     examples: tuple[Example, ...]
     sequences: Sequence[TokenSequence]
     ledger: Ledger
+    stream: StreamedSequences | None = None
+    """Where the rows are read while training; `sequences` are then the first ones alone."""
 
     @classmethod
     def empty(cls) -> Part:
@@ -73,6 +77,8 @@ def prepare_train(
         DataError: nothing is left to train on, too much would be lost, or the model would
             never learn to stop.
     """
+    if spec.streaming:
+        return _stream(spec, tokenizer, stop_ids)
     return _refuse_losses("train", read_part("train", spec, tokenizer, stop_ids), spec)
 
 
@@ -87,6 +93,26 @@ def prepare_eval(
     part = _refuse_losses("eval", read_part("eval", spec, tokenizer, stop_ids), spec)
     sources = spec.eval or spec.train
     return replace(part, examples=tuple(_selected(sources, spec)))
+
+
+def _stream(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, stop_ids: frozenset[int]) -> Part:
+    """Training rows that are read while training; the first ones are read here, to see that they
+    can be trained on.
+    """
+
+    def one_pass(ledger: Ledger | None) -> Iterator[TokenSequence]:
+        booked = ledger or Ledger()
+        selection = selection_for("train", spec)
+        every = _rendered(spec.train, spec, selection, tokenizer, stop_ids, booked)
+        for number, (_, sequence) in enumerate(every, start=1):
+            if number % _ROWS_BETWEEN_CHECKS == 0:
+                _refuse_losses("train", Part((), (), booked), spec)
+            yield sequence
+        _refuse_losses("train", Part((), (), booked), spec)
+
+    first = tuple(islice(one_pass(None), _ROWS_BETWEEN_CHECKS))
+    ledger = Ledger()
+    return Part((), first, ledger, StreamedSequences(one_pass, ledger, spec.seed))
 
 
 def read_part(
@@ -168,12 +194,12 @@ def _selected(sources: Sequence[SourceSpec], spec: DataSpec) -> Iterator[Example
 
 
 def _examples(
-    sources: Sequence[SourceSpec], needs_answer: bool, ledger: Ledger
+    sources: Sequence[SourceSpec], needs_answer: bool, ledger: Ledger, *, streaming: bool = False
 ) -> Iterator[tuple[int, AnyExample]]:
     """Sound rows with the number of their source; faulty ones are booked."""
     for group, source in enumerate(sources):
         recogniser = Recogniser(source, needs_answer=needs_answer)
-        for row in read_source(source):
+        for row in read_source(source, streaming=streaming):
             ledger.num_rows += 1
             if isinstance(row, BadRow):
                 ledger.drop(row.reason, row.origin, row.detail)
@@ -197,22 +223,36 @@ def _render_all(
 ) -> Ledger:
     """Render every row that is used into a store in `folder`."""
     ledger = Ledger()
-    rows = _used(_examples(sources, spec.loss_on != "all", ledger), selection, ledger)
-    proved = False
     with StoreWriter(folder) as writer:
-        for rendering, groups, examples in _pipelined(rows, tokenizer, spec.loss_on):
-            if not proved and any(isinstance(one, Conversation) for one in examples):
-                prove_end_of_turn(tokenizer, stop_ids, spec.loss_on)
-                proved = True
-            for group, example, rendered in zip(groups, examples, rendering.label(), strict=True):
-                if isinstance(rendered, RowRefused):
-                    ledger.drop(rendered.reason, example.origin, rendered.detail)
-                    continue
-                for sequence in fit(example, rendered, spec, ledger):
-                    writer.add(sequence, group)
-                    ledger.num_sequences += 1
+        for group, sequence in _rendered(sources, spec, selection, tokenizer, stop_ids, ledger):
+            writer.add(sequence, group)
     ledger.check_balance()
     return ledger
+
+
+def _rendered(
+    sources: Sequence[SourceSpec],
+    spec: DataSpec,
+    selection: Selection,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_ids: frozenset[int],
+    ledger: Ledger,
+) -> Iterator[tuple[int, TokenSequence]]:
+    """Sequences with the number of their source; whatever becomes of a row is booked."""
+    found = _examples(sources, spec.loss_on != "all", ledger, streaming=spec.streaming)
+    rows = _used(found, selection, ledger)
+    proved = False
+    for rendering, groups, examples in _pipelined(rows, tokenizer, spec.loss_on):
+        if not proved and any(isinstance(one, Conversation) for one in examples):
+            prove_end_of_turn(tokenizer, stop_ids, spec.loss_on)
+            proved = True
+        for group, example, rendered in zip(groups, examples, rendering.label(), strict=True):
+            if isinstance(rendered, RowRefused):
+                ledger.drop(rendered.reason, example.origin, rendered.detail)
+                continue
+            for sequence in fit(example, rendered, spec, ledger):
+                ledger.num_sequences += 1
+                yield group, sequence
 
 
 def _used(

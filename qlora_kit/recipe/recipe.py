@@ -48,6 +48,8 @@ class Recipe(Spec):
         """Faults between sections; those within one are its own to report."""
         if not self.data.has_eval_rows:
             yield from self._faults_without_eval_rows()
+        if self.data.streaming:
+            yield from self._streaming_faults()
         if self.export.merge_options.base == "dequantized" and self.quantization.num_bits == 16:
             yield Fault(
                 "export.merge_options.base",
@@ -58,6 +60,20 @@ class Recipe(Spec):
         if stride and self.evaluate.window_tokens is None and stride > longest:
             yield stride_fault("evaluate.", stride, f"the window, data.max_length ({longest})")
         yield from self._precision_contradictions()
+
+    def _streaming_faults(self) -> Iterator[Fault]:
+        if self.train.max_steps is None:
+            message = "data.streaming does not know how many rows there are"
+            yield Fault("train.max_steps", message, "say how many steps to train")
+        if self.train.train_sampling_strategy != "random":
+            message = "data.streaming sees only the next rows"
+            yield Fault("train.train_sampling_strategy", message, "remove one of the two")
+        if self.data.mix != "concatenate" or any(one.num_rows for one in self.data.train):
+            message = "sources are mixed by their numbers of rows, which data.streaming cannot know"
+            yield Fault("data.streaming", message, "remove one of the two")
+        if self.data.held_out is not None and self.data.held_out >= 1:
+            message = "a number of rows cannot be held out of a stream"
+            yield Fault("data.held_out", message, "give a share, such as 0.01")
 
     def _faults_without_eval_rows(self) -> Iterator[Fault]:
         hint = "name one, or set data.held_out: 0.05"

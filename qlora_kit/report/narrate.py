@@ -63,8 +63,10 @@ def data(
     rows = [
         _ledger_row(name, part.ledger)
         for name, part in (("train", train), ("eval", held_out))
-        if part.sequences
+        if part.sequences and part.stream is None
     ]
+    if train.stream is not None:
+        reporter.say("stream    training rows are read, checked and counted while training")
     reporter.table(
         "where every row and token went",
         ("", "rows", "dropped", "truncated", "supervised", "context", "cut", "dropped tokens"),
@@ -108,7 +110,7 @@ def schedule(reporter: Reporter, spec: TrainSpec, batches: Batching) -> None:
     global_batch = spec.per_device_train_batch_size * spec.gradient_accumulation_steps
     reporter.say(f"batches   {batches.description}")
     reporter.say(
-        f"schedule  {num_update_steps(len(batches.train), spec)} steps of {global_batch} "
+        f"schedule  {num_update_steps(batches.num_items, spec)} steps of {global_batch} "
         f"sequences ({spec.per_device_train_batch_size} × {spec.gradient_accumulation_steps} "
         f"accumulated), {spec.optim}, learning rate {spec.learning_rate:g} "
         f"{spec.lr_scheduler_type}"

@@ -86,6 +86,7 @@ def training_arguments(
         use_cpu=hardware.device == "cpu",
         dataloader_pin_memory=hardware.device != "cpu",
         remove_unused_columns=False,
+        accelerator_config={"dispatch_batches": False},  # batches hold more than tensors
         disable_tqdm=True,
         log_level="error",
         ddp_find_unused_parameters=False,

@@ -45,7 +45,7 @@ def measure_leakage(
 
     Two rows are packed, the shorter of which is filled up, so that filling is probed too.
     """
-    parts = [_start_of(sequence) for sequence in sequences[:4]]
+    parts = [_end_of(sequence) for sequence in sequences[:4]]
     parts = (parts * 4)[:4]
     rows = [PackedSequence((parts[0], parts[1], parts[2])), PackedSequence((parts[3], parts[0]))]
     packed = _logits(model, rows, pad_token_id, compute_dtype)
@@ -79,9 +79,10 @@ def require_isolation(
     return leakage
 
 
-def _start_of(sequence: TokenSequence) -> TokenSequence:
+def _end_of(sequence: TokenSequence) -> TokenSequence:
+    """Its last tokens: many rows begin alike, and a copy would be a poor stranger."""
     return TokenSequence(
-        sequence.input_ids[:_PROBE_TOKENS], sequence.labels[:_PROBE_TOKENS], sequence.origin
+        sequence.input_ids[-_PROBE_TOKENS:], sequence.labels[-_PROBE_TOKENS:], sequence.origin
     )
 
 

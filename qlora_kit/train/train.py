@@ -85,7 +85,7 @@ def train_adapter(
         save(run_dir.last_good)
         return f"The adapter as it was after step {step} is kept in {run_dir.last_good}. "
 
-    with reporter.progress("training", num_update_steps(len(batches.train), spec)) as progress:
+    with reporter.progress("training", num_update_steps(batches.num_items, spec)) as progress:
         callback = StepCallback(run_dir.log, progress, memory, reporter)
         trainer = QloraTrainer(
             model=model,

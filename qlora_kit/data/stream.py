@@ -1,0 +1,57 @@
+"""Sequences that are rendered while training, for data that do not fit the disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import count, islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+from torch.utils.data import IterableDataset
+
+from qlora_kit.data.pack import PackedSequence, pack
+from qlora_kit.data.render import TokenSequence
+
+if TYPE_CHECKING:
+    from qlora_kit.data.ledger import Ledger
+
+BUFFER_SEQUENCES = 4096
+"""How many are held at once: within these the order is random, and packing is by best fit."""
+
+OnePass = Callable[["Ledger | None"], Iterator[TokenSequence]]
+
+
+class StreamedSequences(IterableDataset[TokenSequence | PackedSequence]):
+    """Pass after pass without end, each in another order that the seed decides.
+
+    The first pass is booked in the ledger as far as it comes.
+    """
+
+    def __init__(self, one_pass: OnePass, ledger: Ledger, seed: int, capacity: int | None = None):
+        self._one_pass = one_pass
+        self._ledger = ledger
+        self._seed = seed
+        self._capacity = capacity
+
+    def packed(self, capacity: int) -> StreamedSequences:
+        """The same, packed into sequences of `capacity` tokens."""
+        return StreamedSequences(self._one_pass, self._ledger, self._seed, capacity)
+
+    def __iter__(self) -> Iterator[TokenSequence | PackedSequence]:
+        for number in count():
+            random = np.random.default_rng([self._seed, number])
+            sequences = self._one_pass(self._ledger if number == 0 else None)
+            while buffer := list(islice(sequences, BUFFER_SEQUENCES)):
+                items = self._items(buffer)
+                for place in random.permutation(len(items)).tolist():
+                    yield items[place]
+
+    def _items(self, buffer: list[TokenSequence]) -> list[TokenSequence] | list[PackedSequence]:
+        if self._capacity is None:
+            return buffer
+        lengths = np.array([one.num_tokens for one in buffer])
+        bins = pack(lengths, self._capacity)
+        return [
+            PackedSequence(tuple(buffer[int(member)] for member in bins[number]))
+            for number in range(len(bins))
+        ]
