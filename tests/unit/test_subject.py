@@ -241,7 +241,7 @@ class TestWhatIsRefused:
 
     def test_a_run_without_an_adapter(self, run: Path) -> None:
         shutil.rmtree(run / "adapter")
-        with pytest.raises(RunError, match="no adapter yet"):
+        with pytest.raises(RunError, match="its training did not end"):
             load_subject(str(run))
 
     @pytest.mark.parametrize("name", ["nowhere/at/all", "./nowhere", "an empty folder"])
