@@ -17,7 +17,7 @@ from .conftest import ROOT
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BIN = Path(sys.executable).parent
 
-# Training commands are run as they stand, on a model that takes seconds.
+# Commands that take a recipe are run as they stand, on a model that takes seconds.
 QUICK = (
     "model.name_or_path={model} train.max_steps=2 evaluate.generate.max_new_tokens=4 "
     "data.train.0.max_rows=32 data.eval.0.max_rows=8 export.merge_options.max_kl=1"
@@ -31,6 +31,10 @@ def blocks(language: str) -> list[str]:
 def commands() -> list[str]:
     lines = [line.strip() for block in blocks("bash") for line in block.splitlines()]
     return [line for line in lines if line and not line.startswith("#")]
+
+
+def on_a_model(line: str) -> bool:
+    return " train " in line or line.startswith("qlora-kit data ")
 
 
 def test_make_targets_exist_and_the_environment_is_where_the_readme_says() -> None:
@@ -87,7 +91,7 @@ def test_commands_run_in_their_order(tmp_path: Path, tiny_llama: Path) -> None:
     run = [line for line in commands() if not line.startswith(("make ", ". .venv"))]
     assert len(run) >= 10
     for line in run:
-        command = f"{line} {QUICK.format(model=tiny_llama)}" if " train " in line else line
+        command = f"{line} {QUICK.format(model=tiny_llama)}" if on_a_model(line) else line
         done = subprocess.run(
             command,
             shell=True,

@@ -27,7 +27,8 @@ def delimited_rows(
         DataError: the header is at fault, or a quote is opened and never closed.
     """
     physical = _physical_lines(name, chunks, limit)
-    csv.field_size_limit(limit)  # for the process; its own is 128 KiB
+    # For the process, so it is only ever raised; its own is 128 KiB.
+    csv.field_size_limit(max(limit, csv.field_size_limit()))
     sample = _sample(physical)
     delimiter = _delimiter(name, sample, preferred)
     reader = csv.reader(chain(sample, physical), delimiter=delimiter, strict=True)
