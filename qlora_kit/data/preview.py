@@ -1,16 +1,16 @@
-"""The figures of a preview: lengths, what packing saves, and sequences cut into visible pieces."""
+"""The figures of a preview: lengths, and what packing saves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from qlora_kit.data.encode import decode
 from qlora_kit.data.pack import pack
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.pieces import Shown, show
+from qlora_kit.data.render import TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -22,44 +22,6 @@ if TYPE_CHECKING:
 Sampling = Literal["random", "sequential", "group_by_length"]
 
 _NUM_BINS = 16
-_UNFINISHED = "\ufffd"
-_MOST_TOKENS_OF_A_CHARACTER = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """The tokens that together make whole characters: mostly one, several where they share one."""
-
-    text: str
-    ids: tuple[int, ...]
-    is_supervised: bool
-    is_special: bool
-    """Whether it is a token of its own that no text is split into."""
-
-
-@dataclass(frozen=True)
-class Shown:
-    """One sequence for people to read."""
-
-    origin: str
-    notes: tuple[str, ...]
-    pieces: tuple[Piece, ...]
-    num_tokens: int
-    num_supervised: int
-
-    @property
-    def supervised_text(self) -> str:
-        return "".join(piece.text for piece in self.pieces if piece.is_supervised)
-
-    def as_dict(self) -> dict[str, Any]:
-        return {
-            "origin": self.origin,
-            "text": "".join(piece.text for piece in self.pieces),
-            "supervised": [text for text, is_supervised in runs(self.pieces) if is_supervised],
-            "num_tokens": self.num_tokens,
-            "num_supervised": self.num_supervised,
-            "notes": list(self.notes),
-        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,53 +268,3 @@ def _sampled(
     stretch = batch_size * max(min(len(lengths) // (batch_size * 4), 50), 1)
     pieces = [order[start : start + stretch] for start in range(0, len(order), stretch)]
     return np.concatenate([one[np.argsort(-lengths[one], kind="stable")] for one in pieces])
-
-
-def show(sequence: TokenSequence, tokenizer: PreTrainedTokenizerBase) -> Shown:
-    """A sequence cut into pieces."""
-    pieces = tuple(token_pieces(sequence.input_ids, sequence.labels, tokenizer))
-    return Shown(
-        sequence.origin, sequence.notes, pieces, sequence.num_tokens, sequence.num_supervised
-    )
-
-
-def token_pieces(
-    input_ids: Sequence[int], labels: Sequence[int], tokenizer: PreTrainedTokenizerBase
-) -> Iterator[Piece]:
-    """The text of a sequence, piece by piece; joined, it is what all its ids decode to.
-
-    A token's text can depend on the one before it (a space that SentencePiece leaves out at the
-    start), so each is decoded behind its predecessor.
-    """
-    added = {
-        number for number, token in tokenizer.added_tokens_decoder.items() if str(token).strip()
-    }
-    before: list[int] = []
-    piece: list[int] = []
-    for number, token in enumerate(input_ids):
-        piece.append(token)
-        context = decode(tokenizer, before)
-        text = decode(tokenizer, [*before, *piece])[len(context) :]
-        is_supervised = labels[number] != IGNORE_INDEX
-        is_last = number + 1 == len(input_ids)
-        goes_on = (
-            text.endswith(_UNFINISHED)
-            and len(piece) < _MOST_TOKENS_OF_A_CHARACTER
-            and not is_last
-            and input_ids[number + 1] not in added
-            and (labels[number + 1] != IGNORE_INDEX) == is_supervised
-        )
-        if goes_on:
-            continue
-        yield Piece(text, tuple(piece), is_supervised, token in added)
-        before, piece = piece, []
-
-
-def runs(pieces: Sequence[Piece]) -> list[tuple[str, bool]]:
-    """Text in stretches that are supervised or are not."""
-    found: list[tuple[list[str], bool]] = []
-    for piece in pieces:
-        if not found or found[-1][1] != piece.is_supervised:
-            found.append(([], piece.is_supervised))
-        found[-1][0].append(piece.text)
-    return [("".join(texts), is_supervised) for texts, is_supervised in found]

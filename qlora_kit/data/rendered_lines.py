@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
-from qlora_kit.data.preview import show
+from qlora_kit.data.pieces import show
 from qlora_kit.data.render import TokenSequence
 
 if TYPE_CHECKING:

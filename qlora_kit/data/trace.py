@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.data.examples import AnyExample, Preference
 from qlora_kit.data.fit import fit
 from qlora_kit.data.ledger import Ledger
+from qlora_kit.data.pieces import Shown, show
 from qlora_kit.data.prepare import NOTE_REJECTED, UNWANTED, PartName, selection_for
-from qlora_kit.data.preview import Shown, show
 from qlora_kit.data.read import read_source, source_files
 from qlora_kit.data.render import render
 from qlora_kit.data.rows import BadRow, Row, RowRefused

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 
-from qlora_kit.data.preview import Lengths, Piece, Preview, Shown
+from qlora_kit.data.pieces import Piece, Shown
+from qlora_kit.data.preview import Lengths, Preview
 from qlora_kit.report.data_text import (
     limit,
     packing_table,

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from qlora_kit.data.ledger import Ledger
-from qlora_kit.data.preview import LengthBin, Lengths, Packing, PartView, Preview, Shown, runs
+from qlora_kit.data.pieces import Shown, runs
+from qlora_kit.data.preview import LengthBin, Lengths, Packing, PartView, Preview
 from qlora_kit.report.reporter import Reporter
 from qlora_kit.report.visible import shortened, visible
 

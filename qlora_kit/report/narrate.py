@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.data.preview import runs, token_pieces
+from qlora_kit.data.pieces import runs, token_pieces
 from qlora_kit.report.reporter import Reporter
 from qlora_kit.report.visible import visible
 

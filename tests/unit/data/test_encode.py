@@ -137,3 +137,13 @@ def test_no_eos() -> None:
 
 def test_a_text_as_a_model_writes_it() -> None:
     assert as_generated(build(), "  <|im_start|>fine 日 <|im_end|>\n") == "fine 日"
+
+
+def test_a_token_of_one_character_is_text_where_it_is_literal() -> None:
+    """There is no breaking it in two."""
+    tokenizer = build(("☃", "<|im_start|>", "<|im_end|>"), bos=None)
+    token = tokenizer.convert_tokens_to_ids("☃")
+    encoded = encode_literally(tokenizer, "☃ a☃b", [(2, 5)], "row")
+    assert encoded.ids.count(token) == 1
+    assert encoded.ids[0] == token
+    assert decode(tokenizer, encoded.ids) == "☃ a☃b"

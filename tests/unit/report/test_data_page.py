@@ -10,14 +10,8 @@ import numpy as np
 import pytest
 
 from qlora_kit.data.ledger import Ledger
-from qlora_kit.data.preview import (
-    PartView,
-    Piece,
-    Preview,
-    Shown,
-    measure_lengths,
-    measure_packing,
-)
+from qlora_kit.data.pieces import Piece, Shown
+from qlora_kit.data.preview import PartView, Preview, measure_lengths, measure_packing
 from qlora_kit.report.data_page import page
 
 HOSTILE = "</div><script>alert(1)</script><img src=http://a.b/c onerror='x'>\x1b[31m\x00\u202e&amp;"
