@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from qlora_kit.data.collate import Collator, IsolatingCollator
+from qlora_kit.data.ledger import Ledger
 from qlora_kit.data.pack import PackedSequence
+from qlora_kit.data.prepare import Part
 from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import ModelError
@@ -57,7 +59,7 @@ def plan(base: Base, kernel: str | None = None, **values: Any) -> Batching:
     model = base.model
     if kernel is not None:
         model = WithKernel(model, kernel)
-    train, held_out = sequences(10, 20, 12, 5, 32), sequences(7, 9)
+    train, held_out = Part((), sequences(10, 20, 12, 5, 32), Ledger()), sequences(7, 9)
     return plan_batches(model, replace(base, model=model), train, held_out, spec)
 
 
