@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,10 @@ from qlora_kit.errors import DataError
 if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
+
+
+# Whether special tokens are text is a state of the tokenizer, which threads share.
+_ONE_AT_A_TIME = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,13 +77,14 @@ def encode_batch(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], as_text: bool = False
 ) -> list[Encoding]:
     """All texts at once, on all cores. With `as_text`, what spells a special token is text."""
-    batch = tokenizer(
-        list(texts),
-        add_special_tokens=False,
-        verbose=False,
-        return_attention_mask=False,
-        split_special_tokens=as_text,
-    )
+    with _ONE_AT_A_TIME:
+        batch = tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            verbose=False,
+            return_attention_mask=False,
+            split_special_tokens=as_text,
+        )
     encodings: list[Encoding] = batch.encodings
     return encodings
 
