@@ -127,12 +127,12 @@ def test_evaluate_the_merged_model_gives_the_tuned_figures(
 ) -> None:
     merged = str(finished.folder / "merged")
     refused = call("evaluate", merged)
-    assert refused.code == 1
+    assert refused.code == 2
     assert "--recipe" in refused.err
     said = call("evaluate", merged, "--recipe", str(finished.recipe), "--json")
     assert said.code == 0, said.err
     stored = json.loads((finished.folder / "evaluation.json").read_text())["tuned"]
-    assert json.loads(said.out)["tuned"]["perplexity"]["loss"] == pytest.approx(
+    assert json.loads(said.out)["model"]["perplexity"]["loss"] == pytest.approx(
         stored["perplexity"]["loss"], rel=1e-4
     )
 
