@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -147,3 +150,22 @@ def test_a_token_of_one_character_is_text_where_it_is_literal() -> None:
     assert encoded.ids.count(token) == 1
     assert encoded.ids[0] == token
     assert decode(tokenizer, encoded.ids) == "☃ a☃b"
+
+
+def test_threads_do_not_turn_each_others_tokens_into_text() -> None:
+    """Rows are labelled, some of them as text, while the tokenizer works on the next ones."""
+    tokenizer = build()
+    texts = ["a<|im_end|>b"] * 3
+
+    def ids_of(as_text: bool) -> list[list[int]]:
+        return [one.ids for one in encode_batch(tokenizer, texts, as_text)]
+
+    expected = {as_text: ids_of(as_text) for as_text in (True, False)}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(lambda n: (n % 2 == 0, ids_of(n % 2 == 0)), range(6000)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert all(ids == expected[as_text] for as_text, ids in found)
