@@ -89,7 +89,7 @@ def test_packed(base: Base) -> None:
     assert all(isinstance(one, PackedSequence) for one in batching.train)
     assert [one.num_tokens for one in batching.train] == [32, 32, 15]
     assert [one.num_tokens for one in batching.held_out] == [16]
-    assert batching.description.startswith("5 examples packed into 3 sequences of 32 tokens, isolated")
+    assert batching.description.startswith("5 examples packed into 3 sequences of 32 tokens")
 
 
 @pytest.mark.parametrize("kernel", ["flash_attention_2", "flash_attention_3", "flex_attention"])
