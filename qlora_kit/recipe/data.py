@@ -27,7 +27,17 @@ Role = Literal["system", "user", "assistant", "tool"]
 Name = Annotated[str, Field(min_length=1)]
 
 # Endings of files that are read, apart from .gz and .zst behind them.
-FILE_ENDINGS = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt")
+FILE_ENDINGS = (
+    ".json",
+    ".jsonl",
+    ".ndjson",
+    ".csv",
+    ".tsv",
+    ".parquet",
+    ".arrow",
+    ".feather",
+    ".txt",
+)
 COMPRESSED_ENDINGS = (".gz", ".zst")
 
 

@@ -15,7 +15,6 @@ from qlora_kit.recipe.data import COMPRESSED_ENDINGS, FILE_ENDINGS
 
 logger = logging.getLogger(__name__)
 
-DATA_ENDINGS = (*FILE_ENDINGS, ".feather")
 # What looks like a file is never asked of the hub, even where it cannot be read or is missing.
 _OTHER_ENDINGS = (".zip", ".yaml", ".md", ".xlsx", ".pkl", ".pt", ".tar", ".bz2", ".xz")
 
@@ -60,7 +59,7 @@ def is_local(path: str) -> bool:
     """
     if path.startswith((".", "/", "~")) or path.count("/") > 1 or glob.has_magic(path):
         return True
-    if path.lower().endswith((*DATA_ENDINGS, *COMPRESSED_ENDINGS, *_OTHER_ENDINGS)):
+    if path.lower().endswith((*FILE_ENDINGS, *COMPRESSED_ENDINGS, *_OTHER_ENDINGS)):
         return True
     return _is_there(_expand(path))
 
@@ -124,7 +123,7 @@ def _in_folder(folder: Path, shown: str, split: str) -> Iterator[tuple[Path, str
         held = _list_of(one.relative_to(folder).as_posix() for one in every)
         raise DataError(
             f"{shown} is a folder without data files; it holds {held}. "
-            f"Data files end in {', '.join(DATA_ENDINGS)}, also with .gz or .zst."
+            f"Data files end in {', '.join(FILE_ENDINGS)}, also with .gz or .zst."
         )
     others = [one for one in every if not _is_data(one) and not _is_paper(one)]
     _log_left_out(shown, (one.relative_to(folder).as_posix() for one in others), "no data files")
@@ -163,7 +162,7 @@ def _bare_name(path: Path) -> str:
 
 
 def _is_data(path: Path) -> bool:
-    return _bare_name(path).endswith(DATA_ENDINGS) and not _is_paper(path)
+    return _bare_name(path).endswith(FILE_ENDINGS) and not _is_paper(path)
 
 
 def _is_paper(path: Path) -> bool:

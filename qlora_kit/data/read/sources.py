@@ -13,6 +13,7 @@ from qlora_kit.data.read.hub import DEMO_PREFIX, demo_source, hub_source, remote
 from qlora_kit.data.read.json_rows import holds_lines, json_lines, json_value
 from qlora_kit.data.read.kinds import is_page, looks_like_utf16, no_data
 from qlora_kit.data.read.opened import (
+    CHUNK_BYTES,
     Compression,
     KnownFormat,
     SourceFile,
@@ -118,8 +119,9 @@ def _recognised(path: Path, name: str, asked: FileFormat) -> SourceFile:
     """The file with its format: as asked, else by its content, else by its name."""
     compression = compression_of(path, name)
     head = next(byte_chunks(path, name, compression), b"")
-    if not head:
-        raise DataError(f"{name} is empty once unpacked; write or fetch it again.")
+    if not head.strip() and len(head) < CHUNK_BYTES:
+        what = "holds nothing but white space" if head else "is empty once unpacked"
+        raise DataError(f"{name} {what}; write or fetch it again.")
     refused = no_data(head)
     if refused is not None:
         raise DataError(f"{name} is {refused[0]}; {refused[1]}.")
