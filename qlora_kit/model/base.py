@@ -33,6 +33,7 @@ from qlora_kit.model.tokenizer import (
     PadChoice,
     ensure_padding,
     load_tokenizer,
+    set_template_values,
     stop_ids,
 )
 from qlora_kit.model.weights import readable_weights
@@ -223,8 +224,11 @@ def _load_tokenizer(
     elif spec.tokenizer_name_or_path is not None:
         folder = resolve_source(spec.tokenizer_name_or_path).folder
     # The template that an adapter was trained with is saved with it.
-    template = None if adapter is not None else spec.chat_template
-    return load_tokenizer(folder, template, spec.trust_remote_code)
+    if adapter is not None:
+        return load_tokenizer(folder, None, spec.trust_remote_code)
+    tokenizer = load_tokenizer(folder, spec.chat_template, spec.trust_remote_code)
+    set_template_values(tokenizer, spec.chat_template_kwargs)
+    return tokenizer
 
 
 def _load_model(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -178,6 +179,43 @@ def template_hash(tokenizer: PreTrainedTokenizerBase) -> str | None:
     if not template:
         return None
     return hashlib.sha256(str(template).encode()).hexdigest()
+
+
+def set_template_values(
+    tokenizer: PreTrainedTokenizerBase, values: Mapping[str, str | bool | int]
+) -> None:
+    """Write values into the chat template itself, so that they hold wherever it is used.
+
+    Raises:
+        ModelError: there is no template, or it asks for no such value.
+    """
+    if not values:
+        return
+    template = str(tokenizer.chat_template or "")
+    asked = _asked_for(template)
+    for name in values:
+        if name not in asked:
+            near = difflib.get_close_matches(name, asked, n=1)
+            meant = f"; did you mean {near[0]}?" if near else f"; it asks for {', '.join(asked)}."
+            raise ModelError(f"model.chat_template_kwargs: the template asks for no {name}{meant}")
+    lines = [f"{{% set {name} = {json.dumps(value)} %}}" for name, value in values.items()]
+    # The empty text keeps a line break that the template may begin with.
+    tokenizer.chat_template = "".join(lines) + "{{ '' }}" + template
+
+
+def writes_the_date(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the template may write the day on which it is used."""
+    template = str(tokenizer.chat_template or "")
+    return "strftime_now" in template and "{% set date_string" not in template
+
+
+def _asked_for(template: str) -> list[str]:
+    from jinja2 import meta
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    tree = _compile_jinja_template(template).environment.parse(template)
+    given = {"messages", "tools", "documents", "add_generation_prompt", "raise_exception"}
+    return sorted(meta.find_undeclared_variables(tree) - given)
 
 
 def template_file(name: str) -> Path:

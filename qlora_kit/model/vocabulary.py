@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING
 from qlora_kit.errors import ModelError
 from qlora_kit.model.skeleton import load_config
 from qlora_kit.model.source import ModelSource, resolve_source
-from qlora_kit.model.tokenizer import PadChoice, ensure_padding, load_tokenizer, stop_ids_of
+from qlora_kit.model.tokenizer import (
+    PadChoice,
+    ensure_padding,
+    load_tokenizer,
+    set_template_values,
+    stop_ids_of,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -47,6 +53,7 @@ def load_vocabulary(spec: ModelSpec) -> Vocabulary:
     if spec.tokenizer_name_or_path is not None:
         folder = resolve_source(spec.tokenizer_name_or_path, with_weights=False).folder
     tokenizer = load_tokenizer(folder, spec.chat_template, spec.trust_remote_code)
+    set_template_values(tokenizer, spec.chat_template_kwargs)
     num_embeddings: int | None = getattr(config.get_text_config(), "vocab_size", None)
     if num_embeddings is not None and len(tokenizer) > num_embeddings:
         raise ModelError(

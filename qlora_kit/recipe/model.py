@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from qlora_kit.errors import Fault
 from qlora_kit.recipe.base import Spec
+
+Name = Annotated[str, Field(min_length=1)]
 
 
 class ModelSpec(Spec):
@@ -30,6 +32,11 @@ class ModelSpec(Spec):
     chat_template: str | None = Field(default=None, min_length=1)
     """A Jinja file whose chat template replaces the tokenizer's own, or one that comes with the
     kit: alpaca, chatml, chatml-tools, gemma, llama3, mistral or vicuna."""
+
+    chat_template_kwargs: dict[Name, str | bool | int] = Field(default_factory=dict)
+    """Values that the chat template asks for, such as `{enable_thinking: false}` for Qwen3 or
+    `{date_string: 26 Jul 2024}` for Llama 3, whose template otherwise writes today's date. They
+    become part of the template, and so of the adapter and of every export."""
 
     attn_implementation: Literal[
         "auto",

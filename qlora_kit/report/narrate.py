@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.data.pieces import runs, token_pieces
+from qlora_kit.model.tokenizer import writes_the_date
 from qlora_kit.report.reporter import Reporter
 from qlora_kit.report.visible import visible
 
@@ -54,6 +55,11 @@ def base(reporter: Reporter, loaded: Base, quantization: QuantizationSpec) -> No
         f"base      {loaded.source.name}: {counted.num_parameters / 1e6:,.1f} M parameters in "
         f"{counted.weight_bytes / _MIB:,.0f} MiB, {how}{share}"
     )
+    if writes_the_date(loaded.tokenizer):
+        reporter.warn(
+            "the chat template writes today's date, so another day gives other tokens; fix it with "
+            "model.chat_template_kwargs: {date_string: 26 Jul 2024}."
+        )
     reporter.say(f"padding   {loaded.pad.token} ({loaded.pad.reason})")
 
 

@@ -12,6 +12,7 @@ import pytest
 from conftest import build_tokenizer
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
+    AutoTokenizer,
     GenerationConfig,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
@@ -22,9 +23,11 @@ from qlora_kit.model.tokenizer import (
     PadChoice,
     ensure_padding,
     load_tokenizer,
+    set_template_values,
     stop_ids,
     template_hash,
     tokenizer_hash,
+    writes_the_date,
 )
 
 WORDS = ["<eos>", "hello", "world", "user", "assistant"]
@@ -305,3 +308,27 @@ class TestTheHash:
         assert hashes[:2] == [None, None]
         assert hashes[2] != hashes[3]
         assert hashes[2] == template_hash(small("more", template=TEMPLATE))
+
+
+DATED = (
+    "\n{% if not date_string is defined %}{% set date_string = strftime_now('%d %b %Y') %}"
+    "{% endif %}{{ date_string }}{% for m in messages %}{{ m.content }}{% endfor %}"
+)
+
+
+class TestTemplateValues:
+    def test_they_hold_wherever_the_template_is_used(self, tmp_path: Path) -> None:
+        tokenizer = small(template=DATED)
+        assert writes_the_date(tokenizer)
+        before = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+        set_template_values(tokenizer, {"date_string": "26 Jul 2024"})
+        assert not writes_the_date(tokenizer)
+        tokenizer.save_pretrained(tmp_path)
+        for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+            text = one.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+            assert text == "\n26 Jul 2024x"
+        assert before != text
+
+    def test_what_the_template_does_not_ask_for_is_refused(self) -> None:
+        with pytest.raises(ModelError, match=r"no date_strng; did you mean date_string\?"):
+            set_template_values(small(template=DATED), {"date_strng": "x"})
