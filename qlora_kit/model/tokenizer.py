@@ -206,7 +206,7 @@ def set_template_values(
 def writes_the_date(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template may write the day on which it is used."""
     template = str(tokenizer.chat_template or "")
-    return "strftime_now" in template and "{% set date_string" not in template
+    return "strftime_now" in template and '{% set date_string = "' not in template
 
 
 def _asked_for(template: str) -> list[str]:
