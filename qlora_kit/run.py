@@ -16,6 +16,7 @@ from qlora_kit.checkpoint.run_directory import (
     write_json,
 )
 from qlora_kit.data.prepare import Part, prepare_eval, prepare_train
+from qlora_kit.data.stream import StreamedSequences
 from qlora_kit.environment import (
     probe_hardware,
     require_one_process,
@@ -120,6 +121,8 @@ def run_recipe(recipe: Recipe, reporter: Reporter = SILENT) -> RunResult:
         )
         save(run.adapter)
         train.ledger.padding_tokens = trained.num_padding_tokens
+        if isinstance(batches.train, StreamedSequences):
+            batches.train.settle()
         write_ledger(run, train, held_out)
 
         memory.phase("evaluating")

@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from qlora_kit.recipe import DataSpec
 
 _UNUSED_SECONDS = 30 * 24 * 3600
+_LEFTOVER_SECONDS = 24 * 3600
 _STAMP = "used"
 # What of the section does not change what is rendered.
 _NOT_RENDERING = {"packing", "streaming"}
@@ -50,12 +52,18 @@ def cache_folder(
 
 
 def stamp_used(folder: Path) -> None:
-    """Say that an entry is of use still, and remove those that none was for a month."""
+    """Say that an entry is of use still; remove those that none was for a month, and drafts that
+    a killed run left a day ago.
+    """
     (folder / _STAMP).touch()
+    now = time.time()
     for other in folder.parent.iterdir():
-        stamp = other / _STAMP
-        if stamp.is_file() and time.time() - stamp.stat().st_mtime > _UNUSED_SECONDS:
-            shutil.rmtree(other, ignore_errors=True)
+        is_draft = other.name.endswith(".draft")
+        limit = _LEFTOVER_SECONDS if is_draft else _UNUSED_SECONDS
+        with suppress(FileNotFoundError):  # another process may be sweeping, too
+            used = (other if is_draft else other / _STAMP).stat().st_mtime
+            if now - used > limit:
+                shutil.rmtree(other, ignore_errors=True)
 
 
 def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

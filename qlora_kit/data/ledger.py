@@ -44,6 +44,10 @@ class Ledger:
     """Of those rows: how many have how many tokens."""
     repeated_tokens: int = 0
     """Context tokens that a split row has twice, so that each of its tokens is predicted."""
+    undrawn_tokens: int = 0
+    """Tokens of kept rows that the mix of sources, or a stream that ended, did not come to."""
+    redrawn_tokens: int = 0
+    """Tokens that a pass has once more, from sources that are drawn from again."""
     padding_tokens: int = 0
     """What fills packed sequences up; batches that are not packed are filled as they come."""
     noted: Counter[str] = field(default_factory=Counter)
@@ -52,6 +56,8 @@ class Ledger:
     """Reason → origins of up to three rows."""
     schemas: dict[str, str] = field(default_factory=dict)
     """Source → the schema of its rows."""
+    ignored: dict[str, list[str]] = field(default_factory=dict)
+    """Source → keys of its rows that are not read."""
 
     def drop(self, reason: str, origin: str, detail: str = "", num_tokens: int = 0) -> None:
         self.dropped[reason] += 1
@@ -86,19 +92,32 @@ class Ledger:
             *((note, count, note) for note, count in self.noted.items()),
         ]
         return [
-            f"{count:,} of {self.num_rows:,} rows: {what} ({', '.join(self.examples[reason])}"
-            + (", …)" if count > NUM_SHOWN else ")")
+            f"{count:,} of {self.num_rows:,} rows: {what}{self._shown(reason, count)}"
             for reason, count, what in counts
             if count
         ]
+
+    def _shown(self, reason: str, count: int) -> str:
+        shown = self.examples.get(reason)
+        if not shown:
+            return ""
+        return f" ({', '.join(shown)}" + (", …)" if count > NUM_SHOWN else ")")
 
     def check_balance(self) -> None:
         """Assert that no row and no token is missing from the sums."""
         out = sum(self.dropped.values()) + sum(self.set_aside.values())
         assert self.num_rows == self.num_kept + out, "rows do not balance"
         given = self.rendered_tokens + self.repeated_tokens
-        found = self.supervised_tokens + self.context_tokens + self.cut_tokens + self.dropped_tokens
-        assert given == found, "tokens do not balance"
+        found = self.supervised_tokens + self.context_tokens + self.cut_tokens
+        assert given == found + self.dropped_tokens + self.undrawn_tokens, "tokens do not balance"
+
+    def leave_out(self, rule: str, num_rows: int, num_supervised: int, num_context: int) -> None:
+        """Move kept rows that a pass does not come to into a bucket of their own."""
+        self.num_kept -= num_rows
+        self.set_aside[rule] += num_rows
+        self.supervised_tokens -= num_supervised
+        self.context_tokens -= num_context
+        self.undrawn_tokens += num_supervised + num_context
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -120,10 +139,13 @@ class Ledger:
                 "context": self.context_tokens,
                 "cut": self.cut_tokens,
                 "dropped": self.dropped_tokens,
+                "undrawn": self.undrawn_tokens,
+                "drawn_again": self.redrawn_tokens,
                 "padding": self.padding_tokens,
             },
             "examples": self.examples,
             "schemas": self.schemas,
+            "ignored_keys": self.ignored,
         }
 
     def state(self) -> dict[str, Any]:

@@ -303,6 +303,10 @@ def _renders_to(text: str, example: Conversation, tokenizer: PreTrainedTokenizer
 
 def _leaves_out(example: Conversation, text: str) -> bool:
     """Whether some message is not in the text, or not after the one before; spaces apart."""
+    if any(
+        one.reasoning and squeeze(one.reasoning) not in squeeze(text) for one in example.messages
+    ):
+        return True
     position = 0
     for message in example.messages:
         content = message.content.strip()

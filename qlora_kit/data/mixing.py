@@ -8,7 +8,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    from qlora_kit.data.ledger import Ledger
+    from qlora_kit.data.store import StoredSequences
     from qlora_kit.recipe import DataSpec, SourceSpec
+
+
+NOT_DRAWN = "not drawn in a pass (num_rows, mix)"
+
+
+def book_draws(sequences: StoredSequences, order: np.ndarray, ledger: Ledger) -> None:
+    """What of the kept rows one pass does not come to, and what it has more than once."""
+    times = np.bincount(order, minlength=len(sequences))
+    lengths = sequences.lengths
+    ledger.redrawn_tokens = int((np.maximum(times - 1, 0) * lengths).sum())
+    left = times == 0
+    if left.any():
+        rows, supervised = sequences.rows(), int(sequences.supervised()[left].sum())
+        num_rows = len(np.setdiff1d(rows[left], rows[~left]))
+        ledger.leave_out(NOT_DRAWN, num_rows, supervised, int(lengths[left].sum()) - supervised)
 
 
 def training_order(sources: np.ndarray, spec: DataSpec) -> np.ndarray:

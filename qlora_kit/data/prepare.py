@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -16,13 +17,13 @@ from qlora_kit.data.examples import AnyExample, Conversation, Example, Preferenc
 from qlora_kit.data.fit import NOTHING_LEFT, OVERLENGTH, fit
 from qlora_kit.data.ledger import Ledger
 from qlora_kit.data.mark import LossOn
-from qlora_kit.data.mixing import training_order
+from qlora_kit.data.mixing import book_draws, training_order
 from qlora_kit.data.read import read_source, source_fingerprint
 from qlora_kit.data.render import Rendering, TokenSequence, end_of_turn_id, render
 from qlora_kit.data.rows import BadRow, RowRefused
 from qlora_kit.data.schemas import Recogniser, content_key, fine_tuning_example
 from qlora_kit.data.select import Selection, held_out_threshold
-from qlora_kit.data.store import StoredSequences, StoreWriter
+from qlora_kit.data.store import StoredSequences, StoreWriter, is_whole
 from qlora_kit.data.stream import StreamedSequences
 from qlora_kit.data.template import PROBE, PROBE_ORIGIN
 from qlora_kit.errors import DataError
@@ -127,18 +128,28 @@ def read_part(
     related = sources if name == "eval" else (*spec.train, *spec.eval)
     fingerprints = [source_fingerprint(source) for source in related]
     folder = cache_folder(name, spec, fingerprints, tokenizer, stop_ids)
+    if folder.is_dir() and not is_whole(folder):
+        shutil.rmtree(folder)
     if not folder.is_dir():
         with published_folder(folder) as draft:
             ledger = _render_all(
                 sources, spec, selection_for(name, spec), tokenizer, stop_ids, draft
             )
             (draft / _LEDGER).write_text(json.dumps(ledger.state()), encoding="utf-8")
+            if [source_fingerprint(source) for source in related] != fingerprints:
+                raise DataError(
+                    "a source of the data was changed while it was read; start again once it is "
+                    "finished."
+                )
     stamp_used(folder)
     ledger = Ledger.from_state(json.loads((folder / _LEDGER).read_text(encoding="utf-8")))
     ledger.check_balance()
     sequences = StoredSequences(folder)
     if name == "train":
-        sequences = sequences.in_order(training_order(sequences.groups(), spec))
+        order = training_order(sequences.groups(), spec)
+        book_draws(sequences, order, ledger)
+        ledger.check_balance()
+        sequences = sequences.in_order(order)
     return Part((), sequences, ledger)
 
 
@@ -211,6 +222,8 @@ def _examples(
             else:
                 yield group, example
         ledger.schemas[source.path] = recogniser.describe()
+        if recogniser.ignored_keys:
+            ledger.ignored[source.path] = list(recogniser.ignored_keys)
 
 
 def _render_all(
@@ -296,6 +309,11 @@ def _finished(
 
 def losses(name: PartName, ledger: Ledger, spec: DataSpec) -> str | None:
     """Why a run with so many rows lost must not start; None where it may."""
+    if ledger.num_kept == 0 and name == "eval" and spec.held_out is not None:
+        return (
+            f"data.held_out is {spec.held_out:g}, and of {ledger.num_rows} rows none is held out; "
+            "raise it, or name rows in data.eval."
+        )
     if ledger.num_kept == 0:
         return f"data.{name} has nothing to train on: no row was kept."
     num_overlength = ledger.dropped[OVERLENGTH]
@@ -306,14 +324,15 @@ def losses(name: PartName, ledger: Ledger, spec: DataSpec) -> str | None:
             f"data.max_length, {spec.max_length} tokens (for example {origins}), and "
             "data.overlength is error. Raise the one, or set the other to drop, split or truncate."
         )
-    share = ledger.num_lost / ledger.num_rows
+    num_lost = ledger.num_lost - (ledger.truncated if spec.overlength == "truncate" else 0)
+    share = num_lost / ledger.num_rows
     if share <= spec.max_dropped_share:
         return None
     by_length = num_overlength + ledger.dropped[NOTHING_LEFT] + ledger.truncated
     longer = f"data.max_length (now {spec.max_length}) or " if by_length else ""
     return (
-        f"data.{name}: {ledger.num_lost} of {ledger.num_rows} rows ({share:.1%}) would be "
-        f"dropped or truncated, more than the {spec.max_dropped_share:.1%} allowed. Mend "
+        f"data.{name}: {num_lost} of {ledger.num_rows} rows ({share:.1%}) would be "
+        f"dropped, more than the {spec.max_dropped_share:.1%} allowed. Mend "
         f"them, or raise {longer}data.max_dropped_share."
     )
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from qlora_kit.data.examples import AnyExample
+from qlora_kit.data.examples import AnyExample, Conversation
 from qlora_kit.data.schemas import content_key
 from qlora_kit.errors import DataError
 
@@ -25,7 +25,7 @@ _RANGE = 1 << 64
 
 @dataclass
 class Selection:
-    """Decides on rows one by one, in order; remembers 16 bytes of each."""
+    """Decides on rows one by one, in order; remembers a digest and the origin of each."""
 
     spec: DataSpec
     part: Literal["train", "eval"]
@@ -34,6 +34,7 @@ class Selection:
     threshold: int | None = None
     """Rows whose lot is below it are held out; None where nothing is."""
     _seen: dict[bytes, str] = field(default_factory=dict)
+    """What rows say, and which of their turns they train, with the origin of the first."""
 
     def rule_against(self, example: AnyExample) -> str | None:
         """Why a row is not used; None where it is.
@@ -51,15 +52,17 @@ class Selection:
             return LEAK
         if self.spec.duplicates == "keep" or (self.part == "eval" and self.threshold is None):
             return None
-        first = self._seen.setdefault(key, example.origin)
-        if first == example.origin:
+        key += _trained_turns(example)
+        first = self._seen.get(key)
+        if first is None:
+            self._seen[key] = example.origin
             return None
         self._refuse("duplicates", example.origin, first)
         return DUPLICATE
 
     def first_of(self, example: AnyExample) -> str | None:
         """The origin of the first row that says the same, among those decided on."""
-        return self._seen.get(content_key(example))
+        return self._seen.get(content_key(example) + _trained_turns(example))
 
     def _refuse(self, name: Literal["leaks", "duplicates"], origin: str, same_as: str) -> None:
         if getattr(self.spec, name) == "error":
@@ -67,6 +70,16 @@ class Selection:
                 f"{origin} is the same as {same_as}, and data.{name} is error. Remove it, or set "
                 f"data.{name} to drop or keep."
             )
+
+
+def _trained_turns(example: AnyExample) -> bytes:
+    """Which turns a row itself says to train: two rows may say the same and teach another part."""
+    if not isinstance(example, Conversation):
+        return b""
+    flags = [message.train for message in example.messages]
+    if not example.num_given and flags.count(None) == len(flags):
+        return b""
+    return repr((example.num_given, flags)).encode()
 
 
 def lot(key: bytes, seed: int) -> int:

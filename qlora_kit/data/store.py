@@ -138,9 +138,34 @@ class StoredSequences(Sequence[TokenSequence]):
         """The source in the recipe that each sequence came from; int32 of shape (len(self),)."""
         return np.asarray(self._index["group"])[self._order]
 
+    def rows(self) -> np.ndarray:
+        """A number for the row that each sequence came from; int64 of shape (len(self),)."""
+        pairs = np.stack([self._index["source"], self._index["number"]], axis=1)
+        _, numbers = np.unique(pairs, axis=0, return_inverse=True)
+        return numbers.reshape(-1)[self._order]
+
+    def supervised(self) -> np.ndarray:
+        """Supervised tokens of each sequence; int64 of shape (len(self),)."""
+        ends = np.asarray(self._index["end"])
+        sums = np.concatenate([[0], np.cumsum(self._supervised, dtype=np.int64)])
+        counts: np.ndarray = np.diff(sums[ends], prepend=0)
+        return counts[self._order]
+
     def _bounds(self, number: int) -> tuple[int, int]:
         start = int(self._index["end"][number - 1]) if number else 0
         return start, int(self._index["end"][number])
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether the files of a store are there and of the lengths that its index says."""
+    try:
+        ends = np.load(folder / _INDEX, mmap_mode="r")["end"]
+        num_tokens = int(ends[-1]) if len(ends) else 0
+        sizes = [(folder / name).stat().st_size for name in (_TOKENS, _SUPERVISED)]
+        json.loads((folder / _TEXTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError, EOFError):
+        return False
+    return sizes == [4 * num_tokens, num_tokens]
 
 
 def _flat(path: Path, dtype: type) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import count, islice
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 BUFFER_SEQUENCES = 4096
 """How many are held at once: within these the order is random, and packing is by best fit."""
 
+READ_AHEAD = "read ahead of a stream, not trained"
 OnePass = Callable[["Ledger | None"], Iterator[TokenSequence]]
 
 
@@ -32,6 +34,8 @@ class StreamedSequences(IterableDataset[TokenSequence | PackedSequence]):
         self._ledger = ledger
         self._seed = seed
         self._capacity = capacity
+        self._rows: set[int] = set()
+        self._tokens = self._supervised_tokens = 0
 
     def packed(self, capacity: int) -> StreamedSequences:
         """The same, packed into sequences of `capacity` tokens."""
@@ -44,7 +48,32 @@ class StreamedSequences(IterableDataset[TokenSequence | PackedSequence]):
             while buffer := list(islice(sequences, BUFFER_SEQUENCES)):
                 items = self._items(buffer)
                 for place in random.permutation(len(items)).tolist():
+                    if number == 0:
+                        self._given(items[place])
                     yield items[place]
+
+    def settle(self) -> None:
+        """Book what was read ahead in the first pass, and not given any more."""
+        ledger = self._ledger
+        flying = ledger.num_rows - ledger.num_kept
+        flying -= sum(ledger.dropped.values()) + sum(ledger.set_aside.values())
+        if flying:
+            ledger.set_aside[READ_AHEAD] += flying
+        ledger.leave_out(
+            READ_AHEAD,
+            ledger.num_kept - len(self._rows),
+            ledger.supervised_tokens - self._supervised_tokens,
+            ledger.context_tokens - (self._tokens - self._supervised_tokens),
+        )
+        ledger.set_aside += Counter()  # drops what came to nothing
+        ledger.check_balance()
+
+    def _given(self, item: TokenSequence | PackedSequence) -> None:
+        parts = item.parts if isinstance(item, PackedSequence) else (item,)
+        for part in parts:
+            self._rows.add(hash(part.origin))
+            self._tokens += part.num_tokens
+            self._supervised_tokens += part.num_supervised
 
     def _items(self, buffer: list[TokenSequence]) -> list[TokenSequence] | list[PackedSequence]:
         if self._capacity is None:

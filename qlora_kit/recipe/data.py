@@ -127,7 +127,8 @@ class DataSpec(Spec):
     A plain text is always split into several sequences, and loses nothing."""
 
     max_dropped_share: float = Field(default=0.01, ge=0, le=1)
-    """Share of the rows that may be bad, dropped or truncated before the run stops instead."""
+    """Share of the rows that may be bad or too long before the run stops instead; rows that
+    overlength truncates or splits do not count."""
 
     duplicates: Literal["drop", "keep", "error"] = "drop"
     """What happens to a training row that is exactly the same as an earlier one."""

@@ -81,6 +81,8 @@ def data(
     for part in (train, held_out):
         for finding in part.ledger.findings():
             reporter.warn(finding)
+    for source, keys in train.ledger.ignored.items():
+        reporter.say(f"not read  {', '.join(keys[:8])}{', …' if len(keys) > 8 else ''} of {source}")
     first = train.sequences[0]
     pieces = list(token_pieces(first.input_ids, first.labels, tokenizer))
     reporter.marked(

@@ -11,6 +11,7 @@ import numpy as np
 from qlora_kit.data.collate import Collator, IsolatingCollator
 from qlora_kit.data.pack import PackedSequence, PackedSequences, pack
 from qlora_kit.data.render import TokenSequence
+from qlora_kit.data.store import StoredSequences
 from qlora_kit.data.stream import StreamedSequences
 from qlora_kit.train.isolation import measure_leakage, require_isolation
 
@@ -83,5 +84,8 @@ def plan_batches(
 
 
 def _packed(sequences: Sequence[TokenSequence], capacity: int) -> Sequence[PackedSequence]:
-    lengths = np.fromiter((one.num_tokens for one in sequences), np.int64, len(sequences))
+    if isinstance(sequences, StoredSequences):
+        lengths = sequences.lengths
+    else:
+        lengths = np.fromiter((one.num_tokens for one in sequences), np.int64, len(sequences))
     return PackedSequences(sequences, pack(lengths, capacity))

@@ -40,7 +40,10 @@ def delimited_rows(
         except csv.Error as error:
             if header is None or _is_unclosed(error):
                 raise _broken(name, number, error) from None
-            yield BadRow(name, number, "quotes out of place", str(error))
+            for lost in range(number, reader.line_num + 1):
+                yield BadRow(
+                    name, lost, "quotes out of place", _lines_lost(number, reader.line_num)
+                )
             continue
         if fields is None:
             return
@@ -135,6 +138,12 @@ def _row(name: str, number: int, header: list[str], fields: list[str]) -> Row | 
     if any("\0" in field for field in fields):
         return BadRow(name, number, "a NUL character", "text has none; the file may be damaged")
     return Row(name, number, dict(zip(header, fields, strict=True)))
+
+
+def _lines_lost(first: int, last: int) -> str:
+    if first == last:
+        return "within the line"
+    return f"lines {first} to {last} are read as one, from a quote to the next"
 
 
 def _is_unclosed(error: csv.Error) -> bool:

@@ -61,7 +61,7 @@ SCHEMA = Schema(
     slots=(("messages",),),
     reads=frozenset({"messages", "system", *TOOL_KEYS}),
     read=read,
-    minds=(*MINDED_TOOLS, "system_prompt"),
+    minds=(*MINDED_TOOLS, "system_prompt", "system_message", "context"),
 )
 
 

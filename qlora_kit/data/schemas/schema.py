@@ -31,6 +31,7 @@ CONTEXT_KEYS = (
     "sentence1",
     "sentence2",
     "system",
+    "system_message",
     "system_prompt",
     "thinking",
 )

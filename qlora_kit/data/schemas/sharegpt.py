@@ -37,5 +37,5 @@ SCHEMA = Schema(
     slots=(KEYS,),
     reads=frozenset({*KEYS, "system", *TOOL_KEYS}),
     read=read,
-    minds=(*MINDED_TOOLS, "system_prompt"),
+    minds=(*MINDED_TOOLS, "system_prompt", "system_message", "context"),
 )

@@ -21,4 +21,11 @@ def read(record: Record, origin: str, rules: Rules) -> PlainText:
     return PlainText(full_text(record[key], "text", key), origin)
 
 
-SCHEMA = Schema(name="text", layout="plain text", slots=(KEYS,), reads=frozenset(KEYS), read=read)
+SCHEMA = Schema(
+    name="text",
+    layout="plain text",
+    slots=(KEYS,),
+    reads=frozenset(KEYS),
+    read=read,
+    minds=("role", "from", "parent_id"),
+)

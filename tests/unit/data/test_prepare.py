@@ -17,6 +17,7 @@ from qlora_kit.data.examples import Conversation, PlainText
 from qlora_kit.data.fit import NOTHING_LEFT, NOTHING_SUPERVISED, OVERLENGTH
 from qlora_kit.data.ledger import END_CUT, TRUNCATED
 from qlora_kit.data.mark import NOTE_REWRITTEN, NOTE_SPELLED
+from qlora_kit.data.mixing import NOT_DRAWN
 from qlora_kit.data.prepare import (
     NOTE_REJECTED,
     UNWANTED,
@@ -29,6 +30,7 @@ from qlora_kit.data.prepare import (
 from qlora_kit.data.render import IGNORE_INDEX, TokenSequence, render, render_prompt
 from qlora_kit.data.schemas import content_key
 from qlora_kit.data.select import DUPLICATE
+from qlora_kit.environment import cache_dir
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import DataSpec, SourceSpec
 
@@ -107,6 +109,8 @@ def test_what_is_kept_whole(tmp_path: Path) -> None:
         "context": length - part.num_supervised,
         "cut": 0,
         "dropped": 0,
+        "undrawn": 0,
+        "drawn_again": 0,
         "padding": 0,
     }
 
@@ -279,20 +283,19 @@ def test_that_error_is_about_length_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("share", "allowed"), [(0.0, False), (0.24, False), (0.25, True)])
-@pytest.mark.parametrize("overlength", ["drop", "truncate"])
-def test_losses_beyond_the_allowed_share(
-    tmp_path: Path, overlength: str, share: float, allowed: bool
-) -> None:
-    """Dropped or truncated, a row counts; the message says how many, why, and where to look."""
+def test_losses_beyond_the_allowed_share(tmp_path: Path, share: float, allowed: bool) -> None:
+    """The message says how many, why, and where to look; to truncate is the recipe's own word."""
     rows = [talk("hello"), talk("hello", "how are you " * 9), talk("12"), talk("you")]
-    source, values = write(tmp_path, rows), {"max_length": 40, "overlength": overlength}
+    source, values = write(tmp_path, rows), {"max_length": 40}
+    cut = prepare(source, **values, overlength="truncate", max_dropped_share=share)
+    assert cut.ledger.truncated == 1
     if allowed:
         assert prepare(source, **values, max_dropped_share=share).ledger.num_lost == 1
         return
     with pytest.raises(DataError) as caught:
         prepare(source, **values, max_dropped_share=share)
     message = str(caught.value)
-    assert "data.train: 1 of 4 rows (25.0%) would be dropped or truncated" in message
+    assert "data.train: 1 of 4 rows (25.0%) would be dropped" in message
     assert f"more than the {share:.1%} allowed" in message
     assert f"{tmp_path / 'rows.jsonl'}:2" in message
     assert "raise data.max_length (now 40) or data.max_dropped_share" in message
@@ -502,3 +505,33 @@ def test_real_rows_of_other_schemas(shared_data: Path, name: str) -> None:
     part = prepare_train(spec, tokenizer, stops)
     assert part.ledger.num_kept + sum(part.ledger.set_aside.values()) == 50
     assert all(one.num_supervised for one in part.sequences)
+
+
+def test_rows_that_are_not_drawn_have_a_bucket(tmp_path: Path) -> None:
+    rows = [talk(f"hello {number}") for number in range(10)]
+    source = write(tmp_path, rows)
+    some = prepare(source.model_copy(update={"num_rows": 3}))
+    assert len(some.sequences) == some.ledger.num_kept == 3
+    assert some.ledger.set_aside == {NOT_DRAWN: 7}
+    assert some.ledger.supervised_tokens == sum(one.num_supervised for one in some.sequences)
+    more = prepare(source.model_copy(update={"num_rows": 25}))
+    assert len(more.sequences) == 25
+    assert more.ledger.num_kept == 10
+    once = more.ledger.supervised_tokens + more.ledger.context_tokens
+    assert sum(one.num_tokens for one in more.sequences) == once + more.ledger.redrawn_tokens
+
+
+def test_a_source_that_is_named_twice_gives_its_rows_once(tmp_path: Path) -> None:
+    source = write(tmp_path, [talk("hello"), talk("you")])
+    part = prepare_train(DataSpec(train=(source, source)), tokenizer_of("chatml"), STOPS)
+    assert part.ledger.num_kept == 2
+    assert sum(part.ledger.set_aside.values()) == 2
+
+
+def test_a_damaged_cache_entry_is_made_anew(tmp_path: Path) -> None:
+    source = write(tmp_path, [talk("hello"), talk("you")])
+    entries = set((cache_dir() / "data").glob("*/tokens.bin"))
+    before = [one.input_ids for one in prepare(source).sequences]
+    [tokens] = set((cache_dir() / "data").glob("*/tokens.bin")) - entries
+    tokens.write_bytes(tokens.read_bytes()[:-8])
+    assert [one.input_ids for one in prepare(source).sequences] == before

@@ -12,7 +12,7 @@ from qlora_kit.data.ledger import Ledger
 from qlora_kit.data.pack import PackedSequence
 from qlora_kit.data.prepare import prepare_train
 from qlora_kit.data.render import TokenSequence
-from qlora_kit.data.stream import StreamedSequences
+from qlora_kit.data.stream import READ_AHEAD, StreamedSequences
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import load_recipe
 from qlora_kit.recipe.data import DataSpec
@@ -117,3 +117,13 @@ def test_what_a_stream_cannot_do_is_refused(line: str, path: str, tmp_path: Path
     recipe.write_text(RECIPE + line)
     with pytest.raises(Exception, match=path.replace(".", r"\.")):
         load_recipe(recipe)
+
+
+def test_a_stream_that_is_left_early_balances(tmp_path: Path) -> None:
+    stream = stream_of(talks(tmp_path, 6000))
+    taken = list(islice(stream, 10))
+    stream.settle()
+    ledger = stream._ledger
+    assert ledger.num_kept == len(taken) == 10
+    assert ledger.supervised_tokens == sum(one.num_supervised for one in taken)
+    assert ledger.set_aside[READ_AHEAD] == ledger.num_rows - 10

@@ -243,7 +243,7 @@ def test_brackets_in_text_are_no_nesting(tmp_path: Path) -> None:
         ("[" * 200_000, "a.json:1 cannot be read: it is nested too deeply"),
         ("[]", "holds no rows"),
         ('{"data": []}', "holds no rows"),
-        (" \n ", "holds no rows"),
+        (" \n ", "holds nothing but white space"),
         ("\ufeff", "holds no rows"),
     ],
 )

@@ -17,10 +17,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_kit.data.read import BadRow, Row
+from qlora_kit.data.read import BadRow, Row, read_source
 from qlora_kit.data.read.delimited import delimited_rows
 from qlora_kit.data.read.plain_text import text_rows
 from qlora_kit.errors import DataError
+from qlora_kit.recipe.data import SourceSpec
 from tests.unit.data.read.files import fault, good, lines, outcome, read, refusal, write
 
 CELLS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=12)
@@ -81,7 +82,7 @@ def test_delimited(tmp_path: Path, name: str, content: str, expected: list[Any])
         ('a,"b\n1,x', "a.csv:1 opens a quote that is never closed"),
         ("a;b\n1\n2\n3\n4", "has no commas in its header, but semicolons"),
         ("a,b\n", "holds no rows"),
-        ("\n\n", "holds no rows"),
+        ("\n\n", "holds nothing but white space"),
         ('{"a": 1}\n{"a": 2}', "begins with a JSON object; set format: jsonl"),
     ],
 )
@@ -112,7 +113,7 @@ def test_text(tmp_path: Path, rows: str, expected: list[tuple[int, str]], end: s
 
 
 def test_text_at_fault(tmp_path: Path) -> None:
-    assert "holds no rows" in refusal(write(tmp_path, "a.txt", " \n\t\n"))
+    assert "nothing but white space" in refusal(write(tmp_path, "a.txt", " \n\t\n"))
     assert outcome(write(tmp_path, "a.txt", "a\0b")) == [(1, "a NUL character")]
     with pytest.raises(DataError, match="a:1 begins a text of more than 9 characters"):
         list(text_rows("a", iter(["12345\n", "67890\n"]), "file", limit=9))
@@ -247,3 +248,15 @@ def test_what_is_no_table(tmp_path: Path) -> None:
     assert "is no arrow file by its first bytes" in refusal(write(tmp_path, "a.arrow", "words"))
     assert "is damaged or cut off" in refusal(write(tmp_path, "a.parquet", b"PAR1"))
     assert "is damaged or cut off" in refusal(write(tmp_path, "a.arrow", b"ARROW1\0\0"))
+
+
+def test_rows_that_a_stray_quote_swallows_are_counted(tmp_path: Path) -> None:
+    lines = ["a,b", *(f"p{number},c{number}" for number in range(2, 21))]
+    lines[4] = 'p5,"c5'
+    lines[12] = 'p13,"c13'
+    found = list(read_source(SourceSpec(path=str(write(tmp_path, "a.csv", "\n".join(lines))))))
+    bad = [one for one in found if isinstance(one, BadRow)]
+    assert len(found) == 19
+    assert [one.number for one in bad] == list(range(5, 14))
+    assert {one.reason for one in bad} == {"quotes out of place"}
+    assert "lines 5 to 13" in bad[0].detail
