@@ -57,13 +57,23 @@ def hub_is_offline() -> bool:
     return any(os.environ.get(name, "").upper() in {"1", "TRUE", "YES", "ON"} for name in names)
 
 
+def launched() -> tuple[int, int, int, int]:
+    """Rank, rank on this machine, number of processes, and number on this machine.
+
+    As accelerate, torchrun and DeepSpeed tell them; alone where none did.
+    """
+    count = int(os.environ.get("WORLD_SIZE") or "1")
+    rank = int(os.environ.get("RANK") or "0")
+    local_rank = int(os.environ.get("LOCAL_RANK") or "0")
+    return rank, local_rank, count, int(os.environ.get("LOCAL_WORLD_SIZE") or str(count))
+
+
 def require_one_process() -> None:
-    """Raises HardwareError under a launcher that started several processes."""
-    num_processes = int(os.environ.get("WORLD_SIZE") or "1")
-    if num_processes > 1:
+    """Raises HardwareError where a launcher started several processes of a verb for one."""
+    count = launched()[2]
+    if count > 1:
         raise HardwareError(
-            f"{num_processes} processes were launched, and this version trains in one; launch one "
-            "(accelerate launch --num_processes 1, torchrun --nproc-per-node 1)."
+            f"{count} processes were launched, and only train runs in several; launch one."
         )
 
 

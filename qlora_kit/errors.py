@@ -8,7 +8,8 @@ QloraKitError
 ├── AdapterError      an adapter is unreadable, or belongs to another base
 ├── HardwareError     the machine lacks what was asked for (a precision, memory, disk)
 ├── RunError          a run directory is taken, missing, or incomplete
-└── TrainingError     training cannot go on (a loss or gradient that is not finite)
+├── TrainingError     training cannot go on (a loss or gradient that is not finite)
+└── RunStopped        a signal ended training, and a checkpoint was written
 
 The command line turns each into one message and exit code 1. Our own bugs are `assert`s and
 stay tracebacks. A measurement that misses its budget is not an error: it is a finding, and
@@ -46,6 +47,18 @@ class RunError(QloraKitError):
 
 class TrainingError(QloraKitError):
     """Training cannot go on."""
+
+
+class RunStopped(QloraKitError):  # noqa: N818
+    """A signal ended training, after a checkpoint was written."""
+
+    def __init__(self, signal_number: int, left_behind: str):
+        self.signal_number = signal_number
+        self.left_behind = left_behind
+        super().__init__(left_behind)
+
+    def __reduce__(self) -> tuple[type[RunStopped], tuple[int, str]]:
+        return type(self), (self.signal_number, self.left_behind)
 
 
 @dataclass(frozen=True)

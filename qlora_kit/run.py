@@ -2,39 +2,46 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora_kit.checkpoint.disk import DISK, Disk
+from qlora_kit.checkpoint.drift import Fingerprints
+from qlora_kit.checkpoint.entry import Entry, enter, require_same_work
+from qlora_kit.checkpoint.lock import hold
 from qlora_kit.checkpoint.run_directory import (
     RunDirectory,
     create_run,
-    require_disk,
-    require_free,
+    left_behind,
     write_json,
 )
-from qlora_kit.data.prepare import Part, prepare_eval, prepare_train
+from qlora_kit.atomic import require_disk
+from qlora_kit.data.prepare import Part, fingerprint_of, prepare_eval, prepare_train
 from qlora_kit.data.stream import StreamedSequences
-from qlora_kit.environment import (
-    probe_hardware,
-    require_one_process,
-    resolve_compute_dtype,
-)
+from qlora_kit.environment import Hardware, probe_hardware, resolve_compute_dtype
+from qlora_kit.errors import RunStopped
 from qlora_kit.evaluate.divergence import DEFAULT_MAX_TOKENS
 from qlora_kit.evaluate.evaluate import evaluate_model, evaluate_side_by_side, window_size
 from qlora_kit.export.merge_run import merge_after_training
 from qlora_kit.model.adapter import Adapted, attach_adapter
 from qlora_kit.model.base import Base, load_base, prepare_for_training
-from qlora_kit.model.saved import save_adapter
-from qlora_kit.recipe import Recipe, recipe_hash
+from qlora_kit.model.saved import save_adapter, write_adapter
+from qlora_kit.model.tokenizer import template_hash, tokenizer_hash
+from qlora_kit.processes import Processes, join, leave
+from qlora_kit.recipe import Recipe, recipe_hash, recipe_text
 from qlora_kit.report import narrate
 from qlora_kit.report.reporter import SILENT, Reporter
 from qlora_kit.train.arguments import require_tf32, resolve_precision
-from qlora_kit.train.batching import plan_batches
+from qlora_kit.train.batching import Batching, plan_batches
+from qlora_kit.train.continuation import Continuation
 from qlora_kit.train.memory import MemoryWatch
-from qlora_kit.train.train import TrainResult, train_adapter
+from qlora_kit.train.requests import TRIGGER_FILE, listening
+from qlora_kit.train.train import Surroundings, TrainResult, train_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -60,83 +67,160 @@ class RunResult:
         return self.certificate is None or bool(self.certificate["passed"])
 
 
-def run_recipe(recipe: Recipe, reporter: Reporter = SILENT) -> RunResult:
-    """Train, evaluate, merge and certify what a recipe describes.
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that training needs, before anything is written."""
+
+    base: Base
+    train: Part
+    held_out: Part
+    adapted: Adapted
+    batches: Batching
+    precision: str
+
+
+def run_recipe(
+    recipe: Recipe,
+    reporter: Reporter = SILENT,
+    *,
+    allow_drift: bool = False,
+    disk: Disk = DISK,
+) -> RunResult | None:
+    """Train, evaluate, merge and certify what a recipe describes; an unfinished run is gone on
+    with from its newest checkpoint.
+
+    Under a launcher every process calls this; all but the main one return None.
 
     Raises:
         QloraKitError: whatever is at fault, before the work that it would spoil.
+        RunStopped: a signal ended training; there is a checkpoint.
     """
-    require_one_process()
-    require_free(recipe)
     hardware = probe_hardware()
+    processes = join(hardware.device)
+    reporter = reporter if processes.is_main else SILENT
+    with (
+        ExitStack() as held,
+        listening(Path(recipe.run_dir) / TRIGGER_FILE) as requests,
+        MemoryWatch(hardware.device) as memory,
+    ):
+        entry = processes.on_main(lambda: enter(recipe, allow_drift, held, disk))
+        narrate.entry(reporter, entry)
+        memory.phase("loading")
+        ready = prepare(recipe, hardware, processes, reporter)
+        prints = fingerprints(recipe, ready)
+        continuation = None
+        if entry.checkpoint is not None:
+            for change in require_same_work(entry.checkpoint, prints, allow_drift):
+                reporter.warn(f"drift: {change}")
+            continuation = Continuation.read(entry.checkpoint)
+        needed = bytes_to_write(recipe, ready.adapted, ready.held_out.sequences)
+        run = processes.on_main(lambda: open_folder(recipe, entry, needed, held))
+        if processes.is_main:
+            write_ledger(run, ready.train, ready.held_out)
+        model, base = ready.adapted.model, ready.base
+        adapter = (model, base, recipe.quantization, recipe_hash(recipe))
+        around = Surroundings(
+            hardware=hardware,
+            precision=ready.precision,
+            run=run,
+            memory=memory,
+            reporter=reporter,
+            requests=requests,
+            write_adapter=partial(write_adapter, *adapter),
+            keep_adapter=partial(save_adapter, *adapter),
+            records={RECIPE_RECORD: recipe_text(recipe), FINGERPRINTS_FILE: prints.text()},
+            processes=processes,
+            disk=disk,
+        )
+        trained = train_adapter(model, base, ready.batches, recipe.train, around, continuation)
+        leave(processes)
+        if trained.stop_signal is not None:
+            raise RunStopped(trained.stop_signal, left_behind(recipe))
+        if not processes.is_main:
+            return None
+        return finish(recipe, ready, run, trained, hardware, memory, reporter)
+
+
+def prepare(
+    recipe: Recipe, hardware: Hardware, processes: Processes, reporter: Reporter
+) -> Prepared:
+    """Load the base, render the data, attach a fresh adapter."""
     compute_dtype, why = resolve_compute_dtype(recipe.quantization.compute_dtype, hardware)
     precision = resolve_precision(recipe.train.precision, compute_dtype, hardware)
     require_tf32(recipe.train.tf32, hardware)
     narrate.hardware(reporter, hardware, compute_dtype, why, precision)
 
-    with MemoryWatch(hardware.device) as memory:
-        memory.phase("loading")
-        base = load_base(
-            recipe.model,
-            recipe.quantization,
-            getattr(torch, compute_dtype),
-            why,
-            hardware,
-            lora=recipe.lora,
-        )
-        if recipe.evaluate.perplexity and recipe.data.has_eval_rows:
-            window_size(base.model, recipe.evaluate, recipe.data)  # rather now than after training
-        prepare_for_training(base.model)
-        narrate.base(reporter, base, recipe.quantization)
+    base = load_base(
+        recipe.model,
+        recipe.quantization,
+        getattr(torch, compute_dtype),
+        why,
+        hardware,
+        lora=recipe.lora,
+    )
+    if recipe.evaluate.perplexity and recipe.data.has_eval_rows:
+        window_size(base.model, recipe.evaluate, recipe.data)  # rather now than after training
+    prepare_for_training(base.model)
+    narrate.base(reporter, base, recipe.quantization)
 
+    with processes.first_here():
         train = prepare_train(recipe.data, base.tokenizer, base.stop_ids)
         held_out = prepare_eval(recipe.data, base.tokenizer, base.stop_ids)
-        narrate.data(reporter, train, held_out, base.tokenizer)
+    narrate.data(reporter, train, held_out, base.tokenizer)
 
-        adapted = attach_adapter(base, recipe.lora, recipe.train.seed)
-        batches = plan_batches(adapted.model, base, train, held_out.sequences, recipe.data)
-        narrate.adapter(reporter, adapted, recipe)
-        narrate.schedule(reporter, recipe.train, batches)
+    adapted = attach_adapter(base, recipe.lora, recipe.train.seed)
+    batches = plan_batches(adapted.model, base, train, held_out.sequences, recipe.data)
+    narrate.adapter(reporter, adapted, recipe)
+    narrate.schedule(reporter, recipe.train, batches, processes.count)
+    return Prepared(base, train, held_out, adapted, batches, precision)
 
-        require_disk(
-            Path(recipe.run_dir), bytes_to_write(recipe, adapted, held_out.sequences), "this run"
-        )
-        run = create_run(recipe)
-        write_ledger(run, train, held_out)
 
-        def save(folder: Path) -> None:
-            save_adapter(adapted.model, base, recipe.quantization, recipe_hash(recipe), folder)
+def fingerprints(recipe: Recipe, ready: Prepared) -> Fingerprints:
+    """What the numbers of training depend on, besides the recipe."""
+    return Fingerprints(
+        data_train=fingerprint_of(ready.train, recipe.data.train),
+        base=ready.base.fingerprint,
+        tokenizer=tokenizer_hash(ready.base.tokenizer),
+        chat_template=template_hash(ready.base.tokenizer) or "",
+    )
 
-        trained = train_adapter(
-            adapted.model,
-            base,
-            batches,
-            recipe.train,
-            precision,
-            hardware,
-            run,
-            memory,
-            reporter,
-            save,
-        )
-        save(run.adapter)
-        train.ledger.padding_tokens = trained.num_padding_tokens
-        if isinstance(batches.train, StreamedSequences):
-            batches.train.settle()
-        write_ledger(run, train, held_out)
 
-        memory.phase("evaluating")
-        evaluation = evaluate_held_out(adapted.model, base, held_out, recipe, reporter)
-        write_json(run.evaluation, evaluation)
+def open_folder(recipe: Recipe, entry: Entry, needed_bytes: int, held: ExitStack) -> RunDirectory:
+    """Make the folder of a new run, locked until `held` is left, once there is room for it all."""
+    require_disk(Path(recipe.run_dir), needed_bytes, "this run")
+    if not entry.is_new:
+        return entry.run
+    run = create_run(recipe)
+    held.enter_context(hold(run.folder))
+    return run
 
-        memory.phase("merging")
-        certificate = merge_after_training(
-            adapted.model, base, held_out, recipe, run, hardware, reporter
-        )
 
+def finish(
+    recipe: Recipe,
+    ready: Prepared,
+    run: RunDirectory,
+    trained: TrainResult,
+    hardware: Hardware,
+    memory: MemoryWatch,
+    reporter: Reporter,
+) -> RunResult:
+    """What follows training: the adapter, what it is worth, and the merge."""
+    model, base, held_out = ready.adapted.model, ready.base, ready.held_out
+    save_adapter(model, base, recipe.quantization, recipe_hash(recipe), run.adapter)
+    ready.train.ledger.padding_tokens = trained.num_padding_tokens
+    if isinstance(ready.batches.train, StreamedSequences):
+        ready.batches.train.settle()
+    write_ledger(run, ready.train, held_out)
+
+    memory.phase("evaluating")
+    evaluation = evaluate_held_out(model, base, held_out, recipe, reporter)
+    write_json(run.evaluation, evaluation)
+
+    memory.phase("merging")
+    certificate = merge_after_training(model, base, held_out, recipe, run, hardware, reporter)
     result = RunResult(run, trained, evaluation, certificate)
     write_json(run.summary, summary_of(result, memory))
-    narrate.summary(reporter, result.run, recipe)
+    narrate.summary(reporter, run, recipe)
     return result
 
 

@@ -12,7 +12,7 @@ from qlora_kit.data.pack import PackedSequence
 from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
 
 Batch = dict[str, Any]
-NOT_FOR_THE_MODEL = ("origins", "num_tokens")
+NOT_FOR_THE_MODEL = ("origins", "num_tokens", "items", "update_origins")
 
 
 @dataclass(frozen=True)

@@ -49,12 +49,21 @@ class Bins:
 class PackedSequences(Sequence[PackedSequence]):
     """Packed views of sequences, put together when they are asked for."""
 
-    def __init__(self, sequences: Sequence[TokenSequence], bins: Bins):
+    def __init__(self, sequences: Sequence[TokenSequence], bins: Bins, lengths: np.ndarray):
+        """`lengths` are the tokens of each sequence, shape (len(sequences),)."""
         self._sequences = sequences
         self._bins = bins
+        self._lengths = lengths
 
     def __len__(self) -> int:
         return len(self._bins)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each packed sequence; int64 of shape (len(self),)."""
+        members = self._lengths[self._bins.members]
+        sums = np.concatenate([[0], np.cumsum(members, dtype=np.int64)])
+        return np.diff(sums[self._bins.starts])
 
     @overload
     def __getitem__(self, item: int) -> PackedSequence: ...

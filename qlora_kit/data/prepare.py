@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
@@ -151,6 +152,13 @@ def read_part(
         ledger.check_balance()
         sequences = sequences.in_order(order)
     return Part((), sequences, ledger)
+
+
+def fingerprint_of(part: Part, sources: Sequence[SourceSpec]) -> str:
+    """Of the tokens, in order, and which of them are supervised; of a stream, of its sources."""
+    if isinstance(part.sequences, StoredSequences):
+        return part.sequences.fingerprint()
+    return hashlib.sha256(repr([source_fingerprint(one) for one in sources]).encode()).hexdigest()
 
 
 def read_examples(sources: Sequence[SourceSpec], needs_answer: bool = True) -> Iterator[AnyExample]:

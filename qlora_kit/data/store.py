@@ -8,6 +8,7 @@ more memory than the pages it touches.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from array import array
 from collections.abc import Iterator, Sequence
@@ -150,6 +151,14 @@ class StoredSequences(Sequence[TokenSequence]):
         sums = np.concatenate([[0], np.cumsum(self._supervised, dtype=np.int64)])
         counts: np.ndarray = np.diff(sums[ends], prepend=0)
         return counts[self._order]
+
+    def fingerprint(self) -> str:
+        """SHA-256 over every token, whether it is supervised, where sequences end, and the order."""
+        digest = hashlib.sha256()
+        for values in (self._tokens, self._supervised, np.ascontiguousarray(self._index["end"])):
+            digest.update(memoryview(np.asarray(values)).cast("B") if len(values) else b"")
+        digest.update(np.asarray(self._order, np.int64).tobytes())
+        return digest.hexdigest()
 
     def _bounds(self, number: int) -> tuple[int, int]:
         start = int(self._index["end"][number - 1]) if number else 0

@@ -80,7 +80,17 @@ def recipe_from_dict(values: dict[str, Any], source: str, faults: Iterable[Fault
 
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the recipe with every default spelled out; it loads back as an equal Recipe."""
-    path.write_text(dump_yaml(recipe.model_dump(mode="json")), encoding="utf-8")
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    with draft.open("w", encoding="utf-8") as file:
+        file.write(recipe_text(recipe))
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe as YAML, with every default spelled out."""
+    return dump_yaml(recipe.model_dump(mode="json"))
 
 
 def recipe_hash(recipe: Recipe) -> str:

@@ -127,8 +127,18 @@ class TrainSpec(Spec):
     save_steps: int = Field(default=500, gt=0)
     """Updates between checkpoints, with save_strategy: steps."""
 
+    save_minutes: float | None = Field(default=None, gt=0)
+    """Also write a checkpoint after so many minutes without one."""
+
     save_total_limit: int | None = Field(default=2, gt=0)
     """Checkpoints to keep, newest first."""
+
+    keep_best: bool = False
+    """Keep the checkpoint with the lowest eval loss as well, whatever its age."""
+
+    max_memory_mib: int | None = Field(default=None, gt=0)
+    """Use no more memory than this, of the GPU where there is one, else of this process, as if
+    there were no more. Where it runs out, fewer sequences are trained on at a time."""
 
     report_to: tuple[Tracker, ...] = ()
     """Experiment trackers; none by default, and never any telemetry of our own."""
@@ -137,6 +147,8 @@ class TrainSpec(Spec):
         if self.eval_strategy == "steps" and self.eval_steps is None:
             yield Fault("eval_steps", "eval_strategy: steps needs it", "try eval_steps: 50")
         yield from self._options_without_effect()
+        if self.keep_best:
+            yield from self._keep_best_faults()
         if self.max_steps is not None and self.warmup_steps >= self.max_steps:
             yield Fault(
                 "warmup_steps",
@@ -155,6 +167,18 @@ class TrainSpec(Spec):
             learning_rate=self.learning_rate,
             warmup_steps=self.warmup_steps,
         )
+
+    def _keep_best_faults(self) -> Iterator[Fault]:
+        if "no" in (self.eval_strategy, self.save_strategy):
+            message = "the best checkpoint is known by its eval loss"
+            hint = "set eval_strategy and save_strategy to epoch, or both to steps"
+            yield Fault("keep_best", message, hint)
+        elif self.eval_strategy != self.save_strategy or (
+            self.eval_steps is not None and self.save_steps % self.eval_steps
+        ):
+            message = "every checkpoint must fall on an evaluation"
+            hint = "use the same strategy for both, with save_steps a multiple of eval_steps"
+            yield Fault("keep_best", message, hint)
 
     def _options_without_effect(self) -> Iterator[Fault]:
         if self.eval_strategy != "steps":

@@ -13,6 +13,7 @@ from qlora_kit.report.visible import visible
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from qlora_kit.checkpoint.entry import Entry
     from qlora_kit.checkpoint.run_directory import RunDirectory
     from qlora_kit.data.ledger import Ledger
     from qlora_kit.data.prepare import Part
@@ -35,6 +36,14 @@ def hardware(
         f"machine   {machine.device_name}, {machine.num_cpus} cores, {memory / _GIB:.0f} GiB"
     )
     reporter.say(f"compute   {compute_dtype}, trained in {precision}: {why}")
+
+
+def entry(reporter: Reporter, found: Entry) -> None:
+    """What was in the folder of the run."""
+    for warning in found.warned:
+        reporter.warn(warning)
+    for line in found.said:
+        reporter.say(line)
 
 
 def base(reporter: Reporter, loaded: Base, quantization: QuantizationSpec) -> None:
@@ -112,15 +121,19 @@ def adapter(reporter: Reporter, adapted: Adapted, recipe: Recipe) -> None:
     )
 
 
-def schedule(reporter: Reporter, spec: TrainSpec, batches: Batching) -> None:
+def schedule(
+    reporter: Reporter, spec: TrainSpec, batches: Batching, num_processes: int = 1
+) -> None:
     from qlora_kit.train.train import num_update_steps
 
     global_batch = spec.per_device_train_batch_size * spec.gradient_accumulation_steps
+    shared = f" × {num_processes} processes" if num_processes > 1 else ""
     reporter.say(f"batches   {batches.description}")
     reporter.say(
-        f"schedule  {num_update_steps(batches.num_items, spec)} steps of {global_batch} "
-        f"sequences ({spec.per_device_train_batch_size} × {spec.gradient_accumulation_steps} "
-        f"accumulated), {spec.optim}, learning rate {spec.learning_rate:g} "
+        f"schedule  {num_update_steps(batches.num_items, spec, num_processes)} steps of "
+        f"{global_batch * num_processes} sequences ({spec.per_device_train_batch_size} × "
+        f"{spec.gradient_accumulation_steps} accumulated{shared}), {spec.optim}, learning rate "
+        f"{spec.learning_rate:g} "
         f"{spec.lr_scheduler_type}"
     )
 

@@ -43,9 +43,19 @@ def require_tf32(asked: bool | None, hardware: Hardware) -> None:
 
 
 def training_arguments(
-    spec: TrainSpec, precision: str, hardware: Hardware, output_dir: Path, run_name: str
+    spec: TrainSpec,
+    precision: str,
+    hardware: Hardware,
+    output_dir: Path,
+    run_name: str,
+    *,
+    num_updates: int,
+    accumulation: int,
 ) -> TrainingArguments:
-    """Upstream arguments; logging, progress and checkpoints of our own hang on callbacks."""
+    """Upstream arguments; the order of the data, the log, evaluation and checkpoints are ours.
+
+    To the Trainer the whole of training is one pass of `num_updates` updates.
+    """
     from transformers import TrainingArguments
 
     arguments = TrainingArguments(
@@ -53,9 +63,8 @@ def training_arguments(
         run_name=run_name,
         per_device_train_batch_size=spec.per_device_train_batch_size,
         per_device_eval_batch_size=spec.per_device_eval_batch_size,
-        gradient_accumulation_steps=spec.gradient_accumulation_steps,
-        num_train_epochs=spec.num_train_epochs,
-        max_steps=-1 if spec.max_steps is None else spec.max_steps,
+        gradient_accumulation_steps=accumulation,
+        max_steps=num_updates,
         learning_rate=spec.learning_rate,
         lr_scheduler_type=spec.lr_scheduler_type,
         lr_scheduler_kwargs=dict(spec.lr_scheduler_kwargs),
@@ -71,17 +80,11 @@ def training_arguments(
         fp16=precision == "fp16",
         tf32=spec.tf32 if hardware.native_tf32 else None,
         seed=spec.seed,
-        data_seed=spec.seed,
-        train_sampling_strategy=spec.train_sampling_strategy,
         logging_steps=spec.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would replace a NaN by an average and go on
-        eval_strategy=spec.eval_strategy,
-        eval_steps=spec.eval_steps,
-        prediction_loss_only=True,
-        save_strategy=spec.save_strategy,
-        save_steps=spec.save_steps,
-        save_total_limit=spec.save_total_limit,
+        eval_strategy="no",
+        save_strategy="no",
         report_to=list(spec.report_to) or "none",
         use_cpu=hardware.device == "cpu",
         dataloader_pin_memory=hardware.device != "cpu",

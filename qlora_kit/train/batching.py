@@ -6,26 +6,30 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from qlora_kit.data.collate import Collator, IsolatingCollator
 from qlora_kit.data.pack import PackedSequence, PackedSequences, pack
 from qlora_kit.data.render import TokenSequence
-from qlora_kit.data.store import StoredSequences
 from qlora_kit.data.stream import StreamedSequences
 from qlora_kit.train.isolation import measure_leakage, require_isolation
+from qlora_kit.train.loader import (
+    Item,
+    Items,
+    OrderedItems,
+    StreamedItems,
+    lengths_of,
+    longest_of,
+)
+from qlora_kit.train.order import TrainOrder
 
 if TYPE_CHECKING:
     from torch import nn
 
     from qlora_kit.data.prepare import Part
     from qlora_kit.model.base import Base
-    from qlora_kit.recipe import DataSpec
+    from qlora_kit.recipe import DataSpec, TrainSpec
 
 # Kernels that are given where each example ends, and so do not pay for a row of many of them.
 _VARIABLE_LENGTH = ("flash_attention_2", "flash_attention_3", "flex_attention")
-
-Item = TokenSequence | PackedSequence
 
 
 @dataclass(frozen=True)
@@ -38,10 +42,34 @@ class Batching:
     description: str
     """In a few words, for people."""
 
+    first: Sequence[Item] = ()
+    """Of a stream, the items read beforehand."""
+
     @property
     def num_items(self) -> int:
         """Of one pass; 0 where a stream does not tell."""
         return 0 if isinstance(self.train, StreamedSequences) else len(self.train)
+
+    def updates_per_pass(self, items_per_update: int) -> int:
+        """0 where a stream does not tell."""
+        return -(-self.num_items // items_per_update)
+
+    def items(self, spec: TrainSpec, items_per_update: int) -> Items:
+        """What every update trains on, in the order that the recipe asks for."""
+        if isinstance(self.train, StreamedSequences):
+            return StreamedItems(self.train, items_per_update)
+        by_length = spec.train_sampling_strategy == "group_by_length"
+        lengths = lengths_of(self.train).tolist() if by_length else ()
+        order = TrainOrder(
+            len(self.train), items_per_update, spec.train_sampling_strategy, spec.seed, lengths
+        )
+        return OrderedItems(self.train, order)
+
+    def longest(self, count: int) -> list[Item]:
+        """The longest items; of a stream, of those read beforehand."""
+        return longest_of(
+            self.first if isinstance(self.train, StreamedSequences) else self.train, count
+        )
 
 
 def plan_batches(
@@ -72,6 +100,7 @@ def plan_batches(
             IsolatingCollator(pad_token_id),
             f"{what} of {spec.max_length} tokens, isolated from each other (probed: "
             f"{leakage.difference:.1e} of the logits' range)",
+            () if train.stream is None else _packed(train.sequences, spec.max_length),
         )
     items = train.sequences if train.stream is None else train.stream
     kernel = getattr(base.model.config, "_attn_implementation", None)
@@ -79,13 +108,12 @@ def plan_batches(
         leakage = measure_leakage(model, train.sequences, pad_token_id, base.compute_dtype)
         if leakage.is_isolated:
             collator = IsolatingCollator(pad_token_id, flatten=True)
-            return Batching(items, held_out, collator, f"without padding ({kernel})")
-    return Batching(items, held_out, Collator(pad_token_id), "padded to the longest of each")
+            what = f"without padding ({kernel})"
+            return Batching(items, held_out, collator, what, train.sequences)
+    what = "padded to the longest of each"
+    return Batching(items, held_out, Collator(pad_token_id), what, train.sequences)
 
 
 def _packed(sequences: Sequence[TokenSequence], capacity: int) -> Sequence[PackedSequence]:
-    if isinstance(sequences, StoredSequences):
-        lengths = sequences.lengths
-    else:
-        lengths = np.fromiter((one.num_tokens for one in sequences), np.int64, len(sequences))
-    return PackedSequences(sequences, pack(lengths, capacity))
+    lengths = lengths_of(sequences)
+    return PackedSequences(sequences, pack(lengths, capacity), lengths)

@@ -31,18 +31,20 @@ class StepCallback(TrainerCallback):
     def __init__(
         self,
         log_path: Path,
-        progress: Progress,
         memory: MemoryWatch,
         reporter: Reporter,
+        updates_per_pass: int,
     ):
+        self.updates_per_pass = updates_per_pass
         self.log_path = log_path
-        self.progress = progress
+        self.progress = Progress()
         self.memory = memory
         self.reporter = reporter
         self.trainer: QloraTrainer | None = None
         self._warned: set[str] = set()
         self._start = self._last_time = time.monotonic()
         self._last_tokens = 0
+        self._seconds_before = 0.0
         self._rate = 0.0
 
     def on_train_begin(
@@ -52,7 +54,17 @@ class StepCallback(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> None:
+        assert self.trainer is not None
         self._start = self._last_time = time.monotonic()
+        self._seconds_before = self.trainer.progress.seconds
+        self._last_tokens = self.trainer.progress.num_real_tokens
+        if state.global_step:
+            self.progress.update(state.global_step)
+
+    @property
+    def seconds(self) -> float:
+        """Of training, with those of the attempts that this one goes on from."""
+        return self._seconds_before + time.monotonic() - self._start
 
     def on_step_end(
         self,
@@ -62,15 +74,17 @@ class StepCallback(TrainerCallback):
         **_: Any,
     ) -> None:
         assert self.trainer is not None
+        self.trainer.progress.update = state.global_step
+        state.epoch = state.global_step / self.updates_per_pass
         host, device = self.memory.step()
         now = time.monotonic()
-        tokens = self.trainer.num_real_tokens
+        tokens = self.trainer.progress.num_real_tokens
         rate = (tokens - self._last_tokens) / max(now - self._last_time, 1e-9)
         self._rate = rate if self._rate == 0 else 0.8 * self._rate + 0.2 * rate
         self._last_time, self._last_tokens = now, tokens
         self.progress.update(
             1,
-            loss=f"loss {self.trainer.step_losses[-1]:.3f}",
+            loss=f"loss {self.trainer.progress.last_loss:.3f}",
             tokens=f"{self._rate:,.0f} tok/s",
             memory=f"{(device or host) / _MIB:,.0f} MiB",
         )
@@ -98,20 +112,24 @@ class StepCallback(TrainerCallback):
     ) -> None:
         assert self.trainer is not None
         logs = logs or {}
-        elapsed = time.monotonic() - self._start
+        elapsed = self.seconds
+        done = self.trainer.progress
         line = {
             "step": state.global_step,
             "epoch": state.epoch,
             **{name: _plain(value) for name, value in logs.items() if name != "epoch"},
-            "tokens": self.trainer.num_real_tokens,
-            "padding": self.trainer.num_padding_tokens,
-            "tokens_per_second": round(self.trainer.num_real_tokens / max(elapsed, 1e-9), 1),
+            "tokens": done.num_real_tokens,
+            "padding": done.num_padding_tokens,
+            "tokens_per_second": round(done.num_real_tokens / max(elapsed, 1e-9), 1),
             "seconds": round(elapsed, 2),
             "host_bytes": self.memory.host_at_steps[-1] if self.memory.host_at_steps else None,
             "device_peak_bytes": self.memory.device_peaks.get("training"),
         }
+        if not state.is_world_process_zero:
+            return
         with self.log_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+            done.log_bytes = file.tell()
 
 
 def _plain(value: Any) -> Any:

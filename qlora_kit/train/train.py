@@ -1,11 +1,11 @@
-"""Train an adapter: the builder of this package."""
+"""Train an adapter, from the start or from a checkpoint: the builder of this package."""
 
 from __future__ import annotations
 
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,14 +13,25 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 
+from qlora_kit.checkpoint.disk import DISK, Disk
 from qlora_kit.environment import Hardware
 from qlora_kit.model.base import Base
+from qlora_kit.processes import ALONE, Processes
 from qlora_kit.report.reporter import Reporter
 from qlora_kit.train.arguments import training_arguments
 from qlora_kit.train.batching import Batching
+from qlora_kit.train.cadence import Cadence
 from qlora_kit.train.callbacks import StepCallback
+from qlora_kit.train.continuation import Continuation, GoOn, items_per_update, shape_for
+from qlora_kit.train.held_out import HeldOutLoss
+from qlora_kit.train.loader import BatchShape, MicroBatches
 from qlora_kit.train.memory import MemoryWatch
-from qlora_kit.train.trainer import QloraTrainer
+from qlora_kit.train.out_of_memory import limited_memory
+from qlora_kit.train.requests import Requests
+from qlora_kit.train.saving import Saver
+from qlora_kit.train.snapshot import Progress
+from qlora_kit.train.trainer import Hooks, QloraTrainer
+from qlora_kit.train.worst_batch import WorstBatch, what_would_help
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,22 +51,46 @@ class TrainResult:
     """Real tokens, without padding, counted once per pass."""
     num_padding_tokens: int
     seconds: float
+    """Of training, over all attempts whose work is in the result."""
+    stop_signal: int | None = None
+    """The signal that ended training before its time."""
 
     @property
     def tokens_per_second(self) -> float:
         return self.num_tokens / self.seconds
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "tokens_per_second": self.tokens_per_second}
+        values = {**asdict(self), "tokens_per_second": self.tokens_per_second}
+        del values["stop_signal"]
+        return values
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What training happens in, besides the model and the data."""
+
+    hardware: Hardware
+    precision: str
+    run: RunDirectory
+    memory: MemoryWatch
+    reporter: Reporter
+    requests: Requests
+    write_adapter: Callable[[Path], None]
+    """Write the adapter's files into an empty folder."""
+    keep_adapter: Callable[[Path], None]
+    """Write the adapter into a folder that appears whole."""
+    records: Mapping[str, str]
+    """Further text files of a checkpoint, by name."""
+    processes: Processes = ALONE
+    disk: Disk = DISK
 
 
 def num_update_steps(num_sequences: int, spec: TrainSpec, num_processes: int = 1) -> int:
-    """Optimizer updates that the Trainer will make."""
+    """Optimizer updates from start to end."""
     if spec.max_steps is not None:
         return spec.max_steps
-    batches = math.ceil(num_sequences / (spec.per_device_train_batch_size * num_processes))
-    per_epoch = max(math.ceil(batches / spec.gradient_accumulation_steps), 1)
-    return math.ceil(spec.num_train_epochs * per_epoch)
+    per_pass = max(math.ceil(num_sequences / items_per_update(spec, num_processes)), 1)
+    return math.ceil(spec.num_train_epochs * per_pass)
 
 
 def train_adapter(
@@ -63,61 +98,119 @@ def train_adapter(
     base: Base,
     batches: Batching,
     spec: TrainSpec,
-    precision: str,
-    hardware: Hardware,
-    run_dir: RunDirectory,
-    memory: MemoryWatch,
-    reporter: Reporter,
-    save: Callable[[Path], None],
+    around: Surroundings,
+    continuation: Continuation | None = None,
 ) -> TrainResult:
-    """Train in place; `save` writes the adapter into a folder, whole.
+    """Train in place.
 
     Raises:
         TrainingError: a loss or gradient was not finite; the last good adapter is kept.
+        RunError: the checkpoint does not fit this model, these data or these processes.
+        CheckpointError: a checkpoint could not be written.
+        HardwareError: not even one sequence at a time fits the memory.
     """
-    transformers.set_seed(spec.seed)
+    processes, hardware = around.processes, around.hardware
+    transformers.set_seed(spec.seed + processes.rank)
     model.config.use_cache = False
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    args = training_arguments(spec, precision, hardware, run_dir.folder, run_dir.folder.name)
-
-    def keep_last_good(step: int) -> str:
-        save(run_dir.last_good)
-        return f"The adapter as it was after step {step} is kept in {run_dir.last_good}. "
-
-    with reporter.progress("training", num_update_steps(batches.num_items, spec)) as progress:
-        callback = StepCallback(run_dir.log, progress, memory, reporter)
-        trainer = QloraTrainer(
-            model=model,
-            args=args,
-            train_dataset=batches.train,
-            eval_dataset=batches.held_out or None,
-            data_collator=batches.collator,
-            callbacks=[callback],
-            loraplus_lr_ratio=spec.loraplus_lr_ratio,
-            on_stop=keep_last_good,
+    shape = shape_for(spec, processes, continuation)
+    num_updates = num_update_steps(batches.num_items, spec, processes.count)
+    if continuation is not None:
+        num_updates = continuation.num_updates(batches.num_items, spec)
+    with limited_memory(spec.max_memory_mib, hardware.device):
+        trainer, step, cadence = _trainer(
+            model, base, batches, spec, around, continuation, shape, num_updates
         )
-        trainer.remove_callback(transformers.PrinterCallback)
-        callback.trainer = trainer
-        memory.phase("training")
-        start = time.monotonic()
-        with warnings.catch_warnings():
+        around.memory.phase("training")
+        with (
+            around.reporter.progress("training", num_updates) as progress,
+            around.requests.deferred(),
+            warnings.catch_warnings(),
+        ):
             # On a CPU paged optimizers run unpaged, which is what is meant there.
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+            step.progress = progress
             trainer.train()
         if hardware.device == "cuda":
             torch.cuda.synchronize()
-        seconds = time.monotonic() - start
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_disable()
         base.model.disable_input_require_grads()
     model.config.use_cache = True
     model.eval()
+    return _result(trainer.progress, step.seconds, cadence.stop_signal)
+
+
+def _result(progress: Progress, seconds: float, stop_signal: int | None) -> TrainResult:
+    assert progress.first_loss is not None and progress.last_loss is not None
     return TrainResult(
-        num_steps=trainer.state.global_step,
-        first_loss=trainer.step_losses[0],
-        last_loss=trainer.step_losses[-1],
-        num_tokens=trainer.num_real_tokens,
-        num_padding_tokens=trainer.num_padding_tokens,
+        num_steps=progress.update,
+        first_loss=progress.first_loss,
+        last_loss=progress.last_loss,
+        num_tokens=progress.num_real_tokens,
+        num_padding_tokens=progress.num_padding_tokens,
         seconds=seconds,
+        stop_signal=stop_signal,
     )
+
+
+def _trainer(
+    model: PeftModel,
+    base: Base,
+    batches: Batching,
+    spec: TrainSpec,
+    around: Surroundings,
+    continuation: Continuation | None,
+    shape: BatchShape,
+    num_updates: int,
+) -> tuple[QloraTrainer, StepCallback, Cadence]:
+    """The trainer and its callbacks, which know each other."""
+    start = continuation.progress.update if continuation else 0
+    items = batches.items(spec, shape.items_per_update)
+    updates_per_pass = batches.updates_per_pass(shape.items_per_update) or num_updates
+    run, processes = around.run, around.processes
+    saver = Saver(around, shape, num_updates, spec)
+    trainer = QloraTrainer(
+        model=model,
+        args=training_arguments(
+            spec,
+            around.precision,
+            around.hardware,
+            run.folder,
+            run.folder.name,
+            num_updates=num_updates,
+            accumulation=shape.accumulation,
+        ),
+        batches=MicroBatches(items, batches.collator, shape, start, num_updates),
+        collator=batches.collator,
+        held_out=HeldOutLoss(
+            batches.held_out,
+            batches.collator,
+            spec.per_device_eval_batch_size,
+            processes.rank,
+            processes.count,
+        )
+        if batches.held_out
+        else None,
+        hooks=Hooks(
+            save=saver.save,
+            keep_last_good=saver.keep_last_good,
+            warn=around.reporter.warn,
+            out_of_memory=lambda batch, reason: what_would_help(batch, reason, base, spec, around),
+        ),
+        progress=continuation.progress if continuation else Progress(),
+        loraplus_lr_ratio=spec.loraplus_lr_ratio,
+    )
+    saver.trainer = trainer
+    step = StepCallback(run.log, around.memory, around.reporter, updates_per_pass)
+    saver.step = step
+    cadence = Cadence(spec, updates_per_pass, num_updates, around.requests)
+    step.trainer = trainer
+    trainer.remove_callback(transformers.PrinterCallback)
+    # In this order: the worst batch is tried, then what was saved is put back.
+    trainer.add_callback(WorstBatch(trainer, batches, spec, around))
+    trainer.add_callback(GoOn(trainer, continuation, processes))
+    trainer.add_callback(step)
+    trainer.add_callback(cadence)
+    return trainer, step, cadence

@@ -1,63 +1,153 @@
-"""The Hugging Face Trainer, stopped at the first number that is not finite."""
+"""The Hugging Face Trainer, told what to train on and when to save, and watched at every step."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from qlora_kit.data.collate import NOT_FOR_THE_MODEL
-from qlora_kit.errors import TrainingError
+from qlora_kit.data.collate import NOT_FOR_THE_MODEL, Batch
+from qlora_kit.errors import HardwareError, TrainingError
 from qlora_kit.model.adapter import require_float32_trainables
+from qlora_kit.train.loader import AnyCollator, MicroBatches, data_loader, divided
+from qlora_kit.train.out_of_memory import first_line, free_memory, is_out_of_memory
+from qlora_kit.train.snapshot import Progress, put_random_state_back, random_state
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from qlora_kit.train.held_out import HeldOutLoss
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the trainer leaves to others."""
+
+    save: Callable[[], None]
+    """Write a checkpoint of the update just made."""
+    keep_last_good: Callable[[int], str]
+    """Keep the adapter as it was after an update; returns where, for people."""
+    warn: Callable[[str], None]
+    out_of_memory: Callable[[Batch, str], str]
+    """What would help when one sequence at a time is too much."""
 
 
 class QloraTrainer(Trainer):
-    """Adds to the Trainer: a check of every loss and gradient, LoRA+, and a count of real tokens.
+    """Adds to the Trainer: batches that we order, exact counts, a check of every loss and
+    gradient, smaller micro-batches where memory runs out, LoRA+, checkpoints of our own.
 
-    Batches carry `origins`, the rows they were made of, so that a fault can name them, and
+    Batches carry `items`, the sequences they were made of, `origins`, the rows of those, and
     `num_tokens`.
     """
 
     def __init__(
         self,
         *args: Any,
+        batches: MicroBatches,
+        collator: AnyCollator,
+        held_out: HeldOutLoss | None,
+        hooks: Hooks,
+        progress: Progress,
+        divisor: int = 1,
         loraplus_lr_ratio: float | None = None,
-        on_stop: Callable[[int], str] | None = None,
         **kwargs: Any,
     ):
         super().__init__(*args, **kwargs)
+        self.batches = batches
+        self.collator = collator
+        self.held_out = held_out
+        self.hooks = hooks
+        self.progress = progress
+        self.divisor = divisor
+        """Parts that a micro-batch is divided into, so that it fits the memory."""
         self.loraplus_lr_ratio = loraplus_lr_ratio
-        self.on_stop = on_stop
-        self.num_real_tokens = 0
-        self.num_padding_tokens = 0
-        self.window_origins: list[str] = []
-        self.step_losses: list[float] = []
-        """Loss of each optimizer step: the mean over the supervised tokens of its batches."""
+        self._window: list[Batch] = []
+        """Micro-batches of the update under way."""
+        self._window_random: dict[str, Any] = {}
         self._window_loss = 0.0
         self._trainables_checked = False
 
+    def get_train_dataloader(self) -> Any:
+        return data_loader(self.batches, self.args.dataloader_pin_memory)
+
     def training_step(
-        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: Batch, num_items_in_batch: Any = None
     ) -> torch.Tensor:
         if not self._trainables_checked:
             require_float32_trainables(model)
             self._trainables_checked = True
-        origins, num_tokens = inputs["origins"], inputs["num_tokens"]
-        inputs = for_the_model(inputs)
-        self.window_origins += origins
-        self.num_real_tokens += num_tokens
-        self.num_padding_tokens += inputs["input_ids"].numel() - num_tokens
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if not torch.isfinite(loss):
-            self.stop("loss", float(loss), origins)
+        if not self._window:
+            self._window_random = random_state()
+        self._window.append(inputs)
+        loss = self._fitting_step(model, inputs, num_items_in_batch)
         self._window_loss += float(loss)
         return loss
+
+    def _fitting_step(self, model: nn.Module, inputs: Batch, num_items: Any) -> torch.Tensor:
+        """Forward and backward, with a smaller micro-batch where memory runs out.
+
+        A backward pass that fails half-way leaves half a gradient, so the update is begun again.
+        """
+        begin_again = False
+        while True:
+            try:
+                if begin_again:
+                    self._begin_update_again(model, num_items)
+                return self._divided_step(model, inputs, num_items)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            # The error is gone by here, and with it the tensors that its frames held.
+            self.divide_further(inputs, reason)
+            begin_again = True
+
+    def _begin_update_again(self, model: nn.Module, num_items: Any) -> None:
+        """Up to the micro-batch that failed."""
+        model.zero_grad()
+        put_random_state_back(self._window_random)
+        self._window_loss = 0.0
+        for earlier in self._window[:-1]:
+            self._window_loss += float(self._divided_step(model, earlier, num_items))
+
+    def _divided_step(self, model: nn.Module, inputs: Batch, num_items: Any) -> torch.Tensor:
+        if not inputs["items"] and self.args.world_size == 1:
+            return torch.zeros((), device=self.args.device)
+        total = torch.zeros((), device=self.args.device)
+        for part in divided(inputs, self.divisor, self.collator):
+            loss = super().training_step(model, for_the_model(part), num_items)
+            if not torch.isfinite(loss):
+                self.stop("loss", float(loss), part["origins"])
+            total += loss
+        return total
+
+    def forward_and_backward(self, batch: Batch) -> None:
+        """On this process alone; the gradient is for nobody."""
+        model = self.accelerator.unwrap_model(self.model)
+        for part in divided(batch, self.divisor, self.collator):
+            super().training_step(model, for_the_model(part), torch.ones(()))
+
+    def divide_further(self, inputs: Batch, reason: str, together: bool = False) -> None:
+        """Halve the micro-batch; `together` where all processes do so now.
+
+        Raises:
+            HardwareError: it is down to one sequence, or other processes would not follow.
+        """
+        free_memory(self.args.device.type)
+        per_device = self.args.per_device_train_batch_size
+        alone = self.args.world_size == 1 or together
+        if -(-per_device // self.divisor) <= 1 or not alone:
+            raise HardwareError(self.hooks.out_of_memory(inputs, reason))
+        self.divisor *= 2
+        size = -(-per_device // self.divisor)
+        self.hooks.warn(
+            f"out of memory at update {self.progress.update + 1} ({reason}). From here on "
+            f"{size} sequences at a time instead of {per_device}, {self.divisor} times as often: "
+            "every update still trains on the same rows."
+        )
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         return self._checked_norm(super()._clip_grad_norm(model))
@@ -70,35 +160,64 @@ class QloraTrainer(Trainer):
     def _checked_norm(self, grad_norm: Any) -> Any:
         """An fp16 scaler meets infinite gradients by design: it skips the step and halves."""
         finite = bool(torch.isfinite(torch.as_tensor(grad_norm)))
-        if not finite and self.accelerator.scaler is None:
-            self.stop("gradient norm", float(grad_norm), self.window_origins)
-        if not finite and self.accelerator.scaler.get_scale() < 1.0:
-            self.stop("gradient norm", float(grad_norm), self.window_origins)
-        self.window_origins = []
-        self.step_losses.append(self._window_loss)
-        self._window_loss = 0.0
+        if not finite and (
+            self.accelerator.scaler is None or self.accelerator.scaler.get_scale() < 1.0
+        ):
+            origins = [origin for batch in self._window for origin in batch["origins"]]
+            self.stop("gradient norm", float(grad_norm), origins)
+        self._book_update()
         return grad_norm
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Upstream reads lengths only off dictionaries; the rows here know their own."""
-        rows: Any = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.train_sampling_strategy != "group_by_length":
-            return super()._get_train_sampler(train_dataset)
-        return LengthGroupedSampler(
-            self.args.train_batch_size * self.args.gradient_accumulation_steps,
-            lengths=[row.num_tokens for row in rows],
-        )
+    def _book_update(self) -> None:
+        """Count what the update under way was made of."""
+        tokens = sum(batch["num_tokens"] for batch in self._window)
+        places = sum(batch["input_ids"].numel() for batch in self._window if batch["items"])
+        origins = "\n".join(origin for batch in self._window for origin in batch["update_origins"])
+        loss = self._window_loss
+        if self.args.world_size > 1:
+            gathered = self._gathered([loss, float(tokens), float(places)])
+            loss = sum(one[0] for one in gathered) / len(gathered)
+            tokens = int(sum(one[1] for one in gathered))
+            places = int(sum(one[2] for one in gathered))
+        progress = self.progress
+        progress.num_real_tokens += tokens
+        progress.num_padding_tokens += places - tokens
+        progress.first_loss = loss if progress.first_loss is None else progress.first_loss
+        progress.last_loss = loss
+        progress.unlogged_losses += (loss,)
+        progress.order_digest = hashlib.sha256(
+            f"{progress.order_digest}\n{origins}".encode()
+        ).hexdigest()
+        self._window, self._window_loss = [], 0.0
 
-    def prediction_step(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        prediction_loss_only: bool,
-        ignore_keys: list[str] | None = None,
-    ) -> Any:
-        return super().prediction_step(
-            model, for_the_model(inputs), prediction_loss_only, ignore_keys
+    def _gathered(self, values: list[float]) -> list[list[float]]:
+        mine = torch.tensor(values, dtype=torch.float64, device=self.args.device)
+        rows: list[list[float]] = self.accelerator.gather(mine[None]).tolist()
+        return rows
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """With the loss as we count it, which a resumed run goes on counting."""
+        if "loss" in logs:
+            losses = self.progress.unlogged_losses
+            logs["loss"] = sum(losses) / len(losses) if losses else float("nan")
+            self.progress.unlogged_losses = ()
+        super().log(logs, start_time)
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
+        """The loss per supervised token of the held-out rows, whatever batches they come in."""
+        assert self.held_out is not None
+        metrics = {"eval_loss": self.held_out.measure(self.model, self.hooks.warn)}
+        if self.progress.best_loss is None or metrics["eval_loss"] < self.progress.best_loss:
+            self.progress.best_loss = metrics["eval_loss"]
+            self.progress.best_update = self.state.global_step
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
         )
+        return metrics
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.hooks.save()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.loraplus_lr_ratio is None or self.optimizer is not None:
@@ -118,17 +237,16 @@ class QloraTrainer(Trainer):
 
     def stop(self, what: str, value: float, origins: list[str]) -> None:
         """Save what was good, which the weights still are: this step has not changed them."""
-        step = self.state.global_step + 1
-        kept = self.on_stop(self.state.global_step) if self.on_stop else ""
+        kept = self.hooks.keep_last_good(self.state.global_step)
         shown = ", ".join(origins[:8]) + (
             f" and {len(origins) - 8} more" if len(origins) > 8 else ""
         )
         raise TrainingError(
-            f"the {what} became {value} at step {step}, on the batch made of {shown}. {kept}"
-            "Look at those rows, or lower train.learning_rate."
+            f"the {what} became {value} at step {self.state.global_step + 1}, on the batch made of "
+            f"{shown}. {kept}Look at those rows, or lower train.learning_rate."
         )
 
 
-def for_the_model(inputs: dict[str, Any]) -> dict[str, Any]:
+def for_the_model(inputs: Batch) -> Batch:
     """A batch without what is there for people."""
     return {name: value for name, value in inputs.items() if name not in NOT_FOR_THE_MODEL}

@@ -1,0 +1,81 @@
+"""When to evaluate, to save, and to stop."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qlora_kit.train.requests import Requests
+
+if TYPE_CHECKING:
+    from qlora_kit.recipe import TrainSpec
+
+
+class Cadence(TrainerCallback):
+    """Decides after every update, the same on every process.
+
+    Runs after the callback that logs. The last update is always saved, unless nothing is: what
+    follows training can then be gone on with.
+    """
+
+    def __init__(
+        self, spec: TrainSpec, updates_per_pass: int, num_updates: int, requests: Requests
+    ):
+        self.spec = spec
+        self.updates_per_pass = updates_per_pass
+        self.num_updates = num_updates
+        self.requests = requests
+        self.stop_signal: int | None = None
+        """The signal that ended training before its time."""
+        self._last_save = time.monotonic()
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> TrainerControl:
+        update = state.global_step
+        is_last = update == self.num_updates
+        minutes = self.spec.save_minutes
+        is_due = minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
+        is_due, asked, signal = _agreed(
+            [int(is_due), int(self.requests.take_save()), self.requests.stop_signal or 0],
+            args,
+        )
+        saves = self.spec.save_strategy != "no"
+        control.should_evaluate = self._falls_on(
+            self.spec.eval_strategy, self.spec.eval_steps, update, is_last
+        )
+        control.should_save = bool(
+            self._falls_on(self.spec.save_strategy, self.spec.save_steps, update, is_last)
+            or (saves and is_last)
+            or is_due
+            or asked
+            or signal
+        )
+        if signal:
+            self.stop_signal = signal
+            control.should_training_stop = True
+        return control
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self._last_save = time.monotonic()
+
+    def _falls_on(self, strategy: str, steps: int | None, update: int, is_last: bool) -> bool:
+        if strategy == "steps":
+            assert steps is not None
+            return update % steps == 0
+        return strategy == "epoch" and (update % self.updates_per_pass == 0 or is_last)
+
+
+def _agreed(flags: list[int], args: TrainingArguments) -> list[int]:
+    """The largest of each over all processes, since a clock or a signal may reach one alone."""
+    if args.world_size == 1:
+        return flags
+    shared = torch.tensor(flags, device=args.device)
+    torch.distributed.all_reduce(shared, torch.distributed.ReduceOp.MAX)
+    return [int(one) for one in shared]

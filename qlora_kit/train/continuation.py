@@ -1,0 +1,109 @@
+"""Going on from a checkpoint: whether it fits, and putting it back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qlora_kit.errors import RunError
+from qlora_kit.processes import Processes
+from qlora_kit.train.loader import BatchShape
+from qlora_kit.train.snapshot import (
+    Moving,
+    Progress,
+    Shared,
+    put_random_state_back,
+    read_progress,
+    read_random_state,
+    read_snapshot,
+)
+
+if TYPE_CHECKING:
+    from qlora_kit.recipe import TrainSpec
+    from qlora_kit.train.trainer import QloraTrainer
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A whole checkpoint that training goes on from."""
+
+    folder: Path
+    progress: Progress
+    shared: Shared
+
+    @classmethod
+    def read(cls, folder: Path) -> Continuation:
+        return cls(folder, *read_progress(folder))
+
+    def num_updates(self, num_items: int, spec: TrainSpec) -> int:
+        """Updates from start to end, by the recipe as it is now."""
+        if spec.max_steps is not None:
+            return spec.max_steps
+        per_pass = max(math.ceil(num_items / self.shared.items_per_update), 1)
+        return math.ceil(spec.num_train_epochs * per_pass)
+
+
+def items_per_update(spec: TrainSpec, num_processes: int) -> int:
+    """The global batch, in sequences."""
+    per_process = spec.per_device_train_batch_size * spec.gradient_accumulation_steps
+    return per_process * num_processes
+
+
+def shape_for(
+    spec: TrainSpec, processes: Processes, continuation: Continuation | None
+) -> BatchShape:
+    """How an update is shared out; of a run that goes on, with the global batch it began with.
+
+    Raises:
+        RunError: so many processes cannot share that batch evenly.
+    """
+    each = spec.per_device_train_batch_size
+    accumulation = spec.gradient_accumulation_steps
+    if continuation is not None:
+        whole = continuation.shared.items_per_update
+        if whole % (each * processes.count):
+            counts = [n for n in range(1, whole + 1) if whole % (each * n) == 0]
+            raise RunError(
+                f"{continuation.folder.parent} trains on {whole} sequences per update, which "
+                f"{processes.count} processes cannot share {each} at a time. Launch "
+                f"{' or '.join(map(str, counts)) or continuation.shared.num_processes}, or change "
+                "train.per_device_train_batch_size."
+            )
+        accumulation = whole // (each * processes.count)
+    return BatchShape(each, accumulation, processes.count, processes.rank)
+
+
+class GoOn(TrainerCallback):
+    """Puts a checkpoint back once the model is wrapped and the optimizer there."""
+
+    def __init__(
+        self, trainer: QloraTrainer, continuation: Continuation | None, processes: Processes
+    ):
+        self.trainer = trainer
+        self.continuation = continuation
+        self.processes = processes
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        if self.continuation is None:
+            return
+        trainer, folder = self.trainer, self.continuation.folder
+        trainer.progress = read_snapshot(folder, moving_parts(trainer))
+        state.global_step = trainer.progress.update
+        randoms = read_random_state(folder, self.processes.rank)
+        if randoms is not None and self.processes.count == self.continuation.shared.num_processes:
+            put_random_state_back(randoms)
+
+
+def moving_parts(trainer: QloraTrainer) -> Moving:
+    return Moving(
+        trainer.accelerator.unwrap_model(trainer.model),
+        trainer.optimizer,
+        trainer.lr_scheduler,
+        trainer.accelerator.scaler,
+    )

@@ -1,0 +1,78 @@
+"""What is asked of a run from outside while it trains: signals, and a file to save at once.
+
+SIGTERM (a spot instance that is taken away, Slurm's `--signal=TERM@120`) and Ctrl-C end the run
+after the update under way, with a checkpoint; a second Ctrl-C ends it at once. SIGUSR1 saves, and
+training goes on.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+TRIGGER_FILE = "save-now"
+
+
+@dataclass
+class Requests:
+    """Flags that signals raise, and the training loop lowers."""
+
+    trigger: Path
+    """A file that asks for a checkpoint by being there; it is removed once there is one."""
+    stop_signal: int | None = None
+    _save: bool = False
+    _deferred: bool = field(default=False)
+    """Whether a training loop is looking at the flags."""
+
+    def take_save(self) -> bool:
+        """Whether a checkpoint was asked for since the last call."""
+        asked, self._save = self._save, False
+        if self.trigger.exists():
+            self.trigger.unlink(missing_ok=True)
+            return True
+        return asked
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """While training: signals wait for the end of the update."""
+        self._deferred = True
+        try:
+            yield
+        finally:
+            self._deferred = False
+
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == _SAVE:
+            self._save = True
+        elif self._deferred and self.stop_signal is None:
+            self.stop_signal = number
+        else:
+            self.stop_signal = number
+            raise KeyboardInterrupt
+
+
+_SAVE = getattr(signal, "SIGUSR1", None)
+
+
+@contextmanager
+def listening(trigger: Path) -> Iterator[Requests]:
+    """Requests whose signal handlers are in place within the block.
+
+    Outside the main thread of a process, where there can be none, only the file is looked at.
+    """
+    requests = Requests(trigger)
+    if threading.current_thread() is not threading.main_thread():
+        yield requests
+        return
+    numbers = [one for one in (signal.SIGINT, signal.SIGTERM, _SAVE) if one is not None]
+    before = {number: signal.signal(number, requests.on_signal) for number in numbers}
+    try:
+        yield requests
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,67 @@
+"""Writing a checkpoint of a training in progress."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qlora_kit.checkpoint.checkpoints import publish_checkpoint, require_room, rotate
+from qlora_kit.train.continuation import moving_parts
+from qlora_kit.train.loader import BatchShape
+from qlora_kit.train.snapshot import random_state, snapshot_bytes, write_snapshot
+
+if TYPE_CHECKING:
+    from qlora_kit.recipe import TrainSpec
+    from qlora_kit.train.callbacks import StepCallback
+    from qlora_kit.train.train import Surroundings
+    from qlora_kit.train.trainer import QloraTrainer
+
+
+class Saver:
+    """Writes checkpoint-N from what the trainer holds after update N, and clears older ones."""
+
+    def __init__(
+        self, around: Surroundings, shape: BatchShape, num_updates: int, spec: TrainSpec
+    ):
+        self.around = around
+        self.shape = shape
+        self.num_updates = num_updates
+        self.spec = spec
+        self.trainer: QloraTrainer | None = None
+        self.step: StepCallback | None = None
+
+    def save(self) -> None:
+        """On every process; the main one writes.
+
+        Raises:
+            CheckpointError: it could not be written; earlier ones are as they were.
+        """
+        assert self.trainer is not None and self.step is not None
+        around, trainer = self.around, self.trainer
+        randoms = around.processes.gathered(random_state())
+        if around.processes.is_main:
+            progress = trainer.progress
+            progress.seconds = self.step.seconds
+            moving = moving_parts(trainer)
+            shape = (self.shape.items_per_update, self.num_updates, around.processes.count)
+
+            def write(folder: Path) -> None:
+                write_snapshot(folder, moving, progress, shape, randoms, around.write_adapter)
+                for name, text in around.records.items():
+                    (folder / name).write_text(text, encoding="utf-8")
+
+            run = around.run.folder
+            require_room(run, snapshot_bytes(moving), around.disk)
+            publish_checkpoint(run / f"checkpoint-{progress.update}", write, around.disk)
+            rotate(run, self.spec.save_total_limit, self._best(run), around.disk)
+        around.processes.wait()
+
+    def _best(self, run: Path) -> Path | None:
+        assert self.trainer is not None
+        best = self.trainer.progress.best_update
+        return run / f"checkpoint-{best}" if self.spec.keep_best and best is not None else None
+
+    def keep_last_good(self, step: int) -> str:
+        folder = self.around.run.last_good
+        if self.around.processes.is_main:
+            self.around.keep_adapter(folder)
+        return f"The adapter as it was after step {step} is kept in {folder}. "

@@ -1,0 +1,109 @@
+"""The batch that needs the most memory, tried before hours are spent on the others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from qlora_kit.data.collate import Batch
+from qlora_kit.train.loader import collate
+from qlora_kit.train.out_of_memory import first_line, free_memory, is_out_of_memory
+from qlora_kit.train.snapshot import put_random_state_back, random_state
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from qlora_kit.model.base import Base
+    from qlora_kit.recipe import TrainSpec
+    from qlora_kit.train.batching import Batching
+    from qlora_kit.train.train import Surroundings
+    from qlora_kit.train.trainer import QloraTrainer
+
+_MIB = 1024**2
+
+
+class WorstBatch(TrainerCallback):
+    """Runs the longest sequences through forward and backward, and through evaluation.
+
+    On a CPU without train.max_memory_mib there is nothing to learn from it: memory that runs out
+    there ends the process and not the attempt.
+    """
+
+    def __init__(
+        self, trainer: QloraTrainer, batches: Batching, spec: TrainSpec, around: Surroundings
+    ):
+        self.trainer = trainer
+        self.batches = batches
+        self.spec = spec
+        self.around = around
+
+    def on_train_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **_: Any,
+    ) -> None:
+        device = self.around.hardware.device
+        if device == "cpu" and self.spec.max_memory_mib is None:
+            return
+        before = random_state()
+        items = self.batches.longest(args.per_device_train_batch_size)
+        batch = {**collate(items, self.batches.collator), "update_origins": []}
+        while not self._fits(batch):
+            pass
+        if self.trainer.held_out is not None and self.spec.eval_strategy != "no":
+            self.trainer.held_out.try_longest(self.trainer.model, self.around.reporter.warn)
+        free_memory(device)
+        put_random_state_back(before)
+        longest = max(item.num_tokens for item in items)
+        self.around.reporter.say(
+            f"worst     {len(items)} sequences of up to {longest:,} tokens fit"
+            + (f", {-(-len(items) // self.trainer.divisor)} at a time" * (self.trainer.divisor > 1))
+        )
+
+    def _fits(self, batch: Batch) -> bool:
+        """Whether it does, on every process; if not, the micro-batch is halved on all of them."""
+        trainer, processes = self.trainer, self.around.processes
+        reason = ""
+        try:
+            trainer.forward_and_backward(batch)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            reason = first_line(error)
+        trainer.model.zero_grad()
+        free_memory(self.around.hardware.device)
+        reasons = [one for one in processes.gathered(reason) if one]
+        if reasons:
+            trainer.divide_further(batch, reasons[0], together=True)
+        return not reasons
+
+
+def what_would_help(
+    batch: Batch, reason: str, base: Base, spec: TrainSpec, around: Surroundings
+) -> str:
+    """With the figures of this model and this batch."""
+    tokens = int(batch["input_ids"].shape[-1])
+    vocabulary = base.model.config.get_text_config().vocab_size
+    logits = 4 * tokens * vocabulary / _MIB
+    held = base.quantized.weight_bytes / _MIB
+    ways = [f"lower data.max_length (one sequence of {tokens:,} tokens is too much)"]
+    if not spec.gradient_checkpointing:
+        ways.append("set train.gradient_checkpointing: true")
+    if base.quantized.num_quantized == 0:
+        ways.append("set quantization.load_in_4bit: true (the base is not quantized)")
+    if "8bit" not in spec.optim:
+        ways.append(f"set train.optim: paged_adamw_8bit (now {spec.optim})")
+    if spec.max_memory_mib is not None:
+        ways.append(f"raise train.max_memory_mib (now {spec.max_memory_mib:,})")
+    phase, peak = around.memory.peak
+    return (
+        f"out of memory with one sequence at a time ({reason}). The base takes {held:,.0f} MiB, "
+        f"the logits of one sequence {logits:,.0f} MiB, the peak so far was {peak / _MIB:,.0f} MiB "
+        f"({phase}). What would help: {'; '.join(ways)}."
+    )
