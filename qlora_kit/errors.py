@@ -8,6 +8,7 @@ QloraKitError
 ├── AdapterError      an adapter is unreadable, or belongs to another base
 ├── HardwareError     the machine lacks what was asked for (a precision, memory, disk)
 ├── RunError          a run directory is taken, missing, or incomplete
+├── CheckpointError   a checkpoint could not be written; says which earlier one is whole
 ├── TrainingError     training cannot go on (a loss or gradient that is not finite)
 └── RunStopped        a signal ended training, and a checkpoint was written
 
@@ -18,6 +19,7 @@ verbs report it through their exit code.
 
 from __future__ import annotations
 
+import signal
 from dataclasses import dataclass
 
 
@@ -45,6 +47,10 @@ class RunError(QloraKitError):
     """A run directory that is taken, missing, or incomplete."""
 
 
+class CheckpointError(QloraKitError):
+    """A checkpoint that could not be written."""
+
+
 class TrainingError(QloraKitError):
     """Training cannot go on."""
 
@@ -56,6 +62,10 @@ class RunStopped(QloraKitError):  # noqa: N818
         self.signal_number = signal_number
         self.left_behind = left_behind
         super().__init__(left_behind)
+
+    @property
+    def signal_name(self) -> str:
+        return signal.Signals(self.signal_number).name
 
     def __reduce__(self) -> tuple[type[RunStopped], tuple[int, str]]:
         return type(self), (self.signal_number, self.left_behind)

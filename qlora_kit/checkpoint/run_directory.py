@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit import environment
+from qlora_kit.checkpoint.checkpoints import find_checkpoints
+from qlora_kit.checkpoint.lock import LOCK_FILE
 from qlora_kit.errors import HardwareError, RunError
 from qlora_kit.recipe import Recipe, load_recipe, recipe_hash, save_recipe
 
@@ -63,10 +65,21 @@ class RunDirectory:
 
 
 def require_free(recipe: Recipe) -> None:
-    """Raises RunError where the recipe's folder holds anything; asked before the work begins."""
+    """Raises RunError where the recipe's folder holds anything; asked before the work begins.
+
+    What a process leaves that was killed while it made the folder is nothing.
+    """
     run = RunDirectory(Path(recipe.run_dir))
-    if run.folder.exists() and (not run.folder.is_dir() or any(run.folder.iterdir())):
+    if not run.folder.exists():
+        return
+    if not run.folder.is_dir() or any(not _is_beginning(run, one) for one in run.folder.iterdir()):
         raise RunError(_taken(run, recipe))
+
+
+def _is_beginning(run: RunDirectory, path: Path) -> bool:
+    if path == run.ledger.parent:
+        return path.is_dir() and not any(path.iterdir())
+    return path.name == LOCK_FILE or path.name.startswith(f".{run.recipe.name}.")
 
 
 def create_run(recipe: Recipe) -> RunDirectory:
@@ -122,19 +135,15 @@ def open_run(folder: Path) -> tuple[RunDirectory, Recipe]:
 
 
 def left_behind(recipe: Recipe) -> str:
-    """What a run that did not end has kept, and what can be done with it."""
+    """What a run that did not end has kept, and how it goes on."""
     run = RunDirectory(Path(recipe.run_dir))
     if not run.recipe.is_file():
         return "Nothing was written."
-    if run.adapter.is_dir():
-        return (
-            f"Its training had ended: the adapter is in {run.adapter}. Go on with "
-            f"`qlora-kit evaluate {run.folder}` and `qlora-kit merge {run.folder}`, or train anew "
-            "into a new folder with --fresh."
-        )
-    kept = sorted(run.folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    held = f" {run.folder} holds {', '.join(path.name for path in kept)}." if kept else ""
-    return f"A run cannot be continued yet; --fresh trains anew into a new folder.{held}"
+    kept = find_checkpoints(run.folder)
+    again = "The same command goes on with it"
+    if not kept:
+        return f"{run.folder} holds no checkpoint yet. {again}, from the first update."
+    return f"{run.folder} holds {kept[0].name}. {again} from there."
 
 
 def is_run(folder: Path) -> bool:
@@ -174,11 +183,6 @@ def _taken(run: RunDirectory, recipe: Recipe) -> str:
     other = f"`run_dir={fresh_folder(recipe)}`"
     if not run.recipe.is_file():
         return f"run_dir {run.folder} is not empty and holds no run; choose another: {other}."
-    if not run.is_finished:
-        return (
-            f"run_dir {run.folder} already holds a run that was not finished. Nothing there was "
-            f"touched. {left_behind(recipe)} Or choose another folder: {other}."
-        )
     return (
         f"run_dir {run.folder} already holds a finished run. Nothing there was touched. Train into "
         f"a new folder with --fresh, or choose one: {other}."

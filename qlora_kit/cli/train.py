@@ -18,14 +18,21 @@ def command(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Train into a new folder; nothing is deleted.")
     ] = False,
+    allow_drift: Annotated[
+        bool,
+        typer.Option(
+            "--allow-drift",
+            help="Go on with a run although its recipe, data or base changed; says what that costs.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Train, evaluate, and export what the recipe says."""
+    """Train, evaluate, and export what the recipe says; an unfinished run is gone on with."""
     from pathlib import Path
 
     from qlora_kit.checkpoint.run_directory import finished_run, fresh_folder, left_behind
     from qlora_kit.cli.console import console_reporter
-    from qlora_kit.errors import RecipeError
+    from qlora_kit.errors import RecipeError, RunStopped
     from qlora_kit.preflight import preflight
     from qlora_kit.recipe import load_recipe
     from qlora_kit.report import narrate
@@ -46,10 +53,15 @@ def command(
         from qlora_kit.run import run_recipe
 
         try:
-            result = run_recipe(loaded, reporter)
+            result = run_recipe(loaded, reporter, allow_drift=allow_drift)
+        except RunStopped as stopped:
+            reporter.warn(f"stopped by {stopped.signal_name}. {stopped.left_behind}")
+            raise typer.Exit(128 + stopped.signal_number) from None
         except KeyboardInterrupt:
             reporter.warn(f"interrupted. {left_behind(loaded)}")
             raise typer.Exit(130) from None
+        if result is None:
+            return  # the main process tells
         values = json.loads(result.run.summary.read_text(encoding="utf-8"))
     if as_json:
         print(json.dumps(values, indent=2))

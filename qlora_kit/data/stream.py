@@ -52,6 +52,12 @@ class StreamedSequences(IterableDataset[TokenSequence | PackedSequence]):
                         self._given(items[place])
                     yield items[place]
 
+    def starting_at(self, num_given: int) -> Iterator[TokenSequence | PackedSequence]:
+        """What follows the first `num_given`, which are read and rendered again: what they were
+        decides which rows are duplicates, how those behind them are packed, and the ledger.
+        """
+        return islice(iter(self), num_given, None)
+
     def settle(self) -> None:
         """Book what was read ahead in the first pass, and not given any more."""
         ledger = self._ledger

@@ -7,6 +7,7 @@ from qlora_kit.recipe.load import (
     load_recipe,
     recipe_from_dict,
     recipe_hash,
+    recipe_text,
     save_recipe,
 )
 from qlora_kit.recipe.lora import LoraSpec
@@ -30,5 +31,6 @@ __all__ = [
     "load_recipe",
     "recipe_from_dict",
     "recipe_hash",
+    "recipe_text",
     "save_recipe",
 ]

@@ -83,7 +83,9 @@ def training_arguments(
         logging_steps=spec.logging_steps,
         logging_first_step=True,
         logging_nan_inf_filter=False,  # it would replace a NaN by an average and go on
-        eval_strategy="no",
+        # Cadence decides; reduce_lr_on_plateau is refused where nothing seems to be evaluated.
+        eval_strategy="no" if spec.eval_strategy == "no" else "steps",
+        eval_steps=num_updates + 1,
         save_strategy="no",
         report_to=list(spec.report_to) or "none",
         use_cpu=hardware.device == "cpu",

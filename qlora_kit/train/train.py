@@ -182,6 +182,7 @@ def _trainer(
             num_updates=num_updates,
             accumulation=shape.accumulation,
         ),
+        eval_dataset=batches.held_out or None,
         batches=MicroBatches(items, batches.collator, shape, start, num_updates),
         collator=batches.collator,
         held_out=HeldOutLoss(

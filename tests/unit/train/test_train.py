@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -18,12 +19,18 @@ from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import TrainingError
 from qlora_kit.model.adapter import Adapted, attach_adapter, require_float32_trainables
 from qlora_kit.model.base import Base, load_base, prepare_for_training
-from qlora_kit.model.saved import load_adapter, save_adapter
+from qlora_kit.model.saved import load_adapter, save_adapter, write_adapter
 from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec, TrainSpec
 from qlora_kit.report.reporter import SILENT
 from qlora_kit.train.batching import Batching
 from qlora_kit.train.memory import MemoryWatch
-from qlora_kit.train.train import TrainResult, num_update_steps, train_adapter
+from qlora_kit.train.requests import TRIGGER_FILE, Requests
+from qlora_kit.train.train import (
+    Surroundings,
+    TrainResult,
+    num_update_steps,
+    train_adapter,
+)
 
 POISONED_TOKEN = 300
 
@@ -83,19 +90,24 @@ def train(
         "warmup_steps": 0,
     }
     folder.mkdir(parents=True, exist_ok=True)
+    described = (setup.adapted.model, setup.base, QuantizationSpec(), "0" * 64)
+    around = Surroundings(
+        hardware=probe_hardware(),
+        precision=precision,
+        run=RunDirectory(folder),
+        memory=MemoryWatch(),
+        reporter=SILENT,
+        requests=Requests(folder / TRIGGER_FILE),
+        write_adapter=partial(write_adapter, *described),
+        keep_adapter=partial(save_adapter, *described),
+        records={},
+    )
     return train_adapter(
         setup.adapted.model,
         setup.base,
         Batching(rows, eval_rows or [], Collator(0), "padded"),
         TrainSpec(**{**values, **spec}),
-        precision,
-        probe_hardware(),
-        RunDirectory(folder),
-        MemoryWatch(),
-        SILENT,
-        lambda kept: save_adapter(
-            setup.adapted.model, setup.base, QuantizationSpec(), "0" * 64, kept
-        ),
+        around,
     )
 
 
