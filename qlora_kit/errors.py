@@ -8,6 +8,7 @@ QloraKitError
 ├── AdapterError      an adapter is unreadable, or belongs to another base
 ├── HardwareError     the machine lacks what was asked for (a precision, memory, disk)
 ├── RunError          a run directory is taken, missing, or incomplete
+├── CheckpointError   a checkpoint could not be written; says which earlier one is whole
 └── TrainingError     training cannot go on (a loss or gradient that is not finite)
 
 The command line turns each into one message and exit code 1. Our own bugs are `assert`s and
@@ -42,6 +43,10 @@ class HardwareError(QloraKitError):
 
 class RunError(QloraKitError):
     """A run directory that is taken, missing, or incomplete."""
+
+
+class CheckpointError(QloraKitError):
+    """A checkpoint that could not be written."""
 
 
 class TrainingError(QloraKitError):
