@@ -13,7 +13,6 @@ import torch
 from qlora_kit.checkpoint.disk import DISK, Disk
 from qlora_kit.checkpoint.drift import Fingerprints
 from qlora_kit.checkpoint.entry import Entry, enter, require_same_work
-from qlora_kit.checkpoint.lock import hold
 from qlora_kit.checkpoint.run_directory import (
     RunDirectory,
     create_run,
@@ -114,7 +113,7 @@ def run_recipe(
                 reporter.warn(f"drift: {change}")
             continuation = Continuation.read(entry.checkpoint)
         needed = bytes_to_write(recipe, ready.adapted, ready.held_out.sequences)
-        run = processes.on_main(lambda: open_folder(recipe, entry, needed, held))
+        run = processes.on_main(lambda: open_folder(recipe, entry, needed))
         if processes.is_main:
             write_ledger(run, ready.train, ready.held_out)
         model, base = ready.adapted.model, ready.base
@@ -185,14 +184,10 @@ def fingerprints(recipe: Recipe, ready: Prepared) -> Fingerprints:
     )
 
 
-def open_folder(recipe: Recipe, entry: Entry, needed_bytes: int, held: ExitStack) -> RunDirectory:
-    """Make the folder of a new run, locked until `held` is left, once there is room for it all."""
+def open_folder(recipe: Recipe, entry: Entry, needed_bytes: int) -> RunDirectory:
+    """Begin the folder of a new run, once there is room for all that it will hold."""
     require_disk(Path(recipe.run_dir), needed_bytes, "this run")
-    if not entry.is_new:
-        return entry.run
-    run = create_run(recipe)
-    held.enter_context(hold(run.folder))
-    return run
+    return create_run(recipe) if entry.is_new else entry.run
 
 
 def finish(

@@ -27,8 +27,8 @@ class Entry:
     warned: tuple[str, ...] = ()
 
 
-def enter(recipe: Recipe, allow_drift: bool, stack: ExitStack, disk: Disk) -> Entry:
-    """Look at the recipe's folder; an unfinished run is locked until `stack` is left.
+def enter(recipe: Recipe, allow_drift: bool, held: ExitStack, disk: Disk) -> Entry:
+    """Look at the recipe's folder, which is locked until `held` is left.
 
     Nothing is written for a new run: `create_run` does so once it can begin.
 
@@ -37,14 +37,17 @@ def enter(recipe: Recipe, allow_drift: bool, stack: ExitStack, disk: Disk) -> En
             where it may not, or another process is at work in it.
     """
     run = RunDirectory(Path(recipe.run_dir))
+    if not run.recipe.is_file():
+        require_free(recipe)
+    warned: list[str] = []
+    held.enter_context(hold(run.folder, warned.append))
     if not run.recipe.is_file() or run.is_finished:
         require_free(recipe)
-        return Entry(run, is_new=True)
-    stack.enter_context(hold(run.folder))
+        return Entry(run, is_new=True, warned=tuple(warned))
     before = load_recipe(run.recipe)
     clear_leftovers(run.folder, disk)
     found = newest_whole(run.folder)
-    warned = [
+    warned += [
         f"{folder.name} is damaged ({'; '.join(faults[:3])}) and is set aside as "
         f"{_set_aside(folder, disk)}."
         for folder, faults in found.damaged

@@ -208,3 +208,175 @@ def test_stopped_and_gone_on_with_is_the_run_that_was_not_stopped(run: Run, case
     assert resumed.log == whole.log
     for name in ("num_steps", "first_loss", "last_loss", "num_tokens", "num_padding_tokens"):
         assert getattr(resumed.result, name) == getattr(whole.result, name), name
+
+
+def test_a_run_stopped_several_times_is_still_the_same(run: Run) -> None:
+    whole = run("whole")
+    run("parts", stop_after=1)
+    run("parts", again=True, stop_after=3)
+    run("parts", again=True, stop_after=4)
+    assert run("parts", again=True).weights == whole.weights
+
+
+def test_what_is_logged_after_the_checkpoint_is_logged_once(run: Run) -> None:
+    """A process that is killed has logged updates that no checkpoint holds."""
+    whole = run("whole", logging_steps=1)
+    stopped = run("parts", stop_after=6, saves=(4,), logging_steps=1, save_total_limit=None)
+    newest = find_checkpoints(stopped.folder)[0]
+    assert newest.name == "checkpoint-6"
+    for path in newest.iterdir():
+        path.unlink()
+    newest.rmdir()
+    resumed = run("parts", again=True, logging_steps=1)
+    assert [line["step"] for line in resumed.log] == list(range(1, 13))
+    assert resumed.log == whole.log
+
+
+def test_a_finished_training_is_put_back_without_an_update(run: Run) -> None:
+    whole = run("run", save_strategy="epoch")
+    again = run("run", again=True, save_strategy="epoch")
+    assert again.weights == whole.weights
+    assert again.result.num_steps == whole.result.num_steps == 12
+    assert again.log == whole.log
+
+
+def test_checkpoints_are_whole_and_hold_what_they_should(run: Run) -> None:
+    outcome = run("run", save_strategy="steps", save_steps=4, save_total_limit=2)
+    assert [path.name for path in find_checkpoints(outcome.folder)] == [
+        "checkpoint-12",
+        "checkpoint-8",
+    ]
+    for folder in find_checkpoints(outcome.folder):
+        assert faults_of(folder) == ()
+        names = {path.name for path in folder.iterdir()}
+        assert names >= {
+            "adapter_model.safetensors",
+            "adapter_config.json",
+            "optimizer.pt",
+            "random.pt",
+            "progress.json",
+            "note.txt",
+            "manifest.json",
+            "tokenizer.json",
+        }
+
+
+def test_the_best_checkpoint_is_kept(run: Run) -> None:
+    outcome = run(
+        "run",
+        learning_rate=0.3,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=1,
+        keep_best=True,
+    )
+    losses = {line["step"]: line["eval_loss"] for line in outcome.log if "eval_loss" in line}
+    best = min(losses, key=lambda step: losses[step])
+    assert best != 12, "this test needs a run that gets worse"
+    kept = {path.name for path in find_checkpoints(outcome.folder)}
+    assert kept == {f"checkpoint-{best}", "checkpoint-12"}
+
+
+def test_a_file_asks_for_a_checkpoint(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / TRIGGER_FILE).touch()
+    outcome = run("run")
+    assert [path.name for path in find_checkpoints(outcome.folder)] == ["checkpoint-1"]
+    assert not (outcome.folder / TRIGGER_FILE).exists()
+
+
+def test_time_asks_for_a_checkpoint(run: Run) -> None:
+    outcome = run("run", save_minutes=1e-9, save_total_limit=None, max_steps=3)
+    assert len(find_checkpoints(outcome.folder)) == 3
+
+
+def test_another_optimizer_s_state_is_refused(run: Run) -> None:
+    run("parts", stop_after=5, optim="adamw_torch")
+    with pytest.raises((RunError, KeyError, ValueError)) as refused:
+        run("parts", again=True, optim="lion_8bit")
+    assert isinstance(refused.value, RunError)
+    assert "optimizer" in str(refused.value)
+
+
+def test_weights_that_cannot_be_put_back_exactly_are_refused(run: Run) -> None:
+    run("parts", stop_after=5)
+    with pytest.raises(RunError, match="trainable weights"):
+        run("parts", again=True, lora={"r": 4, "alpha": 8, "new_tokens": ("<|one|>",)})
+
+
+class TestProcesses:
+    def test_fewer_or_more_share_the_same_global_batch(self, run: Run) -> None:
+        stopped = run("parts", stop_after=5)
+        continuation = Continuation.read(find_checkpoints(stopped.folder)[0])
+        assert continuation.shared.items_per_update == 6
+        spec = TrainSpec(per_device_train_batch_size=3, gradient_accumulation_steps=2)
+        shape = shape_for(spec, Processes(rank=1, local_rank=1, count=2), continuation)
+        assert (shape.per_device, shape.accumulation) == (3, 1)
+        one = TrainSpec(per_device_train_batch_size=1, gradient_accumulation_steps=1)
+        assert shape_for(one, Processes(count=3), continuation).accumulation == 2
+        with pytest.raises(RunError, match="6 sequences per update") as refused:
+            shape_for(spec, Processes(count=4), continuation)
+        assert "Launch 1 or 2" in str(refused.value)
+
+    def test_another_micro_batch_gives_the_same_run_but_for_rounding(self, run: Run) -> None:
+        whole = run("whole", per_device_train_batch_size=3, gradient_accumulation_steps=2)
+        run("parts", stop_after=5, per_device_train_batch_size=3, gradient_accumulation_steps=2)
+        other = run(
+            "parts", again=True, per_device_train_batch_size=6, gradient_accumulation_steps=1
+        )
+        mine = [line["loss"] for line in other.log if "loss" in line]
+        theirs = [line["loss"] for line in whole.log if "loss" in line]
+        assert mine == pytest.approx(theirs, rel=0.05)  # dropout is drawn in another shape
+
+
+class TestMemory:
+    def outcome(self, run: Run, monkeypatch: pytest.MonkeyPatch, fits: int, **spec: Any) -> Outcome:
+        """A run in which more than `fits` sequences at a time are too much for the memory."""
+        from peft import PeftModel
+
+        forward = PeftModel.forward
+
+        def limited(model: PeftModel, *args: Any, **inputs: Any) -> Any:
+            outputs = forward(model, *args, **inputs)
+            if model.training and len(inputs["input_ids"]) > fits:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+            return outputs
+
+        with monkeypatch.context() as patch:
+            patch.setattr(PeftModel, "forward", limited)
+            return run("limited", **spec)
+
+    def test_smaller_micro_batches_train_the_same(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        spec = {"lora": {"dropout": 0.0}, "per_device_train_batch_size": 4, "logging_steps": 1}
+        whole = run("whole", **spec)
+        limited = self.outcome(run, monkeypatch, 1, **spec)
+        assert sum("out of memory" in one for one in limited.warnings) == 2
+        assert "1 sequences at a time instead of 4" in limited.warnings[-1]
+        losses = [[line["loss"] for line in one.log] for one in (whole, limited)]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+        assert limited.result.num_tokens == whole.result.num_tokens
+
+    def test_one_sequence_too_many_is_the_end_with_advice(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        with pytest.raises(HardwareError) as ended:
+            self.outcome(run, monkeypatch, 0, gradient_checkpointing=False, optim="adamw_torch")
+        for word in ("one sequence", "gradient_checkpointing", "max_length", "MiB", "optim"):
+            assert word in str(ended.value)
+
+
+def test_a_flipped_byte_sends_the_run_back_to_the_checkpoint_before(run: Run) -> None:
+    whole = run("whole")
+    stopped = run("parts", stop_after=6, saves=(4,), save_total_limit=None)
+    newest = find_checkpoints(stopped.folder)[0]
+    path = newest / OPTIMIZER_FILE
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    found = newest_whole(stopped.folder)
+    assert found.step == 4 and found.damaged[0][0] == newest
+    assert run("parts", again=True).weights == whole.weights
