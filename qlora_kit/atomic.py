@@ -12,6 +12,8 @@ from pathlib import Path
 
 from qlora_kit.errors import HardwareError, QloraKitError
 
+# What to do, other than making room, where a cache does not fit.
+ANOTHER_CACHE = "set QLORA_KIT_CACHE to a folder on another disk"
 _LEFTOVER_SECONDS = 24 * 3600
 
 
@@ -50,17 +52,42 @@ def published_folder(folder: Path) -> Iterator[Path]:
     """
     with draft_beside(folder) as draft:
         yield draft
-        for path in draft.iterdir():
-            # safetensors writes files that only their owner may read; the others follow the umask.
-            path.chmod(draft.stat().st_mode & 0o666)
-            _fsync(path)
-        _fsync(draft)
+        _flush(draft)
         try:
             draft.rename(folder)
         except OSError:
             if not folder.is_dir():
                 raise
         _fsync(folder.parent)
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """The same, but what is there already is replaced; of two processes the last wins.
+
+    A process killed between the two renames leaves the old folder beside, as `.NAME.*.replaced`.
+    """
+    with draft_beside(folder) as draft:
+        yield draft
+        _flush(draft)
+        aside = draft.with_suffix(".replaced")
+        try:
+            if folder.exists():
+                folder.rename(aside)
+            draft.rename(folder)
+            _fsync(folder.parent)
+        finally:
+            if aside.exists() and not folder.exists():
+                aside.rename(folder)
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush(draft: Path) -> None:
+    for path in draft.iterdir():
+        # safetensors writes files that only their owner may read; the others follow the umask.
+        path.chmod(draft.stat().st_mode & 0o666)
+        _fsync(path)
+    _fsync(draft)
 
 
 def publish_lines(path: Path, lines: Iterable[str], overwrite: bool = False) -> None:
@@ -92,20 +119,22 @@ def refuse_existing(path: Path, overwrite: bool) -> None:
         raise QloraKitError(f"{path} is there already; --force overwrites it.")
 
 
-def require_disk(parent: Path, needed_bytes: int, what: str) -> None:
-    """Make sure that `needed_bytes` fit into `parent`, which need not exist yet.
+def require_disk(
+    folder: Path, needed_bytes: int, what: str, instead: str = "choose another run_dir"
+) -> None:
+    """Make sure that `needed_bytes` fit into `folder`, which need not exist yet.
 
     Raises:
-        HardwareError: they do not fit.
+        HardwareError: they do not fit; `instead` says what to do other than making room.
     """
-    place = parent.absolute()
+    place = folder.absolute()
     while not place.exists():
         place = place.parent
     free_bytes = shutil.disk_usage(place).free
     if free_bytes < needed_bytes:
         raise HardwareError(
             f"no room on the disk for {what}: {needed_bytes:,} bytes needed, {free_bytes:,} free "
-            f"in {place}; make room, or set QLORA_KIT_CACHE to a folder on another disk."
+            f"in {place}; make room, or {instead}."
         )
 
 

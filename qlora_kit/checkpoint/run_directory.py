@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 from qlora_kit import environment
 from qlora_kit.checkpoint.checkpoints import find_checkpoints
 from qlora_kit.checkpoint.lock import LOCK_FILE
-from qlora_kit.errors import HardwareError, RunError
+from qlora_kit.errors import RunError
 from qlora_kit.recipe import Recipe, load_recipe, recipe_hash, save_recipe
 
 
@@ -159,24 +158,15 @@ def fresh_folder(recipe: Recipe) -> str:
     return str(free)
 
 
-def require_disk(folder: Path, needed_bytes: int, what: str) -> None:
-    """Raises HardwareError where the disk has no room for what will be written."""
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
-    if free < needed_bytes:
-        raise HardwareError(
-            f"{what} needs {needed_bytes / 1e9:.2f} GB on the disk of {existing}, which has "
-            f"{free / 1e9:.2f} GB free. Make room, or choose another run_dir."
-        )
-
-
 def write_json(path: Path, values: Any) -> None:
     """Write beside the final place, then rename: a reader never meets half a file."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     scratch.replace(path)
+
+
+def _holds_anything(folder: Path) -> bool:
+    return any(path.name != LOCK_FILE for path in folder.iterdir())
 
 
 def _taken(run: RunDirectory, recipe: Recipe) -> str:

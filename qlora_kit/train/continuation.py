@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -81,8 +82,13 @@ class GoOn(TrainerCallback):
     """Puts a checkpoint back once the model is wrapped and the optimizer there."""
 
     def __init__(
-        self, trainer: QloraTrainer, continuation: Continuation | None, processes: Processes
+        self,
+        trainer: QloraTrainer,
+        continuation: Continuation | None,
+        processes: Processes,
+        log: Path,
     ):
+        self.log = log
         self.trainer = trainer
         self.continuation = continuation
         self.processes = processes
@@ -91,13 +97,23 @@ class GoOn(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if self.continuation is None:
+            if self.processes.is_main:
+                cut_log(self.log, 0)
             return
         trainer, folder = self.trainer, self.continuation.folder
         trainer.progress = read_snapshot(folder, moving_parts(trainer))
         state.global_step = trainer.progress.update
+        if self.processes.is_main:
+            cut_log(self.log, trainer.progress.log_bytes)
         randoms = read_random_state(folder, self.processes.rank)
         if randoms is not None and self.processes.count == self.continuation.shared.num_processes:
             put_random_state_back(randoms)
+
+
+def cut_log(path: Path, num_bytes: int) -> None:
+    """Drop the lines of updates that will be made again."""
+    if path.exists() and path.stat().st_size > num_bytes:
+        os.truncate(path, num_bytes)
 
 
 def moving_parts(trainer: QloraTrainer) -> Moving:

@@ -12,13 +12,16 @@ import random
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from qlora_kit.errors import RunError
+from qlora_kit.model.reason import reason_of
 
 if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -155,22 +158,31 @@ def read_snapshot(folder: Path, moving: Moving) -> Progress:
     from peft import load_peft_weights, set_peft_model_state_dict
 
     progress, shared = read_progress(folder)
-    set_peft_model_state_dict(moving.model, load_peft_weights(str(folder), device="cpu"))
+    try:
+        set_peft_model_state_dict(moving.model, load_peft_weights(str(folder), device="cpu"))
+    except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
+        raise _not_put_back("trainable weights", reason_of(error)) from error
     _require_same("trainable weights", digest_of(trainables_of(moving.model)), shared.trainables)
-    state = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
-    moving.put_back(state)
-    now = digest_of(_tensors_in(moving.optimizer.state_dict()["state"]))
+    try:
+        state = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        moving.put_back(state)
+        now = digest_of(_tensors_in(moving.optimizer.state_dict()["state"]))
+    except (KeyError, ValueError, RuntimeError, UnpicklingError) as error:
+        raise _not_put_back("optimizer's state", reason_of(error)) from error
     _require_same("optimizer's state", now, shared.optimizer)
     return progress
 
 
 def _require_same(what: str, now: str, then: str) -> None:
     if now != then:
-        raise RunError(
-            f"the {what} could not be put back exactly as the checkpoint holds them (digest "
-            f"{now[:12]}, written {then[:12]}): the model, the adapter or the optimizer is another "
-            "than then. Train anew with --fresh."
-        )
+        raise _not_put_back(what, f"digest {now[:12]}, written {then[:12]}")
+
+
+def _not_put_back(what: str, why: str) -> RunError:
+    return RunError(
+        f"the {what} could not be put back exactly as the checkpoint holds them ({why}): the "
+        "model, the adapter or the optimizer is another than then. Train anew with --fresh."
+    )
 
 
 def snapshot_bytes(moving: Moving) -> int:

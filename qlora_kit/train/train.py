@@ -211,7 +211,7 @@ def _trainer(
     trainer.remove_callback(transformers.PrinterCallback)
     # In this order: the worst batch is tried, then what was saved is put back.
     trainer.add_callback(WorstBatch(trainer, batches, spec, around))
-    trainer.add_callback(GoOn(trainer, continuation, processes))
+    trainer.add_callback(GoOn(trainer, continuation, processes, run.log))
     trainer.add_callback(step)
     trainer.add_callback(cadence)
     return trainer, step, cadence

@@ -13,7 +13,13 @@ from types import SimpleNamespace
 
 import pytest
 
-from qlora_kit.atomic import draft_beside, published_folder, require_disk
+from qlora_kit.atomic import (
+    ANOTHER_CACHE,
+    draft_beside,
+    published_folder,
+    replaced_folder,
+    require_disk,
+)
 from qlora_kit.errors import HardwareError
 
 # Writes a folder as process NAME; waits for GO half-way, or dies there if NAME is "killed".
@@ -92,5 +98,43 @@ def test_a_rename_that_fails_for_another_reason_is_told(tmp_path: Path) -> None:
 def test_no_room_is_said_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=999))
     require_disk(tmp_path / "not" / "there" / "yet", 999, "a model")
-    with pytest.raises(HardwareError, match=r"for a model: 1,000 bytes needed, 999 free"):
+    with pytest.raises(HardwareError, match=r"for a model: 1,000 bytes needed, 999 free.* run_dir"):
         require_disk(tmp_path / "not" / "there" / "yet", 1000, "a model")
+    with pytest.raises(HardwareError, match="make room, or set QLORA_KIT_CACHE"):
+        require_disk(tmp_path, 1000, "a model", ANOTHER_CACHE)
+
+
+def test_what_was_there_is_replaced_whole(tmp_path: Path) -> None:
+    for content in ("old", "new"):
+        with replaced_folder(tmp_path / "made") as draft:
+            (draft / content).touch(mode=0o600)
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    (path,) = (tmp_path / "made").iterdir()
+    assert path.name == "new"
+    assert path.stat().st_mode & 0o777 == (tmp_path / "made").stat().st_mode & 0o666
+
+
+@pytest.mark.parametrize("fails", ["the block", "the first rename", "the second rename"])
+def test_a_replacement_that_fails_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
+    folder = tmp_path / "made"
+    folder.mkdir()
+    (folder / "old").touch()
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        is_first = self == folder
+        if fails == "the first rename" and is_first:
+            raise OSError("refused")
+        if fails == "the second rename" and self.suffix == ".draft":
+            raise OSError("refused")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(OSError, match="refused"), replaced_folder(folder) as draft:  # noqa: PT012
+        (draft / "new").touch()
+        if fails == "the block":
+            raise OSError("refused")
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert [path.name for path in folder.iterdir()] == ["old"]

@@ -21,6 +21,7 @@ from qlora_kit.checkpoint.checkpoints import (
     require_room,
 )
 from qlora_kit.checkpoint.disk import Disk
+from qlora_kit.checkpoint.manifest import faults_of
 from qlora_kit.errors import CheckpointError
 
 # What may be the newest whole checkpoint after a scenario was cut short, best first.
@@ -34,7 +35,8 @@ def names_in(folder: Path) -> list[str]:
 def require_sound(run_folder: Path, scenario: str) -> int:
     """Nothing is lost and nothing is left over; the number of the outcome that came about."""
     clear_leftovers(run_folder)
-    assert all(path in find_checkpoints(run_folder) for path in run_folder.iterdir())
+    assert sorted(run_folder.iterdir()) == sorted(find_checkpoints(run_folder))
+    assert all(faults_of(path) == () for path in run_folder.iterdir())
     found = newest_whole(run_folder)
     assert found.folder is not None
     assert found.damaged == ()
@@ -78,6 +80,7 @@ class TestADiskThatFails:
             if said:
                 newest = newest_whole(run_folder).folder
                 assert newest is not None
+                assert newest.name != "checkpoint-4", "not even until the next start"
                 assert f"{newest.name} is whole: make room" in said
                 assert "could not be " in said
                 assert os.strerror(errno.ENOSPC) in said or fault != "full disk"

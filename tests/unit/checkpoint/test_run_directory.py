@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_kit.checkpoint.lock import hold
 from qlora_kit.checkpoint.run_directory import (
     RunDirectory,
     create_run,
@@ -14,10 +15,10 @@ from qlora_kit.checkpoint.run_directory import (
     fresh_folder,
     is_run,
     open_run,
-    require_disk,
+    require_free,
     write_json,
 )
-from qlora_kit.errors import HardwareError, RunError
+from qlora_kit.errors import RunError
 from qlora_kit.recipe import Recipe, load_recipe, recipe_from_dict
 
 
@@ -104,10 +105,12 @@ def test_opening_says_what_is_missing(tmp_path: Path) -> None:
     assert open_run(run.folder)[0] == RunDirectory(run.folder)
 
 
-def test_disk_room_is_checked_where_the_folder_will_be(tmp_path: Path) -> None:
-    require_disk(tmp_path / "not" / "there" / "yet", 1, "a byte")
-    with pytest.raises(HardwareError, match=r"needs 1000000000\.00 GB"):
-        require_disk(tmp_path / "not" / "there" / "yet", 10**18, "too much")
+def test_the_lock_of_the_process_that_asks_is_nobodys_run(tmp_path: Path) -> None:
+    with hold(tmp_path / "one", print):
+        require_free(recipe_in(tmp_path / "one"))
+        create_run(recipe_in(tmp_path / "one"))
+        with pytest.raises(RunError, match="already holds a run"):
+            require_free(recipe_in(tmp_path / "one"))
 
 
 def test_json_is_whole_or_not_there(tmp_path: Path) -> None:

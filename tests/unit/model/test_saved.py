@@ -22,7 +22,13 @@ from qlora_kit.model import saved as saved_module
 from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.base import Base
 from qlora_kit.model.manifest import MANIFEST_FILE, file_sha256, read_manifest, write_manifest
-from qlora_kit.model.saved import CONFIG_FILE, WEIGHTS_FILE, load_adapter, save_adapter
+from qlora_kit.model.saved import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    load_adapter,
+    save_adapter,
+    write_adapter,
+)
 from qlora_kit.recipe import LoraSpec, QuantizationSpec
 
 NF4 = QuantizationSpec()
@@ -192,13 +198,31 @@ class TestASaveThatDies:
             patch.setattr(owner, name, death)
             with pytest.raises((OSError, KeyboardInterrupt)):
                 save_adapter(tuned.model, tuned.base, NF4, "0" * 64, folder)
-        assert not folder.exists()
-        assert all(path.name.startswith(".") for path in folder.parent.iterdir())
-        for left in folder.parent.iterdir():
-            (left / "left behind").touch()
+        assert list(folder.parent.iterdir()) == []
         save_adapter(tuned.model, tuned.base, NF4, "0" * 64, folder)
         assert [path.name for path in folder.parent.iterdir()] == ["adapter"]
         assert {path.name: file_sha256(path) for path in folder.iterdir()} == {
+            path.name: file_sha256(path) for path in tuned.folder.iterdir()
+        }
+
+    def test_leaves_the_one_before_as_it_was(
+        self, tuned: Tuned, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = tmp_path / "adapter"
+        save_adapter(tuned.model, tuned.base, NF4, "1" * 64, folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(saved_module, "write_manifest", full_disk)
+            with pytest.raises(OSError, match="No space left"):
+                save_adapter(tuned.model, tuned.base, NF4, "2" * 64, folder)
+        assert read_manifest(folder).recipe_sha256 == "1" * 64
+        save_adapter(tuned.model, tuned.base, NF4, "3" * 64, folder)
+        assert read_manifest(folder).recipe_sha256 == "3" * 64
+        assert list(tmp_path.iterdir()) == [folder]
+
+    def test_its_files_may_be_part_of_something_larger(self, tuned: Tuned, tmp_path: Path) -> None:
+        """A checkpoint holds them beside its own."""
+        write_adapter(tuned.model, tuned.base, NF4, "0" * 64, tmp_path)
+        assert {path.name: file_sha256(path) for path in tmp_path.iterdir()} == {
             path.name: file_sha256(path) for path in tuned.folder.iterdir()
         }
 

@@ -334,18 +334,18 @@ class TestProcesses:
 class TestMemory:
     def outcome(self, run: Run, monkeypatch: pytest.MonkeyPatch, fits: int, **spec: Any) -> Outcome:
         """A run in which more than `fits` sequences at a time are too much for the memory."""
-        from peft import PeftModel
+        from peft import PeftModelForCausalLM
 
-        forward = PeftModel.forward
+        forward = PeftModelForCausalLM.forward
 
-        def limited(model: PeftModel, *args: Any, **inputs: Any) -> Any:
+        def limited(model: PeftModelForCausalLM, *args: Any, **inputs: Any) -> Any:
             outputs = forward(model, *args, **inputs)
             if model.training and len(inputs["input_ids"]) > fits:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
             return outputs
 
         with monkeypatch.context() as patch:
-            patch.setattr(PeftModel, "forward", limited)
+            patch.setattr(PeftModelForCausalLM, "forward", limited)
             return run("limited", **spec)
 
     def test_smaller_micro_batches_train_the_same(
