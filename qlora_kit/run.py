@@ -111,7 +111,7 @@ def run_recipe(
         if entry.checkpoint is not None:
             for change in require_same_work(entry.checkpoint, prints, allow_drift):
                 reporter.warn(f"drift: {change}")
-            continuation = Continuation.read(entry.checkpoint)
+            continuation = Continuation.read(entry.checkpoint, allow_drift)
         needed = bytes_to_write(recipe, ready.adapted, ready.held_out.sequences)
         run = processes.on_main(lambda: open_folder(recipe, entry, needed))
         if processes.is_main:

@@ -130,7 +130,7 @@ def schedule(
     shared = f" × {num_processes} processes" if num_processes > 1 else ""
     reporter.say(f"batches   {batches.description}")
     reporter.say(
-        f"schedule  {num_update_steps(batches.num_items, spec, num_processes)} steps of "
+        f"schedule  {num_update_steps(batches.num_items, spec, global_batch * num_processes)} steps of "
         f"{global_batch * num_processes} sequences ({spec.per_device_train_batch_size} × "
         f"{spec.gradient_accumulation_steps} accumulated{shared}), {spec.optim}, learning rate "
         f"{spec.learning_rate:g} "

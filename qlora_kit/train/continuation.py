@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,17 +34,19 @@ class Continuation:
     folder: Path
     progress: Progress
     shared: Shared
+    allow_drift: bool = False
 
     @classmethod
-    def read(cls, folder: Path) -> Continuation:
-        return cls(folder, *read_progress(folder))
+    def read(cls, folder: Path, allow_drift: bool = False) -> Continuation:
+        return cls(folder, *read_progress(folder), allow_drift)
 
-    def num_updates(self, num_items: int, spec: TrainSpec) -> int:
-        """Updates from start to end, by the recipe as it is now."""
-        if spec.max_steps is not None:
-            return spec.max_steps
-        per_pass = max(math.ceil(num_items / self.shared.items_per_update), 1)
-        return math.ceil(spec.num_train_epochs * per_pass)
+    def items_per_update(self, spec: TrainSpec, num_processes: int) -> int:
+        """The global batch that the run began with, unless the recipe now asks for another."""
+        by_recipe = items_per_update(spec, 1)
+        whole = self.shared.items_per_update
+        if by_recipe == self.shared.items_per_process or by_recipe * num_processes == whole:
+            return whole
+        return by_recipe * num_processes
 
 
 def items_per_update(spec: TrainSpec, num_processes: int) -> int:
@@ -65,7 +66,7 @@ def shape_for(
     each = spec.per_device_train_batch_size
     accumulation = spec.gradient_accumulation_steps
     if continuation is not None:
-        whole = continuation.shared.items_per_update
+        whole = continuation.items_per_update(spec, processes.count)
         if whole % (each * processes.count):
             counts = [n for n in range(1, whole + 1) if whole % (each * n) == 0]
             raise RunError(
@@ -101,7 +102,9 @@ class GoOn(TrainerCallback):
                 cut_log(self.log, 0)
             return
         trainer, folder = self.trainer, self.continuation.folder
-        trainer.progress = read_snapshot(folder, moving_parts(trainer))
+        trainer.progress = read_snapshot(
+            folder, moving_parts(trainer), self.continuation.allow_drift
+        )
         state.global_step = trainer.progress.update
         if self.processes.is_main:
             cut_log(self.log, trainer.progress.log_bytes)

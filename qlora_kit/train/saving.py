@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from qlora_kit.checkpoint.checkpoints import publish_checkpoint, require_room, rotate
-from qlora_kit.train.continuation import moving_parts
+from qlora_kit.train.continuation import items_per_update, moving_parts
 from qlora_kit.train.loader import BatchShape
 from qlora_kit.train.snapshot import random_state, snapshot_bytes, write_snapshot
 
@@ -42,7 +42,12 @@ class Saver:
             progress = trainer.progress
             progress.seconds = self.step.seconds
             moving = moving_parts(trainer)
-            shape = (self.shape.items_per_update, self.num_updates, around.processes.count)
+            shape = {
+                "items_per_update": self.shape.items_per_update,
+                "items_per_process": items_per_update(self.spec, 1),
+                "num_updates": self.num_updates,
+                "num_processes": around.processes.count,
+            }
 
             def write(folder: Path) -> None:
                 write_snapshot(folder, moving, progress, shape, randoms, around.write_adapter)

@@ -71,8 +71,11 @@ class Shared:
     """What a resumed run has to share with the one that wrote the checkpoint."""
 
     items_per_update: int
+    items_per_process: int
+    """Of an update, by the recipe."""
     num_updates: int
     num_processes: int
+    optimizer_kind: str
     trainables: str
     """Digest of the trainable weights' names, shapes and values."""
     optimizer: str
@@ -113,14 +116,14 @@ def write_snapshot(
     folder: Path,
     moving: Moving,
     progress: Progress,
-    shape: tuple[int, int, int],
+    shape: dict[str, int],
     randoms: list[dict[str, Any]],
     write_adapter: Callable[[Path], None],
 ) -> None:
     """Fill an empty folder.
 
     Args:
-        shape: items per update, updates in all, processes.
+        shape: the numbers of `Shared`.
         randoms: `random_state()` of every process.
     """
     write_adapter(folder)
@@ -128,7 +131,8 @@ def write_snapshot(
     torch.save(state, folder / OPTIMIZER_FILE)
     torch.save(randoms, folder / RANDOM_FILE)
     shared = Shared(
-        *shape,
+        **shape,
+        optimizer_kind=kind_of(moving.optimizer),
         trainables=digest_of(trainables_of(moving.model)),
         optimizer=digest_of(_tensors_in(state["optimizer"]["state"])),
     )
@@ -149,8 +153,17 @@ def read_progress(folder: Path) -> tuple[Progress, Shared]:
         ) from None
 
 
-def read_snapshot(folder: Path, moving: Moving) -> Progress:
+def kind_of(optimizer: Any) -> str:
+    """The class of an optimizer, and of how many bits its state is."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    bits = getattr(getattr(inner, "args", None), "optim_bits", 32)
+    return f"{type(inner).__module__.partition('.')[0]}.{type(inner).__name__}, {bits} bits"
+
+
+def read_snapshot(folder: Path, moving: Moving, allow_drift: bool = False) -> Progress:
     """Put everything back but the random states, which are for the moment before the next update.
+
+    Another kind of optimizer begins without a state, where drift is allowed.
 
     Raises:
         RunError: what is put back is not what was written, bit for bit.
@@ -163,6 +176,11 @@ def read_snapshot(folder: Path, moving: Moving) -> Progress:
     except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise _not_put_back("trainable weights", reason_of(error)) from error
     _require_same("trainable weights", digest_of(trainables_of(moving.model)), shared.trainables)
+    kind = kind_of(moving.optimizer)
+    if kind != shared.optimizer_kind:
+        if not allow_drift:
+            raise _not_put_back("optimizer's state", f"{kind}, written by {shared.optimizer_kind}")
+        return progress
     try:
         state = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
         moving.put_back(state)

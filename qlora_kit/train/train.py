@@ -85,11 +85,13 @@ class Surroundings:
     disk: Disk = DISK
 
 
-def num_update_steps(num_sequences: int, spec: TrainSpec, num_processes: int = 1) -> int:
-    """Optimizer updates from start to end."""
+def num_update_steps(num_items: int, spec: TrainSpec, per_update: int | None = None) -> int:
+    """Optimizer updates from start to end, of `per_update` sequences each; by default of as many
+    as one process trains on.
+    """
     if spec.max_steps is not None:
         return spec.max_steps
-    per_pass = max(math.ceil(num_sequences / items_per_update(spec, num_processes)), 1)
+    per_pass = max(math.ceil(num_items / (per_update or items_per_update(spec, 1))), 1)
     return math.ceil(spec.num_train_epochs * per_pass)
 
 
@@ -115,9 +117,7 @@ def train_adapter(
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     shape = shape_for(spec, processes, continuation)
-    num_updates = num_update_steps(batches.num_items, spec, processes.count)
-    if continuation is not None:
-        num_updates = continuation.num_updates(batches.num_items, spec)
+    num_updates = num_update_steps(batches.num_items, spec, shape.items_per_update)
     with limited_memory(spec.max_memory_mib, hardware.device):
         trainer, step, cadence = _trainer(
             model, base, batches, spec, around, continuation, shape, num_updates

@@ -314,7 +314,7 @@ class TestProcesses:
         spec = TrainSpec(per_device_train_batch_size=3, gradient_accumulation_steps=2)
         shape = shape_for(spec, Processes(rank=1, local_rank=1, count=2), continuation)
         assert (shape.per_device, shape.accumulation) == (3, 1)
-        one = TrainSpec(per_device_train_batch_size=1, gradient_accumulation_steps=1)
+        one = TrainSpec(per_device_train_batch_size=1, gradient_accumulation_steps=6)
         assert shape_for(one, Processes(count=3), continuation).accumulation == 2
         with pytest.raises(RunError, match="6 sequences per update") as refused:
             shape_for(spec, Processes(count=4), continuation)
