@@ -55,7 +55,7 @@ class TrainingError(QloraKitError):
     """Training cannot go on."""
 
 
-class RunStopped(QloraKitError):  # noqa: N818
+class RunStopped(QloraKitError):
     """A signal ended training, after a checkpoint was written."""
 
     def __init__(self, signal_number: int, left_behind: str):

@@ -10,19 +10,31 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora_kit.atomic import require_disk
 from qlora_kit.checkpoint.disk import DISK, Disk
 from qlora_kit.checkpoint.drift import Fingerprints
-from qlora_kit.checkpoint.entry import Entry, enter, require_same_work
+from qlora_kit.checkpoint.entry import (
+    FINGERPRINTS_FILE,
+    RECIPE_RECORD,
+    Entry,
+    enter,
+    require_same_work,
+    write_fingerprints,
+)
 from qlora_kit.checkpoint.run_directory import (
     RunDirectory,
     create_run,
     left_behind,
     write_json,
 )
-from qlora_kit.atomic import require_disk
 from qlora_kit.data.prepare import Part, fingerprint_of, prepare_eval, prepare_train
 from qlora_kit.data.stream import StreamedSequences
-from qlora_kit.environment import Hardware, probe_hardware, resolve_compute_dtype
+from qlora_kit.environment import (
+    Hardware,
+    package_versions,
+    probe_hardware,
+    resolve_compute_dtype,
+)
 from qlora_kit.errors import RunStopped
 from qlora_kit.evaluate.divergence import DEFAULT_MAX_TOKENS
 from qlora_kit.evaluate.evaluate import evaluate_model, evaluate_side_by_side, window_size
@@ -106,11 +118,11 @@ def run_recipe(
         narrate.entry(reporter, entry)
         memory.phase("loading")
         ready = prepare(recipe, hardware, processes, reporter)
-        prints = fingerprints(recipe, ready)
+        prints = fingerprints(recipe, ready, hardware)
         continuation = None
         if entry.checkpoint is not None:
-            for change in require_same_work(entry.checkpoint, prints, allow_drift):
-                reporter.warn(f"drift: {change}")
+            drift = require_same_work(entry.checkpoint, prints, allow_drift)
+            narrate.drift(reporter, drift)
             continuation = Continuation.read(entry.checkpoint, allow_drift)
         needed = bytes_to_write(recipe, ready.adapted, ready.held_out.sequences)
         run = processes.on_main(lambda: open_folder(recipe, entry, needed))
@@ -127,7 +139,10 @@ def run_recipe(
             requests=requests,
             write_adapter=partial(write_adapter, *adapter),
             keep_adapter=partial(save_adapter, *adapter),
-            records={RECIPE_RECORD: recipe_text(recipe), FINGERPRINTS_FILE: prints.text()},
+            records={
+                RECIPE_RECORD: recipe_text(recipe),
+                FINGERPRINTS_FILE: write_fingerprints(prints),
+            },
             processes=processes,
             disk=disk,
         )
@@ -174,13 +189,17 @@ def prepare(
     return Prepared(base, train, held_out, adapted, batches, precision)
 
 
-def fingerprints(recipe: Recipe, ready: Prepared) -> Fingerprints:
+def fingerprints(recipe: Recipe, ready: Prepared, hardware: Hardware) -> Fingerprints:
     """What the numbers of training depend on, besides the recipe."""
+    versions = package_versions()
     return Fingerprints(
-        data_train=fingerprint_of(ready.train, recipe.data.train),
         base=ready.base.fingerprint,
         tokenizer=tokenizer_hash(ready.base.tokenizer),
         chat_template=template_hash(ready.base.tokenizer) or "",
+        data_train=fingerprint_of(ready.train, recipe.data.train),
+        data_eval=fingerprint_of(ready.held_out, recipe.data.eval),
+        packages=", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
+        hardware=hardware.device_name,
     )
 
 

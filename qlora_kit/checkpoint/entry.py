@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from qlora_kit.checkpoint.checkpoints import clear_leftovers, find_checkpoints, newest_whole
+from qlora_kit.checkpoint.checkpoints import clear_leftovers, newest_whole
 from qlora_kit.checkpoint.disk import Disk
-from qlora_kit.checkpoint.drift import compare
+from qlora_kit.checkpoint.drift import (
+    Drift,
+    Fingerprints,
+    compare,
+    differences,
+    lines_of,
+    refusal,
+)
 from qlora_kit.checkpoint.lock import hold
-from qlora_kit.checkpoint.run_directory import RunDirectory, fresh_folder, require_free
+from qlora_kit.checkpoint.run_directory import RunDirectory, require_free
 from qlora_kit.errors import RunError
 from qlora_kit.recipe import Recipe, load_recipe, save_recipe
+
+RECIPE_RECORD = "checkpoint_recipe.yaml"
+FINGERPRINTS_FILE = "fingerprints.json"
 
 
 @dataclass(frozen=True)
@@ -60,36 +71,31 @@ def enter(recipe: Recipe, allow_drift: bool, held: ExitStack, disk: Disk) -> Ent
         return Entry(run, False, None, tuple(said), tuple(warned))
     drift = compare(before, recipe)
     if drift.breaking and not allow_drift:
-        changes = "\n".join(f"  - {change}" for change in drift.breaking)
-        raise RunError(
-            f"{run.folder} holds an unfinished run ({found.folder.name}) of a recipe that differs:"
-            f"\n{changes}\nNothing there was touched. Undo these changes to go on with it; go on "
-            "in spite of them with --allow-drift; or train anew into a new folder with --fresh "
-            f"(or run_dir={fresh_folder(recipe)})."
-        )
-    warned += [f"drift: {change}" for change in drift.breaking]
-    said += [f"changed   {change}" for change in drift.accepted]
+        raise RunError(refusal(drift, str(run.folder)))
     said.append(f"resume    {found.folder.name} is whole; training goes on from there")
+    warned += [line for line in lines_of(Drift(breaking=drift.breaking))]
+    said += [line for line in lines_of(Drift(accepted=drift.accepted))]
     if drift.breaking or drift.accepted:
         save_recipe(recipe, run.recipe)
     return Entry(run, False, found.folder, tuple(said), tuple(warned))
 
 
-def require_same_work(checkpoint: Path, now: Fingerprints, allow_drift: bool) -> tuple[str, ...]:
+def write_fingerprints(now: Fingerprints) -> str:
+    """The text of a checkpoint's `fingerprints.json`."""
+    return json.dumps(asdict(now), indent=1) + "\n"
+
+
+def require_same_work(checkpoint: Path, now: Fingerprints, allow_drift: bool) -> Drift:
     """What else than the recipe has changed since a checkpoint was written.
 
     Raises:
-        RunError: anything has, and drift is not allowed.
+        RunError: something has that makes it another run, and drift is not allowed.
     """
-    changes = tuple(map(str, differences(read_fingerprints(checkpoint), now)))
-    if changes and not allow_drift:
-        listed = "\n".join(f"  - {change}" for change in changes)
-        raise RunError(
-            f"{checkpoint} was trained on something else:\n{listed}\nNothing was touched. Restore "
-            "what it was trained on; go on in spite of this with --allow-drift; or train anew into "
-            "a new folder with --fresh."
-        )
-    return changes
+    values = json.loads((checkpoint / FINGERPRINTS_FILE).read_text(encoding="utf-8"))
+    drift = differences(Fingerprints(**values), now)
+    if drift.breaking and not allow_drift:
+        raise RunError(refusal(drift, str(checkpoint.parent)))
+    return drift
 
 
 def _set_aside(folder: Path, disk: Disk) -> str:
@@ -100,7 +106,3 @@ def _set_aside(folder: Path, disk: Disk) -> str:
         aside = folder.with_name(f"{folder.name}.damaged-{number}")
     disk.rename(folder, aside)
     return aside.name
-
-
-def has_checkpoint(run: RunDirectory) -> bool:
-    return bool(find_checkpoints(run.folder))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit.checkpoint.drift import Drift, lines_of
 from qlora_kit.data.pieces import runs, token_pieces
 from qlora_kit.model.tokenizer import writes_the_date
 from qlora_kit.report.reporter import Reporter
@@ -43,6 +44,14 @@ def entry(reporter: Reporter, found: Entry) -> None:
     for warning in found.warned:
         reporter.warn(warning)
     for line in found.said:
+        reporter.say(line)
+
+
+def drift(reporter: Reporter, found: Drift) -> None:
+    """What else than the recipe has changed since the checkpoint."""
+    for line in lines_of(Drift(breaking=found.breaking)):
+        reporter.warn(line)
+    for line in lines_of(Drift(accepted=found.accepted)):
         reporter.say(line)
 
 

@@ -86,9 +86,7 @@ class HeldOutLoss:
         return None
 
 
-def loss_of(
-    model: nn.Module, items: Sequence[Item], collator: AnyCollator
-) -> tuple[float, int]:
+def loss_of(model: nn.Module, items: Sequence[Item], collator: AnyCollator) -> tuple[float, int]:
     """Summed loss of some rows, and how many supervised tokens it is over."""
     batch = collator(items)
     device = _device(model)

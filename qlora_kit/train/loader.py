@@ -156,6 +156,4 @@ def data_loader(batches: MicroBatches, pin_memory: bool) -> DataLoader[Batch]:
     """Its generator is its own: a loader draws from the global one on every start, and a resumed
     run starts once more often.
     """
-    return DataLoader(
-        batches, batch_size=None, pin_memory=pin_memory, generator=torch.Generator()
-    )
+    return DataLoader(batches, batch_size=None, pin_memory=pin_memory, generator=torch.Generator())

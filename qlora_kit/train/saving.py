@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 class Saver:
     """Writes checkpoint-N from what the trainer holds after update N, and clears older ones."""
 
-    def __init__(
-        self, around: Surroundings, shape: BatchShape, num_updates: int, spec: TrainSpec
-    ):
+    def __init__(self, around: Surroundings, shape: BatchShape, num_updates: int, spec: TrainSpec):
         self.around = around
         self.shape = shape
         self.num_updates = num_updates
