@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,16 +90,33 @@ def test_one_process_does_not_hold_it_twice(tmp_path: Path) -> None:
         raise AssertionError("twice")
 
 
+def test_the_lock_of_a_file_that_is_gone_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The holder before may end, and unlink the file, between our opening and locking it."""
+    flock, calls = fcntl.flock, []
+
+    def unlinked_before(descriptor: int, operation: int) -> None:
+        if not calls:
+            (tmp_path / LOCK_FILE).unlink()
+        calls.append(descriptor)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(fcntl, "flock", unlinked_before)
+    with hold(tmp_path, refuse):
+        assert len(calls) == 2
+        assert str(os.getpid()) in (tmp_path / LOCK_FILE).read_text()
+        with pytest.raises(RunError), hold(tmp_path, refuse, patience_seconds=0):
+            raise AssertionError("two at once")
+
+
 def test_who_waits_takes_over_when_the_first_ends(tmp_path: Path) -> None:
-    """The first unlinks the file on which the second waits; the third must not get in beside."""
-    first = hold(tmp_path, refuse)
-    first.__enter__()
-    waiting = os.open(tmp_path / LOCK_FILE, os.O_RDWR)
-    first.__exit__(None, None, None)
-    fcntl.flock(waiting, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock of a file that is gone
-    with hold(tmp_path, refuse, patience_seconds=0):
-        pass
-    os.close(waiting)
+    with another_process(tmp_path) as other:
+        killer = threading.Timer(0.3, other.kill)
+        killer.start()
+        with hold(tmp_path, refuse):
+            other.wait()
+        killer.join()
 
 
 def test_nothing_is_left_of_a_folder_in_which_nothing_was_written(tmp_path: Path) -> None:
