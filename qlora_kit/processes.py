@@ -68,9 +68,9 @@ class Processes:
                 outcome = (work(), None)
             except QloraKitError as error:
                 outcome = (None, error)
-        value, error = self.gathered(outcome)[0]
-        if error is not None:
-            raise error
+        value, fault = self.gathered(outcome)[0]
+        if fault is not None:
+            raise fault
         return value  # type: ignore[return-value]
 
     @contextmanager

@@ -18,8 +18,8 @@ from qlora_kit.checkpoint.entry import (
     RECIPE_RECORD,
     Entry,
     enter,
+    fingerprints_text,
     require_same_work,
-    write_fingerprints,
 )
 from qlora_kit.checkpoint.run_directory import (
     RunDirectory,
@@ -141,7 +141,7 @@ def run_recipe(
             keep_adapter=partial(save_adapter, *adapter),
             records={
                 RECIPE_RECORD: recipe_text(recipe),
-                FINGERPRINTS_FILE: write_fingerprints(prints),
+                FINGERPRINTS_FILE: fingerprints_text(prints),
             },
             processes=processes,
             disk=disk,

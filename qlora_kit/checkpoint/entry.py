@@ -73,14 +73,14 @@ def enter(recipe: Recipe, allow_drift: bool, held: ExitStack, disk: Disk) -> Ent
     if drift.breaking and not allow_drift:
         raise RunError(refusal(drift, str(run.folder)))
     said.append(f"resume    {found.folder.name} is whole; training goes on from there")
-    warned += [line for line in lines_of(Drift(breaking=drift.breaking))]
-    said += [line for line in lines_of(Drift(accepted=drift.accepted))]
+    warned += lines_of(Drift(breaking=drift.breaking))
+    said += lines_of(Drift(accepted=drift.accepted))
     if drift.breaking or drift.accepted:
         save_recipe(recipe, run.recipe)
     return Entry(run, False, found.folder, tuple(said), tuple(warned))
 
 
-def write_fingerprints(now: Fingerprints) -> str:
+def fingerprints_text(now: Fingerprints) -> str:
     """The text of a checkpoint's `fingerprints.json`."""
     return json.dumps(asdict(now), indent=1) + "\n"
 

@@ -22,7 +22,7 @@ def command(
         bool,
         typer.Option(
             "--allow-drift",
-            help="Go on with a run although its recipe, data or base changed; says what that costs.",
+            help="Go on with a run whose recipe, data or base changed; says what that costs.",
         ),
     ] = False,
     as_json: AsJson = False,

@@ -153,10 +153,10 @@ class StoredSequences(Sequence[TokenSequence]):
         return counts[self._order]
 
     def fingerprint(self) -> str:
-        """SHA-256 over every token, whether it is supervised, where sequences end, and the order."""
+        """SHA-256 over every token, which are supervised, where sequences end, and the order."""
         digest = hashlib.sha256()
         for values in (self._tokens, self._supervised, np.ascontiguousarray(self._index["end"])):
-            digest.update(memoryview(np.asarray(values)).cast("B") if len(values) else b"")
+            digest.update(np.asarray(values).view(np.uint8).data if len(values) else b"")
         digest.update(np.asarray(self._order, np.int64).tobytes())
         return digest.hexdigest()
 

@@ -133,14 +133,15 @@ def adapter(reporter: Reporter, adapted: Adapted, recipe: Recipe) -> None:
 def schedule(
     reporter: Reporter, spec: TrainSpec, batches: Batching, num_processes: int = 1
 ) -> None:
+    from qlora_kit.train.continuation import items_per_update
     from qlora_kit.train.train import num_update_steps
 
-    global_batch = spec.per_device_train_batch_size * spec.gradient_accumulation_steps
+    global_batch = items_per_update(spec, num_processes)
     shared = f" × {num_processes} processes" if num_processes > 1 else ""
     reporter.say(f"batches   {batches.description}")
     reporter.say(
-        f"schedule  {num_update_steps(batches.num_items, spec, global_batch * num_processes)} steps of "
-        f"{global_batch * num_processes} sequences ({spec.per_device_train_batch_size} × "
+        f"schedule  {num_update_steps(batches.num_items, spec, global_batch)} steps of "
+        f"{global_batch} sequences ({spec.per_device_train_batch_size} × "
         f"{spec.gradient_accumulation_steps} accumulated{shared}), {spec.optim}, learning rate "
         f"{spec.learning_rate:g} "
         f"{spec.lr_scheduler_type}"

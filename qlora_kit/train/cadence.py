@@ -40,7 +40,7 @@ class Cadence(TrainerCallback):
         is_last = update == self.num_updates
         minutes = self.spec.save_minutes
         is_due = minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
-        is_due, asked, signal = _agreed(
+        due, asked, signal = _agreed(
             [int(is_due), int(self.requests.take_save()), self.requests.stop_signal or 0],
             args,
         )
@@ -51,7 +51,7 @@ class Cadence(TrainerCallback):
         control.should_save = bool(
             self._falls_on(self.spec.save_strategy, self.spec.save_steps, update, is_last)
             or (saves and is_last)
-            or is_due
+            or due
             or asked
             or signal
         )

@@ -121,7 +121,7 @@ def cut_log(path: Path, num_bytes: int) -> None:
 
 def moving_parts(trainer: QloraTrainer) -> Moving:
     return Moving(
-        trainer.accelerator.unwrap_model(trainer.model),
+        trainer.own_model,
         trainer.optimizer,
         trainer.lr_scheduler,
         trainer.accelerator.scaler,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from qlora_kit.data.collate import Batch, Collator, IsolatingCollator
+from qlora_kit.data.collate import Batch
 from qlora_kit.data.pack import PackedSequence, PackedSequences
 from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
 from qlora_kit.data.store import StoredSequences
@@ -19,7 +19,8 @@ from qlora_kit.data.stream import StreamedSequences
 from qlora_kit.train.order import TrainOrder, micro_batches
 
 Item = TokenSequence | PackedSequence
-AnyCollator = Collator | IsolatingCollator
+AnyCollator = Callable[[Sequence[Any]], Batch]
+"""A Collator or an IsolatingCollator."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,7 @@ def empty_batch(stand_in: Item, collator: AnyCollator) -> Batch:
 
 
 def divided(batch: Batch, parts: int, collator: AnyCollator) -> list[Batch]:
-    """The same items in `parts` batches that are as even as can be; those left empty are omitted."""
+    """The same items in `parts` batches as even as can be; empty ones are omitted."""
     items = batch["items"]
     if parts == 1 or len(items) < 2:
         return [batch]

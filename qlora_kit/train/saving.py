@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.checkpoint.checkpoints import publish_checkpoint, require_room, rotate
@@ -33,7 +34,8 @@ class Saver:
         Raises:
             CheckpointError: it could not be written; earlier ones are as they were.
         """
-        assert self.trainer is not None and self.step is not None
+        assert self.trainer is not None
+        assert self.step is not None
         around, trainer = self.around, self.trainer
         randoms = around.processes.gathered(random_state())
         if around.processes.is_main:

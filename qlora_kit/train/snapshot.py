@@ -25,7 +25,6 @@ from qlora_kit.model.reason import reason_of
 
 if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
-    from peft import PeftModel
     from torch.amp import GradScaler
 
 PROGRESS_FILE = "progress.json"
@@ -87,7 +86,7 @@ class Moving:
 
     def __init__(
         self,
-        model: PeftModel,
+        model: nn.Module,
         optimizer: AcceleratedOptimizer | torch.optim.Optimizer,
         scheduler: Any,
         scaler: GradScaler | None,
@@ -220,7 +219,7 @@ def digest_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         flat = tensor.detach().cpu().contiguous().view(-1)
-        digest.update(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
     return digest.hexdigest()
 
 

@@ -142,7 +142,8 @@ def train_adapter(
 
 
 def _result(progress: Progress, seconds: float, stop_signal: int | None) -> TrainResult:
-    assert progress.first_loss is not None and progress.last_loss is not None
+    assert progress.first_loss is not None
+    assert progress.last_loss is not None
     return TrainResult(
         num_steps=progress.update,
         first_loss=progress.first_loss,

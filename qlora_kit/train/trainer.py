@@ -124,9 +124,16 @@ class QloraTrainer(Trainer):
             total += loss
         return total
 
+    @property
+    def own_model(self) -> nn.Module:
+        """The model itself, without what joins processes."""
+        model = self.accelerator.unwrap_model(self.model)
+        assert isinstance(model, nn.Module)
+        return model
+
     def forward_and_backward(self, batch: Batch) -> None:
         """On this process alone; the gradient is for nobody."""
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.own_model
         for part in divided(batch, self.divisor, self.collator):
             super().training_step(model, for_the_model(part), torch.ones(()))
 
@@ -206,7 +213,7 @@ class QloraTrainer(Trainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """The loss per supervised token of the held-out rows, whatever batches they come in."""
         assert self.held_out is not None
-        metrics = {"eval_loss": self.held_out.measure(self.model, self.hooks.warn)}
+        metrics = {"eval_loss": self.held_out.measure(self.own_model, self.hooks.warn)}
         if self.progress.best_loss is None or metrics["eval_loss"] < self.progress.best_loss:
             self.progress.best_loss = metrics["eval_loss"]
             self.progress.best_update = self.state.global_step

@@ -55,7 +55,7 @@ class WorstBatch(TrainerCallback):
         while not self._fits(batch):
             pass
         if self.trainer.held_out is not None and self.spec.eval_strategy != "no":
-            self.trainer.held_out.try_longest(self.trainer.model, self.around.reporter.warn)
+            self.trainer.held_out.try_longest(self.trainer.own_model, self.around.reporter.warn)
         free_memory(device)
         put_random_state_back(before)
         longest = max(item.num_tokens for item in items)
@@ -74,7 +74,7 @@ class WorstBatch(TrainerCallback):
             if not is_out_of_memory(error):
                 raise
             reason = first_line(error)
-        trainer.model.zero_grad()
+        trainer.own_model.zero_grad()
         free_memory(self.around.hardware.device)
         reasons = [one for one in processes.gathered(reason) if one]
         if reasons:

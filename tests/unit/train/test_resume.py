@@ -200,7 +200,7 @@ def test_stopped_and_gone_on_with_is_the_run_that_was_not_stopped(run: Run, case
     values = CASES[case]
     whole = run("whole", **values)
     stopped = run("parts", stop_after=5, **values)
-    assert stopped.result.stop_signal == SIGTERM and stopped.result.num_steps == 5
+    assert (stopped.result.stop_signal, stopped.result.num_steps) == (SIGTERM, 5)
     assert stopped.weights != whole.weights
     # Another start of the adapter, which must not show.
     resumed = run("parts", again=True, seed_of_adapter=1 if case == "loftq" else 2, **values)
@@ -378,5 +378,5 @@ def test_a_flipped_byte_sends_the_run_back_to_the_checkpoint_before(run: Run) ->
     content[len(content) // 2] ^= 1
     path.write_bytes(bytes(content))
     found = newest_whole(stopped.folder)
-    assert found.step == 4 and found.damaged[0][0] == newest
+    assert (found.step, found.damaged[0][0]) == (4, newest)
     assert run("parts", again=True).weights == whole.weights
