@@ -10,7 +10,18 @@ from typing import Annotated, Any
 import typer
 
 import qlora_kit
-from qlora_kit.cli import chat, check, data, dequantize, doctor, evaluate, merge, recipes, train
+from qlora_kit.cli import (
+    chat,
+    check,
+    data,
+    dequantize,
+    doctor,
+    evaluate,
+    merge,
+    prove_resume,
+    recipes,
+    train,
+)
 from qlora_kit.environment import quiet_upstream
 from qlora_kit.errors import QloraKitError
 
@@ -38,7 +49,18 @@ def interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return say_so
 
 
-for verb in (check, data, train, evaluate, merge, dequantize, chat, recipes, doctor):
+for verb in (
+    check,
+    data,
+    train,
+    prove_resume,
+    evaluate,
+    merge,
+    dequantize,
+    chat,
+    recipes,
+    doctor,
+):
     app.command(name=verb.NAME)(interruptible(verb.command))
 
 
