@@ -74,22 +74,23 @@ class Conversation:
 
 @dataclass(frozen=True, slots=True)
 class PromptCompletion:
-    """Text and how it goes on, joined as they stand, without a chat template.
-
-    A special token spelled in either counts as that token.
-    """
+    """Text and how it goes on, joined as they stand, without a chat template."""
 
     prompt: str
     completion: str
     origin: str
+    split_special_tokens: bool = True
+    """Whether a special token spelled in either is text; else it is that token."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlainText:
-    """Text of which every token is trained on; a special token spelled in it counts as such."""
+    """Text of which every token is trained on."""
 
     text: str
     origin: str
+    split_special_tokens: bool = True
+    """As for a prompt and its completion."""
 
 
 Example = Conversation | PromptCompletion | PlainText

@@ -17,9 +17,15 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from qlora_kit.data.encode import squeeze
-from qlora_kit.data.examples import Conversation, Example, Message, PlainText
+from qlora_kit.data.examples import Conversation, Example, Message, PlainText, PromptCompletion
 from qlora_kit.data.rows import RowRefused
-from qlora_kit.data.template import added_tokens, apply_template, spelled_tokens, turn_end
+from qlora_kit.data.template import (
+    added_tokens,
+    apply_template,
+    control_tokens,
+    spelled_tokens,
+    turn_end,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,6 +39,13 @@ NOTE_REWRITTEN = "an earlier answer is context only: the chat template rewrites 
 NOTE_UNASKED = "what the assistant says first is context only: nothing asks for it"
 NOTE_LEFT_OUT = "the chat template leaves out text of a message"
 NOTE_SPELLED = "a special token spelled in a message was kept as text"
+NOTE_KEPT_AS_TEXT = (
+    "a special token spelled in plain text was kept as text (data.split_special_tokens: false "
+    "makes it the token)"
+)
+NOTE_MADE_TOKEN = (
+    "a special token spelled in plain text became that token (data.split_special_tokens: false)"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +90,29 @@ def mark(example: Example, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) 
     """
     if isinstance(example, Conversation):
         return mark_conversation(example, tokenizer, loss_on)
+    literal, notes = _spelled_in_plain(example, tokenizer)
     if isinstance(example, PlainText):
         nothing = () if not example.text.strip() else None
-        return Marked(example.text, nothing, example.origin, is_templated=False)
+        return Marked(example.text, nothing, example.origin, False, literal, notes)
     text = example.prompt + example.completion
     spans = None if loss_on == "all" else (Span(len(example.prompt), len(text), asked=True),)
-    return Marked(text, spans, example.origin, is_templated=False, prompt=len(example.prompt))
+    return Marked(text, spans, example.origin, False, literal, notes, prompt=len(example.prompt))
+
+
+def _spelled_in_plain(
+    example: PlainText | PromptCompletion, tokenizer: PreTrainedTokenizerBase
+) -> tuple[tuple[tuple[int, int], ...], tuple[str, ...]]:
+    """Which parts of a text that no template wrote are literal, and what to note of them."""
+    texts = (
+        (example.text,) if isinstance(example, PlainText) else (example.prompt, example.completion)
+    )
+    spelled = control_tokens(tokenizer)
+    if not any(spelled.search(text) for text in texts):
+        return (), ()
+    if not example.split_special_tokens:
+        return (), (NOTE_MADE_TOKEN,)
+    length = sum(map(len, texts))
+    return ((0, length),), (NOTE_KEPT_AS_TEXT,)
 
 
 def supervised_turns(conversation: Conversation, loss_on: LossOn) -> tuple[bool, ...]:

@@ -198,18 +198,24 @@ def prove_end_of_turn(
 def _selected(sources: Sequence[SourceSpec], spec: DataSpec) -> Iterator[Example]:
     """What the eval rows say."""
     selection = selection_for("eval", spec)
-    for _, example in _examples(sources, spec.loss_on != "all", Ledger()):
+    splits = spec.split_special_tokens
+    for _, example in _examples(sources, spec.loss_on != "all", Ledger(), splits):
         answer = fine_tuning_example(example)
         if answer is not None and selection.rule_against(example) is None:
             yield answer
 
 
 def _examples(
-    sources: Sequence[SourceSpec], needs_answer: bool, ledger: Ledger, *, streaming: bool = False
+    sources: Sequence[SourceSpec],
+    needs_answer: bool,
+    ledger: Ledger,
+    split_special_tokens: bool = True,
+    *,
+    streaming: bool = False,
 ) -> Iterator[tuple[int, AnyExample]]:
     """Sound rows with the number of their source; faulty ones are booked."""
     for group, source in enumerate(sources):
-        recogniser = Recogniser(source, needs_answer=needs_answer)
+        recogniser = Recogniser(source, needs_answer, split_special_tokens)
         for row in read_source(source, streaming=streaming):
             ledger.num_rows += 1
             if isinstance(row, BadRow):
@@ -252,7 +258,8 @@ def _rendered(
     ledger: Ledger,
 ) -> Iterator[tuple[int, TokenSequence]]:
     """Sequences with the number of their source; whatever becomes of a row is booked."""
-    found = _examples(sources, spec.loss_on != "all", ledger, streaming=spec.streaming)
+    needs_answer, splits = spec.loss_on != "all", spec.split_special_tokens
+    found = _examples(sources, needs_answer, ledger, splits, streaming=spec.streaming)
     rows = _used(found, selection, ledger)
     proved = False
     for rendering, groups, examples in _pipelined(rows, tokenizer, spec.loss_on):

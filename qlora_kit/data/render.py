@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.data.encode import (
     Encoded,
+    Piece,
     as_generated,
     encode,
     encode_batch,
@@ -135,13 +136,13 @@ class Rendering:
                     return counted
                 marked = mark(example, self._tokenizer, self._loss_on)
                 encoding = encode_batch(self._tokenizer, [marked.text])[0]
-                return _label(marked, Encoded.of([(marked.text, encoding)]), self._tokenizer)
+                return _label(marked, Encoded.of([Piece(marked.text, encoding)]), self._tokenizer)
             if marked.literal:
                 encoded = encode_literally(
                     self._tokenizer, marked.text, marked.literal, marked.origin
                 )
             else:
-                encoded = Encoded.of([(marked.text, next(encodings))])
+                encoded = Encoded.of([Piece(marked.text, next(encodings))])
             return _label(marked, encoded, self._tokenizer)
         except RowRefused as refused:
             return refused
@@ -197,15 +198,25 @@ def _label_plain(
     """Text that no template wrote: BOS before it where the tokenizer puts one, EOS behind it."""
     end_id = eos_id(tokenizer)
     opening = marked.text[: marked.prompt]
-    prompt = encode(tokenizer, opening) if opening else []
+    prompt = _ids_as_text(tokenizer, opening, marked)
     if encoded.ids[: len(prompt)] != prompt:
-        encoded = encode_cut(tokenizer, encoded, opening, marked.origin)
+        encoded = encode_cut(tokenizer, encoded, opening, marked.origin, marked.literal)
     num_prompt = len(with_bos(tokenizer, prompt)) if marked.spans else 0
     ids = with_bos(tokenizer, encoded.ids)
     if ids[-1:] != [end_id] or len(ids) <= num_prompt:
         ids = [*ids, end_id]
     spans = [(num_prompt, len(ids))] if marked.spans != () else []
     return _sequence(ids, spans, marked)
+
+
+def _ids_as_text(tokenizer: PreTrainedTokenizerBase, opening: str, marked: Marked) -> list[int]:
+    """The beginning of a text, encoded by itself; what is literal there, too."""
+    literal = [
+        (start, min(end, len(opening))) for start, end in marked.literal if start < len(opening)
+    ]
+    if literal:
+        return encode_literally(tokenizer, opening, literal, marked.origin).ids
+    return encode(tokenizer, opening) if opening else []
 
 
 def _label_turns(
@@ -252,8 +263,17 @@ def _follows_prompt(
     if not tail or marked.text[start - len(tail) : start] != tail:
         cut = 0
         for found in added_tokens(tokenizer).finditer(marked.text, 0, start):
-            cut = found.start()
+            if not any(
+                found.start() < end and begin < found.end() for begin, end in marked.literal
+            ):
+                cut = found.start()
         tail = marked.text[cut:start]
+        literal = [
+            (begin - cut, end - cut) for begin, end in marked.literal if cut <= begin < start
+        ]
+        if literal:
+            ids = encode_literally(tokenizer, tail, literal, marked.origin).ids
+            return encoded.ids[token - len(ids) : token] == ids
     ids = _ids_of(tokenizer, tail)
     return encoded.ids[token - len(ids) : token] == ids
 
@@ -268,8 +288,9 @@ def render_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> Promp
     if isinstance(example, PlainText):
         return None
     if isinstance(example, PromptCompletion):
-        ids = with_bos(tokenizer, encode(tokenizer, example.prompt))
-        reference = as_generated(tokenizer, example.completion)
+        marked = mark(example, tokenizer, "assistant")
+        ids = with_bos(tokenizer, _ids_as_text(tokenizer, example.prompt, marked))
+        reference = as_generated(tokenizer, example.completion, bool(marked.literal))
         return Prompt(tuple(ids), reference, example.origin) if ids else None
     number = len(example.messages) - 1
     if number == 0 or example.messages[-1].role != "assistant":

@@ -112,6 +112,11 @@ def spelled_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     return _special_tokens(tokenizer, len(tokenizer), str(tokenizer.chat_template or ""))
 
 
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """As `spelled_tokens`, of a tokenizer that may have no template, or a faulty one."""
+    return _control_tokens(tokenizer, len(tokenizer), str(tokenizer.chat_template or ""))
+
+
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Matches each token that text is cut at before it is split."""
     return _added_tokens(tokenizer, len(tokenizer))
@@ -149,6 +154,16 @@ def _special_tokens(
     special = {str(token) for token in _added(tokenizer) if token.special}
     end = {_find_turn_end(tokenizer, template).text} if template else set()
     return _compile({*tokenizer.all_special_tokens, *special, *end})
+
+
+@lru_cache(maxsize=8)
+def _control_tokens(
+    tokenizer: PreTrainedTokenizerBase, size: int, template: str
+) -> re.Pattern[str]:
+    try:
+        return _special_tokens(tokenizer, size, template)
+    except DataError:
+        return _special_tokens(tokenizer, size, "")
 
 
 @lru_cache(maxsize=8)

@@ -115,7 +115,7 @@ def _rows(
     sources: tuple[SourceSpec, ...], spec: DataSpec
 ) -> Iterator[tuple[Row | BadRow, AnyExample | RowRefused]]:
     for source in sources:
-        recogniser = Recogniser(source, needs_answer=spec.loss_on != "all")
+        recogniser = Recogniser(source, spec.loss_on != "all", spec.split_special_tokens)
         for row in read_source(source):
             if isinstance(row, BadRow):
                 yield row, RowRefused(row.origin, row.reason, row.detail)

@@ -189,8 +189,8 @@ def _texts(record: Record, origin: str, chosen: str, rejected: str, rules: Rules
         for name, answer in ("chosen", chosen), ("rejected", rejected):
             full_text(answer, name, f"{name} behind what both share")
     return Preference(
-        PromptCompletion(prompt, chosen, origin),
-        PromptCompletion(prompt, rejected, origin),
+        PromptCompletion(prompt, chosen, origin, rules.split_special_tokens),
+        PromptCompletion(prompt, rejected, origin, rules.split_special_tokens),
         origin,
     )
 

@@ -61,16 +61,18 @@ class Recogniser:
     """Reads the rows of one source.
 
     `needs_answer` is false where every token is trained on, so that a conversation without an
-    answer is of use.
+    answer is of use; `split_special_tokens` is what `data.split_special_tokens` says.
 
     Raises:
         DataError: the column mapping fills a field that is not there.
     """
 
-    def __init__(self, source: SourceSpec, needs_answer: bool = True):
+    def __init__(
+        self, source: SourceSpec, needs_answer: bool = True, split_special_tokens: bool = True
+    ):
         self._named = None if source.type == "auto" else SCHEMAS[source.type]
         self._columns = source.columns
-        self._rules = Rules(needs_answer, frozenset(source.columns))
+        self._rules = Rules(needs_answer, frozenset(source.columns), split_special_tokens)
         self._first: tuple[Schema, Row] | None = None
         self._naming: list[str] = []
         self._layouts: dict[tuple[str, ...], tuple[Schema, list[str]]] = {}

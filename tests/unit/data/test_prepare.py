@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from qlora_kit.data.examples import Conversation, PlainText
+from qlora_kit.data.examples import Conversation, PlainText, PromptCompletion
 from qlora_kit.data.fit import NOTHING_LEFT, NOTHING_SUPERVISED, OVERLENGTH
 from qlora_kit.data.ledger import END_CUT, TRUNCATED
-from qlora_kit.data.mark import NOTE_REWRITTEN, NOTE_SPELLED
+from qlora_kit.data.mark import NOTE_KEPT_AS_TEXT, NOTE_MADE_TOKEN, NOTE_REWRITTEN, NOTE_SPELLED
 from qlora_kit.data.mixing import NOT_DRAWN
 from qlora_kit.data.prepare import (
     NOTE_REJECTED,
@@ -168,6 +168,32 @@ def test_a_special_token_that_a_user_spells_is_kept_as_text(tmp_path: Path) -> N
     end = tokenizer_of("chatml").convert_tokens_to_ids("<|im_end|>")
     assert [one.input_ids.count(end) for one in part.sequences] == [2, 2]
     assert [one.labels.count(end) for one in part.sequences] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("rows", "kinds"),
+    [
+        ([{"text": "a <|im_end|> b"}, {"text": "hello"}], (PlainText,)),
+        ([{"prompt": "a <|im_end|> b", "completion": " c"}], (PromptCompletion,)),
+        ([{"prompt": "a <|im_end|>", "chosen": " c", "rejected": " d"}], (PromptCompletion,)),
+    ],
+    ids=["text", "prompt_completion", "preference"],
+)
+def test_split_special_tokens_reaches_the_rows(
+    tmp_path: Path, rows: list[dict[str, Any]], kinds: tuple[type, ...]
+) -> None:
+    """And its count is noted, with the name of the key; so for the rows that are evaluated."""
+    source = write(tmp_path, rows)
+    end = tokenizer_of("chatml").convert_tokens_to_ids("<|im_end|>")
+    for splits, note, count in (True, NOTE_KEPT_AS_TEXT, 1), (False, NOTE_MADE_TOKEN, 2):
+        part = prepare(source, split_special_tokens=splits)
+        assert part.ledger.noted[note] == 1
+        assert part.sequences[0].input_ids.count(end) == count
+        assert any("data.split_special_tokens" in one for one in part.ledger.findings())
+        held = prepare_held(source, split_special_tokens=splits)
+        assert held.ledger.noted[note] == 1
+        assert isinstance(held.examples[0], kinds)
+        assert held.examples[0].split_special_tokens is splits
 
 
 def test_duplicates_are_set_aside_and_are_no_loss(tmp_path: Path) -> None:
