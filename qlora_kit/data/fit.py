@@ -39,7 +39,7 @@ def fit(
         ledger.drop(OVERLENGTH, origin, f"{length:,} tokens", length)
         return []
     ledger.num_kept += 1
-    for note in sequence.notes:
+    for note in (*sequence.notes, *example.notes):
         ledger.note(note, origin)
     for one in kept:
         num_supervised = one.num_supervised

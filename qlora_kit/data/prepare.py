@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qlora_kit.atomic import published_folder
 from qlora_kit.data.cache import cache_folder, stamp_used
-from qlora_kit.data.examples import AnyExample, Conversation, Example, Preference
+from qlora_kit.data.examples import AnyExample, Conversation, Example
 from qlora_kit.data.fit import NOTHING_LEFT, OVERLENGTH, fit
 from qlora_kit.data.ledger import Ledger
 from qlora_kit.data.mark import LossOn
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from qlora_kit.recipe import DataSpec, SourceSpec
 
 UNWANTED = "an answer that is rated as unwanted"
-NOTE_REJECTED = "a preference pair: its chosen answer is trained on, the rejected one is not"
 _CHUNK_ROWS = 512
 _ROWS_BETWEEN_CHECKS = 1024
 _LEDGER = "ledger.json"
@@ -285,8 +284,6 @@ def _used(
         if rule is not None or answer is None:
             ledger.put_aside(rule or UNWANTED, example.origin)
             continue
-        if isinstance(example, Preference):
-            ledger.note(NOTE_REJECTED, example.origin)
         yield group, answer
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.data.examples import AnyExample, Preference
+from qlora_kit.data.examples import AnyExample
 from qlora_kit.data.fit import fit
 from qlora_kit.data.ledger import Ledger
 from qlora_kit.data.pieces import Shown, show
-from qlora_kit.data.prepare import NOTE_REJECTED, UNWANTED, PartName, selection_for
+from qlora_kit.data.prepare import UNWANTED, PartName, selection_for
 from qlora_kit.data.read import read_source, source_files
 from qlora_kit.data.render import render
 from qlora_kit.data.rows import BadRow, Row, RowRefused
@@ -155,9 +155,7 @@ def _fate(
         return fate(_dropped(refused))
     ledger = Ledger(num_rows=1)
     kept = [show(one, tokenizer) for one in fit(example, rendered, spec, ledger)]
-    notes = rendered.notes
-    if isinstance(found, Preference):
-        notes = (*notes, NOTE_REJECTED)
+    notes = (*rendered.notes, *example.notes)
     if not kept:
         [reason] = ledger.dropped
         return fate(f"dropped: {reason}, {rendered.num_tokens:,} tokens", show(rendered, tokenizer))

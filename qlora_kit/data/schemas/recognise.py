@@ -30,6 +30,7 @@ from qlora_kit.data.schemas import (
     text,
 )
 from qlora_kit.data.schemas.fields import Unfit, names, preview
+from qlora_kit.data.schemas.nulls import noted_nulls
 from qlora_kit.data.schemas.schema import Rules, Schema, refuse_unread
 from qlora_kit.errors import DataError
 from qlora_kit.recipe.data import SchemaName, SourceSpec
@@ -122,7 +123,7 @@ class Recogniser:
             schema, unread = self._layout(row, record)
             if unread:
                 refuse_unread(record, unread)
-            return schema.read(record, origin, self._rules)
+            return noted_nulls(schema.read(record, origin, self._rules), record, schema)
         except Unfit as fault:
             raise RowRefused(origin, fault.reason, fault.detail) from None
 

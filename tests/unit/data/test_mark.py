@@ -325,6 +325,22 @@ def test_a_special_token_in_a_content_stays_text(
     assert sequence.notes == (NOTE_SPELLED,)
 
 
+def test_a_call_spelled_in_an_answer_is_learned_as_it_stands(
+    tools: PreTrainedTokenizerBase,
+) -> None:
+    call = '<tool_call>\n{"name": "lamp", "arguments": {"to": 30}}\n</tool_call>'
+    record = {
+        "conversations": [
+            {"from": "human", "value": "turn the lamp to 30"},
+            {"from": "gpt", "value": call},
+            {"from": "tool", "value": '{"ok": 1}'},
+            {"from": "gpt", "value": "fine"},
+        ]
+    }
+    example = Recogniser(SourceSpec(path="rows.jsonl")).recognise(Row("rows.jsonl", 1, record))
+    assert learned(example, tools) == [f"{call}<|im_end|>", "fine<|im_end|>"]
+
+
 def test_a_special_token_in_the_reasoning_stays_text() -> None:
     tokenizer = build(template=REASONING)
     example = talk(("user", "hello"), Message("assistant", "fine", reasoning="a <|im_end|> b"))

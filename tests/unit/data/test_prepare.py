@@ -19,7 +19,6 @@ from qlora_kit.data.ledger import END_CUT, TRUNCATED
 from qlora_kit.data.mark import NOTE_KEPT_AS_TEXT, NOTE_MADE_TOKEN, NOTE_REWRITTEN, NOTE_SPELLED
 from qlora_kit.data.mixing import NOT_DRAWN
 from qlora_kit.data.prepare import (
-    NOTE_REJECTED,
     UNWANTED,
     Part,
     prepare_eval,
@@ -29,6 +28,8 @@ from qlora_kit.data.prepare import (
 )
 from qlora_kit.data.render import IGNORE_INDEX, TokenSequence, render, render_prompt
 from qlora_kit.data.schemas import content_key
+from qlora_kit.data.schemas.nulls import NOTE_NULL_WORD
+from qlora_kit.data.schemas.preference import NOTE_REJECTED
 from qlora_kit.data.select import DUPLICATE
 from qlora_kit.environment import cache_dir
 from qlora_kit.errors import DataError
@@ -196,6 +197,15 @@ def test_split_special_tokens_reaches_the_rows(
         assert held.examples[0].split_special_tokens is splits
 
 
+def test_a_missing_value_that_was_exported_as_a_word_is_kept_and_noted(tmp_path: Path) -> None:
+    rows = [talk("hello"), talk("12", "None"), talk("you", " nan "), talk("a", "None of it")]
+    part = prepare(write(tmp_path, rows))
+    assert (part.ledger.num_kept, part.ledger.noted) == (4, {NOTE_NULL_WORD: 2})
+    [finding] = part.ledger.findings()
+    assert finding.startswith("2 of 4 rows: a whole text is None, nan, null")
+    assert f"{tmp_path / 'rows.jsonl'}:2, {tmp_path / 'rows.jsonl'}:3" in finding
+
+
 def test_duplicates_are_set_aside_and_are_no_loss(tmp_path: Path) -> None:
     rows = [talk("hello"), talk("12"), talk("hello"), talk("hello")]
     part = prepare(write(tmp_path, rows), max_dropped_share=0.0)
@@ -208,11 +218,13 @@ def test_duplicates_are_set_aside_and_are_no_loss(tmp_path: Path) -> None:
 
 def test_of_pairs_the_chosen_is_trained_and_of_rated_answers_the_wanted(tmp_path: Path) -> None:
     pair = {"prompt": "hello", "chosen": "fine", "rejected": "no"}
-    part = prepare(write(tmp_path, [pair]))
+    long = {"prompt": "hello", "chosen": "fine " * 50, "rejected": "no"}
+    part = prepare(write(tmp_path, [pair, long]), max_length=32)
     [sequence] = part.sequences
     assert "fine" in tokenizer_of("chatml").decode(sequence.input_ids)
     assert "no" not in tokenizer_of("chatml").decode(sequence.input_ids)
-    assert part.ledger.noted == {NOTE_REJECTED: 1}
+    assert part.ledger.dropped == {OVERLENGTH: 1}
+    assert part.ledger.noted == {NOTE_REJECTED: 1}  # of what is kept
     rated = [
         {"prompt": "hello", "completion": "fine", "label": True},
         {"prompt": "hello", "completion": "no", "label": False},
