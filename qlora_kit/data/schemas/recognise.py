@@ -6,7 +6,9 @@ Rules:
   field that it fills are tried.
 - A field that is null counts as absent, but not for making another schema of a row: with the
   keys `text` and `label`, a null label is a fault, and the row no plain text.
-- All rows of a source have one schema.
+- All rows of a source have one schema: a row of another stops the run, and so does one that
+  has a question and an answer under names that no schema joins (instruction and response); one
+  that lacks either is a bad row.
 - Keys that no schema reads are left aside, and can be listed; those that would change the
   meaning (images, sounds, tools, a context) refuse the row.
 """
@@ -29,7 +31,7 @@ from qlora_kit.data.schemas import (
     sharegpt,
     text,
 )
-from qlora_kit.data.schemas.fields import Unfit, names, preview
+from qlora_kit.data.schemas.fields import Unfit, first_filled, names, preview
 from qlora_kit.data.schemas.nulls import noted_nulls
 from qlora_kit.data.schemas.schema import Rules, Schema, refuse_unread
 from qlora_kit.errors import DataError
@@ -170,6 +172,8 @@ class Recogniser:
         if schema is None:
             if self._first is None:
                 raise DataError(_no_schema(row, record, self._tried))
+            if _is_whole(record):
+                raise DataError(_two_layouts(row, *self._first))
             raise Unfit(NO_SCHEMA, f"keys: {names(row.record)}")
         if self._first is None:
             if not by_nulls:
@@ -204,6 +208,21 @@ def _schema_of(record: Record, tried: Sequence[Schema]) -> tuple[Schema | None, 
     if schema is None or with_nulls.reads.issuperset(schema.naming(present)):
         return with_nulls, True
     return schema, False
+
+
+def _is_whole(record: Record) -> bool:
+    """Whether a row that fits no schema has a question and an answer all the same."""
+    asked = ("instruction", *completion.PROMPT_KEYS)
+    return all(first_filled(record, keys) for keys in (asked, completion.COMPLETION_KEYS))
+
+
+def _two_layouts(row: Row, settled: Schema, first: Row) -> str:
+    return (
+        f"two rows of one source have different layouts. {first.origin} is {settled.name} "
+        f"({settled.layout}): {preview(first.record)}; {row.origin} is not, and fits no other "
+        f"schema: {preview(row.record)}. Give each its own file, as a source of its own, and say "
+        "with columns what the second calls otherwise."
+    )
 
 
 def _two_schemas(row: Row, schema: Schema, first: Row, settled: Schema) -> str:

@@ -218,3 +218,43 @@ def test_what_no_schema_reads(key: str) -> None:
         else:
             recogniser.recognise(row(record))
     assert recogniser.ignored_keys == ()
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"instruction": "a", "input": "b", "output": "c"},
+        {"prompt": "a", "completion": "b"},
+        {"messages": [USER, ANSWER]},
+        {"text": "a"},
+    ],
+)
+@pytest.mark.parametrize("key", ["response", "completion", "answer", "target"])
+def test_another_layout_that_is_no_schema(first: Json, key: str) -> None:
+    """Not a bad row: the file is a mixture, and each half is shown."""
+    recogniser = Recogniser(source())
+    recogniser.recognise(row(first, 1))
+    with pytest.raises(DataError) as caught:
+        recogniser.recognise(row({"instruction": "a", key: "d"}, 2))
+    assert not isinstance(caught.value, RowRefused)
+    message = str(caught.value)
+    assert "two rows of one source have different layouts" in message
+    assert f'rows.jsonl:2 is not, and fits no other schema: {{instruction: "a", {key}' in message
+    assert f"rows.jsonl:1 is {recogniser.schema}" in message
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        {"instruction": "a"},
+        {"instruction": "a", "response": None},
+        {"instruction": "", "response": "a"},
+        {"response": "a"},
+        {"a": "b"},
+    ],
+)
+def test_a_row_that_lacks_a_part_is_a_bad_row(lacking: Json) -> None:
+    recogniser = Recogniser(source())
+    recogniser.recognise(row({"instruction": "a", "output": "c"}, 1))
+    with pytest.raises(RowRefused, match=NO_SCHEMA):
+        recogniser.recognise(row(lacking, 2))
