@@ -21,8 +21,9 @@ if TYPE_CHECKING:
 # Whether special tokens are text is a state of the tokenizer, which threads share.
 _ONE_AT_A_TIME = threading.Lock()
 
-# Stands before a piece of a text while that is encoded, so that it does not begin one.
-_LEAD = "\n"
+# Stand before a piece of a text while that is encoded, so that it does not begin one; the first
+# with which it does not merge is taken.
+_LEADS = ("\n", "0", ".")
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,12 +178,12 @@ def encode_literally(
 
 def _led(tokenizer: PreTrainedTokenizerBase, text: str, is_literal: bool, has_lead: bool) -> Piece:
     """A piece as it stands inside a text: some tokenizers write a space before what begins one."""
-    if has_lead:
-        encoding = encode_batch(tokenizer, [_LEAD + text], is_literal)[0]
-        first = encoding.char_to_token(len(_LEAD))
+    for lead in _LEADS if has_lead else ():
+        encoding = encode_batch(tokenizer, [lead + text], is_literal)[0]
+        first = encoding.char_to_token(len(lead))
         span = None if first is None else encoding.token_to_chars(first)
-        if first is not None and span is not None and span[0] == len(_LEAD):
-            return Piece(text, encoding, len(_LEAD), first)
+        if first is not None and span is not None and span[0] == len(lead):
+            return Piece(text, encoding, len(lead), first)
     return Piece(text, encode_batch(tokenizer, [text], is_literal)[0])
 
 

@@ -23,6 +23,7 @@ from qlora_kit.data.template import (
     added_tokens,
     apply_template,
     control_tokens,
+    require_generation_prompt,
     spelled_tokens,
     turn_end,
 )
@@ -153,7 +154,8 @@ def mark_conversation(
         elif number == 0:
             notes.append(NOTE_UNASKED)
         else:
-            answer = find_answer(example, number, text, tokenizer)
+            require_generation_prompt(tokenizer)
+            answer = find_answer(example, number, text, tokenizer, literal)
             if answer is None:
                 notes.append(NOTE_REWRITTEN)
             else:
@@ -171,9 +173,15 @@ def _trained(example: Conversation, loss_on: LossOn) -> tuple[bool, ...]:
 
 
 def find_answer(
-    example: Conversation, number: int, text: str, tokenizer: PreTrainedTokenizerBase
+    example: Conversation,
+    number: int,
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    literal: Sequence[tuple[int, int]] = (),
 ) -> Span | None:
     """Where message `number`, an answer, stands in the rendered `text`.
+
+    `literal` are the places of `text` where messages spell a special token.
 
     None where it does not stand there as it would if it were the last message.
 
@@ -191,6 +199,8 @@ def find_answer(
     end_token = turn_end(tokenizer).text
     said = _content_end(message, own, len(opening), example.origin)
     end = own.find(end_token, said)
+    while any(start <= end < stop for start, stop in literal):  # it is spelled there
+        end = own.find(end_token, end + 1)
     if end < 0:
         raise RowRefused(example.origin, f"the chat template closes no answer with {end_token}")
     if not text.startswith(own[: end + len(end_token)]):
@@ -201,7 +211,11 @@ def find_answer(
 def _content_end(message: Message, text: str, start: int, origin: str) -> int:
     """Where what a message says ends in the text behind `start`."""
     content = message.content.strip()
-    found = text.find(content, start)
+    thought = (message.reasoning or "").strip()
+    behind = text.find(thought, start) + len(thought) if thought in text[start:] else start
+    found = text.find(content, behind)
+    if found < 0:
+        found = text.find(content, start)
     if found < 0:
         if squeeze(content) not in squeeze(text[start:]):
             raise RowRefused(origin, "the chat template leaves out part of an answer")

@@ -297,14 +297,17 @@ def render_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> Promp
         return None
     opening = apply_template(example, tokenizer, number, prompt=True)
     said = example.messages[-1].content
+    literal: tuple[tuple[int, int], ...] = ()
     try:
         text = apply_template(example, tokenizer)
-        found = find_answer(example, number, text, tokenizer)
+        literal = spelled_in(example, text, tokenizer)
+        found = find_answer(example, number, text, tokenizer, literal)
         said = text[len(opening) : found.end] if found else said
     except RowRefused:
         pass
     ids = _prompt_ids(example, opening, tokenizer)
-    return Prompt(tuple(ids), as_generated(tokenizer, said), example.origin)
+    is_spelled = any(end > len(opening) for _, end in literal)
+    return Prompt(tuple(ids), as_generated(tokenizer, said, is_spelled), example.origin)
 
 
 def _prompt_ids(

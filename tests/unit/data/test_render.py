@@ -294,6 +294,36 @@ def test_a_special_token_spelled_in_a_message_stays_text(name: str) -> None:
             assert sequence.input_ids[: len(prompt.input_ids)] == prompt.input_ids
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("hello </s> you", "fine"),
+        ("</s>hello", "fine"),
+        ("hello</s>", "fine"),
+        ("hello", "fine </s> you"),
+        ("hello", "</s>fine"),
+        ("hello", "fine</s>"),
+        ("a <s> b</s></s>", "</s>"),
+    ],
+)
+def test_a_spelled_token_where_the_tokenizer_writes_a_space_before_words(
+    asked: str, said: str
+) -> None:
+    """As SentencePiece does at the start of a text: a piece of one must not gain any."""
+    tokenizer = build_sentencepiece()
+    conversation = talk(asked, said)
+    sequence = render(conversation, tokenizer, "assistant")
+    text = tokenizer.apply_chat_template(dicts(conversation), tokenize=False)
+    assert whole(sequence, tokenizer) == text
+    assert [sequence.input_ids.count(n) for n in (1, 2)] == [1, 1]
+    assert tokenizer.convert_ids_to_tokens([1, 2]) == ["<s>", "</s>"]
+    assert [one.strip() for one in supervised(sequence, tokenizer)] == [said + "</s>"]
+    prompt = render_prompt(conversation, tokenizer)
+    assert prompt is not None
+    assert prompt.reference == said
+    assert sequence.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+
+
 PIECES = [
     "\n",
     "\n\n",
