@@ -24,9 +24,10 @@ from qlora_kit.data.encode import (
     with_bos,
 )
 from qlora_kit.data.examples import Conversation, Example, PlainText, PromptCompletion
-from qlora_kit.data.mark import LossOn, Marked, find_answer, mark, spelled_in
+from qlora_kit.data.mark import LossOn, Marked, find_answer, mark
 from qlora_kit.data.rows import RowRefused
 from qlora_kit.data.skeleton import mark_by_skeleton
+from qlora_kit.data.spelled import spelled_in
 from qlora_kit.data.template import added_tokens, apply_template, opening_end, turn_end
 
 if TYPE_CHECKING:

@@ -102,8 +102,8 @@ def require_generation_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
     if header:
         raise DataError(
             f"{PROBE_ORIGIN}: the template begins an answer with {header[:40]!r}, but does not "
-            "write that when it is asked for a generation prompt. Add {% if add_generation_prompt %}"
-            "{{ " + repr(header[:40]) + " }}{% endif %} to its end, or use another template "
+            "write that when it is asked for a generation prompt. Add {% if add_generation_prompt "
+            "%}{{ " + repr(header[:40]) + " }}{% endif %} to its end, or use another template "
             "(model.chat_template)."
         )
 

@@ -15,7 +15,6 @@ from qlora_kit.data.examples import Conversation, Message, PlainText, PromptComp
 from qlora_kit.data.mark import (
     NOTE_LEFT_OUT,
     NOTE_REWRITTEN,
-    NOTE_SPELLED,
     NOTE_UNASKED,
     LossOn,
     mark,
@@ -24,6 +23,7 @@ from qlora_kit.data.mark import (
 from qlora_kit.data.render import IGNORE_INDEX, TokenSequence, render
 from qlora_kit.data.rows import Row, RowRefused
 from qlora_kit.data.schemas import Recogniser
+from qlora_kit.data.spelled import NOTE_SPELLED
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import SourceSpec
 from qlora_kit.templates import library

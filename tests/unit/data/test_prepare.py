@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from qlora_kit.data.examples import Conversation, PlainText, PromptCompletion
 from qlora_kit.data.fit import NOTHING_LEFT, NOTHING_SUPERVISED, OVERLENGTH
 from qlora_kit.data.ledger import END_CUT, TRUNCATED
-from qlora_kit.data.mark import NOTE_KEPT_AS_TEXT, NOTE_MADE_TOKEN, NOTE_REWRITTEN, NOTE_SPELLED
+from qlora_kit.data.mark import NOTE_REWRITTEN
 from qlora_kit.data.mixing import NOT_DRAWN
 from qlora_kit.data.prepare import (
     UNWANTED,
@@ -31,6 +31,7 @@ from qlora_kit.data.schemas import content_key
 from qlora_kit.data.schemas.nulls import NOTE_NULL_WORD
 from qlora_kit.data.schemas.preference import NOTE_REJECTED
 from qlora_kit.data.select import DUPLICATE
+from qlora_kit.data.spelled import NOTE_KEPT_AS_TEXT, NOTE_MADE_TOKEN, NOTE_SPELLED
 from qlora_kit.environment import cache_dir
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import DataSpec, SourceSpec

@@ -11,14 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from qlora_kit.data.examples import Conversation, Message, PlainText, PromptCompletion
-from qlora_kit.data.mark import (
-    NOTE_KEPT_AS_TEXT,
-    NOTE_LEFT_OUT,
-    NOTE_MADE_TOKEN,
-    NOTE_REWRITTEN,
-    NOTE_SPELLED,
-    NOTE_UNASKED,
-)
+from qlora_kit.data.mark import NOTE_LEFT_OUT, NOTE_REWRITTEN, NOTE_UNASKED
 from qlora_kit.data.render import (
     IGNORE_INDEX,
     NOTE_MERGED,
@@ -27,6 +20,7 @@ from qlora_kit.data.render import (
     render_prompt,
 )
 from qlora_kit.data.rows import RowRefused
+from qlora_kit.data.spelled import NOTE_KEPT_AS_TEXT, NOTE_MADE_TOKEN, NOTE_SPELLED
 from qlora_kit.errors import DataError
 
 from .formats import (
