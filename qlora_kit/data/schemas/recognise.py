@@ -6,6 +6,7 @@ Rules:
   field that it fills are tried.
 - A field that is null counts as absent, but not for making another schema of a row: with the
   keys `text` and `label`, a null label is a fault, and the row no plain text.
+- NaN is null: it is how tables of numbers write a missing value.
 - All rows of a source have one schema: a row of another stops the run, and so does one that
   has a question and an answer under names that no schema joins (instruction and response); one
   that lacks either is a bad row.
@@ -122,6 +123,8 @@ class Recogniser:
         origin = row.origin
         try:
             record = self._mapped(row) if self._columns else row.record
+            if float in map(type, record.values()):
+                record = {key: None if value != value else value for key, value in record.items()}
             schema, unread = self._layout(row, record)
             if unread:
                 refuse_unread(record, unread)

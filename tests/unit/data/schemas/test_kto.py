@@ -51,6 +51,7 @@ def test_the_last_answer_is_rated(record: dict[str, Any]) -> None:
     ("record", "expected"),
     [
         ({**TEXTS, "label": None}, "label is null"),
+        ({**TEXTS, "label": float("nan")}, "label is null"),
         ({**TEXTS, "label": " "}, "label is a text"),
         ({**TEXTS, "label": True, "completion": None}, "completion is null"),
         ({**TEXTS, "label": True, "completion": ""}, "completion is empty"),
@@ -67,7 +68,7 @@ def test_faults(record: dict[str, Any], expected: str) -> None:
 
 
 def test_another_label_is_no_rating() -> None:
-    for label in ("arithmetic", "good", 5, 0.5, -1, "2", "10", float("nan"), [1]):
+    for label in ("arithmetic", "good", 5, 0.5, -1, "2", "10", [1]):
         recogniser = Recogniser(source())
         example = recogniser.recognise(row({**TEXTS, "label": label}))
         assert example == PromptCompletion("Q: ", " A", ORIGIN)

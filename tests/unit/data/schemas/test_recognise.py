@@ -13,6 +13,7 @@ from qlora_kit.recipe.data import SchemaName
 
 from .rows import ANSWER, ORIGIN, USER, Json, read, reason, row, source
 
+NAN = float("nan")
 TURNS = [USER, ANSWER]
 PAIR = {"prompt": "hello", "chosen": "a", "rejected": "b"}
 
@@ -258,3 +259,18 @@ def test_a_row_that_lacks_a_part_is_a_bad_row(lacking: Json) -> None:
     recogniser.recognise(row({"instruction": "a", "output": "c"}, 1))
     with pytest.raises(RowRefused, match=NO_SCHEMA):
         recogniser.recognise(row(lacking, 2))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "a", "output": "b", "score": NAN},
+        {"instruction": "a", "output": "b", "input": NAN, "system": NAN, "context": NAN},
+        {"instruction": "a", "output": "b", "meta": {"score": NAN, "of": [NAN]}},
+    ],
+)
+def test_nan_is_null(record: Json) -> None:
+    """Where nothing reads it, it is nothing to the row."""
+    assert read(record) == read({"instruction": "a", "output": "b"})
+    assert reason({"text": "a", "label": NAN}) == "label is null"
+    assert reason({"instruction": "a", "output": NAN, "id": 1}) == "output is null"
