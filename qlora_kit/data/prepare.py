@@ -14,15 +14,16 @@ from typing import TYPE_CHECKING, Literal
 from qlora_kit.atomic import published_folder
 from qlora_kit.data.cache import cache_folder, stamp_used
 from qlora_kit.data.examples import AnyExample, Conversation, Example
-from qlora_kit.data.fit import NOTHING_LEFT, OVERLENGTH, fit
+from qlora_kit.data.fit import fit
 from qlora_kit.data.ledger import Ledger
+from qlora_kit.data.losses import losses
 from qlora_kit.data.mark import LossOn
 from qlora_kit.data.mixing import book_draws, training_order
 from qlora_kit.data.read import read_source, source_fingerprint
 from qlora_kit.data.render import Rendering, TokenSequence, end_of_turn_id, render
 from qlora_kit.data.rows import BadRow, RowRefused
 from qlora_kit.data.schemas import Recogniser, content_key, fine_tuning_example
-from qlora_kit.data.select import Selection, held_out_threshold
+from qlora_kit.data.select import DUPLICATE, Selection, held_out_threshold
 from qlora_kit.data.store import StoredSequences, StoreWriter, is_whole
 from qlora_kit.data.stream import StreamedSequences
 from qlora_kit.data.template import PROBE, PROBE_ORIGIN
@@ -215,6 +216,7 @@ def _examples(
     """Sound rows with the number of their source; faulty ones are booked."""
     for group, source in enumerate(sources):
         recogniser = Recogniser(source, needs_answer, split_special_tokens)
+        num_before = ledger.num_rows
         for row in read_source(source, streaming=streaming):
             ledger.num_rows += 1
             if isinstance(row, BadRow):
@@ -226,6 +228,7 @@ def _examples(
                 ledger.drop(refused.reason, row.origin, refused.detail)
             else:
                 yield group, example
+        ledger.rows_of[source.name] += ledger.num_rows - num_before
         ledger.schemas[source.path] = recogniser.describe()
         if recogniser.ignored_keys:
             ledger.ignored[source.path] = list(recogniser.ignored_keys)
@@ -259,7 +262,7 @@ def _rendered(
     """Sequences with the number of their source; whatever becomes of a row is booked."""
     needs_answer, splits = spec.loss_on != "all", spec.split_special_tokens
     found = _examples(sources, needs_answer, ledger, splits, streaming=spec.streaming)
-    rows = _used(found, selection, ledger)
+    rows = _used(found, sources, selection, ledger)
     proved = False
     for rendering, groups, examples in _pipelined(rows, tokenizer, spec.loss_on):
         if not proved and any(isinstance(one, Conversation) for one in examples):
@@ -275,11 +278,16 @@ def _rendered(
 
 
 def _used(
-    examples: Iterable[tuple[int, AnyExample]], selection: Selection, ledger: Ledger
+    examples: Iterable[tuple[int, AnyExample]],
+    sources: Sequence[SourceSpec],
+    selection: Selection,
+    ledger: Ledger,
 ) -> Iterator[tuple[int, Example]]:
     """What of the sound rows is rendered; the others are booked."""
     for group, example in examples:
         rule = selection.rule_against(example)
+        if rule == DUPLICATE:
+            ledger.repeat(sources[group].name, selection.first_of(example) or "")
         answer = fine_tuning_example(example) if rule is None else None
         if rule is not None or answer is None:
             ledger.put_aside(rule or UNWANTED, example.origin)
@@ -309,36 +317,6 @@ def _finished(
     future, rendering, groups, examples = waiting
     future.result()
     return rendering, groups, examples
-
-
-def losses(name: PartName, ledger: Ledger, spec: DataSpec) -> str | None:
-    """Why a run with so many rows lost must not start; None where it may."""
-    if ledger.num_kept == 0 and name == "eval" and spec.held_out is not None:
-        return (
-            f"data.held_out is {spec.held_out:g}, and of {ledger.num_rows} rows none is held out; "
-            "raise it, or name rows in data.eval."
-        )
-    if ledger.num_kept == 0:
-        return f"data.{name} has nothing to train on: no row was kept."
-    num_overlength = ledger.dropped[OVERLENGTH]
-    if spec.overlength == "error" and num_overlength:
-        origins = ", ".join(ledger.examples[OVERLENGTH])
-        return (
-            f"data.{name}: {num_overlength} of {ledger.num_rows} rows are longer than "
-            f"data.max_length, {spec.max_length} tokens (for example {origins}), and "
-            "data.overlength is error. Raise the one, or set the other to drop, split or truncate."
-        )
-    num_lost = ledger.num_lost - (ledger.truncated if spec.overlength == "truncate" else 0)
-    share = num_lost / ledger.num_rows
-    if share <= spec.max_dropped_share:
-        return None
-    by_length = num_overlength + ledger.dropped[NOTHING_LEFT] + ledger.truncated
-    longer = f"data.max_length (now {spec.max_length}) or " if by_length else ""
-    return (
-        f"data.{name}: {num_lost} of {ledger.num_rows} rows ({share:.1%}) would be "
-        f"dropped, more than the {spec.max_dropped_share:.1%} allowed. Mend "
-        f"them, or raise {longer}data.max_dropped_share."
-    )
 
 
 def _refuse_losses(name: PartName, part: Part, spec: DataSpec) -> Part:

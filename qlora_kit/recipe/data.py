@@ -89,6 +89,11 @@ class SourceSpec(Spec):
     num_rows: int | None = Field(default=None, gt=0)
     """Draw this many rows in random order, some again where the source has fewer."""
 
+    @property
+    def name(self) -> str:
+        """The path, with the split where it is not the usual one."""
+        return self.path if self.split == "train" else f"{self.path} ({self.split})"
+
     def contradictions(self) -> Iterator[Fault]:
         if looks_like_file(self.path) and self.split != "train" and "*" not in self.path:
             yield Fault(

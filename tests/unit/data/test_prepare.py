@@ -198,6 +198,28 @@ def test_split_special_tokens_reaches_the_rows(
         assert held.examples[0].split_special_tokens is splits
 
 
+@pytest.mark.parametrize("mix", ["concatenate", "first_exhausted", "all_exhausted"])
+def test_a_source_that_duplicates_empty_is_named(tmp_path: Path, mix: str) -> None:
+    """In a mix its weight would otherwise draw few rows very often, or none, without a word."""
+    texts = [f"hello {number}" for number in range(10)]
+    first = write(tmp_path, map(talk, texts), "a.jsonl")
+    for num_shared, is_named in (10, True), (6, True), (5, False):
+        others = [*texts[:num_shared], *(f"you {number}" for number in range(10 - num_shared))]
+        second = write(tmp_path, map(talk, others), "b.jsonl")
+        spec = DataSpec(train=(first, second), mix=mix, max_dropped_share=1.0)
+        findings = prepare_train(spec, tokenizer_of("chatml"), STOPS).ledger.findings()
+        said = (
+            f"{num_shared} of the 10 rows of {second.path} are the same as earlier ones "
+            f"({num_shared} of {first.path}): at most {10 - num_shared} are left"
+        )
+        assert [one for one in findings if "at most" in one and not one.startswith(said)] == []
+        assert any(one.startswith(said) for one in findings) == is_named
+    again = prepare_train(
+        spec.model_copy(update={"duplicates": "keep"}), tokenizer_of("chatml"), STOPS
+    )
+    assert not any("at most" in one for one in again.ledger.findings())
+
+
 def test_a_missing_value_that_was_exported_as_a_word_is_kept_and_noted(tmp_path: Path) -> None:
     rows = [talk("hello"), talk("12", "None"), talk("you", " nan "), talk("a", "None of it")]
     part = prepare(write(tmp_path, rows))
