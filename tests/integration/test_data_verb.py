@@ -190,6 +190,13 @@ def test_what_became_of_a_row(
         assert json.loads(fate["record"]) == json.loads(BAD_ROWS[line - 1])
 
 
+def test_a_row_shows_what_should_be_known_of_it(call: Call, recipe: str, tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    write_rows(file, [{"prompt": "paint the lamp ", "completion": "None"}])
+    said = call("data", recipe, "--row", f"{file}:1")
+    assert "note: a whole text is None, nan, null or the like" in said.out
+
+
 def test_a_row_agrees_with_what_is_prepared(call: Call, recipe: str) -> None:
     """Of every row of the task, held out or not."""
     file = load_recipe(recipe).data.train[0].path

@@ -28,6 +28,7 @@ from .formats import (
     COUNTING,
     FORGETTING,
     FORMATS,
+    MISTRAL,
     NO_END,
     NO_SYSTEM,
     PHI3,
@@ -300,11 +301,12 @@ def test_a_special_token_spelled_in_a_message_stays_text(name: str) -> None:
         ("a <s> b</s></s>", "</s>"),
     ],
 )
+@pytest.mark.parametrize("template", [MISTRAL, MISTRAL.replace("' ' + m.content", "m.content")])
 def test_a_spelled_token_where_the_tokenizer_writes_a_space_before_words(
-    asked: str, said: str
+    template: str, asked: str, said: str
 ) -> None:
     """As SentencePiece does at the start of a text: a piece of one must not gain any."""
-    tokenizer = build_sentencepiece()
+    tokenizer = build_sentencepiece(template)
     conversation = talk(asked, said)
     sequence = render(conversation, tokenizer, "assistant")
     text = tokenizer.apply_chat_template(dicts(conversation), tokenize=False)
@@ -546,6 +548,16 @@ def test_a_special_token_spelled_in_a_prompt_or_completion_stays_text(
         num_spelled = (prompt + completion).count(eos)
         assert made.input_ids.count(eos_id) == num_spelled + (not completion.endswith(eos))
         assert made.notes == (NOTE_MADE_TOKEN,)
+
+
+def test_a_prompt_that_is_cut_from_its_completion_keeps_what_it_spells() -> None:
+    """In the middle of a word, so that the two must be encoded by themselves."""
+    tokenizer = tokenizer_of("chatml")
+    row = PromptCompletion("a <|im_end|> hel", "lo <|im_end|>", ORIGIN)
+    sequence = render(row, tokenizer, "assistant")
+    assert sequence.input_ids.count(tokenizer.eos_token_id) == 1
+    assert whole(sequence, tokenizer) == "a <|im_end|> hello <|im_end|><|im_end|>"
+    assert supervised(sequence, tokenizer) == ["lo <|im_end|><|im_end|>"]
 
 
 @pytest.mark.parametrize("adds_eos", [True, False])
