@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qlora_kit.data.read.opened import SourceFile, unpacked_file
-from qlora_kit.data.read.strict_json import MAX_NESTING, Refusal, shown, too_deep
+from qlora_kit.data.read.strict_json import MAX_NESTING, Refusal, refuse_nul, shown, too_deep
 from qlora_kit.data.rows import BadRow, Record, Row
 from qlora_kit.errors import DataError
 
@@ -69,7 +69,7 @@ def _next_batch(
 
 
 def _parquet_batches(opened: pa.NativeFile) -> Iterator[pa.RecordBatch]:
-    with pq.ParquetFile(opened) as parquet:
+    with pq.ParquetFile(opened, page_checksum_verification=True) as parquet:
         for group in range(parquet.num_row_groups):
             about = parquet.metadata.row_group(group)
             step = _rows_at_once(about.total_byte_size, about.num_rows)
@@ -116,7 +116,8 @@ def plain_record(record: Record) -> Record:
     Times become ISO 8601 text, and decimals their digits as text.
 
     Raises:
-        Refusal: a value is binary, NaN, infinite, or of a kind that rows do not have.
+        Refusal: a value is binary, NaN, infinite, has a NUL character, or is of a kind that
+            rows do not have.
     """
     plain = {}
     for key, value in record.items():
@@ -130,7 +131,11 @@ def plain_record(record: Record) -> Record:
 
 
 def _plain(value: Any, depth: int) -> Any:
-    if value is None or isinstance(value, (str, bool, int)):
+    if isinstance(value, str):
+        if "\0" in value:
+            refuse_nul(value)
+        return value
+    if value is None or isinstance(value, (bool, int)):
         return value
     if depth == MAX_NESTING and isinstance(value, (dict, list)):
         raise too_deep()

@@ -110,7 +110,8 @@ def json_value(
     if following and following in "{[":
         raise scanner.fault(
             "another value begins behind the end of the first",
-            "Write each object on one line of its own (jq -c . does), or all as one list",
+            "A .json file holds one list; for one object a line set format: jsonl, and put what "
+            "takes several lines on one before (jq -c . does)",
         )
     if following:
         raise scanner.fault(

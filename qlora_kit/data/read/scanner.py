@@ -77,11 +77,16 @@ class Scanner:
 
     def ahead(self) -> str:
         """What stands at the place, short and printable."""
-        return shown(self._text[self._at :][:40])
+        return shown(self._next(41))
 
     def remark(self) -> str:
         """What is commonly wrong where the place is, as the end of a sentence."""
-        return why_not_json(self._text, self._at, "")
+        return why_not_json(self._next(_LONGEST_TOKEN), 0, "")
+
+    def _next(self, size: int) -> str:
+        while len(self._text) - self._at < size and self._read_on():
+            pass
+        return self._text[self._at : self._at + size]
 
     def key(self) -> str:
         if self.peek() != '"':
@@ -148,7 +153,7 @@ class Scanner:
                 is_open |= error.pos >= len(self._text) - _LONGEST_TOKEN
                 if is_open and self._read_on():
                     continue
-                raise self._broken(error) from None
+                raise self._broken(error, self._at + offset) from None
             except RecursionError:
                 raise self.fault("it is nested too deeply") from None
             # A number may: 1 may be the start of 12, and in `1.5e-` only 1.5 is one so far.
@@ -157,13 +162,14 @@ class Scanner:
             if not (may_go_on and self._read_on()):
                 return value, end - self._at
 
-    def _broken(self, error: JSONDecodeError) -> DataError:
+    def _broken(self, error: JSONDecodeError, start: int) -> DataError:
         self._at = error.pos
         if not self._text[error.pos :].strip(BLANK):
             return self._cut_off()
         if error.msg.startswith("Unterminated string"):
             return self._cut_off("the file ends within the text that begins here")
-        remark = why_not_json(self._text, error.pos, error.msg)
+        value = self._text[start : error.pos + _LONGEST_TOKEN]
+        remark = why_not_json(value, error.pos - start, error.msg)
         return self.fault(f"it is not JSON: {words(error)}{remark}")
 
     def _cut_off(self, what: str = "the file ends within its list or object") -> DataError:

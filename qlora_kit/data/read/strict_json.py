@@ -71,7 +71,8 @@ def parse_line(line: str) -> Record:
         value = STRICT.decode(line)
     except JSONDecodeError as error:
         cut = "" if line.endswith("\n") else "; the file ends here and may be cut off"
-        hint = why_not_json(line, error.pos, error.msg) or cut
+        begins = f"; it begins with {shown(line[:41])}" if error.pos == 0 else ""
+        hint = why_not_json(line, error.pos, error.msg) or begins or cut
         raise Refusal("not JSON", f"{words(error)} at column {error.pos + 1}{hint}") from None
     except RecursionError:
         raise too_deep() from None
@@ -130,8 +131,6 @@ def why_not_json(text: str, at: int, message: str) -> str:
         return _what_follows(text, at)
     if message.startswith("Invalid control character"):
         return "; within a text, a line feed is written \\n and a tab \\t"
-    if at == 0 and message.startswith("Expecting value"):
-        return f"; it begins with {shown(text[:40])}"
     return ""
 
 

@@ -21,16 +21,17 @@ from qlora_kit.data.read.json_rows import holds_lines, json_lines, json_value
 from qlora_kit.errors import DataError
 from tests.unit.data.read.files import ROWS, fault, good, lines, outcome, read, refusal, write
 
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
 VALUES = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=8,
 )
-RECORDS = st.lists(st.dictionaries(st.text(), VALUES, max_size=4), min_size=1, max_size=6)
+RECORDS = st.lists(st.dictionaries(TEXTS, VALUES, max_size=4), min_size=1, max_size=6)
 BLANKS = st.sampled_from(["", "\n", " \n", "\r\n", "\n\n\t\n"])
 
 
@@ -229,11 +230,20 @@ def test_brackets_in_text_are_no_nesting(tmp_path: Path) -> None:
     [
         ('[{"text": "one"},\n {"text": ]', "a.json:2 cannot be read: it is not JSON: Expecting v"),
         ('[{"text": "one"},\n {"text": "two"\n', "a.json:3 cannot be read: the file ends within"),
-        ('[{"text": "one"},\n {"text": "two', "a.json:2 cannot be read: it is not JSON: Untermin"),
+        ('[{"text": "one"},\n {"text": "two', "a.json:2 cannot be read: the file ends within the"),
         ('[{"text": "one"},\n', "a.json:2 cannot be read: the file ends within"),
         ('[\n{"a": 1}\n{"a": 2}]', "a.json:3 cannot be read: , or ] is expected, found '{'"),
-        ('[{"a": 1},\n]', "a.json:2 cannot be read: it is not JSON"),
-        ('[{"a": 1}] []', "something stands behind its end"),
+        ('[{"a": 1},\n]', "a.json:2 cannot be read: a comma stands before ]. Remove it"),
+        ('[{"a": [1,]}]', "a.json:1 cannot be read: it is not JSON: Expecting value; the comma before"),
+        ("[{'a': 1}]", "double quotes; texts stand in double quotes, and this may be what Python"),
+        ('[{"a": True}]', "Expecting value; it is true, false or null in JSON"),
+        ('[\n// all\n{"a": 1}]', "a.json:2 cannot be read: it is not JSON: Expecting value; JSON has"),
+        ('[{"a": "x\ny"}]', "Invalid control character; within a text, a line feed is written"),
+        ('/* all */ [{"a": 1}]', "neither [ nor { begins it, but '/* all */ [{"),
+        ('{\n"a": 1\n}\n{\n"a": 2\n}', "a.json:4 cannot be read: another value begins behind"),
+        ('{"a": {"0": 1, "1": 2}, "b": {"0": 3, "1": 4}}', "it holds columns, not rows"),
+        ('{"a": ["x", "y"], "b": [1, 2]}', "it holds columns, not rows"),
+        ('[{"a": 1}] x', "something stands behind its end"),
         ('{\n "text": \n}', "a.json:3 cannot be read: it is not JSON: Expecting value"),
         ('{"a": 1,\n}', "a.json:2 cannot be read: a comma stands before }"),
         ('{"data":\n [{"a": 1}]}\n}', "a.json:3 cannot be read: something stands behind"),
