@@ -11,7 +11,7 @@ from itertools import chain
 
 from qlora_kit.data.read.opened import MAX_CHARACTERS, lines
 from qlora_kit.data.read.strict_json import NUL
-from qlora_kit.data.rows import BadRow, Record, Row
+from qlora_kit.data.rows import BadRow, Row
 from qlora_kit.errors import DataError
 
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
@@ -165,12 +165,8 @@ def _row(name: str, number: int, header: list[str], fields: list[str]) -> Row | 
         return BadRow(name, number, NUL, "text has none; the file may be damaged")
     record = dict(zip(header, fields, strict=True))
     if "" in fields:
-        return Row(name, number, {key: record[key] for key in record if not _is_none(key, record)})
+        record = {key: one for key, one in record.items() if one or not key.startswith(_UNNAMED)}
     return Row(name, number, record)
-
-
-def _is_none(key: str, record: Record) -> bool:
-    return record[key] == "" and key.startswith(_UNNAMED)
 
 
 def _lines_lost(first: int, last: int) -> str:

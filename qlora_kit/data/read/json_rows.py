@@ -31,7 +31,6 @@ _ROW_KEYS = frozenset(
 )
 
 
-
 def json_lines(
     name: str, chunks: Iterator[str], limit: int = MAX_CHARACTERS
 ) -> Iterator[Row | BadRow]:

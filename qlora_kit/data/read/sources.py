@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import hashlib
+import logging
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -28,6 +29,8 @@ from qlora_kit.data.read.plain_text import text_rows
 from qlora_kit.data.rows import BadRow, Row
 from qlora_kit.errors import DataError
 from qlora_kit.recipe.data import COMPRESSED_ENDINGS, FileFormat, SourceSpec
+
+logger = logging.getLogger(__name__)
 
 _FORMAT_OF: dict[str, KnownFormat] = {
     ".json": "json",
@@ -62,6 +65,8 @@ def read_source(spec: SourceSpec, *, streaming: bool = False) -> Iterator[Row | 
     Raises:
         DataError: the source is missing, unreadable, not what it is said to be, or has no rows.
     """
+    for left_out in files_left_out(spec):
+        logger.warning("%s: not read: %s", spec.path, left_out)
     num_rows = 0
     for row in islice(_every_row(spec, streaming=streaming), spec.max_rows):
         num_rows += 1
@@ -79,7 +84,19 @@ def source_files(spec: SourceSpec) -> tuple[SourceFile, ...]:
     if spec.path.startswith(DEMO_PREFIX) or not is_local(spec.path):
         return ()
     found = find_files(spec.path, spec.split)
-    return tuple(_recognised(path, name, spec.format) for path, name in found)
+    return tuple(_recognised(path, name, spec.format) for path, name in found.files)
+
+
+def files_left_out(spec: SourceSpec) -> tuple[str, ...]:
+    """Files of a folder, or of a pattern, that are not read though they might be data, each with
+    the reason; those of another split are not among them.
+
+    Raises:
+        DataError: as `source_files`.
+    """
+    if spec.path.startswith(DEMO_PREFIX) or not is_local(spec.path):
+        return ()
+    return find_files(spec.path, spec.split).left_out
 
 
 def source_fingerprint(spec: SourceSpec) -> str:
@@ -158,7 +175,9 @@ def _check_text(name: str, head: bytes, asked: FileFormat) -> None:
         return
     encoding = wide_encoding(head)
     if encoding is not None:
-        raise DataError(f"{name} looks like {encoding} without a byte order mark; save it as UTF-8.")
+        raise DataError(
+            f"{name} looks like {encoding} without a byte order mark; save it as UTF-8."
+        )
     try:
         head[:-4].decode("utf-8")
     except UnicodeDecodeError as error:

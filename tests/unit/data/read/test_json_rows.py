@@ -113,6 +113,10 @@ def test_a_value_is_read_alike_however_it_is_cut(text: str, size: int) -> None:
         ("a.jsonl", "\n" + lines(ROWS, "\n  \n") + "\n\n", [2, 4, 6]),
         ("a.jsonl", "\ufeff" + lines(ROWS), [1, 2, 3]),
         ("a.ndjson", lines(ROWS), [1, 2, 3]),
+        ("a.jsonl", lines(ROWS, "\r"), [1, 2, 3]),
+        ("a.json", lines(ROWS, "\r"), [1, 2, 3]),
+        ("a.jsonl", "\ufeff\ufeff" + "\ufeff".join(lines([row]) for row in ROWS), [1, 2, 3]),
+        ("a.json", "\ufeff\ufeff" + json.dumps(ROWS), [1, 2, 3]),
         ("a.json", lines(ROWS), [1, 2, 3]),
         ("a.json", "\n" + lines(ROWS, "\n\n"), [2, 4, 6]),
         ("a.JSONL", lines(ROWS), [1, 2, 3]),
@@ -166,8 +170,19 @@ def test_one_object_is_one_row(tmp_path: Path, name: str, record: dict[str, Any]
         ("{'text': 'a'}", "not JSON", "column 2"),
         ('{"text": }', "not JSON", "Expecting value at column 10"),
         ('{"text": "a"} x', "not JSON", "Extra data"),
-        ("plain words", "not JSON", "Expecting value at column 1"),
-        ('{"a": "\x00"}', "not JSON", "control character"),
+        ("plain words", "not JSON", "Expecting value at column 1; it begins with 'plain words"),
+        ('{"a": 1},', "not JSON", "column 9; a comma stands behind the object"),
+        ('{"a": 1,}', "not JSON", "column 9; the comma before } is one too many"),
+        ('{"a": [1, ]}', "not JSON", "column 11; the comma before ] is one too many"),
+        ('{"a": 1}{"a": 2}', "not JSON", "column 9; another begins there"),
+        ('{"a": None}', "not JSON", "column 7; it is true, false or null in JSON"),
+        ('{"a": 1} # one', "not JSON", "JSON has no comments"),
+        ("\0\0\0", "not JSON", "NUL characters stand there"),
+        ('{"a": "x\ty"}', "not JSON", "control character at column 9; within a text"),
+        ('{"a": "\x00"}', "not JSON", "NUL characters stand there"),
+        ('{"a": ["\\u0000"]}', "a NUL character", "in '\\x00'"),
+        ('{"a\\u0000": 1}', "a NUL character", "in 'a\\x00'"),
+        (json.dumps('{"a": 1}'), "not an object", "it was made JSON twice"),
         ("[1]", "not an object", "found a list"),
         ('"one"', "not an object", "the text 'one'"),
         ("null", "not an object", "found null"),
@@ -199,6 +214,7 @@ def test_a_bad_line_is_one_bad_row(tmp_path: Path, line: str, reason: str, detai
         ('{"b": %s}' % ("1" * 5000), "a number out of range"),
         ('{"b": %s}' % ("[" * 150 + "]" * 150), "nested too deeply"),
         ('["x"]', "not an object"),
+        ('{"b": {"c": "\\u0000"}}', "a NUL character"),
         ("12", "not an object"),
         ("null", "not an object"),
     ],
@@ -219,6 +235,17 @@ def test_the_last_line_may_be_cut_off(tmp_path: Path) -> None:
     assert "may be cut off" in bad.detail
 
 
+def test_what_only_looks_like_an_escape_is_text(tmp_path: Path) -> None:
+    record = {"text": "\\u0000 is how JSON writes NUL"}
+    assert good(write(tmp_path, "a.jsonl", lines([record]))) == [record]
+    assert good(write(tmp_path, "a.json", json.dumps([record]))) == [record]
+
+
+def test_a_list_of_conversations_may_have_the_name_of_one(tmp_path: Path) -> None:
+    records = [{"messages": [{"role": "user", "content": text}]} for text in "ab"]
+    assert good(write(tmp_path, "a.json", json.dumps({"conversations": records}))) == records
+
+
 def test_brackets_in_text_are_no_nesting(tmp_path: Path) -> None:
     record = {"text": "[{" * 500}
     assert good(write(tmp_path, "a.jsonl", lines([record]))) == [record]
@@ -234,10 +261,16 @@ def test_brackets_in_text_are_no_nesting(tmp_path: Path) -> None:
         ('[{"text": "one"},\n', "a.json:2 cannot be read: the file ends within"),
         ('[\n{"a": 1}\n{"a": 2}]', "a.json:3 cannot be read: , or ] is expected, found '{'"),
         ('[{"a": 1},\n]', "a.json:2 cannot be read: a comma stands before ]. Remove it"),
-        ('[{"a": [1,]}]', "a.json:1 cannot be read: it is not JSON: Expecting value; the comma before"),
+        (
+            '[{"a": [1,]}]',
+            "a.json:1 cannot be read: it is not JSON: Expecting value; the comma before",
+        ),
         ("[{'a': 1}]", "double quotes; texts stand in double quotes, and this may be what Python"),
         ('[{"a": True}]', "Expecting value; it is true, false or null in JSON"),
-        ('[\n// all\n{"a": 1}]', "a.json:2 cannot be read: it is not JSON: Expecting value; JSON has"),
+        (
+            '[\n// all\n{"a": 1}]',
+            "a.json:2 cannot be read: it is not JSON: Expecting value; JSON has",
+        ),
         ('[{"a": "x\ny"}]', "Invalid control character; within a text, a line feed is written"),
         ('/* all */ [{"a": 1}]', "neither [ nor { begins it, but '/* all */ [{"),
         ('{\n"a": 1\n}\n{\n"a": 2\n}', "a.json:4 cannot be read: another value begins behind"),
