@@ -27,8 +27,8 @@ _ARROW_FAULTS = (pa.ArrowException, OSError, ValueError, OverflowError, TypeErro
 def columnar_rows(file: SourceFile) -> Iterator[Row | BadRow]:
     """Rows of a Parquet file, or of an Arrow file or stream, counted from 1.
 
-    A null counts as a key that is absent: columns and structs have a place for every key that
-    any row has.
+    Within a value, a null counts as a key that is absent: structs have a place for every key that
+    any row has. A column that is null stays, as it does in JSON: the schema tells what it means.
 
     Raises:
         DataError: the file cannot be opened, is damaged, or names a column twice.
@@ -111,7 +111,7 @@ def _rows(name: str, before: int, batch: pa.RecordBatch) -> Iterator[Row | BadRo
 
 
 def plain_record(record: Record) -> Record:
-    """A record of Arrow's Python values as JSON would have it; nulls in it count as absent.
+    """A record of Arrow's Python values as JSON would have it, without the nulls in its values.
 
     Times become ISO 8601 text, and decimals their digits as text.
 
@@ -121,12 +121,11 @@ def plain_record(record: Record) -> Record:
     """
     plain = {}
     for key, value in record.items():
-        if value is not None:
-            try:
-                plain[key] = _plain(value, 1)
-            except Refusal as refusal:
-                detail = f"column {shown(key)}: {refusal.detail}"
-                raise Refusal(refusal.reason, detail) from None
+        try:
+            plain[key] = _plain(value, 1)
+        except Refusal as refusal:
+            detail = f"column {shown(key)}: {refusal.detail}"
+            raise Refusal(refusal.reason, detail) from None
     return plain
 
 

@@ -282,7 +282,7 @@ def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = SourceSpec(path="owner/name", split="dev", config="en")
     first, second, bad = read_source(spec, streaming=True)
     assert (first, second) == (
-        Row("owner/name", 1, {"a": "x"}),
+        Row("owner/name", 1, {"a": "x", "b": None}),
         Row("owner/name", 2, {"a": "y", "b": {"d": [1]}}),
     )
     assert isinstance(bad, BadRow)
