@@ -14,7 +14,7 @@ from typing import overload
 
 import numpy as np
 
-from qlora_kit.data.render import TokenSequence
+from qlora_kit.data.sequences import TokenSequence
 
 
 @dataclass(frozen=True, slots=True)

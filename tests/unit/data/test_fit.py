@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from qlora_kit.data.examples import Conversation, Example, Message, PlainText, PromptCompletion
 from qlora_kit.data.fit import NOTHING_LEFT, NOTHING_SUPERVISED, OVERLENGTH, fit
 from qlora_kit.data.ledger import END_CUT, TRUNCATED, Ledger
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.recipe import DataSpec, SourceSpec
 
 ORIGIN = "a.jsonl:1"

@@ -27,9 +27,10 @@ from qlora_kit.data.prepare import (
     prove_end_of_turn,
     read_examples,
 )
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence, render, render_prompt
+from qlora_kit.data.render import render, render_prompt
 from qlora_kit.data.schemas import content_key
 from qlora_kit.data.select import DUPLICATE
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.environment import cache_dir
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import DataSpec, SourceSpec
