@@ -58,6 +58,8 @@ class Ledger:
     """Source → the schema of its rows."""
     ignored: dict[str, list[str]] = field(default_factory=dict)
     """Source → keys of its rows that are not read."""
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    """Source → files of its folder that are not read, each with the reason."""
 
     rows_of: Counter[str] = field(default_factory=Counter)
     """Source → its rows, those at fault too."""
@@ -173,6 +175,7 @@ class Ledger:
             "examples": self.examples,
             "schemas": self.schemas,
             "ignored_keys": self.ignored,
+            "files_left_out": self.left_out,
             "sources": {
                 name: {"rows": count, "repeats": self.repeats.get(name, {})}
                 for name, count in self.rows_of.items()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -13,17 +12,19 @@ from typing import TYPE_CHECKING, Literal
 
 from qlora_kit.atomic import published_folder
 from qlora_kit.data.cache import cache_folder, stamp_used
+from qlora_kit.data.chunks import Chunk, rendered_chunks
 from qlora_kit.data.examples import AnyExample, Conversation, Example
-from qlora_kit.data.fit import fit
+from qlora_kit.data.fit import fit_each, fit_runs
 from qlora_kit.data.ledger import Ledger
 from qlora_kit.data.losses import losses
 from qlora_kit.data.mark import LossOn
 from qlora_kit.data.mixing import book_draws, training_order
-from qlora_kit.data.read import read_source, source_fingerprint
-from qlora_kit.data.render import Rendering, TokenSequence, end_of_turn_id, render
+from qlora_kit.data.read import files_left_out, read_source, source_fingerprint
+from qlora_kit.data.render import end_of_turn_id, render
 from qlora_kit.data.rows import BadRow, RowRefused
 from qlora_kit.data.schemas import Recogniser, content_key, fine_tuning_example
 from qlora_kit.data.select import DUPLICATE, Selection, held_out_threshold
+from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.data.store import StoredSequences, StoreWriter, is_whole
 from qlora_kit.data.stream import StreamedSequences
 from qlora_kit.data.template import PROBE, PROBE_ORIGIN
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from qlora_kit.recipe import DataSpec, SourceSpec
 
 UNWANTED = "an answer that is rated as unwanted"
-_CHUNK_ROWS = 512
 _ROWS_BETWEEN_CHECKS = 1024
 _LEDGER = "ledger.json"
 PartName = Literal["train", "eval"]
@@ -104,8 +104,13 @@ def _stream(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, stop_ids: frozen
     def one_pass(ledger: Ledger | None) -> Iterator[TokenSequence]:
         booked = ledger or Ledger()
         selection = selection_for("train", spec)
-        every = _rendered(spec.train, spec, selection, tokenizer, stop_ids, booked)
-        for number, (_, sequence) in enumerate(every, start=1):
+        chunks = _chunks(spec.train, spec, selection, tokenizer, stop_ids, booked)
+        sequences = (
+            sequence
+            for chunk in chunks
+            for sequence in fit_each(chunk.examples, chunk.rendered, spec, booked)
+        )
+        for number, sequence in enumerate(sequences, start=1):
             if number % _ROWS_BETWEEN_CHECKS == 0:
                 _refuse_losses("train", Part((), (), booked), spec)
             yield sequence
@@ -143,6 +148,9 @@ def read_part(
                 )
     stamp_used(folder)
     ledger = Ledger.from_state(json.loads((folder / _LEDGER).read_text(encoding="utf-8")))
+    # Not of the cached entry, which stands for the bytes of the files that are read.
+    left_out = {source.path: list(files_left_out(source)) for source in sources}
+    ledger.left_out = {path: files for path, files in left_out.items() if files}
     ledger.check_balance()
     sequences = StoredSequences(folder)
     if name == "train":
@@ -245,36 +253,31 @@ def _render_all(
     """Render every row that is used into a store in `folder`."""
     ledger = Ledger()
     with StoreWriter(folder) as writer:
-        for group, sequence in _rendered(sources, spec, selection, tokenizer, stop_ids, ledger):
-            writer.add(sequence, group)
+        for chunk in _chunks(sources, spec, selection, tokenizer, stop_ids, ledger):
+            for first, end, block in fit_runs(chunk.examples, chunk.rendered, spec, ledger):
+                writer.add(block, chunk.groups[first:end])
     ledger.check_balance()
     return ledger
 
 
-def _rendered(
+def _chunks(
     sources: Sequence[SourceSpec],
     spec: DataSpec,
     selection: Selection,
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: frozenset[int],
     ledger: Ledger,
-) -> Iterator[tuple[int, TokenSequence]]:
-    """Sequences with the number of their source; whatever becomes of a row is booked."""
+) -> Iterator[Chunk]:
+    """Rendered rows; those that are not rendered are booked."""
     needs_answer, splits = spec.loss_on != "all", spec.split_special_tokens
     found = _examples(sources, needs_answer, ledger, splits, streaming=spec.streaming)
     rows = _used(found, sources, selection, ledger)
     proved = False
-    for rendering, groups, examples in _pipelined(rows, tokenizer, spec.loss_on):
-        if not proved and any(isinstance(one, Conversation) for one in examples):
+    for chunk in rendered_chunks(rows, tokenizer, spec.loss_on):
+        if not proved and any(isinstance(one, Conversation) for one in chunk.examples):
             prove_end_of_turn(tokenizer, stop_ids, spec.loss_on)
             proved = True
-        for group, example, rendered in zip(groups, examples, rendering.label(), strict=True):
-            if isinstance(rendered, RowRefused):
-                ledger.drop(rendered.reason, example.origin, rendered.detail)
-                continue
-            for sequence in fit(example, rendered, spec, ledger):
-                ledger.num_sequences += 1
-                yield group, sequence
+        yield chunk
 
 
 def _used(
@@ -295,28 +298,6 @@ def _used(
         yield group, answer
 
 
-def _pipelined(
-    rows: Iterator[tuple[int, Example]], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
-) -> Iterator[tuple[Rendering, list[int], list[Example]]]:
-    """Chunks of rows, marked here while the tokenizer works on the chunk before."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting: list[tuple[Future[None], Rendering, list[int], list[Example]]] = []
-        while chunk := list(islice(rows, _CHUNK_ROWS)):
-            groups, examples = [group for group, _ in chunk], [one for _, one in chunk]
-            rendering = Rendering(examples, tokenizer, loss_on)
-            waiting.append((pool.submit(rendering.encode), rendering, groups, examples))
-            if len(waiting) > 2:
-                yield _finished(waiting.pop(0))
-        for one in waiting:
-            yield _finished(one)
-
-
-def _finished(
-    waiting: tuple[Future[None], Rendering, list[int], list[Example]],
-) -> tuple[Rendering, list[int], list[Example]]:
-    future, rendering, groups, examples = waiting
-    future.result()
-    return rendering, groups, examples
 
 
 def _refuse_losses(name: PartName, part: Part, spec: DataSpec) -> Part:

@@ -136,7 +136,7 @@ def _fate(
     spec: DataSpec,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Fate:
-    record = json.dumps(row.record, ensure_ascii=False) if isinstance(row, Row) else ""
+    record = json.dumps(row.record, ensure_ascii=False, default=str) if isinstance(row, Row) else ""
 
     def fate(outcome: str, *sequences: Shown, notes: tuple[str, ...] = ()) -> Fate:
         return Fate(part, row.origin, outcome, record, sequences, notes)

@@ -31,6 +31,7 @@ def preview(reporter: Reporter, found: Preview) -> None:
             reporter.say(f"{part.name:5}  {visible(source)}: {visible(schema)}")
         for source, keys in part.ledger.ignored.items():
             reporter.say(f"       not read of {visible(source)}: {visible(first_few(keys))}")
+        files_left_out(reporter, part.ledger)
     reporter.say("")
     ledgers = [part.ledger for part in found.parts]
     columns = [part.name for part in found.parts]
@@ -64,6 +65,12 @@ def preview(reporter: Reporter, found: Preview) -> None:
 def first_few(keys: Sequence[str]) -> str:
     """Names of columns, of which there may be many."""
     return ", ".join(keys[:_MOST_KEYS]) + (", …" if len(keys) > _MOST_KEYS else "")
+
+
+def files_left_out(reporter: Reporter, ledger: Ledger) -> None:
+    for source, files in ledger.left_out.items():
+        more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+        reporter.warn(f"not read of {visible(source)}: {visible(', '.join(files[:5]))}{more}")
 
 
 def row_table(parts: Sequence[PartView]) -> list[Row]:

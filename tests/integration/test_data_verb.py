@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qlora_kit.data.render import IGNORE_INDEX
+from qlora_kit.data.sequences import IGNORE_INDEX
 from qlora_kit.recipe import load_recipe
 
 from .conftest import ROOT, Call, write_recipe, write_rows

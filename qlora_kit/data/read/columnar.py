@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from qlora_kit.data.read.opened import SourceFile, unpacked_file
 from qlora_kit.data.read.strict_json import MAX_NESTING, Refusal, refuse_nul, shown, too_deep
-from qlora_kit.data.rows import BadRow, Record, Row
+from qlora_kit.data.rows import BadRow, Record, Row, Unreadable
 from qlora_kit.errors import DataError
 
 _BATCH_BYTES = 1 << 22
@@ -113,19 +113,16 @@ def _rows(name: str, before: int, batch: pa.RecordBatch) -> Iterator[Row | BadRo
 def plain_record(record: Record) -> Record:
     """A record of Arrow's Python values as JSON would have it, without the nulls in its values.
 
-    Times become ISO 8601 text, and decimals their digits as text.
-
-    Raises:
-        Refusal: a value is binary, NaN, infinite, has a NUL character, or is of a kind that
-            rows do not have.
+    Times become ISO 8601 text, and decimals their digits as text. A column that is binary, NaN,
+    infinite, has a NUL character, or is of a kind that rows do not have, is Unreadable.
     """
-    plain = {}
+    plain: Record = {}
     for key, value in record.items():
         try:
             plain[key] = _plain(value, 1)
         except Refusal as refusal:
             detail = f"column {shown(key)}: {refusal.detail}"
-            raise Refusal(refusal.reason, detail) from None
+            plain[key] = Unreadable(refusal.reason, detail)
     return plain
 
 

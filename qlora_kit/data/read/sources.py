@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import hashlib
-import logging
 import re
 from collections.abc import Iterator
 from itertools import islice
@@ -29,8 +28,6 @@ from qlora_kit.data.read.plain_text import text_rows
 from qlora_kit.data.rows import BadRow, Row
 from qlora_kit.errors import DataError
 from qlora_kit.recipe.data import COMPRESSED_ENDINGS, FileFormat, SourceSpec
-
-logger = logging.getLogger(__name__)
 
 _FORMAT_OF: dict[str, KnownFormat] = {
     ".json": "json",
@@ -65,8 +62,6 @@ def read_source(spec: SourceSpec, *, streaming: bool = False) -> Iterator[Row | 
     Raises:
         DataError: the source is missing, unreadable, not what it is said to be, or has no rows.
     """
-    for left_out in files_left_out(spec):
-        logger.warning("%s: not read: %s", spec.path, left_out)
     num_rows = 0
     for row in islice(_every_row(spec, streaming=streaming), spec.max_rows):
         num_rows += 1

@@ -20,7 +20,7 @@ import difflib
 from collections.abc import Sequence
 
 from qlora_kit.data.examples import AnyExample
-from qlora_kit.data.rows import Record, Row, RowRefused
+from qlora_kit.data.rows import Record, Row, RowRefused, Unreadable
 from qlora_kit.data.schemas import (
     alpaca,
     columns,
@@ -123,9 +123,12 @@ class Recogniser:
         origin = row.origin
         try:
             record = self._mapped(row) if self._columns else row.record
-            if float in map(type, record.values()):
+            types = set(map(type, record.values()))
+            if float in types:
                 record = {key: None if value != value else value for key, value in record.items()}
             schema, unread = self._layout(row, record)
+            if Unreadable in types:
+                _refuse_unreadable(record, schema)
             if unread:
                 refuse_unread(record, unread)
             return noted_nulls(schema.read(record, origin, self._rules), record, schema)
@@ -197,6 +200,13 @@ class Recogniser:
             naming = schema.naming([key for key in record if record[key] is not None])
             if not all(key in schema.layout for key in naming):
                 self._naming = naming
+
+
+def _refuse_unreadable(record: Record, schema: Schema) -> None:
+    """Raises Unfit where the schema reads a value that could not be read."""
+    for key, value in record.items():
+        if isinstance(value, Unreadable) and key in schema.reads:
+            raise Unfit(value.reason, value.detail)
 
 
 def _schema_of(record: Record, tried: Sequence[Schema]) -> tuple[Schema | None, bool]:

@@ -20,9 +20,10 @@ from qlora_kit.data.mark import (
     mark,
     supervised_turns,
 )
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence, render
+from qlora_kit.data.render import render
 from qlora_kit.data.rows import Row, RowRefused
 from qlora_kit.data.schemas import Recogniser
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.data.spelled import NOTE_SPELLED
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import SourceSpec

@@ -26,11 +26,12 @@ from qlora_kit.data.prepare import (
     prove_end_of_turn,
     read_examples,
 )
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence, render, render_prompt
+from qlora_kit.data.render import render, render_prompt
 from qlora_kit.data.schemas import content_key
 from qlora_kit.data.schemas.nulls import NOTE_NULL_WORD
 from qlora_kit.data.schemas.preference import NOTE_REJECTED
 from qlora_kit.data.select import DUPLICATE
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.data.spelled import NOTE_KEPT_AS_TEXT, NOTE_MADE_TOKEN, NOTE_SPELLED
 from qlora_kit.environment import cache_dir
 from qlora_kit.errors import DataError

@@ -12,14 +12,9 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_kit.data.examples import Conversation, Message, PlainText, PromptCompletion
 from qlora_kit.data.mark import NOTE_LEFT_OUT, NOTE_REWRITTEN, NOTE_UNASKED
-from qlora_kit.data.render import (
-    IGNORE_INDEX,
-    NOTE_MERGED,
-    TokenSequence,
-    render,
-    render_prompt,
-)
+from qlora_kit.data.render import NOTE_MERGED, render, render_prompt
 from qlora_kit.data.rows import RowRefused
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.data.spelled import NOTE_KEPT_AS_TEXT, NOTE_MADE_TOKEN, NOTE_SPELLED
 from qlora_kit.errors import DataError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,14 +71,11 @@ def test_a_folder_is_read_in_order_without_its_papers(tmp_path: Path) -> None:
     assert names(tmp_path) == kept
 
 
-def test_what_a_folder_leaves_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_folder_leaves_out_is_told(tmp_path: Path) -> None:
     fill(tmp_path, "a.jsonl", "b.xlsx", "README.md", "state.json", "c.jsonl.bak")
     no_data = [f"{name} (no data, by the name)" for name in ("b.xlsx", "c.jsonl.bak", "state.json")]
     assert list(files_left_out(SourceSpec(path=str(tmp_path)))) == no_data
     assert names(tmp_path) == ["a.jsonl"]
-    with caplog.at_level(logging.WARNING):
-        assert len(good(tmp_path)) == len(ROWS)
-    assert caplog.messages == [f"{tmp_path}: not read: {told}" for told in no_data]
 
 
 def test_files_without_a_split_beside_those_of_train_are_told(tmp_path: Path) -> None:
