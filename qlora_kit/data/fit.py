@@ -33,7 +33,7 @@ def fit_runs(
         end = first + sum(1 for _ in run)
         if is_run:
             kept = block.run(first, end)
-            _book_kept(kept, ledger)
+            _book_kept(kept, examples[first:end], ledger)
             yield first, end, kept
         else:
             for number in range(first, end):
@@ -50,7 +50,7 @@ def fit_each(
         yield from _fit_row(example, one, spec, ledger)
 
 
-def _book_kept(block: Block, ledger: Ledger) -> None:
+def _book_kept(block: Block, examples: Sequence[Example], ledger: Ledger) -> None:
     """Books sequences as `fit` does where nothing has to be done to them."""
     num_supervised = int(block.num_supervised().sum())
     ledger.num_sequences += len(block)
@@ -59,9 +59,10 @@ def _book_kept(block: Block, ledger: Ledger) -> None:
     ledger.num_kept += len(block)
     ledger.supervised_tokens += num_supervised
     ledger.context_tokens += len(block.ids) - num_supervised
-    for notes, origin in zip(block.notes, block.origins, strict=True):
-        for note in notes:
-            ledger.note(note, origin)
+    for notes, example in zip(block.notes, examples, strict=True):
+        if notes or example.notes:
+            for note in (*notes, *example.notes):
+                ledger.note(note, example.origin)
 
 
 def _fit_row(

@@ -298,8 +298,6 @@ def _used(
         yield group, answer
 
 
-
-
 def _refuse_losses(name: PartName, part: Part, spec: DataSpec) -> Part:
     fault = losses(name, part.ledger, spec)
     if fault is not None:

@@ -59,6 +59,7 @@ _NAMING = [key for schema in SCHEMAS.values() for slot in schema.slots for key i
 _MOST_LAYOUTS = 1000
 _MOST_IGNORED = 100
 _MOST_HINTS = 20
+_ANSWER_OF_A_SERVER = frozenset({"error", "message", "detail", "status", "code"})
 
 
 class Recogniser:
@@ -266,6 +267,10 @@ def _no_schema(row: Row, record: Record, tried: Sequence[Schema]) -> str:
         for schema in tried
     )
     message += ". Where a row keeps them under other names, say so with columns."
+    if _ANSWER_OF_A_SERVER.issuperset(map(str, record)):
+        message += " It looks like a server's error message and not like rows: download it anew."
+    if row.number == 2 and row.source.lower().endswith((".csv", ".tsv")):
+        message += " The first line is taken for the names of the columns; give the file one."
     for key, value in sorted(record.items(), key=lambda pair: str(pair[0]))[:_MOST_HINTS]:
         near = difflib.get_close_matches(str(key).lower()[:40], _NAMING, n=1, cutoff=0.8)
         if near and near[0] not in record:

@@ -386,7 +386,12 @@ REFUSED: dict[str, tuple[str, Content, tuple[str, ...]]] = {
         f'{COLUMNS}q,a\nr,"b\ns,c\n',
         ("a.csv:3 opens a quote that is never closed",),
     ),
-    "no header": ("a.csv", "q1,a1\nq2,a2\n", ("a.csv:2 has the keys a1, q1",)),
+    "no header": (
+        "a.csv",
+        "q1,a1\nq2,a2\n",
+        ("a.csv:2 has the keys a1, q1", "first line is taken"),
+    ),
+    "a server's error": ("a.json", '{"error": "rate limit", "code": 429}', ("server's error",)),
     "a header alone": ("a.csv", COLUMNS, ("holds no rows",)),
     "names there twice": ("a.csv", "prompt,prompt\nq,r\n", ("a.csv:1 names the column 'prompt'",)),
     "no rows in columns": (

@@ -21,6 +21,7 @@ from qlora_kit.data.read import (
     source_files,
     source_fingerprint,
 )
+from qlora_kit.data.rows import Unreadable
 from qlora_kit.recipe.data import SourceSpec
 from tests.unit.data.read.files import ROWS, good, lines, read, refusal, write
 
@@ -276,12 +277,13 @@ def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     spec = SourceSpec(path="owner/name", split="dev", config="en")
-    first, second, bad = read_source(spec, streaming=True)
+    first, second, third = read_source(spec, streaming=True)
     assert (first, second) == (
         Row("owner/name", 1, {"a": "x", "b": None}),
         Row("owner/name", 2, {"a": "y", "b": {"d": [1]}}),
     )
-    assert isinstance(bad, BadRow)
+    assert isinstance(third, Row)
+    assert isinstance(third.record["a"], Unreadable)
     assert asked == [("owner/name", "en", {"split": "dev", "streaming": True})]
 
 

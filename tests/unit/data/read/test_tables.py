@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from qlora_kit.data.read import BadRow, Row, read_source
 from qlora_kit.data.read.delimited import delimited_rows
 from qlora_kit.data.read.plain_text import text_rows
+from qlora_kit.data.rows import RowRefused, Unreadable
+from qlora_kit.data.schemas import Recogniser
 from qlora_kit.errors import DataError
 from qlora_kit.recipe.data import SourceSpec
 from tests.unit.data.read.files import fault, good, lines, outcome, read, refusal, write
@@ -201,17 +203,34 @@ def test_arrow_values_become_plain(tmp_path: Path, form: str) -> None:
 def test_arrow_values_that_rows_do_not_have(tmp_path: Path, value: object, reason: str) -> None:
     table = pa.table({"n": [1, 2, 3], "odd": pa.array([None, value, None])})
     path = save(tmp_path / "a.parquet", table, "file")
-    assert outcome(path) == [(1, {"n": 1, "odd": None}), (2, reason), (3, {"n": 3, "odd": None})]
-    bad = read(path)[1]
-    assert isinstance(bad, BadRow)
-    assert bad.detail.startswith("column 'odd': ")
+    first, second, third = good(path)
+    assert (first, third) == ({"n": 1, "odd": None}, {"n": 3, "odd": None})
+    odd = second["odd"]
+    assert isinstance(odd, Unreadable)
+    assert odd.reason == reason
+    assert odd.detail.startswith("column 'odd': ")
+
+
+def test_a_column_that_cannot_be_read_is_at_fault_only_where_it_is_read(tmp_path: Path) -> None:
+    columns = {"prompt": ["a", "b"], "completion": ["c", "d"], "thumbnail": [b"x", b"y"]}
+    table = pa.table(columns)
+    recogniser = Recogniser(SourceSpec(path="a.parquet"))
+    [first, _] = read(save(tmp_path / "a.parquet", table, "file"))
+    assert isinstance(first, Row)
+    assert recogniser.recognise(first).origin == first.origin
+    assert recogniser.ignored_keys == ("thumbnail",)
+    bad = Row("a.parquet", 3, {**first.record, "completion": Unreadable("a binary value", "1")})
+    with pytest.raises(RowRefused, match="a binary value"):
+        recogniser.recognise(bad)
 
 
 def test_a_map_is_an_object(tmp_path: Path) -> None:
     kind = pa.map_(pa.string(), pa.int64())
     values = pa.array([[("x", 1), ("y", None)], [("x", 1), ("x", 2)]], kind)
     path = save(tmp_path / "a.parquet", pa.table({"m": values}), "file")
-    assert outcome(path) == [(1, {"m": {"x": 1}}), (2, "a key twice")]
+    first, second = good(path)
+    assert first == {"m": {"x": 1}}
+    assert second["m"].reason == "a key twice"
 
 
 def test_a_date_that_python_does_not_have(tmp_path: Path) -> None:
