@@ -60,7 +60,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from qlora_kit.data.render import TokenSequence
+    from qlora_kit.data.sequences import TokenSequence
 
 
 @dataclass(frozen=True)

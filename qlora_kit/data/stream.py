@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from qlora_kit.data.pack import PackedSequence, pack
-from qlora_kit.data.render import TokenSequence
+from qlora_kit.data.sequences import TokenSequence
 
 if TYPE_CHECKING:
     from qlora_kit.data.ledger import Ledger

@@ -14,7 +14,7 @@ import torch
 
 from qlora_kit.atomic import draft_beside
 from qlora_kit.checkpoint.run_directory import RunDirectory
-from qlora_kit.data.render import TokenSequence
+from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.environment import Hardware
 from qlora_kit.errors import DataError
 from qlora_kit.evaluate.divergence import Recorded, record_logprobs

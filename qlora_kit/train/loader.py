@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from qlora_kit.data.collate import Batch
 from qlora_kit.data.pack import PackedSequence, PackedSequences
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.data.store import StoredSequences
 from qlora_kit.data.stream import StreamedSequences
 from qlora_kit.train.order import TrainOrder, micro_batches

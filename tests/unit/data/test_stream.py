@@ -11,7 +11,7 @@ import pytest
 from qlora_kit.data.ledger import Ledger
 from qlora_kit.data.pack import PackedSequence
 from qlora_kit.data.prepare import prepare_train
-from qlora_kit.data.render import TokenSequence
+from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.data.stream import READ_AHEAD, StreamedSequences
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import load_recipe

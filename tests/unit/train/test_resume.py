@@ -17,7 +17,7 @@ from qlora_kit.checkpoint.manifest import faults_of
 from qlora_kit.checkpoint.run_directory import RunDirectory
 from qlora_kit.data.collate import Collator, IsolatingCollator
 from qlora_kit.data.pack import PackedSequences, pack
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import HardwareError, RunError
 from qlora_kit.model.adapter import attach_adapter
