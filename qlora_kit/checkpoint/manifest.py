@@ -18,7 +18,7 @@ from typing import Any
 MANIFEST_FILE = "manifest.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _FORMAT = 1
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 18
 _HASHING_THREADS = 2
 
 
@@ -169,10 +169,11 @@ def _file_fault(path: Path, record: FileRecord, is_trusted: Callable[[Path], boo
 def _record_of(path: Path) -> FileRecord:
     digest = hashlib.sha256()
     num_bytes = 0
+    block = memoryview(bytearray(_BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-            num_bytes += len(block)
+        while length := file.readinto(block):
+            digest.update(block[:length])
+            num_bytes += length
     return FileRecord(num_bytes, digest.hexdigest())
 
 

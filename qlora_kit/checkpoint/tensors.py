@@ -1,0 +1,165 @@
+"""Tensors, and nested values that hold many of them, written as fast as the disk takes them.
+
+The files are safetensors files, and any library can read them; reading one runs no code, as
+unpickling would. Written here, they need no copy in memory, and a disk that is full says so with
+an errno. An optimizer's state is thousands of tensors of a few kilobytes, for which `torch.save`
+takes several times as long as the disk: `save_values` joins those of one dtype end to end, and
+keeps the structure around them in the file's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+STRUCTURE = "structure"
+_ALIGNMENT = 8
+_BUFFER_BYTES = 1 << 20
+# https://github.com/huggingface/safetensors#format
+_DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+def save_tensors(
+    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a safetensors file; the tensors may be on any device.
+
+    Raises:
+        OSError: the disk refused.
+        TypeError: a dtype that no checkpoint has.
+    """
+    whole = {name: (list(one.shape), [one.detach()]) for name, one in tensors.items()}
+    _write(whole, dict(metadata or {}), path)
+
+
+def save_values(values: Any, path: Path) -> None:
+    """Write dicts, lists, tuples, numbers, texts, None and strided tensors, nested at will.
+
+    Tensors come back on the CPU and contiguous, one that stands in several places as one.
+
+    Raises:
+        OSError: the disk refused.
+        TypeError: a value of another type.
+    """
+    packer = _Packer()
+    structure = json.dumps(packer.encode(values))
+    joined = {
+        name: ([sum(one.numel() for one in parts)], parts) for name, parts in packer.parts.items()
+    }
+    _write(joined, {STRUCTURE: structure}, path)
+
+
+def load_values(path: Path) -> Any:
+    """What `save_values` wrote, to the bit."""
+    with safe_open(path, framework="pt") as file:
+        structure = json.loads(file.metadata()[STRUCTURE])
+        joined = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return _Unpacker(joined).decode(structure)
+
+
+def _write(
+    entries: dict[str, tuple[list[int], list[torch.Tensor]]], metadata: dict[str, str], path: Path
+) -> None:
+    """Each entry is a shape, and the tensors that one after the other make it up."""
+    header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    # The widest dtype first, so that every tensor is aligned.
+    order = sorted(entries, key=lambda name: (-entries[name][1][0].element_size(), name))
+    end = 0
+    for name in order:
+        shape, parts = entries[name]
+        if parts[0].dtype not in _DTYPES:
+            raise TypeError(f"{name}: a tensor of {parts[0].dtype} cannot be written")
+        start, end = end, end + sum(part.numel() * part.element_size() for part in parts)
+        header[name] = {
+            "dtype": _DTYPES[parts[0].dtype],
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with path.open("wb", buffering=_BUFFER_BYTES) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            for part in _on_the_cpu(entries[name][1]):
+                file.write(part.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _on_the_cpu(parts: list[torch.Tensor]) -> Iterable[torch.Tensor]:
+    """Thousands of tensors on an accelerator are fetched at once."""
+    is_there = parts[0].device.type == "cpu"
+    return parts if is_there else [torch.cat([part.reshape(-1) for part in parts]).cpu()]
+
+
+class _Packer:
+    """Tensors by device and dtype, and where in each of these rows a tensor stands."""
+
+    def __init__(self) -> None:
+        self.parts: dict[str, list[torch.Tensor]] = {}
+        self._lengths: dict[str, int] = {}
+        self._known: dict[tuple[Any, ...], list[Any]] = {}
+
+    def encode(self, value: Any) -> Any:
+        """JSON in which a list is `["kind", ...]`, and so never mistaken for anything else."""
+        if isinstance(value, torch.Tensor):
+            return self._place_of(value.detach())
+        if isinstance(value, dict):
+            pairs = [[self.encode(key), self.encode(item)] for key, item in value.items()]
+            return ["dict", *pairs]
+        if type(value) in (list, tuple):
+            return [type(value).__name__, *map(self.encode, value)]
+        if value is None or type(value) in (bool, int, float, str):
+            return value
+        raise TypeError(f"a {type(value).__name__} cannot be written: {value!r}")
+
+    def _place_of(self, tensor: torch.Tensor) -> list[Any]:
+        shape = list(tensor.shape)
+        key = (tensor.device, tensor.dtype, tensor.data_ptr(), *shape, *tensor.stride())
+        if key not in self._known:
+            name = f"{tensor.device} {tensor.dtype}".replace("torch.", "")
+            start = self._lengths.get(name, 0)
+            self._lengths[name] = start + tensor.numel()
+            self.parts.setdefault(name, []).append(tensor)
+            self._known[key] = ["tensor", name, start, shape]
+        return self._known[key]
+
+
+class _Unpacker:
+    def __init__(self, joined: dict[str, torch.Tensor]) -> None:
+        self._joined = joined
+        self._known: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def decode(self, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        kind, *items = value
+        if kind == "tensor":
+            return self._tensor_at(*items)
+        if kind == "dict":
+            return {self.decode(key): self.decode(item) for key, item in items}
+        decoded = [self.decode(item) for item in items]
+        return tuple(decoded) if kind == "tuple" else decoded
+
+    def _tensor_at(self, name: str, start: int, shape: list[int]) -> torch.Tensor:
+        """A copy with memory of its own: kernels expect it to be aligned."""
+        place = (name, start, *shape)
+        if place not in self._known:
+            flat = self._joined[name][start : start + math.prod(shape)]
+            self._known[place] = flat.clone().reshape(shape)
+        return self._known[place]
