@@ -21,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +74,13 @@ def spread(values: list[float], form: str) -> str:
 
 
 def measure(files: dict[str, Save], scratch: Path, repeats: int) -> dict[str, Any]:
-    def write(draft: Path) -> None:
+    def write(draft: Path) -> Iterator[Path]:
         for name, save in files.items():
             save(draft / name)
+            yield draft / name
 
     (scratch / "once").mkdir()
-    write(scratch / "once")
-    contents = {path.name: path.read_bytes() for path in (scratch / "once").iterdir()}
+    contents = {path.name: path.read_bytes() for path in write(scratch / "once")}
     run_folder = scratch / "run"
     run_folder.mkdir()
     times: dict[str, list[float]] = {"written": [], "checkpoint": [], "rotation": []}

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from safetensors import safe_open
 
 STRUCTURE = "structure"
+_PLAIN = frozenset({type(None), bool, int, float, str})
 _ALIGNMENT = 8
 _BUFFER_BYTES = 1 << 20
 # https://github.com/huggingface/safetensors#format
@@ -97,47 +99,53 @@ def _write(
     with path.open("wb", buffering=_BUFFER_BYTES) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
-            for part in _on_the_cpu(entries[name][1]):
-                file.write(part.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _on_the_cpu(parts: list[torch.Tensor]) -> Iterable[torch.Tensor]:
-    """Thousands of tensors on an accelerator are fetched at once."""
-    is_there = parts[0].device.type == "cpu"
-    return parts if is_there else [torch.cat([part.reshape(-1) for part in parts]).cpu()]
+            flat = [part.cpu().reshape(-1) for part in entries[name][1]]
+            joined = torch.cat(flat) if len(flat) > 1 else flat[0]
+            file.write(joined.view(torch.uint8).numpy().data)
 
 
 class _Packer:
-    """Tensors by device and dtype, and where in each of these rows a tensor stands."""
+    """Tensors by dtype, and where in the row of its dtype each of them stands."""
 
     def __init__(self) -> None:
         self.parts: dict[str, list[torch.Tensor]] = {}
-        self._lengths: dict[str, int] = {}
-        self._known: dict[tuple[Any, ...], list[Any]] = {}
+        self._rows: dict[torch.dtype, _Row] = {}
+        self._known: dict[int, list[Any]] = {}
 
     def encode(self, value: Any) -> Any:
         """JSON in which a list is `["kind", ...]`, and so never mistaken for anything else."""
         if isinstance(value, torch.Tensor):
-            return self._place_of(value.detach())
+            place = self._known.get(id(value))
+            return self._place_of(value) if place is None else place
+        kind = type(value)
+        if kind in _PLAIN:
+            return value
         if isinstance(value, dict):
             pairs = [[self.encode(key), self.encode(item)] for key, item in value.items()]
             return ["dict", *pairs]
-        if type(value) in (list, tuple):
-            return [type(value).__name__, *map(self.encode, value)]
-        if value is None or type(value) in (bool, int, float, str):
-            return value
-        raise TypeError(f"a {type(value).__name__} cannot be written: {value!r}")
+        if kind in (list, tuple):
+            return [kind.__name__, *map(self.encode, value)]
+        raise TypeError(f"a {kind.__name__} cannot be written: {value!r}")
 
     def _place_of(self, tensor: torch.Tensor) -> list[Any]:
-        shape = list(tensor.shape)
-        key = (tensor.device, tensor.dtype, tensor.data_ptr(), *shape, *tensor.stride())
-        if key not in self._known:
-            name = f"{tensor.device} {tensor.dtype}".replace("torch.", "")
-            start = self._lengths.get(name, 0)
-            self._lengths[name] = start + tensor.numel()
-            self.parts.setdefault(name, []).append(tensor)
-            self._known[key] = ["tensor", name, start, shape]
-        return self._known[key]
+        row = self._rows.get(tensor.dtype)
+        if row is None:
+            row = self._rows[tensor.dtype] = _Row(str(tensor.dtype).removeprefix("torch."))
+            self.parts[row.name] = row.parts
+        place = ["tensor", row.name, row.length, list(tensor.shape)]
+        row.length += tensor.numel()
+        row.parts.append(tensor.detach())
+        self._known[id(tensor)] = place
+        return place
+
+
+@dataclass
+class _Row:
+    """The tensors of one dtype, end to end, and how many numbers they have."""
+
+    name: str
+    length: int = 0
+    parts: list[torch.Tensor] = field(default_factory=list)
 
 
 class _Unpacker:
