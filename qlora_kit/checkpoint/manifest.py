@@ -104,7 +104,7 @@ class Recorder:
         self._sync = sync
         self._flusher = ThreadPoolExecutor(1, "sync")  # one by one, in the order they come
         self._hasher = ThreadPoolExecutor(_HASHING_THREADS, "sha256")
-        self._pending: dict[str, tuple[Future[None], Future[FileRecord]]] = {}
+        self._pending: dict[Path, tuple[int, Future[None], Future[FileRecord]]] = {}
 
     def __enter__(self) -> Recorder:
         return self
@@ -115,9 +115,10 @@ class Recorder:
 
     def add(self, path: Path) -> None:
         """Take a file that is finished; one that was taken before is left alone."""
-        if path.name not in self._pending:
+        if path not in self._pending:
+            written = path.stat().st_mtime_ns
             flushed = self._flusher.submit(self._sync, path)
-            self._pending[path.name] = flushed, self._hasher.submit(_record_of, path)
+            self._pending[path] = written, flushed, self._hasher.submit(_record_of, path)
 
     def records(self) -> dict[str, FileRecord]:
         """Wait for all of them.
@@ -125,9 +126,14 @@ class Recorder:
         Raises:
             OSError: a file could not be flushed or read.
         """
-        for flushed, _ in self._pending.values():
+        found = {}
+        for path, (written, flushed, hashed) in sorted(self._pending.items()):
             flushed.result()
-        return {name: hashed.result() for name, (_, hashed) in sorted(self._pending.items())}
+            found[path.name] = hashed.result()
+            stat = path.stat()
+            is_same = (stat.st_mtime_ns, stat.st_size) == (written, found[path.name].num_bytes)
+            assert is_same, f"{path.name} was written to after it was finished"
+        return found
 
 
 def faults_of(folder: Path) -> tuple[str, ...]:

@@ -22,7 +22,6 @@ from safetensors import safe_open
 STRUCTURE = "structure"
 _PLAIN = frozenset({type(None), bool, int, float, str})
 _ALIGNMENT = 8
-_BUFFER_BYTES = 1 << 20
 # https://github.com/huggingface/safetensors#format
 _DTYPES = {
     torch.float64: "F64",
@@ -96,7 +95,7 @@ def _write(
         }
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    with path.open("wb", buffering=_BUFFER_BYTES) as file:
+    with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             flat = [part.cpu().reshape(-1) for part in entries[name][1]]
