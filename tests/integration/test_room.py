@@ -34,7 +34,7 @@ def test_no_room_on_the_disk(
 
     monkeypatch.setattr(shutil, "disk_usage", lambda _: DiskUsage(1 << 40, 1 << 40, 100_000))
     monkeypatch.setattr(run_module, "train_adapter", too_late)
-    with pytest.raises(HardwareError, match="for this run: .* 100,000 free") as error:
+    with pytest.raises(HardwareError, match=r"for this run: .* 100,000 free") as error:
         run_module.run_recipe(recipe)
     assert str(tmp_path) in str(error.value)
     assert "make room" in str(error.value)
