@@ -252,8 +252,8 @@ def test_checkpoints_are_whole_and_hold_what_they_should(run: Run) -> None:
         assert names >= {
             "adapter_model.safetensors",
             "adapter_config.json",
-            "optimizer.pt",
-            "random.pt",
+            "optimizer.safetensors",
+            "random.safetensors",
             "progress.json",
             "note.txt",
             "manifest.json",
