@@ -109,7 +109,7 @@ def test_the_lock_of_the_process_that_asks_is_nobodys_run(tmp_path: Path) -> Non
     with hold(tmp_path / "one", print):
         require_free(recipe_in(tmp_path / "one"))
         create_run(recipe_in(tmp_path / "one"))
-        with pytest.raises(RunError, match="already holds a run"):
+        with pytest.raises(RunError, match="already holds a run that was not finished"):
             require_free(recipe_in(tmp_path / "one"))
 
 
