@@ -1,6 +1,6 @@
 """Kills `train` hundreds of times, and sees that no run is lost, wrong or silently begun again.
 
-python tests/crash/harness.py --trials 200 --seed 1
+make crash-test N=200 SEED=1
 
 Every trial begins a run of some recipe, lets something happen to it once or several times in a row,
 and then lets the same command go on until it has ended by itself. What is then in the run's folder
@@ -19,14 +19,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
-
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parents[1])]
 
 from conftest import build_llama
 from crash.outcome import checkpoints_in, differences, outcome_of
@@ -47,7 +44,7 @@ SILENT = "silent short write"
 
 @dataclass(frozen=True)
 class Blow:
-    """What happens to one attempt: `fault` at operation number `at` of those that `where` counts."""
+    """What happens to one attempt: `fault`, at operation number `at` of those under `where`."""
 
     where: str
     """`files`: all of the run's and the cache's; `disk`: those of saving; `clock`: none."""
@@ -85,7 +82,8 @@ class Zygote:
         number = self.ask()["process"]
         if kill_after is not None:
             time.sleep(kill_after)
-            os.kill(number, 9)  # it is there until it is waited for, which comes next
+            with suppress(ProcessLookupError):
+                os.kill(number, 9)
         code = self.ask()["code"]
         return Attempt(code, Path(order["out"]).read_text(), Path(order["err"]).read_text())
 
@@ -102,10 +100,11 @@ def zygotes(count: int = 2) -> Iterator[list[Zygote]]:
                 "OMP_NUM_THREADS": "1",
                 "HF_HUB_OFFLINE": "1",
                 "TOKENIZERS_PARALLELISM": "false",
+                "PYTHONPATH": os.pathsep.join(one for one in sys.path if one),
             }
             process = held.enter_context(
                 subprocess.Popen(
-                    [sys.executable, str(HERE / "zygote.py")],
+                    [sys.executable, "-m", "crash.zygote"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     text=True,
@@ -146,6 +145,11 @@ class Case:
     def keeps_nothing(self) -> bool:
         train = json.loads(self.recipe.read_text(encoding="utf-8"))["train"]
         return train["save_strategy"] == "no" and "save_minutes" not in train
+
+    @property
+    def is_training_logged(self) -> bool:
+        log = self.run / "log.jsonl"
+        return log.exists() and bool(log.read_text(encoding="utf-8"))
 
     def order(self, **more: Any) -> dict[str, Any]:
         return {
@@ -308,9 +312,11 @@ def faults_in(done: Attempt, blow: Blow, case: Case) -> list[str]:
             wrong.append(f"no message after {blow}: {done.out[-300:]}{done.err[-300:]}")
     if done.code not in allowed:
         wrong.append(f"exit code {done.code} after {blow}: {done.out[-300:]}{done.err[-900:]}")
-    stopped = done.code in (130, 143) and "stopped by SIG" in done.out
-    if stopped and not newest_whole(case.run).step:
+    said = re.search(r"holds (checkpoint-\d+)", done.out)
+    if done.code in (130, 143) and case.is_training_logged and not case.keeps_nothing and not said:
         wrong.append(f"stopped, and no checkpoint: {done.out[-400:]}")
+    if said and not (case.run / said[1]).is_dir():
+        wrong.append(f"{said[1]} is told of, and not there")
     return wrong
 
 
@@ -365,7 +371,9 @@ def _tell(
     tally: Tally,
 ) -> None:
     places = ", ".join(f"{one.fault} at {one.at} ({name_of(case, one)})" for one in blows)
-    print(f"  {number} {'cold ' if cold else ''}{places}: {'FAILED' if wrong else 'ok'}", flush=True)
+    print(
+        f"  {number} {'cold ' if cold else ''}{places}: {'FAILED' if wrong else 'ok'}", flush=True
+    )
     if wrong:
         again = f"make crash-test SEED={seed} ONLY={number}"
         told = "\n    ".join([f"{case.recipe}: {[asdict(one) for one in blows]}", *wrong])

@@ -1,6 +1,6 @@
 """A process that has imported everything, and forks one that runs the command line.
 
-Started with `python zygote.py`. Reads one order a line as JSON from standard input and answers each
+Reads one order a line as JSON from standard input and answers each
 with two lines: the number of the process that it has forked, and later how that ended. The forked
 process is the real command line, signal handlers, interpreter exit and all; only the imports, which
 take longer than the run of a tiny model, are done beforehand.
@@ -14,8 +14,6 @@ import signal
 import sys
 from pathlib import Path
 from typing import Any
-
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[2])]
 
 from crash.faults import Watch
 from faulty_disk import FaultyDisk
