@@ -37,6 +37,8 @@ class Watch:
     """Counts operations on files under some folders; at number `at` (from 1) `fault` comes."""
 
     folders: list[str]
+    """Of what is written."""
+    read_folders: list[str] = field(default_factory=list)
     at: int = 0
     fault: str = "none"
     delay_seconds: float = 0.0
@@ -51,16 +53,20 @@ class Watch:
             return
         paths = [one for one in arguments if isinstance(one, str | os.PathLike)]
         path = next((p for p in map(os.fspath, paths) if self._is_watched(p)), None)
-        if path is None or (event == "open" and not (arguments[2] or 0) & _WRITING):
+        if path is None:
+            return
+        is_reading = event == "open" and not (arguments[2] or 0) & _WRITING
+        if is_reading and not path.startswith(tuple(self.read_folders)):
             return
         self.count += 1
         if self.fault == "none":
-            self._note(f"{event} {path}")
+            self._note(f"{'read' if is_reading else event} {path}")
         elif self.count == self.at:
             self._strike()
 
     def _is_watched(self, path: str | bytes) -> bool:
-        return isinstance(path, str) and os.path.abspath(path).startswith(tuple(self.folders))
+        folders = (*self.folders, *self.read_folders)
+        return isinstance(path, str) and os.path.abspath(path).startswith(folders)
 
     def _note(self, operation: str) -> None:
         if self.told:
