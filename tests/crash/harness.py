@@ -46,9 +46,9 @@ class Tally:
 def harness(folder: Path, trials: range, seed: int, only: int | None = None) -> Tally:
     """Trials by number; every few of them share a recipe."""
     tally = Tally()
-    model = folder / "model"
-    if not model.exists():
-        build_llama(model)
+    folder = folder / str(seed)
+    shutil.rmtree(folder, ignore_errors=True)
+    model = build_llama(folder / "model")
     with zygotes() as forks:
         case = None
         for number in trials if only is None else [only]:
