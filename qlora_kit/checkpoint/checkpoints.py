@@ -36,6 +36,8 @@ _LEFTOVER = re.compile(
     r"\.(?P<name>checkpoint-[0-9]+|adapter|last-good)\.[0-9a-f]{32}"
     r"\.(?P<state>draft|replaced|removed)"
 )
+# Of recipe.yaml, summary.json and the like, by the number of the process that was killed.
+_HALF_WRITTEN = re.compile(r"\.[a-z]+\.(json|yaml)\.[0-9]+")
 # How torch's C++ writer says that the disk did not take everything; there is no errno in it.
 _TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "Parent directory")
 
@@ -179,6 +181,11 @@ def _delete(folders: list[Path], run_folder: Path, disk: Disk) -> None:
         disk.remove(path)
 
 
+def is_half_written(path: Path) -> bool:
+    """Whether a process was killed before it gave this file its name."""
+    return bool(_HALF_WRITTEN.fullmatch(path.name))
+
+
 def clear_leftovers(run_folder: Path, disk: Disk = DISK) -> tuple[Path, ...]:
     """Put right what killed processes left; only for the process that holds the run's lock.
 
@@ -201,6 +208,10 @@ def clear_leftovers(run_folder: Path, disk: Disk = DISK) -> tuple[Path, ...]:
                 disk.rename(path, place)
                 disk.sync(run_folder)
             else:
+                disk.remove(path)
+                removed.append(path)
+        for path in (*run_folder.glob(".*"), *run_folder.glob("data/.*")):
+            if is_half_written(path):
                 disk.remove(path)
                 removed.append(path)
     return tuple(removed)

@@ -54,6 +54,7 @@ def enter(recipe: Recipe, allow_drift: bool, held: ExitStack, disk: Disk) -> Ent
     held.enter_context(hold(run.folder, warned.append))
     if not run.recipe.is_file() or run.is_finished:
         require_free(recipe)
+        clear_leftovers(run.folder, disk)
         return Entry(run, is_new=True, warned=tuple(warned))
     before = load_recipe(run.recipe)
     clear_leftovers(run.folder, disk)

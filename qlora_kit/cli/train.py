@@ -44,6 +44,10 @@ def command(
     reporter = console_reporter(to_stderr=as_json)
     if fresh and Path(loaded.run_dir).exists():
         loaded = loaded.model_copy(update={"run_dir": fresh_folder(loaded)})
+        reporter.say(
+            f"--fresh trains into {loaded.run_dir}. If that run is cut short, go on with it by "
+            f"run_dir={loaded.run_dir} in place of --fresh."
+        )
     finished = None if fresh else finished_run(loaded)
     if finished is not None:
         reporter.say(f"{finished.folder} is finished; --fresh trains again into a new folder.")

@@ -45,6 +45,8 @@ class Progress:
     num_padding_tokens: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
+    total_loss: float = 0.0
+    """Summed over the updates."""
     unlogged_losses: tuple[float, ...] = ()
     """Of the updates since the last line of the log."""
     seconds: float = 0.0

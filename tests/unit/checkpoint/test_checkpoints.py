@@ -282,3 +282,18 @@ def test_the_manifest_can_be_read_by_anyone(tmp_path: Path) -> None:
     publish_checkpoint(tmp_path / "checkpoint-8", writer(8, "old"))
     values = json.loads((tmp_path / "checkpoint-8" / MANIFEST_FILE).read_text())
     assert values["files"].keys() == content_of(8, "old").keys()
+
+
+def test_what_killed_processes_left_of_other_files_is_cleared_away(tmp_path: Path) -> None:
+    kept = ["adapter", "data/ledger.json", "merged", "recipe.yaml", ".lock"]
+    left = [
+        ".recipe.yaml.12",
+        ".summary.json.12",
+        "data/.ledger.json.12",
+    ]
+    for name in (*kept, *left):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert sorted(clear_leftovers(tmp_path)) == sorted(tmp_path / name for name in left)
+    files = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert sorted(str(path.relative_to(tmp_path)) for path in files) == sorted(kept)
