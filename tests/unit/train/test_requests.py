@@ -1,0 +1,60 @@
+"""Signals and the file that ask for a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from qlora_kit.train.requests import TRIGGER_FILE, listening
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+def test_signals_wait_for_the_end_of_an_update(tmp_path: Path) -> None:
+    with listening(tmp_path / TRIGGER_FILE) as requests, requests.deferred():
+        assert requests.stop_signal is None
+        send(signal.SIGTERM)
+        assert requests.stop_signal == signal.SIGTERM
+        assert not requests.take_save()
+
+
+def test_the_second_ends_it_at_once(tmp_path: Path) -> None:
+    with listening(tmp_path / TRIGGER_FILE) as requests, requests.deferred():
+        send(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+
+
+def test_outside_training_nothing_waits(tmp_path: Path) -> None:
+    with listening(tmp_path / TRIGGER_FILE), pytest.raises(KeyboardInterrupt):
+        send(signal.SIGTERM)
+
+
+def test_a_signal_asks_for_one_checkpoint(tmp_path: Path) -> None:
+    with listening(tmp_path / TRIGGER_FILE) as requests, requests.deferred():
+        send(signal.SIGUSR1)
+        assert requests.take_save()
+        assert not requests.take_save()
+        assert requests.stop_signal is None
+
+
+def test_the_file_asks_for_one_and_goes(tmp_path: Path) -> None:
+    trigger = tmp_path / TRIGGER_FILE
+    with listening(trigger) as requests:
+        trigger.touch()
+        assert requests.take_save()
+        assert not trigger.exists()
+        assert not requests.take_save()
+
+
+def test_handlers_are_put_back(tmp_path: Path) -> None:
+    before = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    with listening(tmp_path / TRIGGER_FILE):
+        assert signal.getsignal(signal.SIGTERM) != before[1]
+    after = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
+    assert after == before
