@@ -15,6 +15,7 @@ from qlora_kit.data.collate import Collator
 from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.errors import ModelError
 from qlora_kit.evaluate.windows import batch_windows, scored_positions
+from qlora_kit.out_of_memory import in_batches_that_fit
 from qlora_kit.report.reporter import Progress
 
 if TYPE_CHECKING:
@@ -86,9 +87,12 @@ def score_windows(
     """
     keeps = _takes_logits_to_keep(model)
     batches = batch_windows(windows, batch_size, vocab_size(model), not keeps)
-    for batch in batches:
+
+    def score(batch: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         with evaluation_mode(model), inference_context(model.device, compute_dtype):
-            scored = _score_batch(model, [windows[i] for i in batch], pad_token_id, keeps)
+            return _score_batch(model, [windows[i] for i in batch], pad_token_id, keeps)
+
+    for batch, scored in in_batches_that_fit(batches, score, model.device.type):
         for index, (logits, targets) in zip(batch, scored, strict=True):
             _require_numbers(logits, windows[index].origin)
             yield Scored(index, logits, targets)

@@ -20,6 +20,7 @@ from qlora_kit.evaluate.forward import (
     evaluation_mode,
     inference_context,
 )
+from qlora_kit.out_of_memory import in_batches_that_fit
 from qlora_kit.report.reporter import Progress
 
 if TYPE_CHECKING:
@@ -79,10 +80,13 @@ def generate_answers(
     for room, group in groupby(asked, key=lambda i: rooms[i]):
         members = list(group)
         config = greedy_config(room, stop_ids, tokenizer.pad_token_id)
-        for start in range(0, len(members), batch_size):
-            batch = members[start : start + batch_size]
+        batches = [members[at : at + batch_size] for at in range(0, len(members), batch_size)]
+
+        def answer(batch: Sequence[int], config: GenerationConfig = config) -> list[list[int]]:
             with evaluation_mode(model), inference_context(model.device, compute_dtype):
-                rows = _generate(model, [prompts[i] for i in batch], config)
+                return _generate(model, [prompts[i] for i in batch], config)
+
+        for batch, rows in in_batches_that_fit(batches, answer, model.device.type):
             for i, ids in zip(batch, rows, strict=True):
                 answers[i] = _answer(tokenizer, prompts[i], ids, stop_ids)
             progress.update(len(batch))

@@ -11,8 +11,8 @@ import torch.distributed
 
 from qlora_kit.data.sequences import IGNORE_INDEX
 from qlora_kit.errors import HardwareError
+from qlora_kit.out_of_memory import first_line, free_memory, is_out_of_memory
 from qlora_kit.train.loader import AnyCollator, Item, longest_of
-from qlora_kit.train.out_of_memory import first_line, free_memory, is_out_of_memory
 
 if TYPE_CHECKING:
     from torch import nn

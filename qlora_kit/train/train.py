@@ -15,6 +15,7 @@ import transformers
 from qlora_kit.checkpoint.disk import DISK, Disk
 from qlora_kit.environment import Hardware
 from qlora_kit.model.base import Base
+from qlora_kit.out_of_memory import limited_memory
 from qlora_kit.processes import ALONE, Processes
 from qlora_kit.report.reporter import Reporter
 from qlora_kit.train.arguments import training_arguments
@@ -25,7 +26,6 @@ from qlora_kit.train.continuation import Continuation, GoOn, items_per_update, s
 from qlora_kit.train.held_out import HeldOutLoss
 from qlora_kit.train.loader import BatchShape, MicroBatches
 from qlora_kit.train.memory import MemoryWatch
-from qlora_kit.train.out_of_memory import limited_memory
 from qlora_kit.train.requests import Requests
 from qlora_kit.train.saving import Saver
 from qlora_kit.train.snapshot import Progress

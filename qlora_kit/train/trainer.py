@@ -14,8 +14,8 @@ from transformers import Trainer
 from qlora_kit.data.collate import NOT_FOR_THE_MODEL, Batch
 from qlora_kit.errors import HardwareError, TrainingError
 from qlora_kit.model.adapter import require_float32_trainables
+from qlora_kit.out_of_memory import first_line, free_memory, is_out_of_memory
 from qlora_kit.train.loader import AnyCollator, MicroBatches, data_loader, divided
-from qlora_kit.train.out_of_memory import first_line, free_memory, is_out_of_memory
 from qlora_kit.train.snapshot import Progress, put_random_state_back, random_state
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ class QloraTrainer(Trainer):
         size = -(-per_device // self.divisor)
         self.hooks.warn(
             f"out of memory at update {self.progress.update + 1} ({reason}). From here on "
-            f"{size} sequences at a time instead of {per_device}, {self.divisor} times as often: "
+            f"{size} sequence{'s' * (size > 1)} at a time instead of {per_device}, {self.divisor} times as often: "
             "every update still trains on the same rows."
         )
 

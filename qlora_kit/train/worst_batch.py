@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qlora_kit.data.collate import Batch
+from qlora_kit.out_of_memory import first_line, free_memory, is_out_of_memory
 from qlora_kit.train.loader import collate
-from qlora_kit.train.out_of_memory import first_line, free_memory, is_out_of_memory
 from qlora_kit.train.snapshot import put_random_state_back, random_state
 
 if TYPE_CHECKING:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import gc
+import logging
 import resource
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 
+from qlora_kit.errors import HardwareError
+
+T = TypeVar("T")
+
+_logger = logging.getLogger(__name__)
 _MIB = 1024**2
 # What allocators say besides torch.OutOfMemoryError: torch's on a CPU, bitsandbytes', cuBLAS'.
 _WORDS = (
@@ -36,6 +43,45 @@ def free_memory(device: str) -> None:
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
+
+
+def in_batches_that_fit(
+    batches: Iterable[Sequence[int]], work: Callable[[Sequence[int]], T], device: str
+) -> Iterator[tuple[Sequence[int], T]]:
+    """What `work` makes of each batch of indices, in order; where memory runs out, of halves of it,
+    and of no more than so many at a time from then on.
+
+    Raises:
+        HardwareError: a single index is too much.
+    """
+    most: int | None = None
+    for batch in batches:
+        waiting = [batch]
+        while waiting:
+            part = waiting.pop()
+            if most is not None and len(part) > most:
+                waiting += [part[most:], part[:most]]
+                continue
+            try:
+                result = work(part)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = first_line(error)
+            else:
+                yield part, result
+                continue
+            free_memory(device)
+            if len(part) == 1:
+                raise HardwareError(
+                    f"out of memory while evaluating one row at a time ({reason}). Lower "
+                    "data.max_length or evaluate.window_tokens, or evaluate on another machine."
+                )
+            most = -(-len(part) // 2)
+            waiting.append(part)
+            _logger.warning(
+                "out of memory in evaluation (%s); from here on %d rows at a time", reason, most
+            )
 
 
 @contextmanager
