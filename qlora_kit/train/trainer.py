@@ -152,8 +152,8 @@ class QloraTrainer(Trainer):
         size = -(-per_device // self.divisor)
         self.hooks.warn(
             f"out of memory at update {self.progress.update + 1} ({reason}). From here on "
-            f"{size} sequence{'s' * (size > 1)} at a time instead of {per_device}, {self.divisor} times as often: "
-            "every update still trains on the same rows."
+            f"{size} sequence{'s' * (size > 1)} at a time instead of {per_device}, and "
+            f"{self.divisor} times as often: every update still trains on the same rows."
         )
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
