@@ -28,7 +28,7 @@ class Blow:
 
 PHASES = {
     "loading": r"^read ",
-    "data cache": r"/cache/",
+    "data cache": r"/cache(/|$)",
     "adapter": r"run/\.?adapter",
     "merge": r"run/\.?merged",
     "rotation": r"\.(removed|replaced)|^remove",

@@ -63,6 +63,8 @@ class Watch:
         self.count += 1
         if self.fault == "none":
             self._note(f"{'read' if is_reading else event} {path}")
+        elif self.count == self.at and is_reading and self.fault in _REFUSALS:
+            self.at += 1  # a full disk can be read
         elif self.count == self.at:
             self._strike()
 

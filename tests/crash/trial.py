@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from random import Random
 
-from crash.case import Blow, Case, phase_of
+from crash.case import Blow, Case
 from crash.forks import Attempt, Zygote
 from crash.outcome import differences, outcome_of
 
@@ -30,8 +30,6 @@ def _draw_blow(random: Random, case: Case) -> Blow:
     at = random.randint(1, len(case.operations))
     if random.random() < 0.6:  # most operations are of saves
         at = random.choice(random.choice(places))
-    if kind == "disk" and phase_of(case.operations[at - 1]) == "loading":
-        kind = "kill"  # what cannot be read is another matter
     if kind == "deep" and not case.disk_operations:
         kind = "kill"
     if kind == "kill":
