@@ -64,8 +64,9 @@ def try_it(case: Case, blows: list[Blow], cold: bool, forks: list[Zygote]) -> li
     was_silent = any(blow.fault == SILENT for blow in blows)
     for number, blow in enumerate(blows):
         step, is_begun = newest_whole(case.run).step, (case.run / "recipe.yaml").exists()
+        was_logged = case.is_training_logged
         done = strike(case, blow, forks[number % len(forks)])
-        wrong += faults_in(done, blow, case)
+        wrong += faults_in(done, blow, case, was_logged)
         wrong += restarted(done, step, is_begun)
         if newest_whole(case.run).step < step and not was_silent:
             wrong.append(f"checkpoint-{step} is gone, or damaged, after {blow}")
@@ -94,7 +95,7 @@ def restarted(done: Attempt, step: int, is_begun: bool) -> list[str]:
     return []
 
 
-def faults_in(done: Attempt, blow: Blow, case: Case) -> list[str]:
+def faults_in(done: Attempt, blow: Blow, case: Case, was_logged: bool) -> list[str]:
     """Whether an attempt ended as such a blow must end it."""
     wrong = []
     if "Traceback" in done.err or "Exception ignored" in done.err:
@@ -114,7 +115,9 @@ def faults_in(done: Attempt, blow: Blow, case: Case) -> list[str]:
     if done.code not in allowed:
         wrong.append(f"exit code {done.code} after {blow}: {done.out[-300:]}{done.err[-900:]}")
     said = re.search(r"holds (checkpoint-\d+)", done.out)
-    if done.code in (130, 143) and case.is_training_logged and not case.keeps_nothing and not said:
+    is_gentle = done.code in (130, 143) and blow.fault != "SIGINT twice"
+    has_trained = case.is_training_logged and not was_logged
+    if is_gentle and has_trained and not case.keeps_nothing and not said:
         wrong.append(f"stopped, and no checkpoint: {done.out[-400:]}")
     if said and not (case.run / said[1]).is_dir():
         wrong.append(f"{said[1]} is told of, and not there")
