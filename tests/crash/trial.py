@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from random import Random
 
 from crash.case import Blow, Case
@@ -57,10 +58,21 @@ def strike(case: Case, blow: Blow, zygote: Zygote) -> Attempt:
     return zygote.run(case.order(**watch))
 
 
-def try_it(case: Case, blows: list[Blow], cold: bool, forks: list[Zygote]) -> list[str]:
-    """What is wrong after the blows and the attempts that follow; empty where nothing is."""
+@dataclass(frozen=True)
+class Verdict:
+    """What is wrong after the blows and the attempts that follow, and which of them told."""
+
+    wrong: list[str]
+    landed: list[tuple[Blow, str]]
+    """Those that ended an attempt, with the phase that it was in; the others came when it was over,
+    or were of no account.
+    """
+
+
+def try_it(case: Case, blows: list[Blow], cold: bool, forks: list[Zygote]) -> Verdict:
     case.clear(cold)
     wrong: list[str] = []
+    landed: list[tuple[Blow, str]] = []
     was_silent = any(blow.fault == SILENT for blow in blows)
     for number, blow in enumerate(blows):
         step, is_begun = newest_whole(case.run).step, (case.run / "recipe.yaml").exists()
@@ -70,18 +82,22 @@ def try_it(case: Case, blows: list[Blow], cold: bool, forks: list[Zygote]) -> li
         wrong += restarted(done, step, is_begun)
         if newest_whole(case.run).step < step and not was_silent:
             wrong.append(f"checkpoint-{step} is gone, or damaged, after {blow}")
+        if done.code != case.code:
+            landed.append((blow, case.phase(blow)))
         if (case.run / "summary.json").exists():
             break
     step, is_begun = newest_whole(case.run).step, (case.run / "recipe.yaml").exists()
     if not (case.run / "summary.json").exists():
         done = forks[0].run(case.order(**case.watch()))
-        if done.code != case.code:
-            return [*wrong, f"it does not go on ({done.code}): {done.out[-600:]}{done.err[-1500:]}"]
+        if done.code != case.code or not (case.run / "summary.json").exists():
+            wrong.append(f"it does not go on ({done.code}): {done.out[-600:]}{done.err[-1500:]}")
+            return Verdict(wrong, landed)
         wrong += restarted(done, step, is_begun)
     again = forks[0].run(case.order(**case.watch()))
     if "is finished" not in again.out or again.code != case.code:
         wrong.append(f"it does not know that it is finished: {again.out[-500:]}{again.err[-500:]}")
-    return wrong + differences(case.expected, outcome_of(case.run))
+    wrong += differences(case.expected, outcome_of(case.run))
+    return Verdict(wrong, landed)
 
 
 def restarted(done: Attempt, step: int, is_begun: bool) -> list[str]:
