@@ -78,7 +78,10 @@ def _tell(
     wrong: list[str],
     tally: Tally,
 ) -> None:
-    places = ", ".join(f"{one.fault} at {one.at} ({case.phase(one)})" for one in blows)
+    places = ", ".join(
+        f"{one.fault} at {one.at or 'a moment'} ({one.where if one.at == 0 else case.phase(one)})"
+        for one in blows
+    )
     print(
         f"  {number} {'cold ' if cold else ''}{places}: {'FAILED' if wrong else 'ok'}", flush=True
     )

@@ -36,6 +36,7 @@ def test_a_run_that_is_killed_in_every_phase_is_the_run_that_was_not(
 def test_a_disk_that_fails_in_a_save_ends_with_a_message_and_loses_nothing(
     case: Case, forks: list[Zygote]
 ) -> None:
+    assert "sync log.jsonl" in case.disk_operations
     place = len(case.disk_operations) // 2
     faults = ("I/O error", "full disk", "silent short write", "kill half-way")
     blows = [Blow("disk", place - number, fault) for number, fault in enumerate(faults)]
