@@ -59,6 +59,8 @@ class Saver:
 
             run = around.run.folder
             require_room(run, snapshot_bytes(moving), around.disk)
+            if around.run.log.exists():  # a checkpoint says how long the log is
+                around.disk.sync(around.run.log)
             publish_checkpoint(run / f"checkpoint-{progress.update}", write, around.disk)
             rotate(run, self.spec.save_total_limit, self._best(run), around.disk)
         around.processes.wait()

@@ -28,7 +28,7 @@ class Blow:
 
 PHASES = {
     "loading": r"^read ",
-    "data cache": r"/cache/",
+    "data cache": r"/cache(/|$)",
     "adapter": r"run/\.?adapter",
     "merge": r"run/\.?merged",
     "rotation": r"\.(removed|replaced)|^remove",
@@ -82,11 +82,25 @@ class Case:
         return by_phase
 
     def phase(self, blow: Blow) -> str:
-        """Where in an undisturbed run a blow would fall."""
+        """Where in an undisturbed run a blow would fall; by the clock, where it fell just now."""
         if blow.where == "clock":
-            return "by the clock"
+            return f"by the clock, {self.stage}"
         listed = self.operations if blow.where == "files" else self.disk_operations
         return phase_of(listed[blow.at - 1]) if blow.at <= len(listed) else "other"
+
+    @property
+    def stage(self) -> str:
+        """How far a run has come, by what it has left."""
+        stages = {
+            "summary.json": "at the end",
+            "evaluation.json": "in merging",
+            "adapter": "in evaluation",
+            "log.jsonl": "in training",
+            "recipe.yaml": "before training",
+        }
+        return next(
+            (name for file, name in stages.items() if (self.run / file).exists()), "loading"
+        )
 
     @property
     def is_training_logged(self) -> bool:

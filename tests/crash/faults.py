@@ -43,6 +43,8 @@ class Watch:
     fault: str = "none"
     delay_seconds: float = 0.0
     """Of a kill: so long after the operation. For what is done between two of them."""
+    only: str = ""
+    """Count operations on files with this in their path alone."""
     told: str = ""
     """A file that the operations are listed in, where there is no fault."""
     count: int = 0
@@ -53,7 +55,7 @@ class Watch:
             return
         paths = [one for one in arguments if isinstance(one, str | os.PathLike)]
         path = next((p for p in map(os.fspath, paths) if self._is_watched(p)), None)
-        if path is None:
+        if path is None or self.only not in path:
             return
         is_reading = event == "open" and not (arguments[2] or 0) & _WRITING
         if is_reading and not path.startswith(tuple(self.read_folders)):
@@ -61,6 +63,8 @@ class Watch:
         self.count += 1
         if self.fault == "none":
             self._note(f"{'read' if is_reading else event} {path}")
+        elif self.count == self.at and is_reading and self.fault in _REFUSALS:
+            self.at += 1  # a full disk can be read
         elif self.count == self.at:
             self._strike()
 

@@ -35,7 +35,7 @@ class Tally:
     failures: list[str] = field(default_factory=list)
 
     def shown(self) -> str:
-        lines = [f"{sum(self.kills.values())} blows"]
+        lines = [f"{sum(self.kills.values())} blows that ended an attempt"]
         for title, counter in (("by phase", self.kills), ("by kind", self.faults)):
             listed = ", ".join(f"{name} {count}" for name, count in counter.most_common())
             lines.append(f"{title:9} {listed}")
@@ -59,12 +59,12 @@ def harness(folder: Path, trials: range, seed: int, only: int | None = None) -> 
                 print(f"recipe {recipe_seed}: {described(case)}", flush=True)
             random = Random(f"{seed} {number}")
             blows, cold = draw_blows(random, case), random.random() < 0.3
-            wrong = try_it(case, blows, cold, forks)
-            for blow in blows:
-                tally.kills[case.phase(blow)] += 1
+            verdict = try_it(case, blows, cold, forks)
+            for blow, phase in verdict.landed:
+                tally.kills[phase] += 1
                 tally.faults[blow.fault] += 1
-            _tell(number, seed, case, blows, cold, wrong, tally)
-            if place == TRIALS_PER_RECIPE - 1 and not wrong:
+            _tell(number, seed, case, blows, cold, verdict.wrong, tally)
+            if place == TRIALS_PER_RECIPE - 1 and not verdict.wrong:
                 shutil.rmtree(case.folder, ignore_errors=True)
     return tally
 
@@ -78,7 +78,10 @@ def _tell(
     wrong: list[str],
     tally: Tally,
 ) -> None:
-    places = ", ".join(f"{one.fault} at {one.at} ({case.phase(one)})" for one in blows)
+    places = ", ".join(
+        f"{one.fault} at {one.at or 'a moment'} ({one.where if one.at == 0 else case.phase(one)})"
+        for one in blows
+    )
     print(
         f"  {number} {'cold ' if cold else ''}{places}: {'FAILED' if wrong else 'ok'}", flush=True
     )

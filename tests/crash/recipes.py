@@ -54,7 +54,8 @@ def draw(random: Random, folder: Path) -> dict[str, Any]:
     has_eval_rows = "eval" in data or "held_out" in data
     return {
         "data": data,
-        "lora": _lora(random),
+        "lora": (lora := _lora(random)),
+        "quantization": random.choice([{}, {}, {"load_in_4bit": lora.get("init") == "loftq"}]),
         "train": _train(random, data.get("streaming", False), has_eval_rows),
         "evaluate": {"generate": {"max_new_tokens": 4}}
         if has_eval_rows and random.random() < 0.4
@@ -88,13 +89,19 @@ def _data(random: Random, folder: Path) -> dict[str, Any]:
 
 def _lora(random: Random) -> dict[str, Any]:
     lora: dict[str, Any] = {"r": 4, "alpha": 8, "dropout": random.choice([0.0, 0.1])}
-    kind = random.choice(["plain", "plain", "plain", "rslora", "modules to save", "new tokens"])
+    kind = random.choice(
+        ["plain", "plain", "rslora", "modules to save", "new tokens", "dora", "loftq", "gaussian"]
+    )
     if kind == "rslora":
         lora["use_rslora"] = True
     elif kind == "modules to save":
         lora["modules_to_save"] = ["lm_head"]
     elif kind == "new tokens":
         lora["new_tokens"] = ["<|one|>"]
+    elif kind == "dora":
+        lora["use_dora"] = True
+    elif kind in ("loftq", "gaussian"):
+        lora["init"] = kind
     return lora
 
 
@@ -135,6 +142,8 @@ def _saving(random: Random, train: dict[str, Any], has_eval_rows: bool) -> None:
         train["save_steps"] = steps
     if strategy != "no":
         train["save_total_limit"] = random.choice([1, 2, None])
+    if random.random() < 0.15:
+        train["report_to"] = ["tensorboard"]
     if random.random() < 0.25:
         train["save_minutes"] = 0.005
     if has_eval_rows and random.random() < 0.5:

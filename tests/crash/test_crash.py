@@ -14,7 +14,7 @@ import pytest
 from crash.case import PHASES, Blow, Case, prepare_case
 from crash.forks import Zygote
 from crash.outcome import checkpoints_in, differences, outcome_of
-from crash.trial import draw_blows, strike, try_it
+from crash.trial import draw_blows, try_it
 
 PATIENCE_SECONDS = 120
 
@@ -30,16 +30,17 @@ def test_a_run_that_is_killed_in_every_phase_is_the_run_that_was_not(
     """One after the other, from reading the model to writing the summary, in one run."""
     assert set(PHASES) <= set(case.places()), "this recipe has every phase"
     blows = [Blow("files", middle_of(case, phase), "kill") for phase in PHASES]
-    assert try_it(case, sorted(blows, key=lambda blow: blow.at), True, forks) == []
+    assert try_it(case, sorted(blows, key=lambda blow: blow.at), True, forks).wrong == []
 
 
 def test_a_disk_that_fails_in_a_save_ends_with_a_message_and_loses_nothing(
     case: Case, forks: list[Zygote]
 ) -> None:
+    assert "sync log.jsonl" in case.disk_operations
     place = len(case.disk_operations) // 2
-    faults = ("full disk", "I/O error", "short write", "silent short write", "kill half-way")
+    faults = ("I/O error", "full disk", "silent short write", "kill half-way")
     blows = [Blow("disk", place - number, fault) for number, fault in enumerate(faults)]
-    assert try_it(case, blows, False, forks) == []
+    assert try_it(case, blows, False, forks).wrong == []
 
 
 @pytest.mark.slow
@@ -51,21 +52,20 @@ def test_by_chance(tmp_path: Path, tiny_llama: Path, forks: list[Zygote]) -> Non
     case = prepare_case(tmp_path / "case", tiny_llama, seed, forks[0])
     for _ in range(2):
         blows = draw_blows(drawn, case)
-        assert try_it(case, blows, drawn.random() < 0.5, forks) == [], (seed, blows)
+        assert try_it(case, blows, drawn.random() < 0.5, forks).wrong == [], (seed, blows)
 
 
 def test_signals_save_and_end_with_their_own_code(case: Case, forks: list[Zygote]) -> None:
     """Twice in training and once after it, in one run."""
     case.clear(cold=False)
-    for phase, name, code in (
-        ("log", "SIGTERM", 143),
-        ("log", "SIGINT", 130),
-        ("evaluation", "SIGTERM", 143),
+    for place, name, code, saved in (
+        ("log.jsonl", "SIGTERM", 143, "checkpoint-2"),
+        ("log.jsonl", "SIGINT", 130, "checkpoint-3"),
+        ("evaluation.json", "SIGTERM", 143, "checkpoint-6"),
     ):
-        at = case.places()[phase][0]
-        ended = strike(case, Blow("files", at, name), forks[0])
+        watch = case.watch(at=1, fault=name, only=place)
+        ended = forks[0].run(case.order(**watch))
         assert ended.code == code, ended
-        saved = checkpoints_in(case.run)[-1]
         assert f"stopped by {name}. {case.run} holds {saved}. The same command goes on" in ended.out
     again = forks[0].run(case.order(**case.watch()))
     assert f"{saved} is whole; training goes on from there" in again.out
@@ -74,10 +74,9 @@ def test_signals_save_and_end_with_their_own_code(case: Case, forks: list[Zygote
 
 def test_usr1_and_a_file_save_and_training_goes_on(case: Case, forks: list[Zygote]) -> None:
     case.clear(cold=False)
-    places = case.places()
-    strike(case, Blow("files", places["log"][0], "kill"), forks[0])
+    forks[0].run(case.order(**case.watch(at=1, fault="kill", only="log.jsonl")))
     (case.run / "save-now").touch()
-    order = case.order(**case.watch(at=places["log"][1], fault="SIGUSR1"))
+    order = case.order(**case.watch(at=3, fault="SIGUSR1", only="log.jsonl"))
     order["arguments"].append("train.save_total_limit=null")
     assert forks[0].run(order).code == case.code
     # By the file after the first update, by the signal after the third.

@@ -51,6 +51,7 @@ def test_changes_that_it_can_go_on_with_are_listed(stopped: Case, forks: list[Zy
     assert "training goes on from there" in gone_on.out
 
 
+@pytest.mark.slow
 def test_drift_is_named_then_finished_is_said_and_fresh_deletes_nothing(
     stopped: Case, forks: list[Zygote]
 ) -> None:

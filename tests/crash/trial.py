@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from random import Random
 
-from crash.case import Blow, Case, phase_of
+from crash.case import Blow, Case
 from crash.forks import Attempt, Zygote
 from crash.outcome import differences, outcome_of
 
@@ -30,8 +31,6 @@ def _draw_blow(random: Random, case: Case) -> Blow:
     at = random.randint(1, len(case.operations))
     if random.random() < 0.6:  # most operations are of saves
         at = random.choice(random.choice(places))
-    if kind == "disk" and phase_of(case.operations[at - 1]) == "loading":
-        kind = "kill"  # what cannot be read is another matter
     if kind == "deep" and not case.disk_operations:
         kind = "kill"
     if kind == "kill":
@@ -59,30 +58,46 @@ def strike(case: Case, blow: Blow, zygote: Zygote) -> Attempt:
     return zygote.run(case.order(**watch))
 
 
-def try_it(case: Case, blows: list[Blow], cold: bool, forks: list[Zygote]) -> list[str]:
-    """What is wrong after the blows and the attempts that follow; empty where nothing is."""
+@dataclass(frozen=True)
+class Verdict:
+    """What is wrong after the blows and the attempts that follow, and which of them told."""
+
+    wrong: list[str]
+    landed: list[tuple[Blow, str]]
+    """Those that ended an attempt, with the phase that it was in; the others came when it was over,
+    or were of no account.
+    """
+
+
+def try_it(case: Case, blows: list[Blow], cold: bool, forks: list[Zygote]) -> Verdict:
     case.clear(cold)
     wrong: list[str] = []
+    landed: list[tuple[Blow, str]] = []
     was_silent = any(blow.fault == SILENT for blow in blows)
     for number, blow in enumerate(blows):
         step, is_begun = newest_whole(case.run).step, (case.run / "recipe.yaml").exists()
+        was_logged = case.is_training_logged
         done = strike(case, blow, forks[number % len(forks)])
-        wrong += faults_in(done, blow, case)
+        wrong += faults_in(done, blow, case, was_logged)
         wrong += restarted(done, step, is_begun)
         if newest_whole(case.run).step < step and not was_silent:
             wrong.append(f"checkpoint-{step} is gone, or damaged, after {blow}")
+        if done.code != case.code:
+            landed.append((blow, case.phase(blow)))
         if (case.run / "summary.json").exists():
             break
     step, is_begun = newest_whole(case.run).step, (case.run / "recipe.yaml").exists()
     if not (case.run / "summary.json").exists():
         done = forks[0].run(case.order(**case.watch()))
-        if done.code != case.code:
-            return [*wrong, f"it does not go on ({done.code}): {done.out[-600:]}{done.err[-1500:]}"]
+        if done.code != case.code or not (case.run / "summary.json").exists():
+            wrong.append(f"it does not go on ({done.code}): {done.out[-600:]}{done.err[-1500:]}")
+            return Verdict(wrong, landed)
         wrong += restarted(done, step, is_begun)
     again = forks[0].run(case.order(**case.watch()))
     if "is finished" not in again.out or again.code != case.code:
         wrong.append(f"it does not know that it is finished: {again.out[-500:]}{again.err[-500:]}")
-    return wrong + differences(case.expected, outcome_of(case.run))
+    wrong += differences(case.expected, outcome_of(case.run))
+    return Verdict(wrong, landed)
 
 
 def restarted(done: Attempt, step: int, is_begun: bool) -> list[str]:
@@ -96,7 +111,7 @@ def restarted(done: Attempt, step: int, is_begun: bool) -> list[str]:
     return []
 
 
-def faults_in(done: Attempt, blow: Blow, case: Case) -> list[str]:
+def faults_in(done: Attempt, blow: Blow, case: Case, was_logged: bool) -> list[str]:
     """Whether an attempt ended as such a blow must end it."""
     wrong = []
     if "Traceback" in done.err or "Exception ignored" in done.err:
@@ -116,7 +131,9 @@ def faults_in(done: Attempt, blow: Blow, case: Case) -> list[str]:
     if done.code not in allowed:
         wrong.append(f"exit code {done.code} after {blow}: {done.out[-300:]}{done.err[-900:]}")
     said = re.search(r"holds (checkpoint-\d+)", done.out)
-    if done.code in (130, 143) and case.is_training_logged and not case.keeps_nothing and not said:
+    is_gentle = done.code in (130, 143) and blow.fault != "SIGINT twice"
+    has_trained = case.is_training_logged and not was_logged
+    if is_gentle and has_trained and not case.keeps_nothing and not said:
         wrong.append(f"stopped, and no checkpoint: {done.out[-400:]}")
     if said and not (case.run / said[1]).is_dir():
         wrong.append(f"{said[1]} is told of, and not there")
