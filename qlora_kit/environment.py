@@ -11,7 +11,8 @@ import os
 import platform
 import time
 import warnings
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -153,6 +154,25 @@ def probe_hardware() -> Hardware:
         native_fp16=False,
         native_tf32=False,
         reason=reason,
+    )
+
+
+def common_hardware(machines: Sequence[Hardware]) -> Hardware:
+    """What all processes of a run can do, so that all decide alike; the first where they differ.
+
+    A timed probe may come out otherwise on the next process of the same machine.
+    """
+    first = machines[0]
+    memory = [one.device_memory_bytes for one in machines if one.device_memory_bytes is not None]
+    least = [one for one in machines if not one.native_bf16]
+    return replace(
+        first,
+        device_memory_bytes=min(memory) if memory else None,
+        host_memory_bytes=min(one.host_memory_bytes for one in machines),
+        native_bf16=all(one.native_bf16 for one in machines),
+        native_fp16=all(one.native_fp16 for one in machines),
+        native_tf32=all(one.native_tf32 for one in machines),
+        reason=least[0].reason if least else first.reason,
     )
 
 

@@ -19,11 +19,14 @@ from qlora_kit.checkpoint.entry import (
     Entry,
     enter,
     fingerprints_text,
+    require_alike,
     require_same_work,
+    require_visible,
 )
 from qlora_kit.checkpoint.run_directory import (
     RunDirectory,
     create_run,
+    fresh_folder,
     left_behind,
     write_json,
 )
@@ -31,6 +34,7 @@ from qlora_kit.data.prepare import Part, fingerprint_of, prepare_eval, prepare_t
 from qlora_kit.data.stream import StreamedSequences
 from qlora_kit.environment import (
     Hardware,
+    common_hardware,
     package_versions,
     probe_hardware,
     resolve_compute_dtype,
@@ -108,6 +112,7 @@ def run_recipe(
     """
     hardware = probe_hardware()
     processes = join(hardware.device)
+    hardware = common_hardware(processes.gathered(hardware))
     reporter = reporter if processes.is_main else SILENT
     with (
         ExitStack() as held,
@@ -115,15 +120,18 @@ def run_recipe(
         MemoryWatch(hardware.device) as memory,
     ):
         entry = processes.on_main(lambda: enter(recipe, allow_drift, held, disk))
+        processes.together(lambda: require_visible(entry))
         narrate.entry(reporter, entry)
         memory.phase("loading")
         ready = prepare(recipe, hardware, processes, reporter)
         prints = fingerprints(recipe, ready, hardware)
+        require_alike(processes.gathered(prints))
         continuation = None
         if entry.checkpoint is not None:
-            drift = require_same_work(entry.checkpoint, prints, allow_drift)
+            checkpoint = entry.checkpoint
+            drift = processes.together(lambda: require_same_work(checkpoint, prints, allow_drift))
             narrate.drift(reporter, drift)
-            continuation = Continuation.read(entry.checkpoint, allow_drift)
+            continuation = processes.together(lambda: Continuation.read(checkpoint, allow_drift))
         needed = bytes_to_write(recipe, ready.adapted, ready.held_out.sequences)
         run = processes.on_main(lambda: open_folder(recipe, entry, needed))
         if processes.is_main:
@@ -155,6 +163,12 @@ def run_recipe(
         return finish(recipe, ready, run, trained, hardware, memory, reporter)
 
 
+def in_fresh_folder(recipe: Recipe) -> Recipe:
+    """The recipe with a run_dir beside its own that is free, the same for every process."""
+    processes = join(probe_hardware().device)
+    return recipe.model_copy(update={"run_dir": processes.on_main(lambda: fresh_folder(recipe))})
+
+
 def prepare(
     recipe: Recipe, hardware: Hardware, processes: Processes, reporter: Reporter
 ) -> Prepared:
@@ -164,26 +178,34 @@ def prepare(
     require_tf32(recipe.train.tf32, hardware)
     narrate.hardware(reporter, hardware, compute_dtype, why, precision)
 
-    base = load_base(
-        recipe.model,
-        recipe.quantization,
-        getattr(torch, compute_dtype),
-        why,
-        hardware,
-        lora=recipe.lora,
+    base = processes.together(
+        lambda: load_base(
+            recipe.model,
+            recipe.quantization,
+            getattr(torch, compute_dtype),
+            why,
+            hardware,
+            lora=recipe.lora,
+        )
     )
     if recipe.evaluate.perplexity and recipe.data.has_eval_rows:
-        window_size(base.model, recipe.evaluate, recipe.data)  # rather now than after training
+        # Rather now than after training.
+        processes.together(lambda: window_size(base.model, recipe.evaluate, recipe.data))
     prepare_for_training(base.model)
     narrate.base(reporter, base, recipe.quantization)
 
-    with processes.first_here():
-        train = prepare_train(recipe.data, base.tokenizer, base.stop_ids)
-        held_out = prepare_eval(recipe.data, base.tokenizer, base.stop_ids)
+    train, held_out = processes.first_here(
+        lambda: (
+            prepare_train(recipe.data, base.tokenizer, base.stop_ids),
+            prepare_eval(recipe.data, base.tokenizer, base.stop_ids),
+        )
+    )
     narrate.data(reporter, train, held_out, base.tokenizer)
 
-    adapted = attach_adapter(base, recipe.lora, recipe.train.seed)
-    batches = plan_batches(adapted.model, base, train, held_out.sequences, recipe.data)
+    adapted = processes.together(lambda: attach_adapter(base, recipe.lora, recipe.train.seed))
+    batches = processes.together(
+        lambda: plan_batches(adapted.model, base, train, held_out.sequences, recipe.data)
+    )
     narrate.adapter(reporter, adapted, recipe)
     narrate.schedule(reporter, recipe.train, batches, processes.count)
     return Prepared(base, train, held_out, adapted, batches, precision)

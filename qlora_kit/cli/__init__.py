@@ -82,7 +82,8 @@ def main() -> None:
     try:
         app()
     except QloraKitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.is_told_elsewhere:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(141)

@@ -246,7 +246,7 @@ def _load_model(
     transformers_logging.set_verbosity_error()
     options: dict[str, Any] = {
         "dtype": compute_dtype,
-        "device_map": {"": hardware.device if hardware.device == "cpu" else f"{hardware.device}:0"},
+        "device_map": {"": place_of(hardware.device)},
         "trust_remote_code": spec.trust_remote_code,
         "use_safetensors": None if spec.allow_pickle else True,
         "local_files_only": True,
@@ -269,6 +269,11 @@ def _load_model(
     model.requires_grad_(False)
     model.eval()
     return model
+
+
+def place_of(device: str) -> str:
+    """The device of this process: under a launcher each has a GPU of its own, chosen by `join`."""
+    return device if device == "cpu" else f"{device}:{torch.cuda.current_device()}"
 
 
 def _compute_in(module: Any, compute_dtype: torch.dtype) -> None:
