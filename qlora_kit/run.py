@@ -39,13 +39,14 @@ from qlora_kit.environment import (
     probe_hardware,
     resolve_compute_dtype,
 )
-from qlora_kit.errors import RunStopped
+from qlora_kit.errors import ProcessLost, RunStopped
 from qlora_kit.evaluate.divergence import DEFAULT_MAX_TOKENS
 from qlora_kit.evaluate.evaluate import evaluate_model, evaluate_side_by_side, window_size
 from qlora_kit.export.merge_run import merge_after_training
 from qlora_kit.model.adapter import Adapted, attach_adapter
 from qlora_kit.model.base import Base, load_base, prepare_for_training
 from qlora_kit.model.saved import save_adapter, write_adapter
+from qlora_kit.model.shared import require_same_base, state_checksum
 from qlora_kit.model.tokenizer import template_hash, tokenizer_hash
 from qlora_kit.processes import Processes, join, leave
 from qlora_kit.recipe import Recipe, recipe_hash, recipe_text
@@ -154,7 +155,11 @@ def run_recipe(
             processes=processes,
             disk=disk,
         )
-        trained = train_adapter(model, base, ready.batches, recipe.train, around, continuation)
+        try:
+            trained = train_adapter(model, base, ready.batches, recipe.train, around, continuation)
+        except ProcessLost as lost:
+            lost.args = (f"{lost} {left_behind(recipe)}",)
+            raise
         leave(processes)
         if trained.stop_signal is not None:
             raise RunStopped(trained.stop_signal, left_behind(recipe))
@@ -178,7 +183,8 @@ def prepare(
     require_tf32(recipe.train.tf32, hardware)
     narrate.hardware(reporter, hardware, compute_dtype, why, precision)
 
-    base = processes.together(
+    is_shared = processes.count > 1 and recipe.quantization.num_bits < 16
+    base = (processes.first_here if is_shared else processes.together)(
         lambda: load_base(
             recipe.model,
             recipe.quantization,
@@ -186,8 +192,11 @@ def prepare(
             why,
             hardware,
             lora=recipe.lora,
+            is_shared=is_shared,
         )
     )
+    if processes.count > 1:
+        require_same_base(processes.gathered(state_checksum(base.model)))
     if recipe.evaluate.perplexity and recipe.data.has_eval_rows:
         # Rather now than after training.
         processes.together(lambda: window_size(base.model, recipe.evaluate, recipe.data))

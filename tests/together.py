@@ -32,6 +32,16 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
+def environment_of_launch() -> dict[str, str]:
+    """Ours, with this package first, and one thread for each process."""
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+    }
+
+
 def train_together(folder: Path, count: int, jobs: Sequence[Job]) -> list[list[str]]:
     """Train one after the other in `count` processes; what each raised, by job and rank.
 
@@ -42,16 +52,11 @@ def train_together(folder: Path, count: int, jobs: Sequence[Job]) -> list[list[s
     workers = []
     for rank in range(count):
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
-        environment = {name: str(value) for name, value in ranks.items()}
+        numbers = {name: str(value) for name, value in ranks.items()}
         workers.append(
             subprocess.Popen(
                 [sys.executable, __file__, str(plan)],
-                env={
-                    **os.environ,
-                    **environment,
-                    "MASTER_ADDR": "127.0.0.1",
-                    "OMP_NUM_THREADS": "1",
-                },
+                env={**environment_of_launch(), **numbers, "MASTER_ADDR": "127.0.0.1"},
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -83,7 +83,7 @@ def enter(recipe: Recipe, allow_drift: bool, held: ExitStack, disk: Disk) -> Ent
 
 
 def require_visible(entry: Entry) -> None:
-    """Raises RunError where this machine does not see the checkpoint that the main process found."""
+    """Raises RunError where the checkpoint that was found is not seen from this machine."""
     if entry.checkpoint is not None and not entry.checkpoint.is_dir():
         raise RunError(
             f"{socket.gethostname()} does not see {entry.checkpoint.absolute()}, which the main "

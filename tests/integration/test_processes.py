@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 from together import Job, train_together
 
+from qlora_kit.environment import cache_dir
 from qlora_kit.recipe import load_recipe
 from qlora_kit.run import run_recipe
 
@@ -83,15 +83,17 @@ def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     for variant, more in VARIANTS.items():
         wanted += [(f"{variant} {way}", way, more) for way in ("2 × 4 × 1", "2 × 2 × 2")]
     folders = {name: root / str(number) for number, (name, _, _) in enumerate(wanted)}
-    shared = []
+    shared = [Job(str(recipe), overrides("4 × 1 × 2", root / "nan", "train.learning_rate=1e30"))]
     for name, way, more in wanted:
         given = overrides(way, folders[name], *more)
         if WAYS[way][2] == 1:
             run_recipe(load_recipe(recipe, given))
         else:
             shared.append(Job(str(recipe), given))
-    assert train_together(root, 2, shared) == [["", ""]] * len(shared)
-    return folders
+    raised = train_together(root, 2, shared)
+    assert raised[1:] == [["", ""]] * len(shared[1:])
+    (root / "nan" / "raised.json").write_text(json.dumps(raised[0]))
+    return {**folders, "not finite": root / "nan"}
 
 
 @pytest.mark.parametrize("way", list(WAYS)[1:])
@@ -120,3 +122,16 @@ def test_packed_and_grouped_too(runs: dict[str, Path], variant: str) -> None:
     assert curve(shared, "tokens") == curve(alone, "tokens")
     assert curve(shared, "padding") == curve(alone, "padding")
     assert curve(alone) != pytest.approx(curve(runs["2 × 4 × 1"]), rel=FLOAT_ERROR)
+
+
+def test_the_base_is_quantized_once_and_read_by_the_others(runs: dict[str, Path]) -> None:
+    kept = list((cache_dir() / "quantized").iterdir())
+    assert len(kept) == 1
+    assert (kept[0] / "model.safetensors").is_file()
+
+
+def test_a_loss_that_is_not_finite_stops_all_and_is_told_by_one(runs: dict[str, Path]) -> None:
+    told, other = json.loads((runs["not finite"] / "raised.json").read_text())
+    assert "became nan at step" in told or "became inf at step" in told
+    assert other == f"(told elsewhere) {told}"
+    assert (runs["not finite"] / "last-good").is_dir()
