@@ -10,6 +10,7 @@ QloraKitError
 ├── RunError          a run directory is taken, missing, or incomplete
 ├── CheckpointError   a checkpoint could not be written; says which earlier one is whole
 ├── TrainingError     training cannot go on (a loss or gradient that is not finite)
+├── LaunchError       a launcher asks for what the recipe or the machine does not allow
 ├── ProcessLost       another process that took part in training has ended
 └── RunStopped        a signal ended training, and a checkpoint was written
 
@@ -57,6 +58,10 @@ class CheckpointError(QloraKitError):
 
 class TrainingError(QloraKitError):
     """Training cannot go on."""
+
+
+class LaunchError(QloraKitError):
+    """A launcher asks for what the recipe or the machine does not allow."""
 
 
 class ProcessLost(QloraKitError):

@@ -35,6 +35,7 @@ from qlora_kit.data.stream import StreamedSequences
 from qlora_kit.environment import (
     Hardware,
     common_hardware,
+    launcher_settings,
     package_versions,
     probe_hardware,
     resolve_compute_dtype,
@@ -43,6 +44,7 @@ from qlora_kit.errors import ProcessLost, RunStopped
 from qlora_kit.evaluate.divergence import DEFAULT_MAX_TOKENS
 from qlora_kit.evaluate.evaluate import evaluate_model, evaluate_side_by_side, window_size
 from qlora_kit.export.merge_run import merge_after_training
+from qlora_kit.launcher import require_launch
 from qlora_kit.model.adapter import Adapted, attach_adapter
 from qlora_kit.model.base import Base, load_base, prepare_for_training
 from qlora_kit.model.saved import save_adapter, write_adapter
@@ -181,6 +183,11 @@ def prepare(
     compute_dtype, why = resolve_compute_dtype(recipe.quantization.compute_dtype, hardware)
     precision = resolve_precision(recipe.train.precision, compute_dtype, hardware)
     require_tf32(recipe.train.tf32, hardware)
+    processes.together(
+        lambda: require_launch(
+            launcher_settings(), recipe, precision, hardware.device, processes.count
+        )
+    )
     narrate.hardware(reporter, hardware, compute_dtype, why, precision)
 
     is_shared = processes.count > 1 and recipe.quantization.num_bits < 16
