@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,7 +47,7 @@ from qlora_kit.export.merge_run import merge_after_training
 from qlora_kit.launcher import require_launch
 from qlora_kit.model.adapter import Adapted, attach_adapter
 from qlora_kit.model.base import Base, load_base, prepare_for_training
-from qlora_kit.model.saved import save_adapter, write_adapter
+from qlora_kit.model.saved import load_adapter, save_adapter, write_adapter
 from qlora_kit.model.shared import require_same_base, state_checksum
 from qlora_kit.model.tokenizer import template_hash, tokenizer_hash
 from qlora_kit.processes import Processes, join, leave
@@ -59,6 +59,7 @@ from qlora_kit.train.batching import Batching, plan_batches
 from qlora_kit.train.continuation import Continuation
 from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.requests import TRIGGER_FILE, listening
+from qlora_kit.train.sharded import gathered_trainables
 from qlora_kit.train.train import Surroundings, TrainResult, train_adapter
 
 if TYPE_CHECKING:
@@ -162,11 +163,15 @@ def run_recipe(
         except ProcessLost as lost:
             lost.args = (f"{lost} {left_behind(recipe)}",)
             raise
+        weights = gathered_trainables(model)
         leave(processes)
         if trained.stop_signal is not None:
             raise RunStopped(trained.stop_signal, left_behind(recipe))
         if not processes.is_main:
             return None
+        if weights is not None:
+            save_adapter(*adapter, run.adapter, weights)
+            ready = made_whole(recipe, ready, run, hardware)
         return finish(recipe, ready, run, trained, hardware, memory, reporter)
 
 
@@ -174,6 +179,21 @@ def in_fresh_folder(recipe: Recipe) -> Recipe:
     """The recipe with a run_dir beside its own that is free, the same for every process."""
     processes = join(probe_hardware().device)
     return recipe.model_copy(update={"run_dir": processes.on_main(lambda: fresh_folder(recipe))})
+
+
+def made_whole(recipe: Recipe, ready: Prepared, run: RunDirectory, hardware: Hardware) -> Prepared:
+    """Of a model that was trained sharded, all of it in this process, with the adapter saved."""
+    base = load_base(
+        recipe.model,
+        recipe.quantization,
+        ready.base.compute_dtype,
+        ready.base.compute_reason,
+        hardware,
+        adapter=run.adapter,
+        is_shared=True,
+    )
+    model, _ = load_adapter(base, recipe.quantization, run.adapter)
+    return replace(ready, base=base, adapted=replace(ready.adapted, model=model))
 
 
 def prepare(

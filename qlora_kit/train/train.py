@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,10 +73,10 @@ class Surroundings:
     memory: MemoryWatch
     reporter: Reporter
     requests: Requests
-    write_adapter: Callable[[Path], None]
-    """Write the adapter's files into an empty folder."""
-    keep_adapter: Callable[[Path], None]
-    """Write the adapter into a folder that appears whole."""
+    write_adapter: Callable[..., None]
+    """Write the adapter's files into an empty folder; of a sharded one, the given `weights`."""
+    keep_adapter: Callable[..., None]
+    """The same into a folder that appears whole."""
     records: Mapping[str, str]
     """Further text files of a checkpoint, by name."""
     processes: Processes = ALONE

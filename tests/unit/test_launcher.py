@@ -38,7 +38,14 @@ def command_of(path: Path) -> list[str]:
 
 
 def test_there_are_configurations() -> None:
-    wanted = {"one_gpu", "ddp", "ddp_multinode", "fsdp2_qlora", "deepspeed_zero2", "deepspeed_zero3"}
+    wanted = {
+        "one_gpu",
+        "ddp",
+        "ddp_multinode",
+        "fsdp2_qlora",
+        "deepspeed_zero2",
+        "deepspeed_zero3",
+    }
     assert {path.stem for path in CONFIGURATIONS} == wanted
 
 
@@ -90,7 +97,9 @@ def test_accelerate_reads_it_and_the_kit_accepts_its_command(
 def test_a_script_opens_with_its_command_and_names_a_recipe(path: Path) -> None:
     words = command_of(path)
     assert str(path.relative_to(ROOT)) in words
-    named = [one for one in re.findall(r"recipes/[\w./-]+\.yaml", " ".join(words)) if "sky" not in one]
+    named = [
+        one for one in re.findall(r"recipes/[\w./-]+\.yaml", " ".join(words)) if "sky" not in one
+    ]
     assert named
     assert all((ROOT / one).is_file() for one in named)
 
