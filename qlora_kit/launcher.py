@@ -68,8 +68,8 @@ def _fsdp_faults(
         )
     if asked.fsdp_activation_checkpointing and train.gradient_checkpointing:
         yield (
-            "fsdp_activation_checkpointing beside the recipe's train.gradient_checkpointing; set one "
-            "of them to false"
+            "fsdp_activation_checkpointing beside the recipe's train.gradient_checkpointing; set "
+            "one of them to false"
         )
     if quantization.num_bits == 4 and quantization.quant_storage == "uint8":
         yield (

@@ -1,4 +1,4 @@
-"""FSDP2's `fully_shard` on two gloo processes: the model is shared out, and trains as if it were not.
+"""FSDP2's `fully_shard` on two gloo processes: shared out, a model trains as if it were whole.
 
 The Trainer's own way to it needs GPUs (on a CPU it becomes DDP, which is refused): tests/gpu.
 """
