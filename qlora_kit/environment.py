@@ -11,8 +11,7 @@ import os
 import platform
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -96,6 +95,8 @@ class LauncherSettings:
     accumulation: str = ""
     megatron: bool = False
     parallel: bool = False
+    left_alone: bool = False
+    """Whether several processes were asked for on a CPU, of which accelerate starts one."""
 
     @property
     def is_sharded(self) -> bool:
@@ -124,6 +125,9 @@ def launcher_settings() -> LauncherSettings:
         accumulation=text("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),
         megatron=is_on("ACCELERATE_USE_MEGATRON_LM"),
         parallel=is_on("ACCELERATE_USE_PARALLELISM_CONFIG"),
+        left_alone=is_on("ACCELERATE_USE_CPU")
+        and bool(text("MASTER_PORT"))
+        and not text("WORLD_SIZE"),
     )
 
 
@@ -203,25 +207,6 @@ def probe_hardware() -> Hardware:
         native_fp16=False,
         native_tf32=False,
         reason=reason,
-    )
-
-
-def common_hardware(machines: Sequence[Hardware]) -> Hardware:
-    """What all processes of a run can do, so that all decide alike; the first where they differ.
-
-    A timed probe may come out otherwise on the next process of the same machine.
-    """
-    first = machines[0]
-    memory = [one.device_memory_bytes for one in machines if one.device_memory_bytes is not None]
-    least = [one for one in machines if not one.native_bf16]
-    return replace(
-        first,
-        device_memory_bytes=min(memory) if memory else None,
-        host_memory_bytes=min(one.host_memory_bytes for one in machines),
-        native_bf16=all(one.native_bf16 for one in machines),
-        native_fp16=all(one.native_fp16 for one in machines),
-        native_tf32=all(one.native_tf32 for one in machines),
-        reason=least[0].reason if least else first.reason,
     )
 
 

@@ -46,6 +46,11 @@ def _faults(asked: LauncherSettings, precision: str) -> Iterator[str]:
         yield (
             f"dynamo_backend: {asked.dynamo_backend}, but nothing here is compiled; set it to 'no'"
         )
+    if asked.left_alone:
+        yield (
+            "several processes on a CPU, of which accelerate starts only one; launch them with "
+            "torchrun --nproc-per-node"
+        )
     for name, is_asked in (("Megatron-LM", asked.megatron), ("parallelism_config", asked.parallel)):
         if is_asked:
             yield f"{name}, but training here is data parallel; remove it from the configuration"

@@ -7,13 +7,13 @@ is gone, ends the others with ProcessLost.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
-from qlora_kit.environment import launched
+from qlora_kit.environment import Hardware, launched
 from qlora_kit.errors import HardwareError, ProcessLost, QloraKitError
 
 # Rank 0 may quantize a large base, or tokenize a large data set, while the others wait.
@@ -177,6 +177,25 @@ def require_gpus(count_here: int) -> None:
             f"{count_here} processes were launched on this machine, which has {there} "
             f"GPU{'s' * (there != 1)}; launch {there} (--nproc-per-node, --num_processes)."
         )
+
+
+def common_hardware(machines: Sequence[Hardware]) -> Hardware:
+    """What all processes of a run can do, so that all decide alike; the first where they differ.
+
+    A timed probe may come out otherwise on the next process of the same machine.
+    """
+    first = machines[0]
+    memory = [one.device_memory_bytes for one in machines if one.device_memory_bytes is not None]
+    least = [one for one in machines if not one.native_bf16]
+    return replace(
+        first,
+        device_memory_bytes=min(memory) if memory else None,
+        host_memory_bytes=min(one.host_memory_bytes for one in machines),
+        native_bf16=all(one.native_bf16 for one in machines),
+        native_fp16=all(one.native_fp16 for one in machines),
+        native_tf32=all(one.native_tf32 for one in machines),
+        reason=least[0].reason if least else first.reason,
+    )
 
 
 def leave(processes: Processes) -> None:

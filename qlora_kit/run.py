@@ -34,7 +34,6 @@ from qlora_kit.data.prepare import Part, fingerprint_of, prepare_eval, prepare_t
 from qlora_kit.data.stream import StreamedSequences
 from qlora_kit.environment import (
     Hardware,
-    common_hardware,
     launcher_settings,
     package_versions,
     probe_hardware,
@@ -50,7 +49,7 @@ from qlora_kit.model.base import Base, load_base, prepare_for_training
 from qlora_kit.model.saved import load_adapter, save_adapter, write_adapter
 from qlora_kit.model.shared import require_same_base, state_checksum
 from qlora_kit.model.tokenizer import template_hash, tokenizer_hash
-from qlora_kit.processes import Processes, join, leave
+from qlora_kit.processes import Processes, common_hardware, join, leave
 from qlora_kit.recipe import Recipe, recipe_hash, recipe_text
 from qlora_kit.report import narrate
 from qlora_kit.report.reporter import SILENT, Reporter

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from qlora_kit.atomic import ANOTHER_CACHE, published_folder, require_disk
 from qlora_kit.environment import cache_dir, package_versions
@@ -62,14 +63,11 @@ def load_shared(folder: Path, load: Callable[[Path | None], PreTrainedModel]) ->
     Raises:
         HardwareError: there is no room for it.
     """
-    if (folder / _STATE_FILE).is_file():
-        model = load(folder)
-        kept = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
-        if state_checksum(model) == kept["checksum"]:
-            _stamp(folder)
-            return model
-        del model
-        shutil.rmtree(folder, ignore_errors=True)
+    kept = _read_kept(folder, load) if folder.is_dir() else None
+    if kept is not None:
+        _stamp(folder)
+        return kept
+    shutil.rmtree(folder, ignore_errors=True)
     model = load(None)
     num_bytes = sum(one.numel() * one.element_size() for one in model.state_dict().values())
     require_disk(folder, num_bytes + _OTHER_FILES_BYTES, "the quantized base", ANOTHER_CACHE)
@@ -81,6 +79,18 @@ def load_shared(folder: Path, load: Callable[[Path | None], PreTrainedModel]) ->
     model.config.dtype = dtype  # which saving turns into a text
     _stamp(folder)
     return model
+
+
+def _read_kept(
+    folder: Path, load: Callable[[Path | None], PreTrainedModel]
+) -> PreTrainedModel | None:
+    """None where it is damaged."""
+    try:
+        values = json.loads((folder / _STATE_FILE).read_text(encoding="utf-8"))
+        model = load(folder)
+        return model if state_checksum(model) == values["checksum"] else None
+    except (OSError, ValueError, KeyError, SafetensorError, ModelError):
+        return None
 
 
 def state_checksum(model: nn.Module) -> str:

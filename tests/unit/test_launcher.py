@@ -121,6 +121,7 @@ def test_sky_is_yaml_and_starts_train() -> None:
     [
         (LauncherSettings(mixed_precision="bf16"), (), "cpu", "recipe trains in fp32"),
         (LauncherSettings(dynamo_backend="INDUCTOR"), (), "cpu", "nothing here is compiled"),
+        (LauncherSettings(left_alone=True), (), "cpu", "starts only one"),
         (LauncherSettings(megatron=True), (), "cuda", "Megatron-LM"),
         (LauncherSettings(parallel=True), (), "cuda", "parallelism_config"),
         (FSDP, SHARDABLE, "cpu", "silently become DDP"),
@@ -155,6 +156,24 @@ def test_what_says_nothing_is_accepted() -> None:
     quiet = LauncherSettings(mixed_precision="no", dynamo_backend="NO")
     require_launch(quiet, recipe(), "bf16", "cuda", 2)
     require_launch(replace(quiet, mixed_precision="bf16"), recipe(), "bf16", "cuda", 2)
+
+
+def test_accelerate_on_a_cpu_starts_one_process_whatever_it_is_told(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_simple_launcher_cmd_env
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for count in ("1", "2"):
+        words = ["--cpu", "--num_processes", count, "--num_machines", "1", "-m", "qlora_kit"]
+        arguments = launch_command_parser().parse_args([*words, "train"])
+        arguments.use_cpu, arguments.mixed_precision = True, "no"
+        arguments.dynamo_backend, arguments.num_cpu_threads_per_process = "no", 1
+        variables = prepare_simple_launcher_cmd_env(arguments)[1]
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "environ", variables)
+            assert launcher_settings().left_alone == (count == "2")
 
 
 def test_a_verb_for_one_process_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:

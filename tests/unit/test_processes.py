@@ -13,7 +13,7 @@ import pytest
 from qlora_kit.checkpoint.drift import Fingerprints
 from qlora_kit.checkpoint.entry import Entry, require_alike, require_visible
 from qlora_kit.checkpoint.run_directory import RunDirectory
-from qlora_kit.environment import common_hardware, probe_hardware
+from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import (
     DataError,
     Fault,
@@ -24,7 +24,7 @@ from qlora_kit.errors import (
     RecipeError,
     RunError,
 )
-from qlora_kit.processes import Processes, require_gpus, same_everywhere
+from qlora_kit.processes import Processes, common_hardware, require_gpus, same_everywhere
 
 T = TypeVar("T")
 
@@ -114,7 +114,7 @@ def test_what_each_finds_by_itself_is_told_once_a_machine(monkeypatch: pytest.Mo
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     require_gpus(2)
-    with pytest.raises(HardwareError, match="4 processes were launched .* has 2 GPUs"):
+    with pytest.raises(HardwareError, match=r"4 processes were launched .* has 2 GPUs"):
         require_gpus(4)
 
 

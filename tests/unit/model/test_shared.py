@@ -77,14 +77,21 @@ def test_what_is_read_is_what_was_quantized(tiny_llama: Path, cache: Path, kind:
     assert wrote.model.config.dtype == read.model.config.dtype == torch.float32
 
 
-def test_a_damaged_one_is_made_anew(tiny_llama: Path, cache: Path) -> None:
+@pytest.mark.parametrize("where", [-100, -50_000, "short", "state"])
+def test_a_damaged_one_is_made_anew(tiny_llama: Path, cache: Path, where: int | str) -> None:
     whole = state_checksum(load(tiny_llama).model)
     (weights,) = cache.glob("*/model.safetensors")
     content = bytearray(weights.read_bytes())
-    content[-100] ^= 1
-    weights.write_bytes(content)
+    if where == "state":
+        (weights.parent / "state.json").write_text("{")
+    elif isinstance(where, int):
+        content[where] ^= 1
+        weights.write_bytes(content)
+    else:
+        weights.write_bytes(content[:-1000])
+    before = weights.stat().st_mtime_ns
     assert state_checksum(load(tiny_llama).model) == whole
-    assert weights.read_bytes() != content
+    assert weights.stat().st_mtime_ns != before
 
 
 def test_what_nobody_used_for_a_month_is_removed(tiny_llama: Path, cache: Path) -> None:
@@ -97,9 +104,7 @@ def test_what_nobody_used_for_a_month_is_removed(tiny_llama: Path, cache: Path) 
     assert left != old
 
 
-def test_no_room_is_said(
-    tiny_llama: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_room_is_said(tiny_llama: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})()
     monkeypatch.setattr("qlora_kit.atomic.shutil.disk_usage", lambda place: usage)
     with pytest.raises(HardwareError, match="QLORA_KIT_CACHE"):
