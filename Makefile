@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test test-full check format lock
+.PHONY: help install quickstart test test-full crash-test check format lock
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,6 +29,16 @@ test: $(INSTALLED) ## every test that needs no GPU
 
 test-full: $(INSTALLED) ## the same, and the slow ones
 	$(BIN)/python -m pytest -m "not gpu"
+
+# Of crash-test: how many trials, the seed that they are drawn with (empty: another every time),
+# one trial alone by its number, and a scratch folder in which failures are left.
+N ?= 200
+SEED ?=
+ONLY ?=
+SCRATCH ?= $(or $(TMPDIR),/tmp)/qlora-kit-crash-test
+
+crash-test: $(INSTALLED) ## kill N=200 runs of random recipes at random places, SEED=… to repeat (an hour)
+	PYTHONPATH=tests $(BIN)/python -m crash.harness --trials $(N) --folder $(SCRATCH) $(if $(SEED),--seed $(SEED)) $(if $(ONLY),--only $(ONLY))
 
 check: $(INSTALLED) ## before a commit: format, lint, types, fast tests
 	$(BIN)/ruff format --check .

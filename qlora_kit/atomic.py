@@ -52,7 +52,7 @@ def published_folder(folder: Path) -> Iterator[Path]:
     """
     with draft_beside(folder) as draft:
         yield draft
-        _flush(draft)
+        flush_folder(draft)
         try:
             draft.rename(folder)
         except OSError:
@@ -69,7 +69,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
     """
     with draft_beside(folder) as draft:
         yield draft
-        _flush(draft)
+        flush_folder(draft)
         aside = draft.with_suffix(".replaced")
         try:
             if folder.exists():
@@ -82,7 +82,8 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(aside, ignore_errors=True)
 
 
-def _flush(draft: Path) -> None:
+def flush_folder(draft: Path) -> None:
+    """Bring flat files and their names to the disk."""
     for path in draft.iterdir():
         # safetensors writes files that only their owner may read; the others follow the umask.
         path.chmod(draft.stat().st_mode & 0o666)

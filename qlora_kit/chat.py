@@ -33,9 +33,14 @@ class Reply:
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message], is_conversation: bool = True
+    tokenizer: PreTrainedTokenizerBase,
+    messages: Sequence[Message],
+    is_conversation: bool = True,
+    split_special_tokens: bool = True,
 ) -> tuple[int, ...]:
     """A conversation as the model is to see it; else the last message alone, as it stands.
+
+    `split_special_tokens` as the recipe has it: whether what that one spells of them is text.
 
     Raises:
         DataError: the template refuses the conversation, or no token comes of it.
@@ -44,7 +49,8 @@ def prompt_ids(
         asked = (*messages, Message("assistant", ""))
         prompt = render_prompt(Conversation(asked, _ORIGIN), tokenizer)
     else:
-        prompt = render_prompt(PromptCompletion(messages[-1].content, "", _ORIGIN), tokenizer)
+        asked_for = PromptCompletion(messages[-1].content, "", _ORIGIN, split_special_tokens)
+        prompt = render_prompt(asked_for, tokenizer)
     if prompt is None or not prompt.input_ids:
         raise DataError("the tokenizer makes no token of this line, so there is nothing to answer.")
     return prompt.input_ids

@@ -32,6 +32,7 @@ from qlora_kit.checkpoint.run_directory import (
 )
 from qlora_kit.data.prepare import Part, fingerprint_of, prepare_eval, prepare_train
 from qlora_kit.data.stream import StreamedSequences
+from qlora_kit.endings import told_how_it_ends
 from qlora_kit.environment import (
     Hardware,
     launcher_settings,
@@ -67,7 +68,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
-    from qlora_kit.data.render import TokenSequence
+    from qlora_kit.data.sequences import TokenSequence
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,7 @@ def run_recipe(
     with (
         ExitStack() as held,
         listening(Path(recipe.run_dir) / TRIGGER_FILE) as requests,
+        told_how_it_ends(recipe, requests),
         MemoryWatch(hardware.device) as memory,
     ):
         entry = processes.on_main(lambda: enter(recipe, allow_drift, held, disk))

@@ -81,9 +81,10 @@ def main(model: str, storage: str, folder: Path) -> None:
     described = (shared.model, base, quantization, "0" * 64)
     if rank == 0:
         folder.mkdir()
-        write_snapshot(
+        written = write_snapshot(
             folder, taken, Progress(3), SHAPE, [{}, {}], partial(write_adapter, *described)
         )
+        assert len(list(written)) == 2
     dist.barrier()
     _, _, again = build(model, quantization, sharded=True)
     read_snapshot(folder, again)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,19 +21,23 @@ from qlora_kit.checkpoint.manifest import (
     CHECKPOINT_NAME,
     MANIFEST_FILE,
     Manifest,
+    Recorder,
     faults_at_a_glance,
     faults_of,
     manifest_bytes,
-    record_files,
     step_of,
 )
 from qlora_kit.errors import CheckpointError
 from qlora_kit.model.reason import reason_of
 
+Write = Callable[[Path], Iterable[Path] | None]
+
 _LEFTOVER = re.compile(
     r"\.(?P<name>checkpoint-[0-9]+|adapter|last-good)\.[0-9a-f]{32}"
     r"\.(?P<state>draft|replaced|removed)"
 )
+# Of recipe.yaml, summary.json and the like, by the number of the process that was killed.
+_HALF_WRITTEN = re.compile(r"\.[a-z]+\.(json|yaml)\.[0-9]+")
 # How torch's C++ writer says that the disk did not take everything; there is no errno in it.
 _TORCH_WRITER = ("inline_container", "PytorchStreamWriter", "Parent directory")
 
@@ -52,9 +56,12 @@ class Found:
         return 0 if self.folder is None else step_of(self.folder)
 
 
-def publish_checkpoint(folder: Path, write: Callable[[Path], None], disk: Disk = DISK) -> None:
+def publish_checkpoint(folder: Path, write: Write, disk: Disk = DISK) -> None:
     """Make the checkpoint `folder` (`checkpoint-N`) of the flat files that `write` puts into a
     draft; one of the same step that is there already is replaced.
+
+    A `write` that yields each file as it is finished is faster: one is flushed and hashed while
+    the next is written. Large files go first.
 
     Raises:
         CheckpointError: the disk refused; what was there before is as it was.
@@ -64,8 +71,12 @@ def publish_checkpoint(folder: Path, write: Callable[[Path], None], disk: Disk =
     with _told(f"{folder.name} could not be written", folder.parent, disk):
         try:
             draft.mkdir()
-            write(draft)
-            _seal(draft, step, disk)
+            with Recorder(disk.sync) as recorder:
+                for path in write(draft) or ():
+                    _finish(path, recorder)
+                for path in sorted(draft.iterdir()):
+                    _finish(path, recorder)
+                _seal(draft, Manifest(step, recorder.records()), disk)
             aside = _put_in_place(draft, folder, disk)
             disk.sync(folder.parent)
         finally:
@@ -74,19 +85,20 @@ def publish_checkpoint(folder: Path, write: Callable[[Path], None], disk: Disk =
         _try_to_remove(aside, disk)
 
 
-def _seal(draft: Path, step: int, disk: Disk) -> None:
-    """Flush every file, then write the manifest that makes the folder a checkpoint."""
-    paths = sorted(draft.iterdir())
-    for path in paths:
-        assert path.is_file(), f"a checkpoint has flat files only, {path.name} is none"
-        # safetensors writes files that only their owner may read; the others follow the umask.
-        path.chmod(draft.stat().st_mode & 0o666)
-    files = record_files(paths, disk.sync)
-    manifest = draft / MANIFEST_FILE
-    content = manifest_bytes(Manifest(step, files))
-    disk.write_bytes(manifest, content)
-    disk.sync(manifest)
-    if manifest.read_bytes() != content:
+def _finish(path: Path, recorder: Recorder) -> None:
+    assert path.is_file(), f"a checkpoint has flat files only, {path.name} is none"
+    # safetensors writes files that only their owner may read; the others follow the umask.
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    recorder.add(path)
+
+
+def _seal(draft: Path, manifest: Manifest, disk: Disk) -> None:
+    """Write the manifest that makes a folder of flushed files a checkpoint."""
+    path = draft / MANIFEST_FILE
+    content = manifest_bytes(manifest)
+    disk.write_bytes(path, content)
+    disk.sync(path)
+    if path.read_bytes() != content:
         raise OSError(f"the disk took only part of {MANIFEST_FILE} and said nothing")
     disk.sync(draft)
 
@@ -169,6 +181,11 @@ def _delete(folders: list[Path], run_folder: Path, disk: Disk) -> None:
         disk.remove(path)
 
 
+def is_half_written(path: Path) -> bool:
+    """Whether a process was killed before it gave this file its name."""
+    return bool(_HALF_WRITTEN.fullmatch(path.name))
+
+
 def clear_leftovers(run_folder: Path, disk: Disk = DISK) -> tuple[Path, ...]:
     """Put right what killed processes left; only for the process that holds the run's lock.
 
@@ -191,6 +208,10 @@ def clear_leftovers(run_folder: Path, disk: Disk = DISK) -> tuple[Path, ...]:
                 disk.rename(path, place)
                 disk.sync(run_folder)
             else:
+                disk.remove(path)
+                removed.append(path)
+        for path in (*run_folder.glob(".*"), *run_folder.glob("data/.*")):
+            if is_half_written(path):
                 disk.remove(path)
                 removed.append(path)
     return tuple(removed)

@@ -56,27 +56,26 @@ def enter(recipe: Recipe, allow_drift: bool, held: ExitStack, disk: Disk) -> Ent
     held.enter_context(hold(run.folder, warned.append))
     if not run.recipe.is_file() or run.is_finished:
         require_free(recipe)
+        clear_leftovers(run.folder, disk)
         return Entry(run, is_new=True, warned=tuple(warned))
-    before = load_recipe(run.recipe)
+    drift = compare(load_recipe(run.recipe), recipe)
     clear_leftovers(run.folder, disk)
     found = newest_whole(run.folder)
+    holds_work = found.folder is not None or found.damaged or run.adapter.is_dir()
+    if drift.breaking and holds_work and not allow_drift:
+        raise RunError(refusal(drift, str(run.folder)))
     warned += [
         f"{folder.name} is damaged ({'; '.join(faults[:3])}) and is set aside as "
         f"{_set_aside(folder, disk)}."
         for folder, faults in found.damaged
     ]
-    said = [f"{run.folder} holds a run that did not end."]
-    if found.folder is None:
-        what = "it holds no whole checkpoint" if warned else "it had written no checkpoint yet"
-        said.append(f"resume    {what}: training begins at the first update")
-        save_recipe(recipe, run.recipe)
-        return Entry(run, False, None, tuple(said), tuple(warned))
-    drift = compare(before, recipe)
-    if drift.breaking and not allow_drift:
-        raise RunError(refusal(drift, str(run.folder)))
-    said.append(f"resume    {found.folder.name} is whole; training goes on from there")
     warned += lines_of(Drift(breaking=drift.breaking))
-    said += lines_of(Drift(accepted=drift.accepted))
+    said = [f"{run.folder} holds a run that did not end.", *lines_of(Drift(drift.accepted))]
+    if found.folder is not None:
+        said.append(f"resume    {found.folder.name} is whole; training goes on from there")
+    else:
+        what = "it holds no whole checkpoint" if found.damaged else "it had written no checkpoint"
+        said.append(f"resume    {what}: training begins at the first update")
     if drift.breaking or drift.accepted:
         save_recipe(recipe, run.recipe)
     return Entry(run, False, found.folder, tuple(said), tuple(warned))

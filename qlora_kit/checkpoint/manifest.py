@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 MANIFEST_FILE = "manifest.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _FORMAT = 1
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 22  # a thread that hashes waits for the interpreter after each
 _HASHING_THREADS = 2
 
 
@@ -96,22 +97,43 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(values["step"], files)
 
 
-def record_files(paths: list[Path], sync: Callable[[Path], None]) -> dict[str, FileRecord]:
-    """Flush files to the disk and hash them meanwhile: neither waits for the other.
+class Recorder:
+    """Flushes files to the disk and hashes them, beside whatever the caller does meanwhile."""
 
-    Raises:
-        OSError: a file cannot be flushed or read.
-    """
-    with (
-        ThreadPoolExecutor(1, "sync") as flusher,
-        ThreadPoolExecutor(_HASHING_THREADS, "sha256") as hasher,
-    ):
-        largest_first = sorted(paths, key=lambda path: -path.stat().st_size)
-        hashed = {path: hasher.submit(_record_of, path) for path in largest_first}
-        flushed = [flusher.submit(sync, path) for path in paths]
-        for one in flushed:
-            one.result()
-        return {path.name: hashed[path].result() for path in paths}
+    def __init__(self, sync: Callable[[Path], None]):
+        self._sync = sync
+        self._flusher = ThreadPoolExecutor(1, "sync")  # one by one, in the order they come
+        self._hasher = ThreadPoolExecutor(_HASHING_THREADS, "sha256")
+        self._pending: dict[Path, tuple[int, Future[None], Future[FileRecord]]] = {}
+
+    def __enter__(self) -> Recorder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._flusher.shutdown(cancel_futures=True)
+        self._hasher.shutdown(cancel_futures=True)
+
+    def add(self, path: Path) -> None:
+        """Take a file that is finished; one that was taken before is left alone."""
+        if path not in self._pending:
+            written = path.stat().st_mtime_ns
+            flushed = self._flusher.submit(self._sync, path)
+            self._pending[path] = written, flushed, self._hasher.submit(_record_of, path)
+
+    def records(self) -> dict[str, FileRecord]:
+        """Wait for all of them.
+
+        Raises:
+            OSError: a file could not be flushed or read.
+        """
+        found = {}
+        for path, (written, flushed, hashed) in sorted(self._pending.items()):
+            flushed.result()
+            found[path.name] = hashed.result()
+            stat = path.stat()
+            is_same = (stat.st_mtime_ns, stat.st_size) == (written, found[path.name].num_bytes)
+            assert is_same, f"{path.name} was written to after it was finished"
+        return found
 
 
 def faults_of(folder: Path) -> tuple[str, ...]:
@@ -170,9 +192,11 @@ def _record_of(path: Path) -> FileRecord:
     digest = hashlib.sha256()
     num_bytes = 0
     with path.open("rb", buffering=0) as file:
-        while block := file.read(_BLOCK_BYTES):
-            digest.update(block)
-            num_bytes += len(block)
+        size = os.fstat(file.fileno()).st_size
+        block = memoryview(bytearray(min(_BLOCK_BYTES, size + 1)))
+        while length := file.readinto(block):
+            digest.update(block[:length])
+            num_bytes += length
     return FileRecord(num_bytes, digest.hexdigest())
 
 

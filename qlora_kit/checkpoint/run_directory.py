@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit import environment
-from qlora_kit.checkpoint.checkpoints import find_checkpoints
+from qlora_kit.checkpoint.checkpoints import find_checkpoints, is_half_written
 from qlora_kit.checkpoint.lock import LOCK_FILE
 from qlora_kit.errors import RunError
 from qlora_kit.recipe import Recipe, load_recipe, recipe_hash, save_recipe
@@ -78,7 +78,7 @@ def require_free(recipe: Recipe) -> None:
 def _is_beginning(run: RunDirectory, path: Path) -> bool:
     if path == run.ledger.parent:
         return path.is_dir() and not any(path.iterdir())
-    return path.name == LOCK_FILE or path.name.startswith(f".{run.recipe.name}.")
+    return path.name in (LOCK_FILE, run.environment.name) or is_half_written(path)
 
 
 def create_run(recipe: Recipe) -> RunDirectory:
@@ -93,7 +93,6 @@ def create_run(recipe: Recipe) -> RunDirectory:
         run.ledger.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise RunError(f"run_dir {run.folder} cannot be made: {error.strerror}.") from None
-    save_recipe(recipe, run.recipe)
     write_json(
         run.environment,
         {
@@ -103,6 +102,7 @@ def create_run(recipe: Recipe) -> RunDirectory:
             **environment.describe(),
         },
     )
+    save_recipe(recipe, run.recipe)  # last: its presence makes the folder a run
     return run
 
 
@@ -159,10 +159,19 @@ def fresh_folder(recipe: Recipe) -> str:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write beside the final place, then rename: a reader never meets half a file."""
+    """Write beside the final place, flush, then rename: nobody ever meets half a file, not even
+    after a power failure.
+    """
+    text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    scratch.replace(path)
+    try:
+        with scratch.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def _holds_anything(folder: Path) -> bool:
@@ -173,7 +182,8 @@ def _taken(run: RunDirectory, recipe: Recipe) -> str:
     other = f"`run_dir={fresh_folder(recipe)}`"
     if not run.recipe.is_file():
         return f"run_dir {run.folder} is not empty and holds no run; choose another: {other}."
+    how = "a finished run" if run.is_finished else "a run that was not finished"
     return (
-        f"run_dir {run.folder} already holds a finished run. Nothing there was touched. Train into "
+        f"run_dir {run.folder} already holds {how}. Nothing there was touched. Train into "
         f"a new folder with --fresh, or choose one: {other}."
     )

@@ -108,6 +108,7 @@ def converse(
     from qlora_kit.chat import prompt_ids, room_for_answer, stream_reply
 
     messages = list(before)
+    splits = subject.recipe is None or subject.recipe.data.split_special_tokens
     all_answered = True
     for line in _lines():
         if line.strip() == "/exit":
@@ -117,7 +118,7 @@ def converse(
             reporter.say("(a new conversation)")
             continue
         asked = [*messages, Message("user", line)]
-        input_ids = prompt_ids(subject.base.tokenizer, asked, is_conversation)
+        input_ids = prompt_ids(subject.base.tokenizer, asked, is_conversation, splits)
         room = room_for_answer(subject, input_ids)
         if room is not None and room <= 0:
             all_answered = False

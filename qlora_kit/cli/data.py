@@ -102,7 +102,8 @@ def _show_all(
 ) -> None:
     from qlora_kit.atomic import publish_lines
     from qlora_kit.cli.console import console_reporter
-    from qlora_kit.data.prepare import losses, read_part
+    from qlora_kit.data.losses import losses
+    from qlora_kit.data.prepare import read_part
     from qlora_kit.data.preview import make_preview
     from qlora_kit.data.rendered_lines import rendered_lines
     from qlora_kit.errors import DataError

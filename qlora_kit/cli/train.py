@@ -51,6 +51,10 @@ def command(
         from qlora_kit.run import in_fresh_folder
 
         loaded = in_fresh_folder(loaded)
+        reporter.say(
+            f"--fresh trains into {loaded.run_dir}. If that run is cut short, go on with it by "
+            f"run_dir={loaded.run_dir} in place of --fresh."
+        )
     finished = None if fresh else finished_run(loaded)
     if finished is not None:
         reporter.say(f"{finished.folder} is finished; --fresh trains again into a new folder.")

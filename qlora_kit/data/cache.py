@@ -67,10 +67,11 @@ def stamp_used(folder: Path) -> None:
 
 
 def _tokenizer_facts(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
-    state["padding"] = state["truncation"] = None  # what the last call has left behind
+    # Ahead of the tokens stands what the last call has left behind, padding and truncation.
+    _, tokens, state = tokenizer.backend_tokenizer.to_str().partition('"added_tokens":')
+    assert tokens, "a tokenizer is written in another way"
     return {
-        "state": hashlib.blake2b(json.dumps(state, sort_keys=True).encode()).hexdigest(),
+        "state": hashlib.blake2b(state.encode()).hexdigest(),
         "special": {name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         "template": tokenizer.chat_template,
     }

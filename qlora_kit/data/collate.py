@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qlora_kit.data.pack import PackedSequence
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 
 Batch = dict[str, Any]
 NOT_FOR_THE_MODEL = ("origins", "num_tokens", "items", "update_origins")

@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING
 
 from qlora_kit.data.rows import RowRefused
-from qlora_kit.data.template import added_tokens
+from qlora_kit.data.template import added_tokens, control_tokens
 from qlora_kit.errors import DataError
 
 if TYPE_CHECKING:
@@ -21,19 +21,38 @@ if TYPE_CHECKING:
 # Whether special tokens are text is a state of the tokenizer, which threads share.
 _ONE_AT_A_TIME = threading.Lock()
 
+# Stand before a piece of a text while that is encoded, so that it does not begin one; the first
+# with which it does not merge is taken.
+_LEADS = ("\n", "0", ".")
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A text, and its encoding; the first `lead_tokens` are of `lead` characters before it."""
+
+    text: str
+    encoding: Encoding
+    lead: int = 0
+    lead_tokens: int = 0
+
+    @property
+    def ids(self) -> list[int]:
+        ids: list[int] = self.encoding.ids
+        return ids[self.lead_tokens :] if self.lead_tokens else ids
+
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """Text as token ids, encoded in one piece or in several that are joined."""
 
-    pieces: tuple[tuple[str, Encoding], ...]
+    pieces: tuple[Piece, ...]
     ids: list[int]
 
     @classmethod
-    def of(cls, pieces: Sequence[tuple[str, Encoding]]) -> Encoded:
+    def of(cls, pieces: Sequence[Piece]) -> Encoded:
         if len(pieces) == 1:
-            return cls(tuple(pieces), pieces[0][1].ids)
-        return cls(tuple(pieces), [token for _, encoding in pieces for token in encoding.ids])
+            return cls(tuple(pieces), pieces[0].ids)
+        return cls(tuple(pieces), [token for piece in pieces for token in piece.ids])
 
     def token_at(self, character: int) -> int | None:
         """The token that a character of the text fell into; None where it left none."""
@@ -59,11 +78,11 @@ class Encoded:
     def _piece(self, character: int) -> tuple[Encoding, int, int] | None:
         """The piece of a character, the character in it, and how many tokens stand before it."""
         num_tokens = 0
-        for text, encoding in self.pieces:
-            if character < len(text):
-                return encoding, character, num_tokens
-            character -= len(text)
-            num_tokens += len(encoding.ids)
+        for piece in self.pieces:
+            if character < len(piece.text):
+                return piece.encoding, character + piece.lead, num_tokens - piece.lead_tokens
+            character -= len(piece.text)
+            num_tokens += len(piece.ids)
         return None
 
 
@@ -111,9 +130,9 @@ def encode_cut(
     Raises:
         RowRefused: to cut it would change the text.
     """
-    text = "".join(piece for piece, _ in whole.pieces)
+    text = "".join(piece.text for piece in whole.pieces)
     cut_at = len(opening)
-    before = [(start, end) for start, end in literal if end <= cut_at]
+    before = [(start, min(end, cut_at)) for start, end in literal if start < cut_at]
     after = [(max(start - cut_at, 0), end - cut_at) for start, end in literal if end > cut_at]
     halves = [
         encode_literally(tokenizer, piece, ranges, origin).pieces
@@ -140,18 +159,41 @@ def encode_literally(
     position = 0
     for start, end in literal:
         pieces.append((text[position:start], False))
-        pieces += [(piece, True) for piece in _broken(text[start:end], added_tokens(tokenizer))]
+        pieces += [(piece, True) for piece in _without_tokens(tokenizer, text[start:end])]
         position = end
     pieces = [one for one in [*pieces, (text[position:], False)] if one[0]]
-    encoded = [
-        (piece, encode_batch(tokenizer, [piece], as_text=is_literal)[0])
-        for piece, is_literal in pieces
-    ]
-    joined = Encoded.of(encoded)
-    if literal and squeeze(decode(tokenizer, joined.ids)) != squeeze(text):
+    joined = Encoded.of(
+        [Piece(one, encode_batch(tokenizer, [one], is_literal)[0]) for one, is_literal in pieces]
+    )
+    if not literal:
+        return joined
+    given = decode(tokenizer, encode(tokenizer, text))
+    if len(pieces) > 1 and decode(tokenizer, joined.ids) != given:
+        joined = Encoded.of([_led(tokenizer, *one, bool(n)) for n, one in enumerate(pieces)])
+    if squeeze(decode(tokenizer, joined.ids)) not in (squeeze(text), squeeze(given)):
         reason = "spells a special token that this tokenizer cannot write as text"
         raise RowRefused(origin, reason)
     return joined
+
+
+def _led(tokenizer: PreTrainedTokenizerBase, text: str, is_literal: bool, has_lead: bool) -> Piece:
+    """A piece as it stands inside a text: some tokenizers write a space before what begins one."""
+    for lead in _LEADS if has_lead else ():
+        encoding = encode_batch(tokenizer, [lead + text], is_literal)[0]
+        first = encoding.char_to_token(len(lead))
+        span = None if first is None else encoding.token_to_chars(first)
+        if first is not None and span is not None and span[0] == len(lead):
+            return Piece(text, encoding, len(lead), first)
+    return Piece(text, encode_batch(tokenizer, [text], is_literal)[0])
+
+
+def _without_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
+    """The text whole where it comes out as text, else in pieces, none of which holds a token."""
+    ids = set(encode_batch(tokenizer, [text], as_text=True)[0].ids)
+    spelled = {found.group() for found in control_tokens(tokenizer).finditer(text)}
+    if ids.isdisjoint(map(tokenizer.convert_tokens_to_ids, spelled)):
+        return [text]
+    return _broken(text, added_tokens(tokenizer))
 
 
 def _broken(text: str, tokens: re.Pattern[str]) -> list[str]:
@@ -175,9 +217,10 @@ def decode(
     return text
 
 
-def as_generated(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+def as_generated(tokenizer: PreTrainedTokenizerBase, text: str, as_text: bool = False) -> str:
     """A text as it would come back from a model that writes it, spaces around it apart."""
-    return decode(tokenizer, encode(tokenizer, text), skip_special_tokens=True).strip()
+    ids = encode_batch(tokenizer, [text], as_text)[0].ids
+    return decode(tokenizer, ids, skip_special_tokens=True).strip()
 
 
 def adds_bos(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -70,26 +70,31 @@ class Conversation:
     num_given: int = 0
     tools: tuple[Mapping[str, Any], ...] = ()
     """JSON schemas of the tools that the assistant may call."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    """What a person should know of the row."""
 
 
 @dataclass(frozen=True, slots=True)
 class PromptCompletion:
-    """Text and how it goes on, joined as they stand, without a chat template.
-
-    A special token spelled in either counts as that token.
-    """
+    """Text and how it goes on, joined as they stand, without a chat template."""
 
     prompt: str
     completion: str
     origin: str
+    split_special_tokens: bool = True
+    """Whether a special token spelled in either is text; else it is that token."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class PlainText:
-    """Text of which every token is trained on; a special token spelled in it counts as such."""
+    """Text of which every token is trained on."""
 
     text: str
     origin: str
+    split_special_tokens: bool = True
+    """As for a prompt and its completion."""
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
 
 Example = Conversation | PromptCompletion | PlainText

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING
 
 from qlora_kit.data.examples import Example, PlainText
 from qlora_kit.data.ledger import END_CUT, TRUNCATED, Ledger
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.rows import RowRefused
+from qlora_kit.data.sequences import IGNORE_INDEX, Block, Rendered, TokenSequence
 
 if TYPE_CHECKING:
     from qlora_kit.recipe import DataSpec
@@ -14,6 +17,63 @@ if TYPE_CHECKING:
 OVERLENGTH = "longer than max_length"
 NOTHING_SUPERVISED = "nothing supervised"
 NOTHING_LEFT = "nothing supervised before max_length"
+
+
+def fit_runs(
+    examples: Sequence[Example], rendered: Rendered, spec: DataSpec, ledger: Ledger
+) -> Iterator[tuple[int, int, Block]]:
+    """Fit rows to max_length and book them: those that fit as they are in runs, others alone.
+
+    A block comes with the number of its first row and that of the row behind its last.
+    """
+    block = rendered.block
+    fits = (block.num_supervised() > 0) & (block.lengths <= spec.max_length)
+    first = 0
+    for is_run, run in groupby(fits.tolist()):
+        end = first + sum(1 for _ in run)
+        if is_run:
+            kept = block.run(first, end)
+            _book_kept(kept, examples[first:end], ledger)
+            yield first, end, kept
+        else:
+            for number in range(first, end):
+                for one in _fit_row(examples[number], rendered[number], spec, ledger):
+                    yield number, number + 1, Block.of([one])
+        first = end
+
+
+def fit_each(
+    examples: Sequence[Example], rendered: Rendered, spec: DataSpec, ledger: Ledger
+) -> Iterator[TokenSequence]:
+    """As `fit_runs`, but no row is booked before those ahead of it were taken."""
+    for example, one in zip(examples, rendered, strict=True):
+        yield from _fit_row(example, one, spec, ledger)
+
+
+def _book_kept(block: Block, examples: Sequence[Example], ledger: Ledger) -> None:
+    """Books sequences as `fit` does where nothing has to be done to them."""
+    num_supervised = int(block.num_supervised().sum())
+    ledger.num_sequences += len(block)
+    ledger.rendered_tokens += len(block.ids)
+    ledger.lengths.update(block.lengths.tolist())
+    ledger.num_kept += len(block)
+    ledger.supervised_tokens += num_supervised
+    ledger.context_tokens += len(block.ids) - num_supervised
+    for notes, example in zip(block.notes, examples, strict=True):
+        if notes or example.notes:
+            for note in (*notes, *example.notes):
+                ledger.note(note, example.origin)
+
+
+def _fit_row(
+    example: Example, rendered: TokenSequence | RowRefused, spec: DataSpec, ledger: Ledger
+) -> Iterator[TokenSequence]:
+    if isinstance(rendered, RowRefused):
+        ledger.drop(rendered.reason, example.origin, rendered.detail)
+        return
+    for one in fit(example, rendered, spec, ledger):
+        ledger.num_sequences += 1
+        yield one
 
 
 def fit(
@@ -39,7 +99,7 @@ def fit(
         ledger.drop(OVERLENGTH, origin, f"{length:,} tokens", length)
         return []
     ledger.num_kept += 1
-    for note in sequence.notes:
+    for note in (*sequence.notes, *example.notes):
         ledger.note(note, origin)
     for one in kept:
         num_supervised = one.num_supervised

@@ -58,6 +58,13 @@ class Ledger:
     """Source → the schema of its rows."""
     ignored: dict[str, list[str]] = field(default_factory=dict)
     """Source → keys of its rows that are not read."""
+    left_out: dict[str, list[str]] = field(default_factory=dict)
+    """Source → files of its folder that are not read, each with the reason."""
+
+    rows_of: Counter[str] = field(default_factory=Counter)
+    """Source → its rows, those at fault too."""
+    repeats: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Source → file → how many of its rows are the same as earlier ones of that file."""
 
     def drop(self, reason: str, origin: str, detail: str = "", num_tokens: int = 0) -> None:
         self.dropped[reason] += 1
@@ -71,6 +78,12 @@ class Ledger:
     def note(self, reason: str, origin: str) -> None:
         self.noted[reason] += 1
         self.example(reason, origin)
+
+    def repeat(self, source: str, first: str) -> None:
+        """Count a row that says the same as the row at `first`."""
+        counts = self.repeats.setdefault(source, {})
+        file = first.rpartition(":")[0]
+        counts[file] = counts.get(file, 0) + 1
 
     def example(self, reason: str, origin: str) -> None:
         shown = self.examples.setdefault(reason, [])
@@ -91,11 +104,27 @@ class Ledger:
             (END_CUT, self.ends_cut, END_CUT),
             *((note, count, note) for note, count in self.noted.items()),
         ]
-        return [
+        found = [
             f"{count:,} of {self.num_rows:,} rows: {what}{self._shown(reason, count)}"
             for reason, count, what in counts
             if count
         ]
+        return found + self._emptied()
+
+    def _emptied(self) -> list[str]:
+        """Sources, where there are several, that duplicates leave less than half of."""
+        found = []
+        for source, counts in self.repeats.items():
+            num_rows, num_repeated = self.rows_of[source], sum(counts.values())
+            if len(self.rows_of) > 1 and 2 * num_repeated > num_rows > 0:
+                most = sorted(counts.items(), key=lambda one: -one[1])[:NUM_SHOWN]
+                files = ", ".join(f"{count:,} of {file}" for file, count in most)
+                found.append(
+                    f"{num_repeated:,} of the {num_rows:,} rows of {source} are the same as "
+                    f"earlier ones ({files}): at most {num_rows - num_repeated:,} are left, and a "
+                    "weight in a mix holds for these (data.duplicates: keep keeps all)"
+                )
+        return found
 
     def _shown(self, reason: str, count: int) -> str:
         shown = self.examples.get(reason)
@@ -146,6 +175,11 @@ class Ledger:
             "examples": self.examples,
             "schemas": self.schemas,
             "ignored_keys": self.ignored,
+            "files_left_out": self.left_out,
+            "sources": {
+                name: {"rows": count, "repeats": self.repeats.get(name, {})}
+                for name, count in self.rows_of.items()
+            },
         }
 
     def state(self) -> dict[str, Any]:
@@ -154,7 +188,7 @@ class Ledger:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> Ledger:
-        counters = ("dropped", "set_aside", "noted")
+        counters = ("dropped", "set_aside", "noted", "rows_of")
         lengths = Counter({int(length): count for length, count in state["lengths"].items()})
         named = {name: Counter(state[name]) for name in counters}
         return cls(**{**state, **named, "lengths": lengths})

@@ -11,7 +11,6 @@ stripped from earlier turns, for one) is context there: the model is never asked
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
@@ -19,20 +18,22 @@ from typing import TYPE_CHECKING, Literal
 from qlora_kit.data.encode import squeeze
 from qlora_kit.data.examples import Conversation, Example, Message, PlainText
 from qlora_kit.data.rows import RowRefused
-from qlora_kit.data.template import added_tokens, apply_template, spelled_tokens, turn_end
+from qlora_kit.data.spelled import MARK, NOTE_SPELLED, spelled_in, spelled_in_plain
+from qlora_kit.data.template import (
+    added_tokens,
+    apply_template,
+    require_generation_prompt,
+    turn_end,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LossOn = Literal["assistant", "last", "all"] | tuple[str, ...]
 
-# A noncharacter, which no text may hold and no template looks for.
-_MARK = "\ufdd0"
-
 NOTE_REWRITTEN = "an earlier answer is context only: the chat template rewrites it later on"
 NOTE_UNASKED = "what the assistant says first is context only: nothing asks for it"
 NOTE_LEFT_OUT = "the chat template leaves out text of a message"
-NOTE_SPELLED = "a special token spelled in a message was kept as text"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,12 +78,13 @@ def mark(example: Example, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn) 
     """
     if isinstance(example, Conversation):
         return mark_conversation(example, tokenizer, loss_on)
+    literal, notes = spelled_in_plain(example, tokenizer)
     if isinstance(example, PlainText):
         nothing = () if not example.text.strip() else None
-        return Marked(example.text, nothing, example.origin, is_templated=False)
+        return Marked(example.text, nothing, example.origin, False, literal, notes)
     text = example.prompt + example.completion
     spans = None if loss_on == "all" else (Span(len(example.prompt), len(text), asked=True),)
-    return Marked(text, spans, example.origin, is_templated=False, prompt=len(example.prompt))
+    return Marked(text, spans, example.origin, False, literal, notes, prompt=len(example.prompt))
 
 
 def supervised_turns(conversation: Conversation, loss_on: LossOn) -> tuple[bool, ...]:
@@ -123,7 +125,8 @@ def mark_conversation(
         elif number == 0:
             notes.append(NOTE_UNASKED)
         else:
-            answer = find_answer(example, number, text, tokenizer)
+            require_generation_prompt(tokenizer)
+            answer = find_answer(example, number, text, tokenizer, literal)
             if answer is None:
                 notes.append(NOTE_REWRITTEN)
             else:
@@ -141,9 +144,15 @@ def _trained(example: Conversation, loss_on: LossOn) -> tuple[bool, ...]:
 
 
 def find_answer(
-    example: Conversation, number: int, text: str, tokenizer: PreTrainedTokenizerBase
+    example: Conversation,
+    number: int,
+    text: str,
+    tokenizer: PreTrainedTokenizerBase,
+    literal: Sequence[tuple[int, int]] = (),
 ) -> Span | None:
     """Where message `number`, an answer, stands in the rendered `text`.
+
+    `literal` are the places of `text` where messages spell a special token.
 
     None where it does not stand there as it would if it were the last message.
 
@@ -161,6 +170,8 @@ def find_answer(
     end_token = turn_end(tokenizer).text
     said = _content_end(message, own, len(opening), example.origin)
     end = own.find(end_token, said)
+    while any(start <= end < stop for start, stop in literal):  # it is spelled there
+        end = own.find(end_token, end + 1)
     if end < 0:
         raise RowRefused(example.origin, f"the chat template closes no answer with {end_token}")
     if not text.startswith(own[: end + len(end_token)]):
@@ -171,7 +182,11 @@ def find_answer(
 def _content_end(message: Message, text: str, start: int, origin: str) -> int:
     """Where what a message says ends in the text behind `start`."""
     content = message.content.strip()
-    found = text.find(content, start)
+    thought = (message.reasoning or "").strip()
+    behind = text.find(thought, start) + len(thought) if thought in text[start:] else start
+    found = text.find(content, behind)
+    if found < 0:
+        found = text.find(content, start)
     if found < 0:
         if squeeze(content) not in squeeze(text[start:]):
             raise RowRefused(origin, "the chat template leaves out part of an answer")
@@ -196,9 +211,9 @@ def _find_said(
     said = message.content.strip()
     lead = message.content.partition(said)[0] if said else message.content
     trail = message.content[len(lead) + len(said) :]
-    marked = replace(message, content=f"{lead}{_MARK}{said}{_MARK}{trail}")
+    marked = replace(message, content=f"{lead}{MARK}{said}{MARK}{trail}")
     messages = (*example.messages[:number], marked)
-    pieces = apply_template(replace(example, messages=messages), tokenizer).split(_MARK)
+    pieces = apply_template(replace(example, messages=messages), tokenizer).split(MARK)
     own = apply_template(example, tokenizer, number + 1)
     start, end = len(pieces[0]), len("".join(pieces[:2]))
     if len(pieces) != 3 or "".join(pieces) != own or not text.startswith(own[:end]):
@@ -208,70 +223,6 @@ def _find_said(
     if closing is None or text[end : closing.start()].strip():
         return Span(start, end, asked=False, closes=False)
     return Span(start, closing.start(), asked=False)
-
-
-def spelled_in(
-    example: Conversation,
-    text: str,
-    tokenizer: PreTrainedTokenizerBase,
-    num_messages: int | None = None,
-    prompt: bool = False,
-) -> tuple[tuple[int, int], ...]:
-    """Where in the rendered `text` special tokens stand that the messages spell.
-
-    The conversation is rendered once more with marks in their place.
-
-    Raises:
-        RowRefused: the template treats the two unlike, so it cannot be told.
-    """
-    spelled = spelled_tokens(tokenizer)
-    if any(spelled.search(one) for one in _structured(example)):
-        reason = "spells a special token in a tool or a call of one"
-        raise RowRefused(example.origin, reason)
-    messages = example.messages[:num_messages]
-    if not any(spelled.search(one) for message in messages for one in _texts(message)):
-        return ()
-    found: list[str] = []
-
-    def mark_out(match: re.Match[str]) -> str:
-        found.append(match.group())
-        return _MARK
-
-    marked = replace(
-        example,
-        messages=tuple(
-            replace(
-                message,
-                content=spelled.sub(mark_out, message.content),
-                reasoning=message.reasoning and spelled.sub(mark_out, message.reasoning),
-            )
-            for message in messages
-        ),
-    )
-    pieces = apply_template(marked, tokenizer, prompt=prompt).split(_MARK)
-    restored = pieces[0]
-    places = []
-    for token, piece in zip(found, pieces[1:], strict=False):
-        places.append((len(restored), len(restored) + len(token)))
-        restored += token + piece
-    if restored != text:
-        reason = "spells a special token where the chat template rewrites the text"
-        raise RowRefused(example.origin, reason)
-    return tuple(places)
-
-
-def _texts(message: Message) -> Sequence[str]:
-    if message.reasoning is None:
-        return (message.content,)
-    return (message.reasoning, message.content)
-
-
-def _structured(example: Conversation) -> list[str]:
-    """What a template writes that is no message's text."""
-    return [
-        *(str(tool) for tool in example.tools),
-        *(str(call) for message in example.messages for call in message.tool_calls),
-    ]
 
 
 def _require_tools(example: Conversation, text: str, tokenizer: PreTrainedTokenizerBase) -> None:

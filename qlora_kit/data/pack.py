@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import overload
 
 import numpy as np
 
-from qlora_kit.data.render import TokenSequence
+from qlora_kit.data.sequences import TokenSequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,23 +88,30 @@ def pack(lengths: np.ndarray, capacity: int) -> Bins:
     The order of bins is that of their first sequences' lengths; within a bin the longest is
     first. Sequences of the same length keep their order, so the result depends on nothing else.
     """
-    lengths = np.asarray(lengths)
+    lengths = np.asarray(lengths, np.int64)
     assert not len(lengths) or (lengths.min() > 0 and lengths.max() <= capacity)
     rooms = _Rooms(capacity)
     bins: list[list[int]] = []
-    for number in np.argsort(-lengths, kind="stable").tolist():
-        length = int(lengths[number])
-        found = rooms.take(length)
-        if found is None:
-            found = len(bins)
-            bins.append([])
-            room = capacity
-        else:
-            room = rooms.room_taken
-        bins[found].append(number)
-        rooms.give(room - length, found)
-    sizes = np.fromiter((len(one) for one in bins), np.int64, len(bins))
-    members = np.fromiter((n for one in bins for n in one), np.int64, len(lengths))
+    order = np.argsort(-lengths, kind="stable")
+    counts = np.bincount(lengths, minlength=1)
+    done = 0
+    for length in np.flatnonzero(counts)[::-1].tolist():
+        end = done + int(counts[length])
+        while done < end:
+            found = rooms.take(length)
+            if found is None:
+                found = len(bins)
+                bins.append([])
+                room = capacity
+            else:
+                room = rooms.room_taken
+            # There was no tighter bin, so for the next of this length it is the best one again.
+            num_fitting = min(room // length, end - done)
+            bins[found] += order[done : done + num_fitting].tolist()
+            rooms.give(room - num_fitting * length, found)
+            done += num_fitting
+    sizes = np.fromiter(map(len, bins), np.int64, len(bins))
+    members = np.fromiter(chain.from_iterable(bins), np.int64, len(lengths))
     return Bins(members, np.concatenate([[0], np.cumsum(sizes)]))
 
 

@@ -6,7 +6,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -14,16 +13,19 @@ from typing import TYPE_CHECKING, Literal
 
 from qlora_kit.atomic import published_folder
 from qlora_kit.data.cache import cache_folder, stamp_used
-from qlora_kit.data.examples import AnyExample, Conversation, Example, Preference
-from qlora_kit.data.fit import NOTHING_LEFT, OVERLENGTH, fit
+from qlora_kit.data.chunks import Chunk, rendered_chunks
+from qlora_kit.data.examples import AnyExample, Conversation, Example
+from qlora_kit.data.fit import fit_each, fit_runs
 from qlora_kit.data.ledger import Ledger
+from qlora_kit.data.losses import losses
 from qlora_kit.data.mark import LossOn
 from qlora_kit.data.mixing import book_draws, training_order
-from qlora_kit.data.read import read_source, source_fingerprint
-from qlora_kit.data.render import Rendering, TokenSequence, end_of_turn_id, render
+from qlora_kit.data.read import files_left_out, read_source, source_fingerprint
+from qlora_kit.data.render import end_of_turn_id, render
 from qlora_kit.data.rows import BadRow, RowRefused
 from qlora_kit.data.schemas import Recogniser, content_key, fine_tuning_example
-from qlora_kit.data.select import Selection, held_out_threshold
+from qlora_kit.data.select import DUPLICATE, Selection, held_out_threshold
+from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.data.store import StoredSequences, StoreWriter, is_whole
 from qlora_kit.data.stream import StreamedSequences
 from qlora_kit.data.template import PROBE, PROBE_ORIGIN
@@ -35,8 +37,6 @@ if TYPE_CHECKING:
     from qlora_kit.recipe import DataSpec, SourceSpec
 
 UNWANTED = "an answer that is rated as unwanted"
-NOTE_REJECTED = "a preference pair: its chosen answer is trained on, the rejected one is not"
-_CHUNK_ROWS = 512
 _ROWS_BETWEEN_CHECKS = 1024
 _LEDGER = "ledger.json"
 PartName = Literal["train", "eval"]
@@ -105,8 +105,13 @@ def _stream(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, stop_ids: frozen
     def one_pass(ledger: Ledger | None) -> Iterator[TokenSequence]:
         booked = ledger or Ledger()
         selection = selection_for("train", spec)
-        every = _rendered(spec.train, spec, selection, tokenizer, stop_ids, booked)
-        for number, (_, sequence) in enumerate(every, start=1):
+        chunks = _chunks(spec.train, spec, selection, tokenizer, stop_ids, booked)
+        sequences = (
+            sequence
+            for chunk in chunks
+            for sequence in fit_each(chunk.examples, chunk.rendered, spec, booked)
+        )
+        for number, sequence in enumerate(sequences, start=1):
             if number % _ROWS_BETWEEN_CHECKS == 0:
                 _refuse_losses("train", Part((), (), booked), spec)
             yield sequence
@@ -144,6 +149,9 @@ def read_part(
                 )
     stamp_used(folder)
     ledger = Ledger.from_state(json.loads((folder / _LEDGER).read_text(encoding="utf-8")))
+    # Not of the cached entry, which stands for the bytes of the files that are read.
+    left_out = {source.path: list(files_left_out(source)) for source in sources}
+    ledger.left_out = {path: files for path, files in left_out.items() if files}
     ledger.check_balance()
     sequences = StoredSequences(folder)
     if name == "train":
@@ -206,18 +214,25 @@ def prove_end_of_turn(
 def _selected(sources: Sequence[SourceSpec], spec: DataSpec) -> Iterator[Example]:
     """What the eval rows say."""
     selection = selection_for("eval", spec)
-    for _, example in _examples(sources, spec.loss_on != "all", Ledger()):
+    splits = spec.split_special_tokens
+    for _, example in _examples(sources, spec.loss_on != "all", Ledger(), splits):
         answer = fine_tuning_example(example)
         if answer is not None and selection.rule_against(example) is None:
             yield answer
 
 
 def _examples(
-    sources: Sequence[SourceSpec], needs_answer: bool, ledger: Ledger, *, streaming: bool = False
+    sources: Sequence[SourceSpec],
+    needs_answer: bool,
+    ledger: Ledger,
+    split_special_tokens: bool = True,
+    *,
+    streaming: bool = False,
 ) -> Iterator[tuple[int, AnyExample]]:
     """Sound rows with the number of their source; faulty ones are booked."""
     for group, source in enumerate(sources):
-        recogniser = Recogniser(source, needs_answer=needs_answer)
+        recogniser = Recogniser(source, needs_answer, split_special_tokens)
+        num_before = ledger.num_rows
         for row in read_source(source, streaming=streaming):
             ledger.num_rows += 1
             if isinstance(row, BadRow):
@@ -229,6 +244,7 @@ def _examples(
                 ledger.drop(refused.reason, row.origin, refused.detail)
             else:
                 yield group, example
+        ledger.rows_of[source.name] += ledger.num_rows - num_before
         ledger.schemas[source.path] = recogniser.describe()
         if recogniser.ignored_keys:
             ledger.ignored[source.path] = list(recogniser.ignored_keys)
@@ -245,104 +261,49 @@ def _render_all(
     """Render every row that is used into a store in `folder`."""
     ledger = Ledger()
     with StoreWriter(folder) as writer:
-        for group, sequence in _rendered(sources, spec, selection, tokenizer, stop_ids, ledger):
-            writer.add(sequence, group)
+        for chunk in _chunks(sources, spec, selection, tokenizer, stop_ids, ledger):
+            for first, end, block in fit_runs(chunk.examples, chunk.rendered, spec, ledger):
+                writer.add(block, chunk.groups[first:end])
     ledger.check_balance()
     return ledger
 
 
-def _rendered(
+def _chunks(
     sources: Sequence[SourceSpec],
     spec: DataSpec,
     selection: Selection,
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: frozenset[int],
     ledger: Ledger,
-) -> Iterator[tuple[int, TokenSequence]]:
-    """Sequences with the number of their source; whatever becomes of a row is booked."""
-    found = _examples(sources, spec.loss_on != "all", ledger, streaming=spec.streaming)
-    rows = _used(found, selection, ledger)
+) -> Iterator[Chunk]:
+    """Rendered rows; those that are not rendered are booked."""
+    needs_answer, splits = spec.loss_on != "all", spec.split_special_tokens
+    found = _examples(sources, needs_answer, ledger, splits, streaming=spec.streaming)
+    rows = _used(found, sources, selection, ledger)
     proved = False
-    for rendering, groups, examples in _pipelined(rows, tokenizer, spec.loss_on):
-        if not proved and any(isinstance(one, Conversation) for one in examples):
+    for chunk in rendered_chunks(rows, tokenizer, spec.loss_on):
+        if not proved and any(isinstance(one, Conversation) for one in chunk.examples):
             prove_end_of_turn(tokenizer, stop_ids, spec.loss_on)
             proved = True
-        for group, example, rendered in zip(groups, examples, rendering.label(), strict=True):
-            if isinstance(rendered, RowRefused):
-                ledger.drop(rendered.reason, example.origin, rendered.detail)
-                continue
-            for sequence in fit(example, rendered, spec, ledger):
-                ledger.num_sequences += 1
-                yield group, sequence
+        yield chunk
 
 
 def _used(
-    examples: Iterable[tuple[int, AnyExample]], selection: Selection, ledger: Ledger
+    examples: Iterable[tuple[int, AnyExample]],
+    sources: Sequence[SourceSpec],
+    selection: Selection,
+    ledger: Ledger,
 ) -> Iterator[tuple[int, Example]]:
     """What of the sound rows is rendered; the others are booked."""
     for group, example in examples:
         rule = selection.rule_against(example)
+        if rule == DUPLICATE:
+            ledger.repeat(sources[group].name, selection.first_of(example) or "")
         answer = fine_tuning_example(example) if rule is None else None
         if rule is not None or answer is None:
             ledger.put_aside(rule or UNWANTED, example.origin)
             continue
-        if isinstance(example, Preference):
-            ledger.note(NOTE_REJECTED, example.origin)
         yield group, answer
-
-
-def _pipelined(
-    rows: Iterator[tuple[int, Example]], tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
-) -> Iterator[tuple[Rendering, list[int], list[Example]]]:
-    """Chunks of rows, marked here while the tokenizer works on the chunk before."""
-    with ThreadPoolExecutor(1) as pool:
-        waiting: list[tuple[Future[None], Rendering, list[int], list[Example]]] = []
-        while chunk := list(islice(rows, _CHUNK_ROWS)):
-            groups, examples = [group for group, _ in chunk], [one for _, one in chunk]
-            rendering = Rendering(examples, tokenizer, loss_on)
-            waiting.append((pool.submit(rendering.encode), rendering, groups, examples))
-            if len(waiting) > 2:
-                yield _finished(waiting.pop(0))
-        for one in waiting:
-            yield _finished(one)
-
-
-def _finished(
-    waiting: tuple[Future[None], Rendering, list[int], list[Example]],
-) -> tuple[Rendering, list[int], list[Example]]:
-    future, rendering, groups, examples = waiting
-    future.result()
-    return rendering, groups, examples
-
-
-def losses(name: PartName, ledger: Ledger, spec: DataSpec) -> str | None:
-    """Why a run with so many rows lost must not start; None where it may."""
-    if ledger.num_kept == 0 and name == "eval" and spec.held_out is not None:
-        return (
-            f"data.held_out is {spec.held_out:g}, and of {ledger.num_rows} rows none is held out; "
-            "raise it, or name rows in data.eval."
-        )
-    if ledger.num_kept == 0:
-        return f"data.{name} has nothing to train on: no row was kept."
-    num_overlength = ledger.dropped[OVERLENGTH]
-    if spec.overlength == "error" and num_overlength:
-        origins = ", ".join(ledger.examples[OVERLENGTH])
-        return (
-            f"data.{name}: {num_overlength} of {ledger.num_rows} rows are longer than "
-            f"data.max_length, {spec.max_length} tokens (for example {origins}), and "
-            "data.overlength is error. Raise the one, or set the other to drop, split or truncate."
-        )
-    num_lost = ledger.num_lost - (ledger.truncated if spec.overlength == "truncate" else 0)
-    share = num_lost / ledger.num_rows
-    if share <= spec.max_dropped_share:
-        return None
-    by_length = num_overlength + ledger.dropped[NOTHING_LEFT] + ledger.truncated
-    longer = f"data.max_length (now {spec.max_length}) or " if by_length else ""
-    return (
-        f"data.{name}: {num_lost} of {ledger.num_rows} rows ({share:.1%}) would be "
-        f"dropped, more than the {spec.max_dropped_share:.1%} allowed. Mend "
-        f"them, or raise {longer}data.max_dropped_share."
-    )
 
 
 def _refuse_losses(name: PartName, part: Part, spec: DataSpec) -> Part:

@@ -10,7 +10,7 @@ import numpy as np
 
 from qlora_kit.data.pack import pack
 from qlora_kit.data.pieces import Shown, show
-from qlora_kit.data.render import TokenSequence
+from qlora_kit.data.sequences import TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

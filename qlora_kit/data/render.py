@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from qlora_kit.data.counted import Turn, count_answers
 from qlora_kit.data.encode import (
     Encoded,
+    Piece,
     as_generated,
     encode,
     encode_batch,
@@ -23,41 +27,21 @@ from qlora_kit.data.encode import (
     with_bos,
 )
 from qlora_kit.data.examples import Conversation, Example, PlainText, PromptCompletion
-from qlora_kit.data.mark import LossOn, Marked, find_answer, mark, spelled_in
+from qlora_kit.data.mark import LossOn, Marked, find_answer, mark
 from qlora_kit.data.rows import RowRefused
+from qlora_kit.data.sequences import IGNORE_INDEX, Block, Rendered, TokenSequence
 from qlora_kit.data.skeleton import mark_by_skeleton
+from qlora_kit.data.spelled import spelled_in
 from qlora_kit.data.template import added_tokens, apply_template, opening_end, turn_end
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
     from transformers import PreTrainedTokenizerBase
 
-IGNORE_INDEX = -100
+# A tokenizer takes about 280 bytes for a character, and a row is encoded in one go.
+MOST_CHARACTERS = 8_000_000
+ENORMOUS = f"a text of more than {MOST_CHARACTERS:,} characters"
 NOTE_MERGED = "an earlier answer is context only: its first token begins before it"
-
-
-@dataclass(frozen=True, slots=True)
-class TokenSequence:
-    """One rendered example.
-
-    `labels[i]` is `input_ids[i]` where token i is supervised, else IGNORE_INDEX. Nothing
-    predicts the first token, so it never is. `notes` say what a person should know of the row.
-    """
-
-    input_ids: tuple[int, ...]
-    labels: tuple[int, ...]
-    origin: str
-    notes: tuple[str, ...] = ()
-
-    @property
-    def num_tokens(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def num_supervised(self) -> int:
-        first = self.labels[:1]
-        ignored = self.labels.count(IGNORE_INDEX)
-        return len(self.labels) - ignored - len(first) + first.count(IGNORE_INDEX)
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,37 +95,47 @@ class Rendering:
         self._ids = encode_ids(self._tokenizer, counted) if counted else []
         self._encodings = encode_batch(self._tokenizer, whole) if whole else []
 
-    def label(self) -> list[TokenSequence | RowRefused]:
+    def label(self) -> Rendered:
         """Each example rendered, or why it cannot be."""
-        ids, encodings = iter(self._ids), iter(self._encodings)
-        return [
-            self._labelled(example, marked, ids, encodings)
-            for example, marked in zip(self._examples, self._marked, strict=True)
-        ]
+        marked = [one for one in self._marked if isinstance(one, Marked) and one.openings]
+        block, are_found = _count_answers(marked, self._ids, self._tokenizer)
+        if len(marked) == len(self._marked) and are_found.all():
+            return Rendered(block, {})
+        return self._joined(block, iter(are_found.tolist()))
+
+    def _joined(self, counted: Block, are_found: Iterator[bool]) -> Rendered:
+        """The rows of a block, and the others between them."""
+        encodings = iter(self._encodings)
+        pieces, refused, num_counted = [], {}, 0
+        for number, (example, marked) in enumerate(zip(self._examples, self._marked, strict=True)):
+            if isinstance(marked, Marked) and marked.openings:
+                num_counted += 1
+                if next(are_found):
+                    pieces.append(counted.run(num_counted - 1, num_counted))
+                    continue
+            rendered = self._labelled(example, marked, encodings)
+            if isinstance(rendered, RowRefused):
+                refused[number] = rendered
+                rendered = TokenSequence((), (), example.origin)
+            pieces.append(Block.of([rendered]))
+        return Rendered(Block.joined(pieces), refused)
 
     def _labelled(
-        self,
-        example: Example,
-        marked: Marked | RowRefused,
-        ids: Iterator[list[int]],
-        encodings: Iterator[Encoding],
+        self, example: Example, marked: Marked | RowRefused, encodings: Iterator[Encoding]
     ) -> TokenSequence | RowRefused:
         if isinstance(marked, RowRefused):
             return marked
         try:
             if marked.openings:
-                counted = _label_counted(marked, next(ids), self._tokenizer)
-                if counted is not None:
-                    return counted
                 marked = mark(example, self._tokenizer, self._loss_on)
                 encoding = encode_batch(self._tokenizer, [marked.text])[0]
-                return _label(marked, Encoded.of([(marked.text, encoding)]), self._tokenizer)
+                return _label(marked, Encoded.of([Piece(marked.text, encoding)]), self._tokenizer)
             if marked.literal:
                 encoded = encode_literally(
                     self._tokenizer, marked.text, marked.literal, marked.origin
                 )
             else:
-                encoded = Encoded.of([(marked.text, next(encodings))])
+                encoded = Encoded.of([Piece(marked.text, next(encodings))])
             return _label(marked, encoded, self._tokenizer)
         except RowRefused as refused:
             return refused
@@ -154,7 +148,11 @@ def _mark(
         marked = None
         if isinstance(example, Conversation):
             marked = mark_by_skeleton(example, tokenizer, loss_on)
-        return marked or mark(example, tokenizer, loss_on)
+        marked = marked or mark(example, tokenizer, loss_on)
+        if len(marked.text) > MOST_CHARACTERS:
+            detail = f"{len(marked.text):,} characters; divide it (text_rows: paragraph, or line)"
+            raise RowRefused(example.origin, ENORMOUS, detail)
+        return marked
     except RowRefused as refused:
         return refused
 
@@ -165,30 +163,14 @@ def _label(marked: Marked, encoded: Encoded, tokenizer: PreTrainedTokenizerBase)
     return _label_plain(marked, encoded, tokenizer)
 
 
-def _label_counted(
-    marked: Marked, ids: list[int], tokenizer: PreTrainedTokenizerBase
-) -> TokenSequence | None:
-    """Find answers by counting the openings before them, which need no offsets.
-
-    None where an opening is split otherwise than at the end of a prompt.
-    """
-    opening = _ids_of(tokenizer, opening_end(tokenizer))
-    first, length, end_id = opening[0], len(opening), turn_end(tokenizer).id
-    labels = [IGNORE_INDEX] * len(ids)
-    position = number = -1
-    try:
-        for wanted in marked.openings:
-            while number < wanted:
-                position = ids.index(first, position + 1)
-                number += 1
-            start = position + length
-            if ids[position:start] != opening:
-                return None
-            end = ids.index(end_id, start) + 1
-            labels[start:end] = ids[start:end]
-    except ValueError:
-        return None
-    return TokenSequence(tuple(ids), tuple(labels), marked.origin, marked.notes)
+def _count_answers(
+    marked: Sequence[Marked], ids: Sequence[Sequence[int]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[Block, np.ndarray]:
+    """As `count_answers`."""
+    if not marked:
+        return Block.of([]), np.empty(0, np.bool_)
+    turn = Turn(_ids_of(tokenizer, opening_end(tokenizer)), turn_end(tokenizer).id)
+    return count_answers(marked, ids, turn)
 
 
 def _label_plain(
@@ -197,15 +179,25 @@ def _label_plain(
     """Text that no template wrote: BOS before it where the tokenizer puts one, EOS behind it."""
     end_id = eos_id(tokenizer)
     opening = marked.text[: marked.prompt]
-    prompt = encode(tokenizer, opening) if opening else []
+    prompt = _ids_as_text(tokenizer, opening, marked)
     if encoded.ids[: len(prompt)] != prompt:
-        encoded = encode_cut(tokenizer, encoded, opening, marked.origin)
+        encoded = encode_cut(tokenizer, encoded, opening, marked.origin, marked.literal)
     num_prompt = len(with_bos(tokenizer, prompt)) if marked.spans else 0
     ids = with_bos(tokenizer, encoded.ids)
     if ids[-1:] != [end_id] or len(ids) <= num_prompt:
         ids = [*ids, end_id]
     spans = [(num_prompt, len(ids))] if marked.spans != () else []
     return _sequence(ids, spans, marked)
+
+
+def _ids_as_text(tokenizer: PreTrainedTokenizerBase, opening: str, marked: Marked) -> list[int]:
+    """The beginning of a text, encoded by itself; what is literal there, too."""
+    literal = [
+        (start, min(end, len(opening))) for start, end in marked.literal if start < len(opening)
+    ]
+    if literal:
+        return encode_literally(tokenizer, opening, literal, marked.origin).ids
+    return encode(tokenizer, opening) if opening else []
 
 
 def _label_turns(
@@ -252,8 +244,17 @@ def _follows_prompt(
     if not tail or marked.text[start - len(tail) : start] != tail:
         cut = 0
         for found in added_tokens(tokenizer).finditer(marked.text, 0, start):
-            cut = found.start()
+            if not any(
+                found.start() < end and begin < found.end() for begin, end in marked.literal
+            ):
+                cut = found.start()
         tail = marked.text[cut:start]
+        literal = [
+            (begin - cut, end - cut) for begin, end in marked.literal if cut <= begin < start
+        ]
+        if literal:
+            ids = encode_literally(tokenizer, tail, literal, marked.origin).ids
+            return encoded.ids[token - len(ids) : token] == ids
     ids = _ids_of(tokenizer, tail)
     return encoded.ids[token - len(ids) : token] == ids
 
@@ -268,22 +269,26 @@ def render_prompt(example: Example, tokenizer: PreTrainedTokenizerBase) -> Promp
     if isinstance(example, PlainText):
         return None
     if isinstance(example, PromptCompletion):
-        ids = with_bos(tokenizer, encode(tokenizer, example.prompt))
-        reference = as_generated(tokenizer, example.completion)
+        marked = mark(example, tokenizer, "assistant")
+        ids = with_bos(tokenizer, _ids_as_text(tokenizer, example.prompt, marked))
+        reference = as_generated(tokenizer, example.completion, bool(marked.literal))
         return Prompt(tuple(ids), reference, example.origin) if ids else None
     number = len(example.messages) - 1
     if number == 0 or example.messages[-1].role != "assistant":
         return None
     opening = apply_template(example, tokenizer, number, prompt=True)
     said = example.messages[-1].content
+    literal: tuple[tuple[int, int], ...] = ()
     try:
         text = apply_template(example, tokenizer)
-        found = find_answer(example, number, text, tokenizer)
+        literal = spelled_in(example, text, tokenizer)
+        found = find_answer(example, number, text, tokenizer, literal)
         said = text[len(opening) : found.end] if found else said
     except RowRefused:
         pass
     ids = _prompt_ids(example, opening, tokenizer)
-    return Prompt(tuple(ids), as_generated(tokenizer, said), example.origin)
+    is_spelled = any(end > len(opening) for _, end in literal)
+    return Prompt(tuple(ids), as_generated(tokenizer, said, is_spelled), example.origin)
 
 
 def _prompt_ids(

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from qlora_kit.data.pieces import show
-from qlora_kit.data.render import TokenSequence
+from qlora_kit.data.sequences import TokenSequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -24,6 +24,17 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A value of a table that rows cannot have. It is at fault where a schema reads its column."""
+
+    reason: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"({self.detail})"
+
+
+@dataclass(frozen=True, slots=True)
 class BadRow:
     """A row that could not be read. `reason` is what rows like it share, `detail` its own."""
 

@@ -42,6 +42,11 @@ class Selection:
         Raises:
             DataError: the recipe says that there must be no such row.
         """
+        may_repeat = self.spec.duplicates == "keep" or (
+            self.part == "eval" and self.threshold is None
+        )
+        if may_repeat and self.threshold is None and not self.eval_keys:
+            return None
         key = content_key(example)
         if self.threshold is not None:
             is_held = lot(key, self.spec.seed) < self.threshold
@@ -50,7 +55,7 @@ class Selection:
         if self.part == "train" and key in self.eval_keys and self.spec.leaks != "keep":
             self._refuse("leaks", example.origin, "an eval row")
             return LEAK
-        if self.spec.duplicates == "keep" or (self.part == "eval" and self.threshold is None):
+        if may_repeat:
             return None
         key += _trained_turns(example)
         first = self._seen.get(key)

@@ -39,25 +39,28 @@ class Skeleton:
 
     marked: Marked
     holes: tuple[_Hole, ...]
+    literals: tuple[str, ...]
+    """What stands before each hole, and behind the last."""
+    spelled: re.Pattern[str]
+    """What no content may hold."""
 
-    def filled(self, conversation: Conversation) -> Marked:
-        """The rendering of a conversation of this shape.
+    def filled(self, conversation: Conversation) -> Marked | None:
+        """The rendering of a conversation of this shape; None where it has more than contents.
 
         Where spans can be found by counting openings they are left as in the skeleton.
         """
-        marked = self.marked
-        text = marked.text
-        pieces: list[str] = []
-        contents: list[str] = []
-        done = 0
-        for hole, message in zip(self.holes, conversation.messages, strict=True):
-            content = message.content
+        contents = [message.content for message in conversation.messages]
+        if self.spelled.search("\n".join(contents)) and any(map(self.spelled.search, contents)):
+            return None
+        for number, message in enumerate(conversation.messages):
+            content, hole = message.content, self.holes[number]
+            if not content or content.isspace() or _has_more(message):
+                return None
             if not (hole.keeps_left and hole.keeps_right):
-                content = _trimmed(content, hole)
-            pieces += (text[done : hole.start], content)
-            contents.append(content)
-            done = hole.end
-        pieces.append(text[done:])
+                contents[number] = _trimmed(content, hole)
+        pieces = [""] * (len(self.literals) + len(contents))
+        pieces[::2], pieces[1::2] = self.literals, contents
+        marked = self.marked
         spans = marked.spans
         if spans and not marked.openings:
             spans = tuple(
@@ -98,15 +101,10 @@ def mark_by_skeleton(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, loss_on: LossOn
 ) -> Marked | None:
     """As `mark_conversation`; None where this conversation has to be rendered by itself."""
-    if conversation.tools or not is_linear(str(tokenizer.chat_template or "")):
+    if conversation.tools:
         return None
-    spelled = spelled_tokens(tokenizer)
-    for message in conversation.messages:
-        content = message.content
-        if not content or content.isspace() or _has_more(message) or spelled.search(content):
-            return None
-    turns = tuple((message.role, message.train) for message in conversation.messages)
-    template = str(tokenizer.chat_template)
+    turns = tuple([(message.role, message.train) for message in conversation.messages])
+    template = str(tokenizer.chat_template or "")
     skeleton = _skeleton((turns, conversation.num_given), tokenizer, template, loss_on)
     return None if skeleton is None else skeleton.filled(conversation)
 
@@ -124,7 +122,11 @@ def _has_more(message: Message) -> bool:
 def _skeleton(
     shape: Shape, tokenizer: PreTrainedTokenizerBase, template: str, loss_on: LossOn
 ) -> Skeleton | None:
-    """None where the template refuses such conversations, or does not write each content once."""
+    """None where the template looks into contents, refuses such conversations, or does not write
+    each content once.
+    """
+    if not is_linear(template):
+        return None
     turns, num_given = shape
     messages = tuple(
         Message(role, f" \ufdd1{number}\ufdd2 ", train=train)  # type: ignore[arg-type]
@@ -138,7 +140,10 @@ def _skeleton(
     if [int(one[2]) for one in found] != list(range(len(turns))):
         return None
     holes = tuple(_Hole(one.start(), one.end(), bool(one[1]), bool(one[3])) for one in found)
-    return Skeleton(replace(marked, openings=_openings(marked, tokenizer)), holes)
+    edges = [0, *(edge for one in holes for edge in (one.start, one.end)), len(marked.text)]
+    literals = tuple(marked.text[edges[n] : edges[n + 1]] for n in range(0, len(edges), 2))
+    marked = replace(marked, openings=_openings(marked, tokenizer))
+    return Skeleton(marked, holes, literals, spelled_tokens(tokenizer))
 
 
 def _openings(marked: Marked, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:

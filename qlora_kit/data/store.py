@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from array import array
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -18,7 +17,7 @@ from typing import overload
 
 import numpy as np
 
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.sequences import IGNORE_INDEX, Block, TokenSequence
 
 _RECORD = np.dtype(
     [
@@ -33,14 +32,13 @@ _TOKENS, _SUPERVISED, _INDEX, _TEXTS = "tokens.bin", "supervised.bin", "index.np
 
 
 class StoreWriter:
-    """Appends sequences to the files in a folder; use as a context."""
+    """Appends blocks of sequences to the files in a folder; use as a context."""
 
     def __init__(self, folder: Path):
         self._folder = folder
         self._tokens = (folder / _TOKENS).open("wb")
         self._supervised = (folder / _SUPERVISED).open("wb")
         self._index: list[np.ndarray] = []
-        self._block: list[tuple[int, int, int, int, int]] = []
         self._sources: dict[str, int] = {}
         self._notes: dict[tuple[str, ...], int] = {}
         self._end = 0
@@ -54,34 +52,25 @@ class StoreWriter:
         self._tokens.close()
         self._supervised.close()
         if kind is None:
-            self._flush_index()
             index = np.concatenate([np.empty(0, _RECORD), *self._index])
             np.save(self._folder / _INDEX, index)
             texts = {"sources": list(self._sources), "notes": [list(one) for one in self._notes]}
             (self._folder / _TEXTS).write_text(json.dumps(texts), encoding="utf-8")
 
-    def add(self, sequence: TokenSequence, group: int = 0) -> None:
-        """`group` is the number of its source in the recipe."""
-        self._tokens.write(array("i", sequence.input_ids))
-        labels = np.frombuffer(array("i", sequence.labels), np.int32)
-        self._supervised.write((labels != IGNORE_INDEX).tobytes())
-        self._end += len(labels)
-        source, _, number = sequence.origin.rpartition(":")
-        self._block.append(
-            (
-                self._end,
-                group,
-                self._sources.setdefault(source, len(self._sources)),
-                int(number),
-                self._notes.setdefault(sequence.notes, len(self._notes)),
-            )
-        )
-        if len(self._block) == 65536:
-            self._flush_index()
-
-    def _flush_index(self) -> None:
-        self._index.append(np.array(self._block, _RECORD))
-        self._block = []
+    def add(self, block: Block, groups: Sequence[int]) -> None:
+        """`groups` are for each sequence the number of its source in the recipe."""
+        self._tokens.write(block.ids.tobytes())
+        self._supervised.write(block.supervised.tobytes())
+        places = [origin.rpartition(":") for origin in block.origins]
+        sources, notes = self._sources, self._notes
+        index = np.empty(len(block), _RECORD)
+        index["end"] = self._end + block.ends
+        index["group"] = groups
+        index["source"] = [sources.setdefault(one[0], len(sources)) for one in places]
+        index["number"] = [int(one[2]) for one in places]
+        index["notes"] = [notes.setdefault(one, len(notes)) for one in block.notes]
+        self._index.append(index)
+        self._end += len(block.ids)
 
 
 class StoredSequences(Sequence[TokenSequence]):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from itertools import count, islice
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from qlora_kit.data.pack import PackedSequence, pack
-from qlora_kit.data.render import TokenSequence
+from qlora_kit.data.sequences import TokenSequence
 
 if TYPE_CHECKING:
     from qlora_kit.data.ledger import Ledger
@@ -56,7 +56,9 @@ class StreamedSequences(IterableDataset[TokenSequence | PackedSequence]):
         """What follows the first `num_given`, which are read and rendered again: what they were
         decides which rows are duplicates, how those behind them are packed, and the ledger.
         """
-        return islice(iter(self), num_given, None)
+        given = iter(self)
+        deque(islice(given, num_given), maxlen=0)
+        return given
 
     def settle(self) -> None:
         """Book what was read ahead in the first pass, and not given any more."""

@@ -92,6 +92,37 @@ def turn_end(tokenizer: PreTrainedTokenizerBase) -> TurnEnd:
     return _find_turn_end(tokenizer, str(tokenizer.chat_template or ""))
 
 
+def require_generation_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise DataError where the template begins an answer with a header that no prompt has.
+
+    The model would have to learn to write it, and generation would have to do without. A template
+    that writes nothing before an answer, as Mistral's, needs no prompt for it.
+    """
+    header = _header_without_prompt(tokenizer, str(tokenizer.chat_template or ""))
+    if header:
+        raise DataError(
+            f"{PROBE_ORIGIN}: the template begins an answer with {header[:40]!r}, but does not "
+            "write that when it is asked for a generation prompt. Add {% if add_generation_prompt "
+            "%}{{ " + repr(header[:40]) + " }}{% endif %} to its end, or use another template "
+            "(model.chat_template)."
+        )
+
+
+@lru_cache(maxsize=8)
+def _header_without_prompt(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
+    """What stands between the prompt for an answer and it, where the prompt asks for none."""
+    try:
+        asked = apply_template(PROBE, tokenizer, 1)
+        prompt = apply_template(PROBE, tokenizer, 1, prompt=True)
+        text = apply_template(PROBE, tokenizer)
+    except RowRefused:
+        return ""
+    if prompt != asked or not text.startswith(prompt):
+        return ""
+    header = text[len(prompt) :].partition(PROBE.messages[-1].content)[0]
+    return header if header.strip() else ""
+
+
 def opening_end(tokenizer: PreTrainedTokenizerBase) -> str:
     """How prompts for an answer mostly end, from an added token on; empty where they have none."""
     return _opening_end(tokenizer, str(tokenizer.chat_template or ""))
@@ -110,6 +141,11 @@ def _opening_end(tokenizer: PreTrainedTokenizerBase, template: str) -> str:
 def spelled_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Matches what only a template may write: a special token, or the end of a turn."""
     return _special_tokens(tokenizer, len(tokenizer), str(tokenizer.chat_template or ""))
+
+
+def control_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """As `spelled_tokens`, of a tokenizer that may have no template, or a faulty one."""
+    return _control_tokens(tokenizer, len(tokenizer), str(tokenizer.chat_template or ""))
 
 
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
@@ -149,6 +185,16 @@ def _special_tokens(
     special = {str(token) for token in _added(tokenizer) if token.special}
     end = {_find_turn_end(tokenizer, template).text} if template else set()
     return _compile({*tokenizer.all_special_tokens, *special, *end})
+
+
+@lru_cache(maxsize=8)
+def _control_tokens(
+    tokenizer: PreTrainedTokenizerBase, size: int, template: str
+) -> re.Pattern[str]:
+    try:
+        return _special_tokens(tokenizer, size, template)
+    except DataError:
+        return _special_tokens(tokenizer, size, "")
 
 
 @lru_cache(maxsize=8)

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.data.examples import AnyExample, Preference
+from qlora_kit.data.examples import AnyExample
 from qlora_kit.data.fit import fit
 from qlora_kit.data.ledger import Ledger
 from qlora_kit.data.pieces import Shown, show
-from qlora_kit.data.prepare import NOTE_REJECTED, UNWANTED, PartName, selection_for
+from qlora_kit.data.prepare import UNWANTED, PartName, selection_for
 from qlora_kit.data.read import read_source, source_files
 from qlora_kit.data.render import render
 from qlora_kit.data.rows import BadRow, Row, RowRefused
@@ -115,7 +115,7 @@ def _rows(
     sources: tuple[SourceSpec, ...], spec: DataSpec
 ) -> Iterator[tuple[Row | BadRow, AnyExample | RowRefused]]:
     for source in sources:
-        recogniser = Recogniser(source, needs_answer=spec.loss_on != "all")
+        recogniser = Recogniser(source, spec.loss_on != "all", spec.split_special_tokens)
         for row in read_source(source):
             if isinstance(row, BadRow):
                 yield row, RowRefused(row.origin, row.reason, row.detail)
@@ -136,7 +136,7 @@ def _fate(
     spec: DataSpec,
     tokenizer: PreTrainedTokenizerBase,
 ) -> Fate:
-    record = json.dumps(row.record, ensure_ascii=False) if isinstance(row, Row) else ""
+    record = json.dumps(row.record, ensure_ascii=False, default=str) if isinstance(row, Row) else ""
 
     def fate(outcome: str, *sequences: Shown, notes: tuple[str, ...] = ()) -> Fate:
         return Fate(part, row.origin, outcome, record, sequences, notes)
@@ -155,9 +155,7 @@ def _fate(
         return fate(_dropped(refused))
     ledger = Ledger(num_rows=1)
     kept = [show(one, tokenizer) for one in fit(example, rendered, spec, ledger)]
-    notes = rendered.notes
-    if isinstance(found, Preference):
-        notes = (*notes, NOTE_REJECTED)
+    notes = (*rendered.notes, *example.notes)
     if not kept:
         [reason] = ledger.dropped
         return fate(f"dropped: {reason}, {rendered.num_tokens:,} tokens", show(rendered, tokenizer))

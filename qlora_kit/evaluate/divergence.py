@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy
 import torch
 
-from qlora_kit.data.render import TokenSequence
+from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.errors import DataError, HardwareError, ModelError
 from qlora_kit.evaluate.forward import (
     NO_PROGRESS,

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.data.examples import Conversation, Example, PlainText, PromptCompletion
-from qlora_kit.data.render import Prompt, TokenSequence, render, render_prompt
+from qlora_kit.data.render import Prompt, render, render_prompt
+from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.errors import DataError, ModelError
 from qlora_kit.evaluate.forward import CausalModel, context_tokens
 from qlora_kit.evaluate.generation import (

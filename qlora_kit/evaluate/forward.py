@@ -12,7 +12,7 @@ import torch
 from peft import PeftModel
 
 from qlora_kit.data.collate import Collator
-from qlora_kit.data.render import TokenSequence
+from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.errors import ModelError
 from qlora_kit.evaluate.windows import batch_windows, scored_positions
 from qlora_kit.report.reporter import Progress

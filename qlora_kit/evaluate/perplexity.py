@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from qlora_kit.data.render import TokenSequence
+from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.errors import DataError
 from qlora_kit.evaluate.forward import (
     NO_PROGRESS,

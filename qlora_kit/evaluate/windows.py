@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 
 # Limits of one forward pass: its logits, of which a large vocabulary makes too many, and its
 # tokens, padding included.

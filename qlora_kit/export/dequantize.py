@@ -14,7 +14,7 @@ from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.atomic import draft_beside
-from qlora_kit.data.render import TokenSequence
+from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.environment import Hardware
 from qlora_kit.errors import ModelError
 from qlora_kit.evaluate.divergence import Divergence, compare_to_recorded, record_logprobs

@@ -7,14 +7,16 @@ adapter folder.
 from __future__ import annotations
 
 import gc
+import shutil
+import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from qlora_kit.atomic import draft_beside
+from qlora_kit.atomic import draft_beside, flush_folder
 from qlora_kit.checkpoint.run_directory import RunDirectory
-from qlora_kit.data.render import TokenSequence
+from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.environment import Hardware
 from qlora_kit.errors import DataError
 from qlora_kit.evaluate.divergence import Recorded, record_logprobs
@@ -57,7 +59,7 @@ def merge_after_training(
         return None
     options = recipe.export.merge_options
     trained = trained_adapter(run.adapter, base, recipe.quantization, recipe.model)
-    require_absent(run.merged)
+    _make_way(run.merged)
     with draft_beside(run.merged) as draft:
         recorded = record_reference(
             model, trained, held_out.sequences[: options.max_rows], draft, reporter
@@ -71,6 +73,19 @@ def merge_after_training(
             recipe_sha256=recipe_hash(recipe),
             reporter=reporter,
         )
+
+
+def _make_way(merged: Path) -> None:
+    """An attempt that was killed before its summary was written may have merged already.
+
+    The certificate goes into the summary, and the model may be of another adapter by now: it is
+    made again. First out of sight, so that half a model never stands under its name; what is
+    out of sight, drafts as large as a model among it, is removed.
+    """
+    if merged.exists():
+        merged.rename(merged.with_name(f".{merged.name}.{uuid.uuid4().hex}.draft"))
+    for leftover in merged.parent.glob(f".{merged.name}.*.draft"):
+        shutil.rmtree(leftover)
 
 
 def merge_reopened(
@@ -177,5 +192,6 @@ def merge_and_certify(
         for fault in chosen.faults:
             reporter.warn(f"the merged model does not come back as it was: {fault}")
         certificate = certify(chosen, candidates, trained, options.max_kl, recipe_sha256)
+        flush_folder(chosen.result.folder)
         chosen.result.folder.rename(out)
     return certificate

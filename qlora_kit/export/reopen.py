@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from peft import PeftModel
 
-    from qlora_kit.data.render import TokenSequence
+    from qlora_kit.data.sequences import TokenSequence
 
 
 @dataclass

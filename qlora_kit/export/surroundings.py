@@ -12,6 +12,7 @@ import torch
 from transformers import GenerationConfig
 
 from qlora_kit.errors import ModelError
+from qlora_kit.model.saved import write_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
@@ -62,7 +63,7 @@ def save_generation_config(
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Tokenizer and chat template."""
-    tokenizer.save_pretrained(folder)
+    write_tokenizer(tokenizer, folder)
 
 
 def copy_code(source: Path, folder: Path) -> None:

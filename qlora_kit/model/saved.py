@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,11 +27,13 @@ from qlora_kit.model.targets import refuse_dora
 
 if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedTokenizerBase
 
     from qlora_kit.recipe import QuantizationSpec
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def save_adapter(
@@ -64,12 +68,24 @@ def write_adapter(
     # "auto" would ask the hub whether the vocabulary grew, and offline leave out grown rows.
     given = {} if weights is None else {"state_dict": dict(weights)}
     model.save_pretrained(folder, save_embedding_layers=False, **given)
-    base.tokenizer.save_pretrained(folder)
+    write_tokenizer(base.tokenizer, folder)
     if base.model.generation_config is not None:
         base.model.generation_config.save_pretrained(folder)
     readme = folder / "README.md"
     readme.unlink(missing_ok=True)  # PEFT's is a form to fill in
     write_manifest(manifest_for(base, quantization, recipe_sha256, folder), folder)
+
+
+def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Raises OSError where the disk refuses; the library says so by a plain Exception."""
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        refused = _OS_ERROR.search(str(error))
+        if type(error) is not Exception or refused is None:
+            raise
+        number = int(refused[1])
+        raise OSError(number, os.strerror(number), str(folder)) from error
 
 
 def _in_order(config: PeftConfig) -> None:

@@ -26,6 +26,10 @@ SchemaName = Literal[
 Role = Literal["system", "user", "assistant", "tool"]
 Name = Annotated[str, Field(min_length=1)]
 
+_DEMO = "demo/commands"
+# Schemas whose rows are always conversations.
+_TEMPLATED = {"messages", "sharegpt", "alpaca", "label"}
+
 # Endings of files that are read, apart from .gz and .zst behind them.
 FILE_ENDINGS = (
     ".json",
@@ -85,6 +89,11 @@ class SourceSpec(Spec):
     num_rows: int | None = Field(default=None, gt=0)
     """Draw this many rows in random order, some again where the source has fewer."""
 
+    @property
+    def name(self) -> str:
+        """The path, with the split where it is not the usual one."""
+        return self.path if self.split == "train" else f"{self.path} ({self.split})"
+
     def contradictions(self) -> Iterator[Fault]:
         if looks_like_file(self.path) and self.split != "train" and "*" not in self.path:
             yield Fault(
@@ -121,6 +130,11 @@ class DataSpec(Spec):
     loss_on: Literal["assistant", "last", "all"] | tuple[Role, ...] = "assistant"
     """Train on what the assistant says and its end-of-turn token, on its last turn only, on
     every token, or on what the listed roles say. `train: false` on a message leaves it out."""
+
+    split_special_tokens: bool = True
+    """Whether a special token spelled in plain text, or in a prompt and its completion, stays
+    text. Set false for data that are already rendered in a chat format, so that what is spelled
+    becomes the tokens. What is spelled in a message is always text."""
 
     overlength: Literal["drop", "truncate", "split", "error"] = "drop"
     """What happens to a row longer than max_length. It is counted and shown whichever it is.
@@ -166,6 +180,10 @@ class DataSpec(Spec):
         if self.held_out is not None and self.held_out >= 1 and self.held_out % 1:
             message = f"must be whole from 1 on, got {self.held_out:g}"
             yield Fault("held_out", message, "below 1 it is a share of the rows")
+        types = {"messages" if one.path == _DEMO else one.type for one in (*self.train, *self.eval)}
+        if types <= _TEMPLATED:
+            why = f"on {' and '.join(sorted(types))}, of which the chat template writes all"
+            yield from without_effect(self, ("split_special_tokens",), why, "remove it")
         if self.loss_on == ():
             yield Fault("loss_on", "must name at least one role", "try assistant")
 

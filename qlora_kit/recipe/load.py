@@ -82,11 +82,14 @@ def recipe_from_dict(values: dict[str, Any], source: str, faults: Iterable[Fault
 def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the recipe with every default spelled out; it loads back as an equal Recipe."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(recipe_text(recipe))
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    try:
+        with draft.open("w", encoding="utf-8") as file:
+            file.write(recipe_text(recipe))
+            file.flush()
+            os.fsync(file.fileno())
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
 
 
 def recipe_text(recipe: Recipe) -> str:

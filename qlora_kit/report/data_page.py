@@ -8,6 +8,7 @@ from html import escape
 from qlora_kit.data.pieces import Piece, Shown
 from qlora_kit.data.preview import Lengths, Preview
 from qlora_kit.report.data_text import (
+    first_few,
     limit,
     packing_table,
     packing_verdict,
@@ -88,9 +89,13 @@ def page(found: Preview) -> str:
     )
 
 
+def _not_read(keys: Sequence[str] | None) -> str:
+    return f"; not read: {first_few(keys)}" if keys else ""
+
+
 def _schemas(found: Preview) -> list[str]:
     rows = [
-        (part.name, visible(source), visible(schema))
+        (part.name, visible(source), visible(schema + _not_read(part.ledger.ignored.get(source))))
         for part in found.parts
         for source, schema in part.ledger.schemas.items()
     ]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _BAR_WIDTH = 36
 _EIGHTHS = "▏▎▍▌▋▊▉█"
 _KEPT = {"train": "trained on", "eval": "evaluated"}
+_MOST_KEYS = 8
 _MOST_OF_A_RECORD = 600
 
 Row = tuple[str, ...]
@@ -28,6 +29,9 @@ def preview(reporter: Reporter, found: Preview) -> None:
     for part in found.parts:
         for source, schema in part.ledger.schemas.items():
             reporter.say(f"{part.name:5}  {visible(source)}: {visible(schema)}")
+        for source, keys in part.ledger.ignored.items():
+            reporter.say(f"       not read of {visible(source)}: {visible(first_few(keys))}")
+        files_left_out(reporter, part.ledger)
     reporter.say("")
     ledgers = [part.ledger for part in found.parts]
     columns = [part.name for part in found.parts]
@@ -56,6 +60,17 @@ def preview(reporter: Reporter, found: Preview) -> None:
     for number, shown in enumerate(found.examples, start=1):
         reporter.say("")
         example(reporter, f"example {number} of {len(found.examples)}", shown, is_whole=False)
+
+
+def first_few(keys: Sequence[str]) -> str:
+    """Names of columns, of which there may be many."""
+    return ", ".join(keys[:_MOST_KEYS]) + (", …" if len(keys) > _MOST_KEYS else "")
+
+
+def files_left_out(reporter: Reporter, ledger: Ledger) -> None:
+    for source, files in ledger.left_out.items():
+        more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+        reporter.warn(f"not read of {visible(source)}: {visible(', '.join(files[:5]))}{more}")
 
 
 def row_table(parts: Sequence[PartView]) -> list[Row]:

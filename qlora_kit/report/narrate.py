@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.checkpoint.drift import Drift, lines_of
 from qlora_kit.data.pieces import runs, token_pieces
 from qlora_kit.model.tokenizer import writes_the_date
+from qlora_kit.report import data_text
 from qlora_kit.report.reporter import Reporter
 from qlora_kit.report.visible import visible
 
@@ -99,6 +100,7 @@ def data(
     for part in (train, held_out):
         for finding in part.ledger.findings():
             reporter.warn(finding)
+        data_text.files_left_out(reporter, part.ledger)
     for source, keys in train.ledger.ignored.items():
         reporter.say(f"not read  {', '.join(keys[:8])}{', …' if len(keys) > 8 else ''} of {source}")
     first = train.sequences[0]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.data.collate import Collator, IsolatingCollator
 from qlora_kit.data.pack import PackedSequence, PackedSequences, pack
-from qlora_kit.data.render import TokenSequence
+from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.data.stream import StreamedSequences
 from qlora_kit.train.isolation import measure_leakage, require_isolation
 from qlora_kit.train.loader import (

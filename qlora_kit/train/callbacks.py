@@ -59,6 +59,7 @@ class StepCallback(TrainerCallback):
         self._seconds_before = self.trainer.progress.seconds
         self._last_tokens = self.trainer.progress.num_real_tokens
         if state.global_step:
+            state.epoch = state.global_step / self.updates_per_pass
             self.progress.update(state.global_step)
 
     @property
@@ -129,7 +130,8 @@ class StepCallback(TrainerCallback):
             return
         with self.log_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-            done.log_bytes = file.tell()
+            if "train_loss" not in logs:  # the closing line is written anew by every attempt
+                done.log_bytes = file.tell()
 
 
 def _plain(value: Any) -> Any:

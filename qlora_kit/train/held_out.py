@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed
 
-from qlora_kit.data.render import IGNORE_INDEX
+from qlora_kit.data.sequences import IGNORE_INDEX
 from qlora_kit.errors import HardwareError
 from qlora_kit.train.loader import AnyCollator, Item, longest_of
 from qlora_kit.train.out_of_memory import first_line, free_memory, is_out_of_memory

@@ -10,7 +10,7 @@ import torch
 
 from qlora_kit.data.collate import IsolatingCollator
 from qlora_kit.data.pack import PackedSequence
-from qlora_kit.data.render import TokenSequence
+from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.errors import ModelError
 
 if TYPE_CHECKING:

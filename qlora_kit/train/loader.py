@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from qlora_kit.data.collate import Batch
 from qlora_kit.data.pack import PackedSequence, PackedSequences
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.data.store import StoredSequences
 from qlora_kit.data.stream import StreamedSequences
 from qlora_kit.train.order import TrainOrder, micro_batches
@@ -67,9 +67,11 @@ class StreamedItems:
     items_per_update: int
 
     def updates(self, start: int) -> Iterator[Sequence[Item]]:
+        """What comes before `start` is read at once, also where no update follows: the stream
+        books what it has given.
+        """
         given = self.stream.starting_at(start * self.items_per_update)
-        while items := list(islice(given, self.items_per_update)):
-            yield items
+        return iter(lambda: list(islice(given, self.items_per_update)), [])
 
 
 class MicroBatches(IterableDataset[Batch]):

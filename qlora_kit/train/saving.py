@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +55,8 @@ class Saver:
             "num_processes": around.processes.count,
         }
 
-        def write(folder: Path) -> None:
-            write_snapshot(folder, taken, progress, shape, randoms, around.write_adapter)
+        def write(folder: Path) -> Iterator[Path]:
+            yield from write_snapshot(folder, taken, progress, shape, randoms, around.write_adapter)
             for name, text in around.records.items():
                 (folder / name).write_text(text, encoding="utf-8")
 

@@ -9,10 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,8 +19,10 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from qlora_kit.checkpoint.tensors import load_values, save_values
 from qlora_kit.errors import RunError
 from qlora_kit.model.reason import reason_of
+from qlora_kit.model.saved import WEIGHTS_FILE
 from qlora_kit.train.sharded import (
     adapter_shared_out,
     is_sharded,
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     from torch.amp import GradScaler
 
 PROGRESS_FILE = "progress.json"
-OPTIMIZER_FILE = "optimizer.pt"
-RANDOM_FILE = "random.pt"
+OPTIMIZER_FILE = "optimizer.safetensors"
+RANDOM_FILE = "random.safetensors"
 # Tokenizer, configurations, random states.
 _OTHER_FILES_BYTES = 32 * 1024**2
 
@@ -51,6 +52,8 @@ class Progress:
     num_padding_tokens: int = 0
     first_loss: float | None = None
     last_loss: float | None = None
+    total_loss: float = 0.0
+    """Summed over the updates."""
     unlogged_losses: tuple[float, ...] = ()
     """Of the updates since the last line of the log."""
     seconds: float = 0.0
@@ -152,20 +155,22 @@ def write_snapshot(
     shape: dict[str, int],
     randoms: list[dict[str, Any]],
     write_adapter: Callable[..., None],
-) -> None:
-    """Fill an empty folder.
+) -> Iterator[Path]:
+    """Fill an empty folder; the largest files are yielded as they are finished.
 
     Args:
         shape: the numbers of `Shared`.
         randoms: `random_state()` of every process.
     """
+    state = taken.state
+    save_values(state, folder / OPTIMIZER_FILE)
+    yield folder / OPTIMIZER_FILE
     if taken.is_sharded:
         write_adapter(folder, weights=dict(taken.trainables))
     else:
         write_adapter(folder)
-    state = taken.state
-    torch.save(state, folder / OPTIMIZER_FILE)
-    torch.save(randoms, folder / RANDOM_FILE)
+    yield folder / WEIGHTS_FILE
+    save_values(randoms, folder / RANDOM_FILE)
     shared = Shared(
         **shape,
         optimizer_kind=taken.optimizer_kind,
@@ -219,11 +224,11 @@ def read_snapshot(folder: Path, moving: Moving, allow_drift: bool = False) -> Pr
             raise _not_put_back("optimizer's state", f"{kind}, written by {shared.optimizer_kind}")
         return progress
     try:
-        state = torch.load(folder / OPTIMIZER_FILE, map_location="cpu", weights_only=True)
+        state = load_values(folder / OPTIMIZER_FILE)
         state["optimizer"] = optimizer_shared_out(state["optimizer"], moving.optimizer)
         moving.put_back(state)
         now = digest_of(_tensors_in(whole_in(moving.optimizer.state_dict()["state"])))
-    except (KeyError, ValueError, RuntimeError, UnpicklingError) as error:
+    except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise _not_put_back("optimizer's state", reason_of(error)) from error
     _require_same("optimizer's state", now, shared.optimizer)
     return progress
@@ -294,7 +299,7 @@ def put_random_state_back(state: dict[str, Any]) -> None:
 
 def read_random_state(folder: Path, rank: int) -> dict[str, Any] | None:
     """None where the checkpoint was written by fewer processes."""
-    states = torch.load(folder / RANDOM_FILE, map_location="cpu", weights_only=True)
+    states = load_values(folder / RANDOM_FILE)
     return dict(states[rank]) if rank < len(states) else None
 
 

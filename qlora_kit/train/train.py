@@ -131,6 +131,7 @@ def train_adapter(
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
             step.progress = progress
             trainer.train()
+            stop_signal = cadence.stop_signal or _late_signal(trainer, around)
         if hardware.device == "cuda":
             torch.cuda.synchronize()
     if spec.gradient_checkpointing:
@@ -138,7 +139,16 @@ def train_adapter(
         base.model.disable_input_require_grads()
     model.config.use_cache = True
     model.eval()
-    return _result(trainer.progress, step.seconds, cadence.stop_signal)
+    return _result(trainer.progress, step.seconds, stop_signal)
+
+
+def _late_signal(trainer: QloraTrainer, around: Surroundings) -> int | None:
+    """One that came while the last update was evaluated or saved, when nobody looked any more."""
+    late = around.requests.stop_signal
+    place = around.run.folder / f"checkpoint-{trainer.progress.update}"
+    if late is not None and around.processes.count == 1 and not place.exists():
+        trainer.hooks.save()
+    return late
 
 
 def _result(progress: Progress, seconds: float, stop_signal: int | None) -> TrainResult:

@@ -206,6 +206,7 @@ class QloraTrainer(Trainer):
         progress.num_padding_tokens += places - tokens
         progress.first_loss = loss if progress.first_loss is None else progress.first_loss
         progress.last_loss = loss
+        progress.total_loss += loss
         progress.unlogged_losses += (loss,)
         progress.order_digest = hashlib.sha256(
             f"{progress.order_digest}\n{origins}".encode()
@@ -218,7 +219,12 @@ class QloraTrainer(Trainer):
         return rows
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With the loss as we count it, which a resumed run goes on counting."""
+        """With the loss as we count it, which a resumed run goes on counting.
+
+        Of the closing line only that is left: the Trainer's other figures are of the last attempt.
+        """
+        if "train_loss" in logs:
+            logs = {"train_loss": self.progress.total_loss / max(self.progress.update, 1)}
         if "loss" in logs:
             losses = self.progress.unlogged_losses
             logs["loss"] = sum(losses) / len(losses) if losses else float("nan")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from qlora_kit.data.render import IGNORE_INDEX
+from qlora_kit.data.sequences import IGNORE_INDEX
 from qlora_kit.recipe import load_recipe
 
 from .conftest import ROOT, Call, write_recipe, write_rows
@@ -19,9 +19,9 @@ GOOD = {"prompt": "paint the lamp ", "completion": "lamp=red"}
 BAD_ROWS = [
     json.dumps(GOOD),
     "not JSON",
-    json.dumps({"prompt": "paint the door "}),
+    json.dumps({"prompt": "paint the door ", "label": "good"}),
     json.dumps(GOOD),
-    json.dumps({"prompt": "x" * 400, "completion": "y"}),
+    json.dumps({"prompt": "x" * 400, "completion": "y", "label": "good"}),
     json.dumps({"prompt": "\x1b[31m<b>", "completion": "<script>alert(1)</script>"}),
 ]
 """By line: kept, dropped, dropped, a duplicate, too long, kept."""
@@ -143,10 +143,12 @@ def test_too_many_bad_rows_are_shown_and_fail(call: Call, bad_recipe: str, tmp_p
     assert "dropped: not JSON" in said.out
     assert "set aside: the same as an earlier row" in said.out
     assert "train.jsonl:2" in said.out
+    assert f"not read of {tmp_path / 'train.jsonl'}: label" in said.out
     assert "more than the 1.0% allowed" in said.err
     assert "\x1b" not in said.out
     text = page.read_text(encoding="utf-8")
     assert "more than the 1.0% allowed" in text
+    assert "; not read: label</li>" in text
     assert "<script" not in text
     found = values(call, bad_recipe, code=1)
     assert found["train"]["ledger"]["rows"]["kept"] == 2
@@ -168,7 +170,7 @@ def test_no_row_left_is_shown_and_fails(call: Call, recipe: str, tmp_path: Path)
     [
         (1, "is trained on"),
         (2, "is dropped: not JSON"),
-        (3, "is dropped: fits no schema (keys: prompt)"),
+        (3, "is dropped: fits no schema (keys: prompt, label)"),
         (4, "is set aside: the same as an earlier row ({file}:1)"),
         (5, "is dropped: longer than max_length"),
         (6, "is trained on"),
@@ -186,6 +188,13 @@ def test_what_became_of_a_row(
     assert f"is {fate['outcome']}".startswith(outcome.format(file=file))
     if line not in (2, 6):
         assert json.loads(fate["record"]) == json.loads(BAD_ROWS[line - 1])
+
+
+def test_a_row_shows_what_should_be_known_of_it(call: Call, recipe: str, tmp_path: Path) -> None:
+    file = tmp_path / "train.jsonl"
+    write_rows(file, [{"prompt": "paint the lamp ", "completion": "None"}])
+    said = call("data", recipe, "--row", f"{file}:1")
+    assert "note: a whole text is None, nan, null or the like" in said.out
 
 
 def test_a_row_agrees_with_what_is_prepared(call: Call, recipe: str) -> None:

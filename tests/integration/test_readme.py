@@ -72,7 +72,7 @@ def test_row_shapes_in_the_readme_are_understood(tmp_path: Path) -> None:
 def test_every_verb_is_in_the_table() -> None:
     from qlora_kit.cli import app
 
-    table = set(re.findall(r"^\| `([a-z]+)", README, re.MULTILINE))
+    table = set(re.findall(r"^\| `([a-z-]+)", README, re.MULTILINE))
     registered = {one.name for one in app.registered_commands}
     registered |= {one.name for one in app.registered_groups}
     assert registered == table

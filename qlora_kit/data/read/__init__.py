@@ -5,7 +5,12 @@ be read at all is a DataError. Memory is bounded by the longest row, whatever th
 """
 
 from qlora_kit.data.read.opened import SourceFile
-from qlora_kit.data.read.sources import read_source, source_files, source_fingerprint
+from qlora_kit.data.read.sources import (
+    files_left_out,
+    read_source,
+    source_files,
+    source_fingerprint,
+)
 from qlora_kit.data.rows import BadRow, Record, Row
 
 __all__ = [
@@ -13,6 +18,7 @@ __all__ = [
     "Record",
     "Row",
     "SourceFile",
+    "files_left_out",
     "read_source",
     "source_files",
     "source_fingerprint",

@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qlora_kit.data.read.opened import SourceFile, unpacked_file
-from qlora_kit.data.read.strict_json import MAX_NESTING, Refusal, shown, too_deep
-from qlora_kit.data.rows import BadRow, Record, Row
+from qlora_kit.data.read.strict_json import MAX_NESTING, Refusal, refuse_nul, shown, too_deep
+from qlora_kit.data.rows import BadRow, Record, Row, Unreadable
 from qlora_kit.errors import DataError
 
 _BATCH_BYTES = 1 << 22
@@ -27,8 +27,8 @@ _ARROW_FAULTS = (pa.ArrowException, OSError, ValueError, OverflowError, TypeErro
 def columnar_rows(file: SourceFile) -> Iterator[Row | BadRow]:
     """Rows of a Parquet file, or of an Arrow file or stream, counted from 1.
 
-    A null counts as a key that is absent: columns and structs have a place for every key that
-    any row has.
+    Within a value, a null counts as a key that is absent: structs have a place for every key that
+    any row has. A column that is null stays, as it does in JSON: the schema tells what it means.
 
     Raises:
         DataError: the file cannot be opened, is damaged, or names a column twice.
@@ -69,7 +69,7 @@ def _next_batch(
 
 
 def _parquet_batches(opened: pa.NativeFile) -> Iterator[pa.RecordBatch]:
-    with pq.ParquetFile(opened) as parquet:
+    with pq.ParquetFile(opened, page_checksum_verification=True) as parquet:
         for group in range(parquet.num_row_groups):
             about = parquet.metadata.row_group(group)
             step = _rows_at_once(about.total_byte_size, about.num_rows)
@@ -111,26 +111,27 @@ def _rows(name: str, before: int, batch: pa.RecordBatch) -> Iterator[Row | BadRo
 
 
 def plain_record(record: Record) -> Record:
-    """A record of Arrow's Python values as JSON would have it; nulls in it count as absent.
+    """A record of Arrow's Python values as JSON would have it, without the nulls in its values.
 
-    Times become ISO 8601 text, and decimals their digits as text.
-
-    Raises:
-        Refusal: a value is binary, NaN, infinite, or of a kind that rows do not have.
+    Times become ISO 8601 text, and decimals their digits as text. A column that is binary, NaN,
+    infinite, has a NUL character, or is of a kind that rows do not have, is Unreadable.
     """
-    plain = {}
+    plain: Record = {}
     for key, value in record.items():
-        if value is not None:
-            try:
-                plain[key] = _plain(value, 1)
-            except Refusal as refusal:
-                detail = f"column {shown(key)}: {refusal.detail}"
-                raise Refusal(refusal.reason, detail) from None
+        try:
+            plain[key] = _plain(value, 1)
+        except Refusal as refusal:
+            detail = f"column {shown(key)}: {refusal.detail}"
+            plain[key] = Unreadable(refusal.reason, detail)
     return plain
 
 
 def _plain(value: Any, depth: int) -> Any:
-    if value is None or isinstance(value, (str, bool, int)):
+    if isinstance(value, str):
+        if "\0" in value:
+            refuse_nul(value)
+        return value
+    if value is None or isinstance(value, (bool, int)):
         return value
     if depth == MAX_NESTING and isinstance(value, (dict, list)):
         raise too_deep()

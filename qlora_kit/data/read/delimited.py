@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from itertools import chain
 
 from qlora_kit.data.read.opened import MAX_CHARACTERS, lines
+from qlora_kit.data.read.strict_json import NUL
 from qlora_kit.data.rows import BadRow, Row
 from qlora_kit.errors import DataError
 
 _NAMES = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "bars"}
+_SAID = re.compile(r'"?sep=(?P<delimiter>[,;|\t])"?[\r\n]*', re.IGNORECASE)
+_UNNAMED = "Unnamed: "
 _SAMPLE_LINES, _SAMPLE_CHARACTERS = 40, 1 << 20
 
 
@@ -21,7 +25,14 @@ def delimited_rows(
 ) -> Iterator[Row | BadRow]:
     """Rows in the dialect of RFC 4180; numbers stay text, and an empty field is an empty text.
 
-    A row's number is the line on which it begins; the header has the first.
+    A row's number is the line on which it begins; the header has the first. Beyond the RFC:
+
+    - `sep=;` on the first line, which Excel understands, names the delimiter and is no header.
+    - Blanks around the names of columns are none of theirs; where a blank follows each delimiter
+      of the header, it belongs to the delimiter.
+    - A column without a name, such as the index that pandas writes, is called `Unnamed: 0` as
+      pandas calls it when it reads one; its empty fields count as absent.
+    - The header may not come again as a row, as it does where files were joined.
 
     Raises:
         DataError: the header is at fault, or a quote is opened and never closed.
@@ -30,38 +41,44 @@ def delimited_rows(
     # For the process, so it is only ever raised; its own is 128 KiB.
     csv.field_size_limit(max(limit, csv.field_size_limit()))
     sample = _sample(physical)
-    delimiter = _delimiter(name, sample, preferred)
-    reader = csv.reader(chain(sample, physical), delimiter=delimiter, strict=True)
+    said = _SAID.fullmatch(sample[0]) if sample else None
+    if said is not None:
+        del sample[0]
+    num_before = int(said is not None)
+    delimiter = said["delimiter"] if said is not None else _delimiter(name, sample, preferred)
+    is_spaced = _is_spaced(sample, delimiter)
+    reader = csv.reader(
+        chain(sample, physical), delimiter=delimiter, strict=True, skipinitialspace=is_spaced
+    )
     header: list[str] | None = None
+    names: list[str] = []
     while True:
-        number = reader.line_num + 1
+        number = num_before + reader.line_num + 1
         try:
             fields = next(reader, None)
         except csv.Error as error:
             if header is None or _is_unclosed(error):
                 raise _broken(name, number, error) from None
-            for lost in range(number, reader.line_num + 1):
-                yield BadRow(
-                    name, lost, "quotes out of place", _lines_lost(number, reader.line_num)
-                )
+            last = num_before + reader.line_num
+            for lost in range(number, last + 1):
+                yield BadRow(name, lost, "quotes out of place", _lines_lost(number, last))
             continue
         if fields is None:
             return
         if not fields:
             continue  # a blank line
         if header is None:
-            header = _checked_header(name, number, fields, delimiter)
+            header = fields
+            names = _checked_names(name, number, [field.strip() for field in fields])
+        elif fields == header:
+            yield BadRow(name, number, "the header again", "the file was joined from several")
         else:
-            yield _row(name, number, header, fields)
+            yield _row(name, number, names, fields)
 
 
 def _physical_lines(name: str, chunks: Iterator[str], limit: int) -> Iterator[str]:
-    """Lines with their ends, as the csv module wants them; CR alone ends one where no LF does."""
-    first = next(chunks, "")
-    text = chain((first,), chunks)
-    if "\r" in first and "\n" not in first:
-        text = chain(piece.replace("\r", "\n") for piece in text)
-    for number, line in enumerate(lines(text, limit), start=1):
+    """Lines with their ends, as the csv module wants them."""
+    for number, line in enumerate(lines(chunks, limit), start=1):
         if line is None:
             raise DataError(f"{name}:{number} has more than {limit:,} characters.")
         yield line
@@ -113,22 +130,31 @@ def _parted(sample: list[str], delimiter: str) -> list[list[str]]:
     return records
 
 
-def _checked_header(name: str, number: int, header: list[str], delimiter: str) -> list[str]:
-    if len(header) > 1 and not any(header):
+def _is_spaced(sample: list[str], delimiter: str) -> bool:
+    """Whether a blank follows each delimiter of the header."""
+    header = next(iter(_parted(sample, delimiter)), [])
+    return len(header) > 1 and all(field.startswith(" ") for field in header[1:])
+
+
+def _checked_names(name: str, number: int, names: list[str]) -> list[str]:
+    """The names of the columns, those that have none called as pandas does, from 0."""
+    if not any(names):
         raise DataError(f"{name}:{number} has a header without names.")
-    if "" in header:
-        where = header.index("") + 1
-        raise DataError(
-            f"{name}:{number} has no name for column {where} in its header. Name every column; "
-            "pandas leaves its index without one, and to_csv(index=False) leaves it out."
-        )
-    repeated, count = Counter(header).most_common(1)[0]
+    repeated, count = Counter(filter(None, names)).most_common(1)[0]
     if count > 1:
         raise DataError(
             f"{name}:{number} names the column {repeated!r} {count} times in its header; "
             "give each its own name."
         )
-    return header
+    taken = set(names)
+    return [given or _free_name(index, taken) for index, given in enumerate(names)]
+
+
+def _free_name(index: int, taken: set[str]) -> str:
+    name = f"{_UNNAMED}{index}"
+    while name in taken:
+        name += "."
+    return name
 
 
 def _row(name: str, number: int, header: list[str], fields: list[str]) -> Row | BadRow:
@@ -136,8 +162,11 @@ def _row(name: str, number: int, header: list[str], fields: list[str]) -> Row | 
         detail = f"{len(fields)}, the header has {len(header)}"
         return BadRow(name, number, "wrong number of fields", detail)
     if any("\0" in field for field in fields):
-        return BadRow(name, number, "a NUL character", "text has none; the file may be damaged")
-    return Row(name, number, dict(zip(header, fields, strict=True)))
+        return BadRow(name, number, NUL, "text has none; the file may be damaged")
+    record = dict(zip(header, fields, strict=True))
+    if "" in fields:
+        record = {key: one for key, one in record.items() if one or not key.startswith(_UNNAMED)}
+    return Row(name, number, record)
 
 
 def _lines_lost(first: int, last: int) -> str:

@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import difflib
 import glob
-import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_kit.errors import DataError
 from qlora_kit.recipe.data import COMPRESSED_ENDINGS, FILE_ENDINGS
 
-logger = logging.getLogger(__name__)
-
 # What looks like a file is never asked of the hub, even where it cannot be read or is missing.
 _OTHER_ENDINGS = (".zip", ".yaml", ".md", ".xlsx", ".pkl", ".pt", ".tar", ".bz2", ".xz")
 
-# Files that stand beside data and hold none; names without their endings, and whole names.
+# Files that stand beside data and hold none: by name with one of these endings, and by ending.
+_READ_BY_PEOPLE = (
+    *("readme", "license", "licence", "notice", "citation", "changelog", "contributing"),
+    *("authors", "copying", "requirements"),
+)
+_READ_BY_MACHINES = ("dataset_info", "dataset_infos", "dataset_dict", "state")
 _PAPERS = frozenset(
     {
-        "readme",
-        "license",
-        "licence",
-        "notice",
-        "citation",
-        "changelog",
-        "contributing",
-        "authors",
-        "copying",
-        "requirements",
-        "dataset_info",
-        "dataset_infos",
-        "dataset_dict",
-        "state",
-        "_metadata",
-        "_common_metadata",
-        "_success",
+        *(name + ending for name in _READ_BY_PEOPLE for ending in ("", ".txt", ".html", ".pdf")),
+        *(f"{name}.json" for name in _READ_BY_MACHINES),
+        *("_metadata", "_common_metadata", "_success"),
     }
 )
 _PAPER_ENDINGS = (".md", ".rst", ".yaml", ".yml", ".lock", ".py", ".sh", ".toml", ".bib", ".cff")
@@ -49,6 +38,14 @@ _SPLITS = {
     **dict.fromkeys(("eval", "evaluation"), "eval"),
 }
 _NUM_SHOWN = 5
+
+
+@dataclass(frozen=True)
+class Found:
+    """Files with their names as shown to the user, and what was passed over, in words."""
+
+    files: tuple[tuple[Path, str], ...]
+    left_out: tuple[str, ...] = ()
 
 
 def is_local(path: str) -> bool:
@@ -64,23 +61,22 @@ def is_local(path: str) -> bool:
     return _is_there(_expand(path))
 
 
-def find_files(path: str, split: str) -> Iterator[tuple[Path, str]]:
-    """The files that are read, in order, each with its name as shown to the user.
+def find_files(path: str, split: str) -> Found:
+    """The files that are read, in order.
 
     Raises:
         DataError: there are none, or none of this split.
     """
     place = _expand(path)
     if not _is_there(place) and glob.has_magic(path):
-        yield from _fitting(path, str(place), split)
-    elif place.is_dir():
-        yield from _in_folder(place, path, split)
-    elif not _is_there(place):
-        if place.is_symlink():
-            raise DataError(f"{path} is a link to a file that is not there; mend the link.")
-        raise DataError(f"there is no file {path}{_near_miss(place)}")
-    else:
-        yield place, path
+        return _fitting(path, str(place), split)
+    if place.is_dir():
+        return _in_folder(place, path, split)
+    if _is_there(place):
+        return Found(((place, path),))
+    if place.is_symlink():
+        raise DataError(f"{path} is a link to a file that is not there; mend the link.")
+    raise DataError(f"there is no file {path}{_near_miss(place)}")
 
 
 def _expand(path: str) -> Path:
@@ -116,20 +112,20 @@ def _near_miss(path: Path) -> str:
     return "." if path.is_absolute() else f"; relative paths start in {Path.cwd()}."
 
 
-def _in_folder(folder: Path, shown: str, split: str) -> Iterator[tuple[Path, str]]:
+def _in_folder(folder: Path, shown: str, split: str) -> Found:
     every = sorted(_walk(folder), key=lambda one: one.relative_to(folder).parts)
     found = [one for one in every if _is_data(one)]
     if not found:
         held = _list_of(one.relative_to(folder).as_posix() for one in every)
         raise DataError(
-            f"{shown} is a folder without data files; it holds {held}. "
+            f"{shown} is a folder without data files; it holds {held}, hidden files aside. "
             f"Data files end in {', '.join(FILE_ENDINGS)}, also with .gz or .zst."
         )
-    others = [one for one in every if not _is_data(one) and not _is_paper(one)]
-    _log_left_out(shown, (one.relative_to(folder).as_posix() for one in others), "no data files")
+    others = [one.relative_to(folder).as_posix() for one in every if _is_unread(one)]
     names = {one: one.relative_to(folder).as_posix() for one in found}
-    for one in _of_split(names, shown, split):
-        yield one, (Path(shown) / names[one]).as_posix()
+    chosen, left_out = _of_split(names, shown, split)
+    files = tuple((one, (Path(shown) / names[one]).as_posix()) for one in chosen)
+    return Found(files, (*_words_on(others, "no data, by the name"), *left_out))
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -167,10 +163,15 @@ def _is_data(path: Path) -> bool:
 
 def _is_paper(path: Path) -> bool:
     name = _bare_name(path)
-    return name.partition(".")[0] in _PAPERS or name.endswith(_PAPER_ENDINGS)
+    return name in _PAPERS or name.endswith(_PAPER_ENDINGS)
 
 
-def _fitting(shown: str, pattern: str, split: str) -> Iterator[tuple[Path, str]]:
+def _is_unread(path: Path) -> bool:
+    """Whether someone might take it for data, though it is not read."""
+    return not _is_data(path) and (_bare_name(path).endswith(FILE_ENDINGS) or not _is_paper(path))
+
+
+def _fitting(shown: str, pattern: str, split: str) -> Found:
     """Files that fit a pattern. It chooses them itself, so only another split than train parts
     them further."""
     every = [Path(one) for one in sorted(glob.glob(pattern, recursive=True))]
@@ -179,12 +180,14 @@ def _fitting(shown: str, pattern: str, split: str) -> Iterator[tuple[Path, str]]
         folders = " but folders" if every else ""
         raise DataError(f"no file{folders} fits {shown}{_near_fits(pattern)}.")
     names = {one: one.as_posix() for one in found}
+    papers = [one.as_posix() for one in every if not one.is_dir() and _is_paper(one)]
+    left_out = _words_on(papers, "no data, by the name")
     if split != "train":
         fixed = len(_fixed_part(pattern).parts)
         below = {one: Path(*one.parts[fixed:]).as_posix() for one in found}
-        found = list(_of_split(below, shown, split))
-    for one in found:
-        yield one, names[one]
+        found, others = _of_split(below, shown, split)
+        left_out = (*left_out, *others)
+    return Found(tuple((one, names[one]) for one in found), left_out)
 
 
 def _fixed_part(pattern: str) -> Path:
@@ -209,8 +212,9 @@ def _near_fits(pattern: str) -> str:
     return f"; {folder} holds {_list_of(names)}"
 
 
-def _of_split(names: dict[Path, str], shown: str, split: str) -> list[Path]:
-    """Those of the files whose names, or whose folders' names, have the split among their words.
+def _of_split(names: dict[Path, str], shown: str, split: str) -> tuple[list[Path], tuple[str, ...]]:
+    """Those of the files whose names, or whose folders' names, have the split among their words;
+    and what is said of those whose names have no split, where they are left out for it.
 
     Where no name has such a word, all are train; a file whose name has none, beside others with
     one, is train as well, unless there are others that say so.
@@ -230,10 +234,10 @@ def _of_split(names: dict[Path, str], shown: str, split: str) -> list[Path]:
         raise DataError(
             f"{shown} has no split '{split}'; by the names of its files it has {', '.join(there)}."
         )
-    if wanted == "train" and "train" in known:
-        nameless = (names[path] for path, one in splits.items() if one is None)
-        _log_left_out(shown, nameless, "their names have no split, and those of others have train")
-    return chosen
+    if wanted != "train" or "train" not in known:
+        return chosen, ()
+    nameless = (names[path] for path, one in splits.items() if one is None)
+    return chosen, _words_on(nameless, "the name has no split, and those of others have train")
 
 
 def _split_of(name: str) -> str | None:
@@ -255,10 +259,8 @@ def _has_run(words: list[str], run: list[str]) -> bool:
     return bool(run) and any(words[start : start + len(run)] == run for start in starts)
 
 
-def _log_left_out(shown: str, names: Iterable[str], why: str) -> None:
-    left_out = list(names)
-    if left_out:
-        logger.warning("%s: left out %s (%s)", shown, _list_of(left_out), why)
+def _words_on(names: Iterable[str], why: str) -> tuple[str, ...]:
+    return tuple(f"{name} ({why})" for name in names)
 
 
 def _list_of(names: Iterable[str]) -> str:

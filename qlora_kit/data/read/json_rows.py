@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from json import JSONDecodeError, JSONDecoder
-from typing import Any
 
 from qlora_kit.data.read.opened import MAX_CHARACTERS, lines
-from qlora_kit.data.read.strict_json import LENIENT, STRICT, Refusal, as_record, parse_line
+from qlora_kit.data.read.scanner import BLANK, Scanner
+from qlora_kit.data.read.strict_json import Refusal, as_record, parse_line
 from qlora_kit.data.rows import BadRow, Record, Row
-from qlora_kit.errors import DataError
 
-BLANK = " \t\r\n"
-_BLANKS = re.compile(f"[{BLANK}]*")
 # Lists of objects that belong to one row, and are not rows themselves.
 _ROW_KEYS = frozenset(
     {
@@ -34,10 +29,6 @@ _ROW_KEYS = frozenset(
         "tool_calls",
     }
 )
-_TURN_KEYS = frozenset({"role", "from", "speaker"})
-
-# An unfinished literal, number or escape is reported at most this far from the end of the text.
-_LONGEST_TOKEN = 12
 
 
 def json_lines(
@@ -105,22 +96,30 @@ def json_value(
     Raises:
         DataError: the value is neither, or is broken where it cannot be gone on after.
     """
-    scanner = _Scanner(name, chunks, limit)
+    scanner = Scanner(name, chunks, limit)
     opening = scanner.peek()
     if opening == "[":
         yield from _list(scanner)
     elif opening == "{":
         yield from _wrapped(scanner)
     elif opening:
-        raise scanner.fault("neither [ nor { begins it", "A .json file holds a list of objects")
-    if scanner.peek():
+        what = f"neither [ nor {{ begins it, but {scanner.ahead()}{scanner.remark()}"
+        raise scanner.fault(what, "A .json file holds a list of objects")
+    following = scanner.peek()
+    if following and following in "{[":
         raise scanner.fault(
-            "something stands behind its end",
+            "another value begins behind the end of the first",
+            "A .json file holds one list; for one object a line set format: jsonl, and put what "
+            "takes several lines on one before (jq -c . does)",
+        )
+    if following:
+        raise scanner.fault(
+            f"something stands behind its end{scanner.remark()}",
             "A .json file holds one list; for one object a line set format: jsonl",
         )
 
 
-def _list(scanner: _Scanner) -> Iterator[Row | BadRow]:
+def _list(scanner: Scanner) -> Iterator[Row | BadRow]:
     for number, (line, value) in enumerate(_elements(scanner), start=1):
         if isinstance(value, Refusal):
             detail = f"line {line}: {value.detail}"
@@ -129,7 +128,7 @@ def _list(scanner: _Scanner) -> Iterator[Row | BadRow]:
             yield Row(scanner.name, number, value)
 
 
-def _elements(scanner: _Scanner) -> Iterator[tuple[int, Record | Refusal]]:
+def _elements(scanner: Scanner) -> Iterator[tuple[int, Record | Refusal]]:
     """Each element of the list that begins here, with the line on which it does."""
     scanner.take("[")
     if scanner.peek() == "]":
@@ -144,9 +143,10 @@ def _elements(scanner: _Scanner) -> Iterator[tuple[int, Record | Refusal]]:
             yield line, refusal
         if scanner.take(",", "]") == "]":
             return
+        scanner.refuse_comma_before("]")
 
 
-def _wrapped(scanner: _Scanner) -> Iterator[Row | BadRow]:
+def _wrapped(scanner: Scanner) -> Iterator[Row | BadRow]:
     """Rows of the one list of objects that this object wraps; without one it is a row itself."""
     record: Record = {}
     refused: Refusal | None = None
@@ -157,7 +157,7 @@ def _wrapped(scanner: _Scanner) -> Iterator[Row | BadRow]:
         scanner.take(":")
         if key in record or key == wrapper:
             refused = Refusal("a key twice", f"the object has the key {key!r} more than once")
-        if scanner.peek() == "[" and key not in _ROW_KEYS and scanner.begins_with_row():
+        if scanner.peek() == "[" and scanner.begins_with_row(is_row_key=key in _ROW_KEYS):
             if wrapper is not None:
                 raise scanner.fault(
                     f"it holds two lists of objects, {wrapper!r} and {key!r}",
@@ -172,157 +172,30 @@ def _wrapped(scanner: _Scanner) -> Iterator[Row | BadRow]:
                 refused = refusal
         if scanner.take(",", "}") == "}":
             break
-        if scanner.peek() == "}":
-            raise scanner.fault("a comma stands before }", "Remove it")
+        scanner.refuse_comma_before("}")
     else:
         scanner.take("}")
     if wrapper is not None or (len(record) == 1 and [] in record.values()):
         return
+    if _holds_columns(record):
+        raise scanner.fault(
+            "it holds columns, not rows",
+            'Save a list of rows, [{"key": value, …}, …]; in pandas, to_json(orient="records")',
+        )
     try:
         if refused is not None:
             raise refused
-        yield Row(scanner.name, 1, as_record(record, MAX_CHARACTERS))
+        yield Row(scanner.name, 1, as_record(record, MAX_CHARACTERS, has_nul=True))
     except Refusal as refusal:
         yield BadRow(scanner.name, 1, refusal.reason, refusal.detail)
 
 
-class _Scanner:
-    """A place in JSON text of which only the part in hand is in memory."""
-
-    def __init__(self, name: str, chunks: Iterator[str], limit: int):
-        self.name = name
-        self._chunks = chunks
-        self._limit = limit
-        self._text = ""
-        self._at = 0
-        self._line, self._counted_to = 1, 0
-
-    @property
-    def line(self) -> int:
-        """Of the place, from 1."""
-        self._line += self._text.count("\n", self._counted_to, self._at)
-        self._counted_to = self._at
-        return self._line
-
-    def fault(self, what: str, hint: str = "") -> DataError:
-        hint = f" {hint}." if hint else ""
-        return DataError(f"{self.name}:{self.line} cannot be read: {what}.{hint}")
-
-    def peek(self) -> str:
-        """The next character that is not blank, and move to it; empty at the end."""
-        while True:
-            self._at = self._skip_blanks(self._at)
-            if self._at < len(self._text):
-                return self._text[self._at]
-            if not self._read_on():
-                return ""
-
-    def take(self, *characters: str) -> str:
-        """Move past the next character, which must be one of these."""
-        found = self.peek()
-        if found == "":
-            raise self._cut_off()
-        if found not in characters:
-            raise self.fault(f"{' or '.join(characters)} is expected, found {found!r}")
-        self._at += 1
-        return found
-
-    def key(self) -> str:
-        if self.peek() != '"':
-            self.take('"')
-        return str(self.value())
-
-    def record(self) -> Record:
-        """The next value, an object.
-
-        Raises:
-            Refusal: it is none, or may not be a row; the place is behind it all the same.
-            DataError: it is not JSON, so that its end cannot be found.
-        """
-        value, length = self._parse()
-        start = self._at - length
-        num_openings = sum(self._text.count(one, start, self._at) for one in "[{")
-        return as_record(value, num_openings)
-
-    def value(self) -> Any:
-        """As `record`, of any kind."""
-        return self._parse()[0]
-
-    def begins_with_row(self) -> bool:
-        """Whether the list that is next begins with an object, no turn of a conversation.
-
-        The place stays.
-        """
-        offset = 1
-        while (first := self._skip_blanks(self._at + offset)) == len(self._text):
-            offset = first - self._at
-            if not self._read_on():
-                return False
-        if self._text[first] != "{":
-            return False
-        return _TURN_KEYS.isdisjoint(self._decode(LENIENT, first - self._at)[0])
-
-    def _skip_blanks(self, start: int) -> int:
-        blanks = _BLANKS.match(self._text, start)
-        assert blanks is not None
-        return blanks.end()
-
-    def _parse(self) -> tuple[Any, int]:
-        """The next value and how many characters it has; the place is then behind it."""
-        if not self.peek():
-            raise self._cut_off()
-        try:
-            value, length = self._decode(STRICT)
-        except Refusal:
-            self._at += self._decode(LENIENT)[1]
-            raise
-        self._at += length
-        return value, length
-
-    def _decode(self, decoder: JSONDecoder, offset: int = 0) -> tuple[Any, int]:
-        """The value that begins `offset` behind the place, and how far behind it ends."""
-        while True:
-            try:
-                value, end = decoder.raw_decode(self._text, self._at + offset)
-            except JSONDecodeError as error:
-                is_open = error.msg.startswith("Unterminated string")
-                is_open |= error.pos >= len(self._text) - _LONGEST_TOKEN
-                if is_open and self._read_on():
-                    continue
-                raise self._broken(error) from None
-            except RecursionError:
-                raise self.fault("it is nested too deeply") from None
-            # A number may: 1 may be the start of 12, and in `1.5e-` only 1.5 is one so far.
-            is_number = self._text[end - 1] not in '}]"'
-            may_go_on = is_number and end >= len(self._text) - _LONGEST_TOKEN
-            if not (may_go_on and self._read_on()):
-                return value, end - self._at
-
-    def _broken(self, error: JSONDecodeError) -> DataError:
-        self._at = error.pos
-        if not self._text[error.pos :].strip(BLANK):
-            return self._cut_off()
-        return self.fault(f"it is not JSON: {error.msg}")
-
-    def _cut_off(self) -> DataError:
-        what = "the file ends within its list or object"
-        return self.fault(what, "It is cut off; fetch or write it again")
-
-    def _read_on(self) -> bool:
-        """Take in as much again as is in hand, so that no long value is read often.
-
-        Nothing changes where there is no more.
-        """
-        assert self.line
-        parts = [self._text[self._at :]]
-        wanted, taken = max(1, len(parts[0])), 0
-        if wanted > self._limit:
-            raise self.fault(f"an element has more than {self._limit:,} characters")
-        for chunk in self._chunks:
-            parts.append(chunk)
-            taken += len(chunk)
-            if taken >= wanted:
-                break
-        if taken:
-            self._text, self._at, self._counted_to = "".join(parts), 0, 0
-        return taken > 0
+def _holds_columns(record: Record) -> bool:
+    """Whether each key has a list of as many single values, or these by the numbers of rows."""
+    columns = list(record.values())
+    if all(isinstance(one, dict) and "0" in one for one in columns):
+        return len({tuple(one) for one in columns}) == 1
+    if len(columns) < 2 or not all(isinstance(one, list) and one for one in columns):
+        return False
+    singles = all(not isinstance(value, (dict, list)) for one in columns for value in one)
+    return singles and len({len(one) for one in columns}) == 1

@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 _PICKLE = "a pickle, which could run code when it is opened"
+# Protocols 0 and 1 have no mark of their own: a list, dict, tuple or object that is memoized.
+_OLD_PICKLES = (
+    *(b"(" + kind + b"p" + memo + b"\n" for kind in (b"l", b"d", b"t") for memo in (b"0", b"1")),
+    *(kind + b"q" + memo for kind in (b"]", b"}") for memo in (b"\0", b"\1")),
+    *(b"c" + module + b"\n" for module in (b"copy_reg", b"copyreg", b"__builtin__", b"builtins")),
+)
 _AS_ROWS = "save its rows as .jsonl"
 _UNPACK = "unpack it, and name the file inside"
 _NO_ROWS = "name a file of rows"
@@ -19,6 +25,7 @@ _SIGNATURES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"\x80\x03", _PICKLE, _AS_ROWS),
     (0, b"\x80\x04", _PICKLE, _AS_ROWS),
     (0, b"\x80\x05", _PICKLE, _AS_ROWS),
+    *((0, start, _PICKLE, _AS_ROWS) for start in _OLD_PICKLES),
     (0, b"SQLite format 3\0", "an SQLite database", _AS_ROWS),
     (0, b"%PDF-", "a PDF document", "extract its text first"),
     (0, b"\x89PNG", "a PNG image", _NO_ROWS),
@@ -87,14 +94,29 @@ def _archive(head: bytes) -> tuple[str, str]:
     return "a zip archive", "unpack it, and name the folder"
 
 
+_PAGE_STARTS = tuple(
+    b"<" + tag
+    for tag in (
+        *(b"!doctype", b"!--", b"html", b"head", b"body", b"title", b"meta", b"script"),
+        *(b"div", b"h1>", b"pre>", b"?xml", b"error"),
+    )
+)
+
+
 def is_page(head: bytes) -> bool:
     """Whether this is HTML or XML: what a failed download leaves behind."""
     start = head.removeprefix(b"\xef\xbb\xbf").lstrip()[:200].lower()
-    return start.startswith((b"<!doctype", b"<html", b"<head", b"<body", b"<?xml", b"<error"))
+    return start.startswith(_PAGE_STARTS)
 
 
-def looks_like_utf16(head: bytes) -> bool:
-    """Whether every second byte is NUL, as in UTF-16 without a byte order mark."""
+def wide_encoding(head: bytes) -> str | None:
+    """UTF-32 or UTF-16 without a byte order mark, where NUL stands in all bytes but each 4th or
+    2nd.
+    """
     sample = head[:512]
-    half = len(sample) // 2
-    return half > 1 and any(sample[start::2].count(0) > 0.8 * half for start in (0, 1))
+    for width, name in ((4, "UTF-32"), (2, "UTF-16")):
+        num_units = len(sample) // width
+        columns = [sample[start::width].count(0) > 0.8 * num_units for start in range(width)]
+        if num_units > 1 and columns.count(True) == width - 1:
+            return name
+    return None

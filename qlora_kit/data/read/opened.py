@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import codecs
 import gzip
+import re
 import stat
 import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Literal
 
@@ -25,6 +27,8 @@ CHUNK_BYTES = 1 << 18
 MAX_CHARACTERS = 1 << 28
 """The longest line, element of a list, or whole text that is taken into memory."""
 
+_MARK = "\ufeff"
+_MARKS_AT_START = re.compile(f"\n{_MARK}+")
 _UTF16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 
 
@@ -45,6 +49,8 @@ def check_regular(path: Path, name: str) -> None:
         DataError: it is no regular file.
         OSError: it is not there, or cannot be looked at.
     """
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{name} is a link to a file that is not there; mend the link.")
     mode = path.stat().st_mode
     if stat.S_ISREG(mode):
         return
@@ -117,8 +123,8 @@ def _faults(name: str) -> Iterator[None]:
         raise DataError(f"{name} has damaged gzip data ({error}); {again}.") from None
     except OSError as error:
         if error.strerror is None:  # Arrow's, which has only words
-            what = "is cut off within" if "Truncated" in str(error) else "has damaged"
-            raise DataError(f"{name} {what} its zstd data ({error}); {again}.") from None
+            what = "is cut off within its" if "Truncated" in str(error) else "has damaged"
+            raise DataError(f"{name} {what} zstd data ({error}); {again}.") from None
         raise DataError(f"{name} cannot be read: {error.strerror}.") from None
     except ValueError as error:
         raise DataError(f"{name!r} cannot be read: {error}.") from None
@@ -147,13 +153,18 @@ def unpacked_file(file: SourceFile) -> Iterator[pa.NativeFile]:
 
 
 def text_chunks(file: SourceFile) -> Iterator[str]:
-    """The text piece by piece, without a byte order mark; UTF-8, or UTF-16 where a mark says so.
+    """The text piece by piece, without byte order marks; UTF-8, or UTF-16 where a mark says so.
 
+    A mark at the start of a later line, where a file was appended to another, is no text either.
     What stands before a byte that is no text comes out before that byte is refused.
 
     Raises:
         DataError: as `byte_chunks`, or the bytes are not text in that encoding.
     """
+    return _without_marks(_decoded(file))
+
+
+def _decoded(file: SourceFile) -> Iterator[str]:
     chunks = byte_chunks(file.path, file.name, file.compression)
     first = next(chunks, b"")
     if first.startswith(codecs.BOM_UTF8):
@@ -178,6 +189,19 @@ def text_chunks(file: SourceFile) -> Iterator[str]:
         num_lines += text.count("\n")
         yield text
         pending = following
+
+
+def _without_marks(chunks: Iterator[str]) -> Iterator[str]:
+    """The same text without what stands at the start of a line as a byte order mark."""
+    starts_line = True
+    for chunk in chunks:
+        text = chunk
+        if _MARK in text:
+            text = text.lstrip(_MARK) if starts_line else text
+            text = _MARKS_AT_START.sub("\n", text)
+        if text:
+            starts_line = text.endswith("\n")
+        yield text
 
 
 def _no_text(file: SourceFile, encoding: str, reason: str, offset: int, line: int) -> DataError:
@@ -212,6 +236,15 @@ def lines(chunks: Iterator[str], limit: int = MAX_CHARACTERS) -> Iterator[str | 
         yield None
     elif last := "".join(parts):
         yield last
+
+
+def with_lone_returns(chunks: Iterator[str]) -> Iterator[str]:
+    """The same text with each CR as a line feed, where its beginning has CR and no line feed."""
+    first = next(chunks, "")
+    text = chain((first,), chunks)
+    if "\r" in first and "\n" not in first:
+        return (piece.replace("\r", "\n") for piece in text)
+    return text
 
 
 def with_line_feeds(chunks: Iterator[str]) -> Iterator[str]:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from qlora_kit.data.read.opened import MAX_CHARACTERS, lines, with_line_feeds
+from qlora_kit.data.read.strict_json import NUL
 from qlora_kit.data.rows import BadRow, Row
 from qlora_kit.errors import DataError
 
@@ -48,6 +49,6 @@ def text_rows(
 def _row(name: str, number: int, text: str) -> Iterator[Row | BadRow]:
     if "\0" in text:
         detail = "text has none; the file may be damaged, or no text at all"
-        yield BadRow(name, number, "a NUL character", detail)
+        yield BadRow(name, number, NUL, detail)
     elif text.strip():
         yield Row(name, number, {"text": text})

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import re
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -11,7 +13,7 @@ from qlora_kit.data.read.delimited import delimited_rows
 from qlora_kit.data.read.files import find_files, is_local
 from qlora_kit.data.read.hub import DEMO_PREFIX, demo_source, hub_source, remote_fingerprint
 from qlora_kit.data.read.json_rows import holds_lines, json_lines, json_value
-from qlora_kit.data.read.kinds import is_page, looks_like_utf16, no_data
+from qlora_kit.data.read.kinds import is_page, no_data, wide_encoding
 from qlora_kit.data.read.opened import (
     CHUNK_BYTES,
     Compression,
@@ -20,6 +22,7 @@ from qlora_kit.data.read.opened import (
     byte_chunks,
     compression_of,
     text_chunks,
+    with_lone_returns,
 )
 from qlora_kit.data.read.plain_text import text_rows
 from qlora_kit.data.rows import BadRow, Row
@@ -41,6 +44,12 @@ _BINARY: dict[bytes, KnownFormat] = {
     b"PAR1": "parquet",
     b"ARROW1": "arrow",
     b"\xff\xff\xff\xff": "arrow",  # an IPC stream
+}
+# How JSON begins under the name of another format, what that is, and the format to ask for.
+_JSON_STARTS = {
+    re.compile(r'\{".*\}[ \t\r]*(\n|$)'): ("object", "jsonl"),
+    re.compile(r'\{[ \t\r]*\n\s*"'): ("object", "json"),
+    re.compile(r'\[\s*\{\s*"'): ("list", "json"),
 }
 
 
@@ -70,7 +79,19 @@ def source_files(spec: SourceSpec) -> tuple[SourceFile, ...]:
     if spec.path.startswith(DEMO_PREFIX) or not is_local(spec.path):
         return ()
     found = find_files(spec.path, spec.split)
-    return tuple(_recognised(path, name, spec.format) for path, name in found)
+    return tuple(_recognised(path, name, spec.format) for path, name in found.files)
+
+
+def files_left_out(spec: SourceSpec) -> tuple[str, ...]:
+    """Files of a folder, or of a pattern, that are not read though they might be data, each with
+    the reason; those of another split are not among them.
+
+    Raises:
+        DataError: as `source_files`.
+    """
+    if spec.path.startswith(DEMO_PREFIX) or not is_local(spec.path):
+        return ()
+    return find_files(spec.path, spec.split).left_out
 
 
 def source_fingerprint(spec: SourceSpec) -> str:
@@ -106,12 +127,13 @@ def _rows_of(file: SourceFile, spec: SourceSpec) -> Iterator[Row | BadRow]:
 
         return columnar_rows(file)
     chunks = text_chunks(file)
+    if file.format == "text":
+        return text_rows(file.name, chunks, spec.text_rows)
+    chunks = with_lone_returns(chunks)
     if file.format == "jsonl":
         return json_lines(file.name, chunks)
     if file.format == "json":
         return json_value(file.name, chunks)
-    if file.format == "text":
-        return text_rows(file.name, chunks, spec.text_rows)
     return delimited_rows(file.name, chunks, "\t" if file.format == "tsv" else ",")
 
 
@@ -122,7 +144,7 @@ def _recognised(path: Path, name: str, asked: FileFormat) -> SourceFile:
     if not head.strip() and len(head) < CHUNK_BYTES:
         what = "holds nothing but white space" if head else "is empty once unpacked"
         raise DataError(f"{name} {what}; write or fetch it again.")
-    refused = no_data(head)
+    refused = no_data(head.removeprefix(codecs.BOM_UTF8))
     if refused is not None:
         raise DataError(f"{name} is {refused[0]}; {refused[1]}.")
     binary = next((kind for magic, kind in _BINARY.items() if head.startswith(magic)), None)
@@ -146,8 +168,11 @@ def _check_text(name: str, head: bytes, asked: FileFormat) -> None:
         )
     if b"\0" not in head or head.startswith((b"\xff\xfe", b"\xfe\xff")):
         return
-    if looks_like_utf16(head):
-        raise DataError(f"{name} looks like UTF-16 without a byte order mark; save it as UTF-8.")
+    encoding = wide_encoding(head)
+    if encoding is not None:
+        raise DataError(
+            f"{name} looks like {encoding} without a byte order mark; save it as UTF-8."
+        )
     try:
         head[:-4].decode("utf-8")
     except UnicodeDecodeError as error:
@@ -162,16 +187,19 @@ def _text_format(path: Path, name: str, compression: Compression | None) -> Know
     file = SourceFile(path, name, by_name or "text", compression)
     start = _start(file)
     if start[:1] in ("[", "{") and by_name in ("json", "jsonl", None):
-        is_lines = holds_lines(text_chunks(file), is_named_so=by_name == "jsonl")
+        chunks = with_lone_returns(text_chunks(file))
+        is_lines = holds_lines(chunks, is_named_so=by_name == "jsonl")
         return "jsonl" if is_lines else "json"
     if by_name is None:
         raise DataError(
             f"{name} has the ending {path.suffix or '(none)'}, and its content does not tell "
             f"what it is; name its format (format: csv), or use {', '.join(_FORMAT_OF)}."
         )
-    if start.startswith('{"') and start.partition("\n")[0].rstrip().endswith("}"):
+    begins_with = next((what for form, what in _JSON_STARTS.items() if form.match(start)), None)
+    if begins_with is not None:
+        what, asked = begins_with
         raise DataError(
-            f"{name} begins with a JSON object; set format: jsonl, or format: {by_name} if it is "
+            f"{name} begins with a JSON {what}; set format: {asked}, or format: {by_name} if it is "
             "what its name says."
         )
     return by_name

@@ -10,6 +10,9 @@ from typing import Any, NoReturn
 
 from qlora_kit.data.rows import Record
 
+NUL = "a NUL character"
+NUL_ESCAPE = "\\u0000"
+
 MAX_NESTING = 100
 """Levels of lists and objects in a row; what handles rows later recurses, and must not fail."""
 
@@ -68,25 +71,80 @@ def parse_line(line: str) -> Record:
         value = STRICT.decode(line)
     except JSONDecodeError as error:
         cut = "" if line.endswith("\n") else "; the file ends here and may be cut off"
-        raise Refusal("not JSON", f"{error.msg} at column {error.pos + 1}{cut}") from None
+        begins = f"; it begins with {shown(line[:41])}" if error.pos == 0 else ""
+        hint = why_not_json(line, error.pos, error.msg) or begins or cut
+        raise Refusal("not JSON", f"{words(error)} at column {error.pos + 1}{hint}") from None
     except RecursionError:
         raise too_deep() from None
-    return as_record(value, line.count("[") + line.count("{"))
+    return as_record(value, line.count("[") + line.count("{"), has_nul=NUL_ESCAPE in line)
 
 
-def as_record(value: Any, num_openings: int) -> Record:
+def as_record(value: Any, num_openings: int, *, has_nul: bool) -> Record:
     """The value itself, where it is an object that is not nested too deeply.
 
-    `num_openings`, the brackets in its text, is at least its depth; few spare the walk.
+    `num_openings`, the brackets in its text, is at least its depth; few spare the walk. So does
+    `has_nul`, whether its text has what may stand for a NUL character.
 
     Raises:
         Refusal: it is another kind of value, or too deep.
     """
     if not isinstance(value, dict):
-        raise Refusal("not an object", f'found {kind(value)}; a row is {{"key": value, …}}')
+        twice = isinstance(value, str) and value.lstrip().startswith(("{", "["))
+        hint = "it was made JSON twice" if twice else 'a row is {"key": value, …}'
+        raise Refusal("not an object", f"found {kind(value)}; {hint}")
     if num_openings > MAX_NESTING and _is_deep(value):
         raise too_deep()
+    if has_nul:
+        refuse_nul(value)
     return value
+
+
+def refuse_nul(value: Any) -> None:
+    """Raise Refusal where a text in the value, or a key, has a NUL character."""
+    pending = [value]
+    while pending:
+        one = pending.pop()
+        if isinstance(one, str) and "\0" in one:
+            raise Refusal(NUL, f"in {shown(one)}; text has none, the data may be damaged")
+        if isinstance(one, dict):
+            pending.extend(one)
+            pending.extend(one.values())
+        elif isinstance(one, list):
+            pending.extend(one)
+
+
+def why_not_json(text: str, at: int, message: str) -> str:
+    """What is commonly wrong where text is not JSON, as the end of a sentence; often nothing."""
+    here = text[at : at + 2]
+    before = text[max(0, at - 100) : at].rstrip(" \t\r\n")[-1:]
+    if here[:1] in ("]", "}") and before == ",":
+        return f"; the comma before {here[0]} is one too many"
+    if here[:1] == "'":
+        return "; texts stand in double quotes, and this may be what Python prints"
+    if here in ("//", "/*") or here[:1] == "#":
+        return "; JSON has no comments"
+    if here[:1] == "\0":
+        return "; NUL characters stand there, and the file may be damaged"
+    if text.startswith(("True", "False", "None"), at):
+        return "; it is true, false or null in JSON, and this may be what Python prints"
+    if message.startswith("Extra data"):
+        return _what_follows(text, at)
+    if message.startswith("Invalid control character"):
+        return "; within a text, a line feed is written \\n and a tab \\t"
+    return ""
+
+
+def _what_follows(text: str, at: int) -> str:
+    if text[at] == ",":
+        return "; a comma stands behind the object, and a line has none"
+    if text[at] in "{[":
+        return "; another begins there, so divide the lines"
+    return f"; found {shown(text[at : at + 40])}"
+
+
+def words(error: JSONDecodeError) -> str:
+    """What Python says of it, without the preposition for the place."""
+    return error.msg.removesuffix(" at")
 
 
 def too_deep() -> Refusal:

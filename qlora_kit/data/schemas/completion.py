@@ -43,8 +43,9 @@ def read(record: Record, origin: str, rules: Rules) -> Conversation | PromptComp
         detail = f"{prompt_key} is {kind(prompt)}, {completion_key} {kind(completion)}"
         raise Unfit("prompt and completion are of two forms", detail)
     text = full_text(prompt, "prompt", prompt_key)
+    answer = full_text(completion, "completion", completion_key)
     refuse_beside_texts(record)
-    return PromptCompletion(text, full_text(completion, "completion", completion_key), origin)
+    return PromptCompletion(text, answer, origin, rules.split_special_tokens)
 
 
 def refuse_beside_texts(record: Record) -> None:

@@ -7,9 +7,10 @@
 Rules:
 - Beside `label` or `kto_tag` the row is one of `messages`, `sharegpt`, `alpaca` or
   `prompt_completion`; of a conversation, what follows the last user turn is rated.
-- The rating is true or false, or the text of either, which is all that a table can hold. A 0
-  or 1 is refused: it may as well be a class. With another label, the row is no `kto`; but in
-  a source that is `kto`, such a label is a fault.
+- The rating is true or false, 1 or 0 (1.0 and 0.0, too), or the text of any of these, which is
+  all that a table can hold. With any other label (`good`, 4, 0.5) the row is no `kto`, and the
+  label is a column that is not read, and is listed as such; but in a source that is `kto`, such
+  a label is a fault.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from qlora_kit.data.schemas.turns import last_answer
 
 KEYS = ("label", "kto_tag")
 BASES = (messages.SCHEMA, sharegpt.SCHEMA, alpaca.SCHEMA, completion.SCHEMA)
-_WORDS = {"true": True, "false": False}
+_WORDS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
 
 
 def read(record: Record, origin: str, rules: Rules) -> Rated:
@@ -70,9 +71,11 @@ def _is_rating(value: Any) -> bool:
 def _rating(value: Any, key: str) -> bool:
     if isinstance(value, str) and value.strip().lower() in _WORDS:
         return _WORDS[value.strip().lower()]
-    if not isinstance(value, bool):
-        raise Unfit(f"label is {kind(value)}", f"{key} is {shown(value)}, not true or false")
-    return value
+    if not isinstance(value, int | float) or value not in (0, 1):
+        raise Unfit(
+            f"label is {kind(value)}", f"{key} is {shown(value)}, not true or false, 1 or 0"
+        )
+    return bool(value)
 
 
 SCHEMA = Schema(

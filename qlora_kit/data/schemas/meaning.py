@@ -18,6 +18,7 @@ from qlora_kit.data.examples import (
 )
 
 _KEY_BYTES = 16
+_ENCODER = json.JSONEncoder(sort_keys=True, separators=(",", ":"))
 
 
 def fine_tuning_example(example: AnyExample) -> Example | None:
@@ -36,7 +37,7 @@ def content_key(example: AnyExample) -> bytes:
     turn is, and tools; of pairs and ratings all of it. Not: where it came from, ids of calls,
     and what of it is trained on.
     """
-    text = json.dumps(_said(example), sort_keys=True, separators=(",", ":"))
+    text = _ENCODER.encode(_said(example))
     return hashlib.blake2b(text.encode("ascii"), digest_size=_KEY_BYTES).digest()
 
 

@@ -21,6 +21,7 @@ Rules:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from qlora_kit.data.examples import Conversation, Message, Preference, PromptCompletion
@@ -42,10 +43,16 @@ from qlora_kit.data.schemas.turns import check_order, with_greeting, with_system
 
 _TURNS_KEYS = (*sharegpt.KEYS, "messages")
 SAME = "chosen and rejected are the same"
+NOTE_REJECTED = "a preference pair: its chosen answer is trained on, the rejected one is not"
 
 
 def read(record: Record, origin: str, rules: Rules) -> Preference:
     """One row of this schema."""
+    pair = _read(record, origin, rules)
+    return replace(pair, chosen=replace(pair.chosen, notes=(NOTE_REJECTED,)))
+
+
+def _read(record: Record, origin: str, rules: Rules) -> Preference:
     answers = _answers(record)
     if isinstance(answers, tuple):
         prompt = _prompt_turns(record, rules)
@@ -189,8 +196,8 @@ def _texts(record: Record, origin: str, chosen: str, rejected: str, rules: Rules
         for name, answer in ("chosen", chosen), ("rejected", rejected):
             full_text(answer, name, f"{name} behind what both share")
     return Preference(
-        PromptCompletion(prompt, chosen, origin),
-        PromptCompletion(prompt, rejected, origin),
+        PromptCompletion(prompt, chosen, origin, rules.split_special_tokens),
+        PromptCompletion(prompt, rejected, origin, rules.split_special_tokens),
         origin,
     )
 

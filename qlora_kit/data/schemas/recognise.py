@@ -6,7 +6,10 @@ Rules:
   field that it fills are tried.
 - A field that is null counts as absent, but not for making another schema of a row: with the
   keys `text` and `label`, a null label is a fault, and the row no plain text.
-- All rows of a source have one schema.
+- NaN is null: it is how tables of numbers write a missing value.
+- All rows of a source have one schema: a row of another stops the run, and so does one that
+  has a question and an answer under names that no schema joins (instruction and response); one
+  that lacks either is a bad row.
 - Keys that no schema reads are left aside, and can be listed; those that would change the
   meaning (images, sounds, tools, a context) refuse the row.
 """
@@ -17,7 +20,7 @@ import difflib
 from collections.abc import Sequence
 
 from qlora_kit.data.examples import AnyExample
-from qlora_kit.data.rows import Record, Row, RowRefused
+from qlora_kit.data.rows import Record, Row, RowRefused, Unreadable
 from qlora_kit.data.schemas import (
     alpaca,
     columns,
@@ -29,7 +32,8 @@ from qlora_kit.data.schemas import (
     sharegpt,
     text,
 )
-from qlora_kit.data.schemas.fields import Unfit, names, preview
+from qlora_kit.data.schemas.fields import Unfit, first_filled, names, preview
+from qlora_kit.data.schemas.nulls import noted_nulls
 from qlora_kit.data.schemas.schema import Rules, Schema, refuse_unread
 from qlora_kit.errors import DataError
 from qlora_kit.recipe.data import SchemaName, SourceSpec
@@ -55,22 +59,25 @@ _NAMING = [key for schema in SCHEMAS.values() for slot in schema.slots for key i
 _MOST_LAYOUTS = 1000
 _MOST_IGNORED = 100
 _MOST_HINTS = 20
+_ANSWER_OF_A_SERVER = frozenset({"error", "message", "detail", "status", "code"})
 
 
 class Recogniser:
     """Reads the rows of one source.
 
     `needs_answer` is false where every token is trained on, so that a conversation without an
-    answer is of use.
+    answer is of use; `split_special_tokens` is what `data.split_special_tokens` says.
 
     Raises:
         DataError: the column mapping fills a field that is not there.
     """
 
-    def __init__(self, source: SourceSpec, needs_answer: bool = True):
+    def __init__(
+        self, source: SourceSpec, needs_answer: bool = True, split_special_tokens: bool = True
+    ):
         self._named = None if source.type == "auto" else SCHEMAS[source.type]
         self._columns = source.columns
-        self._rules = Rules(needs_answer, frozenset(source.columns))
+        self._rules = Rules(needs_answer, frozenset(source.columns), split_special_tokens)
         self._first: tuple[Schema, Row] | None = None
         self._naming: list[str] = []
         self._layouts: dict[tuple[str, ...], tuple[Schema, list[str]]] = {}
@@ -117,10 +124,15 @@ class Recogniser:
         origin = row.origin
         try:
             record = self._mapped(row) if self._columns else row.record
+            types = set(map(type, record.values()))
+            if float in types:
+                record = {key: None if value != value else value for key, value in record.items()}
             schema, unread = self._layout(row, record)
+            if Unreadable in types:
+                _refuse_unreadable(record, schema)
             if unread:
                 refuse_unread(record, unread)
-            return schema.read(record, origin, self._rules)
+            return noted_nulls(schema.read(record, origin, self._rules), record, schema)
         except Unfit as fault:
             raise RowRefused(origin, fault.reason, fault.detail) from None
 
@@ -167,6 +179,8 @@ class Recogniser:
         if schema is None:
             if self._first is None:
                 raise DataError(_no_schema(row, record, self._tried))
+            if _is_whole(record):
+                raise DataError(_two_layouts(row, *self._first))
             raise Unfit(NO_SCHEMA, f"keys: {names(row.record)}")
         if self._first is None:
             if not by_nulls:
@@ -189,6 +203,13 @@ class Recogniser:
                 self._naming = naming
 
 
+def _refuse_unreadable(record: Record, schema: Schema) -> None:
+    """Raises Unfit where the schema reads a value that could not be read."""
+    for key, value in record.items():
+        if isinstance(value, Unreadable) and key in schema.reads:
+            raise Unfit(value.reason, value.detail)
+
+
 def _schema_of(record: Record, tried: Sequence[Schema]) -> tuple[Schema | None, bool]:
     """The schema that the keys fit, and whether it does only if a null counts as there."""
     present = [key for key in record if record[key] is not None]
@@ -201,6 +222,21 @@ def _schema_of(record: Record, tried: Sequence[Schema]) -> tuple[Schema | None, 
     if schema is None or with_nulls.reads.issuperset(schema.naming(present)):
         return with_nulls, True
     return schema, False
+
+
+def _is_whole(record: Record) -> bool:
+    """Whether a row that fits no schema has a question and an answer all the same."""
+    asked = ("instruction", *completion.PROMPT_KEYS)
+    return all(first_filled(record, keys) for keys in (asked, completion.COMPLETION_KEYS))
+
+
+def _two_layouts(row: Row, settled: Schema, first: Row) -> str:
+    return (
+        f"two rows of one source have different layouts. {first.origin} is {settled.name} "
+        f"({settled.layout}): {preview(first.record)}; {row.origin} is not, and fits no other "
+        f"schema: {preview(row.record)}. Give each its own file, as a source of its own, and say "
+        "with columns what the second calls otherwise."
+    )
 
 
 def _two_schemas(row: Row, schema: Schema, first: Row, settled: Schema) -> str:
@@ -231,6 +267,10 @@ def _no_schema(row: Row, record: Record, tried: Sequence[Schema]) -> str:
         for schema in tried
     )
     message += ". Where a row keeps them under other names, say so with columns."
+    if _ANSWER_OF_A_SERVER.issuperset(map(str, record)):
+        message += " It looks like a server's error message and not like rows: download it anew."
+    if row.number == 2 and row.source.lower().endswith((".csv", ".tsv")):
+        message += " The first line is taken for the names of the columns; give the file one."
     for key, value in sorted(record.items(), key=lambda pair: str(pair[0]))[:_MOST_HINTS]:
         near = difflib.get_close_matches(str(key).lower()[:40], _NAMING, n=1, cutoff=0.8)
         if near and near[0] not in record:

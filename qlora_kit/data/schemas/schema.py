@@ -44,10 +44,12 @@ class Rules:
 
     `needs_answer` is false where every token is trained on; `mapped` are the fields that a
     column mapping fills, which go before all that might be meant otherwise.
+    `split_special_tokens` is what `data.split_special_tokens` says.
     """
 
     needs_answer: bool = True
     mapped: frozenset[str] = frozenset()
+    split_special_tokens: bool = True
 
 
 @dataclass(frozen=True)

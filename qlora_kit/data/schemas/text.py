@@ -18,7 +18,8 @@ KEYS = ("text", "content")
 def read(record: Record, origin: str, rules: Rules) -> PlainText:
     """One row of this schema."""
     key = one_of(record, KEYS, rules.mapped, "the text")
-    return PlainText(full_text(record[key], "text", key), origin)
+    text = full_text(record[key], "text", key)
+    return PlainText(text, origin, rules.split_special_tokens)
 
 
 SCHEMA = Schema(

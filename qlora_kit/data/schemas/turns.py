@@ -6,7 +6,9 @@ Rules:
   tool_response are tool; function_call and tool_call are an assistant turn that is a call.
 - The system speaks first, once, or not at all.
 - No two turns of one role follow each other, except results of tools.
-- A tool speaks only after a turn that calls one, or after another result.
+- A tool speaks only after a turn that calls one, or after another result. A call may also be
+  spelled in the text of the turn, as Hermes (`<tool_call>`), Llama 3 (`<|python_tag|>`,
+  `<function=`) and Mistral (`[TOOL_CALLS]`) write it; the text is then left as it is.
 - The assistant does not begin. In ShareGPT rows, which are often cut out of a longer talk, it
   may when a user turn follows; that greeting is context, as nothing asks for it.
 - An answer is the last turn, and a prompt that is given has one behind it. Where everything is
@@ -23,6 +25,7 @@ from typing import Any
 from qlora_kit.data.examples import ROLES, Message, Role
 from qlora_kit.data.schemas.fields import Unfit, kind, shown
 
+_SPELLED_CALLS = ("<tool_call>", "<function=", "<|python_tag|>", "[TOOL_CALLS]")
 _CALL_ROLES = frozenset({"function_call", "tool_call"})
 
 _ROLE_NAMES: dict[str, Role] = {
@@ -70,8 +73,7 @@ def check_order(
             if number:
                 raise Unfit("a system turn after the start", f"turn {number + 1}")
         elif role == "tool":
-            called = before is not None and (before.role == "tool" or bool(before.tool_calls))
-            if not called:
+            if before is None or not (before.role == "tool" or _calls(before)):
                 raise Unfit("a tool result without a call", f"turn {number + 1}")
         elif before is not None and role == before.role:
             raise Unfit(f"two {role} turns in a row", f"turns {number} and {number + 1}")
@@ -88,6 +90,12 @@ def check_order(
         raise Unfit("no answer", "no assistant turn" + (" after the prompt" if num_given else ""))
     if before is not None and before.role != "assistant":
         raise Unfit(f"ends with a {before.role} turn")
+
+
+def _calls(message: Message) -> bool:
+    if message.tool_calls:
+        return True
+    return message.role == "assistant" and any(one in message.content for one in _SPELLED_CALLS)
 
 
 def with_greeting(messages: list[Message]) -> list[Message]:

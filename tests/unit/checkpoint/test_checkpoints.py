@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -49,6 +51,40 @@ class TestPublishing:
             publish_checkpoint(tmp_path / run / "checkpoint-8", writer(8, "old"))
         one, other = (tmp_path / run / "checkpoint-8" / MANIFEST_FILE for run in ("a", "b"))
         assert one.read_bytes() == other.read_bytes()
+
+    def test_files_that_are_yielded_are_flushed_while_others_are_written(
+        self, tmp_path: Path
+    ) -> None:
+        disk = FaultyDisk()
+
+        def write(draft: Path) -> Iterator[Path]:
+            for name, content in content_of(8, "old").items():
+                (draft / name).write_bytes(content)
+                if name != "state.json":
+                    yield draft / name
+                    while f"sync {name}" not in disk.operations:
+                        time.sleep(0.01)
+
+        (tmp_path / "one").mkdir()
+        (tmp_path / "other").mkdir()
+        publish_checkpoint(tmp_path / "one" / "checkpoint-8", write, disk)
+        publish_checkpoint(tmp_path / "other" / "checkpoint-8", writer(8, "old"))
+        one, other = (tmp_path / name / "checkpoint-8" / MANIFEST_FILE for name in ("one", "other"))
+        assert one.read_bytes() == other.read_bytes()
+
+    @pytest.mark.parametrize("size", [1000, 2000])
+    def test_a_file_must_not_change_once_it_was_yielded(self, tmp_path: Path, size: int) -> None:
+        def write(draft: Path) -> Iterator[Path]:
+            path = draft / "state.json"
+            path.write_bytes(bytes(1000))
+            yield path
+            before = path.stat().st_mtime_ns
+            while path.stat().st_mtime_ns == before:
+                path.write_bytes(b"x" * size)
+
+        with pytest.raises(AssertionError, match="written to after it was finished"):
+            publish_checkpoint(tmp_path / "checkpoint-8", write)
+        assert names_in(tmp_path) == []
 
     def test_every_file_can_be_read_by_whom_the_umask_lets(self, tmp_path: Path) -> None:
         def write(draft: Path) -> None:
@@ -246,3 +282,18 @@ def test_the_manifest_can_be_read_by_anyone(tmp_path: Path) -> None:
     publish_checkpoint(tmp_path / "checkpoint-8", writer(8, "old"))
     values = json.loads((tmp_path / "checkpoint-8" / MANIFEST_FILE).read_text())
     assert values["files"].keys() == content_of(8, "old").keys()
+
+
+def test_what_killed_processes_left_of_other_files_is_cleared_away(tmp_path: Path) -> None:
+    kept = ["adapter", "data/ledger.json", "merged", "recipe.yaml", ".lock"]
+    left = [
+        ".recipe.yaml.12",
+        ".summary.json.12",
+        "data/.ledger.json.12",
+    ]
+    for name in (*kept, *left):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    assert sorted(clear_leftovers(tmp_path)) == sorted(tmp_path / name for name in left)
+    files = (path for path in tmp_path.rglob("*") if path.is_file())
+    assert sorted(str(path.relative_to(tmp_path)) for path in files) == sorted(kept)

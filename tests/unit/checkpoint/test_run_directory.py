@@ -109,8 +109,18 @@ def test_the_lock_of_the_process_that_asks_is_nobodys_run(tmp_path: Path) -> Non
     with hold(tmp_path / "one", print):
         require_free(recipe_in(tmp_path / "one"))
         create_run(recipe_in(tmp_path / "one"))
-        with pytest.raises(RunError, match="already holds a run"):
+        with pytest.raises(RunError, match="already holds a run that was not finished"):
             require_free(recipe_in(tmp_path / "one"))
+
+
+def test_a_run_that_was_half_begun_is_begun(tmp_path: Path) -> None:
+    """Killed before the recipe was in place: whatever is there is nobody's run."""
+    recipe = recipe_in(tmp_path / "one")
+    run = create_run(recipe)
+    run.recipe.rename(run.folder / ".recipe.yaml.123")
+    (run.folder / ".environment.json.123").write_text("{")
+    require_free(recipe)
+    assert load_recipe(create_run(recipe).recipe) == recipe
 
 
 def test_json_is_whole_or_not_there(tmp_path: Path) -> None:

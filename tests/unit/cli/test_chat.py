@@ -216,3 +216,12 @@ def test_temperature_draws_tokens(subject: Subject) -> None:
 def test_the_template_s_end_of_turn_stops_even_if_the_model_forgot_it(subject: Subject) -> None:
     end = subject.base.tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert turn_ends(with_stops(subject, frozenset({0}))) == {0, end}
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_what_a_line_spells_of_special_tokens_is_as_in_training(talker: Path, splits: bool) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(talker)
+    token = tokenizer.eos_token
+    ids = prompt_ids(tokenizer, [Message("user", f"hello {token} you")], False, splits)
+    assert ids.count(tokenizer.eos_token_id) == int(not splits)
+    assert token in tokenizer.decode(ids)

@@ -7,7 +7,7 @@ import torch
 
 from qlora_kit.data.collate import Collator, IsolatingCollator
 from qlora_kit.data.pack import PackedSequence
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 
 SEQUENCES = [
     TokenSequence((5, 6, 7), (IGNORE_INDEX, IGNORE_INDEX, 7), "a:1"),

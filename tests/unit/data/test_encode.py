@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from qlora_kit.data.encode import (
     Encoded,
+    Piece,
     as_generated,
     decode,
     encode,
@@ -32,7 +33,7 @@ SPELLED = st.lists(
 
 
 def whole(tokenizer: object, text: str) -> Encoded:
-    return Encoded.of([(text, encode_batch(tokenizer, [text])[0])])
+    return Encoded.of([Piece(text, encode_batch(tokenizer, [text])[0])])
 
 
 def test_nothing_is_added() -> None:

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_kit.data.examples import Conversation, Example, Message, PlainText, PromptCompletion
-from qlora_kit.data.fit import NOTHING_LEFT, NOTHING_SUPERVISED, OVERLENGTH, fit
+from qlora_kit.data.fit import NOTHING_LEFT, NOTHING_SUPERVISED, OVERLENGTH, fit, fit_each, fit_runs
 from qlora_kit.data.ledger import END_CUT, TRUNCATED, Ledger
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.rows import RowRefused
+from qlora_kit.data.sequences import IGNORE_INDEX, Block, Rendered, TokenSequence
 from qlora_kit.recipe import DataSpec, SourceSpec
 
 ORIGIN = "a.jsonl:1"
@@ -165,3 +166,28 @@ def test_a_split_row_predicts_each_supervised_token_once(pattern: str, max_lengt
     learned = [label for one in kept for label in one.labels[1:] if label != IGNORE_INDEX]
     whole = sequence(pattern)
     assert learned == [label for label in whole.labels[1:] if label != IGNORE_INDEX]
+
+
+@settings(deadline=None, max_examples=200)
+@given(
+    rows=st.lists(st.tuples(st.text("x.", max_size=12), st.booleans(), st.booleans()), max_size=8),
+    overlength=st.sampled_from(["drop", "truncate", "split"]),
+)
+def test_in_runs_and_one_by_one(rows: list[tuple[str, bool, bool]], overlength: str) -> None:
+    spec, examples = spec_of(8, overlength), [TALK] * len(rows)
+    refused = {n: RowRefused(ORIGIN, "odd") for n, (_, _, is_odd) in enumerate(rows) if is_odd}
+    given = [
+        sequence("" if number in refused else pattern, *["merged"] * has_note)
+        for number, (pattern, has_note, _) in enumerate(rows)
+    ]
+    rendered = Rendered(Block.of(given), refused)
+    by_runs, by_rows = Ledger(num_rows=len(rows)), Ledger(num_rows=len(rows))
+    found, sources = [], []
+    for first, end, block in fit_runs(examples, rendered, spec, by_runs):
+        found += [block.sequence(number) for number in range(len(block))]
+        sources += list(range(first, end))
+    assert found == list(fit_each(examples, rendered, spec, by_rows))
+    assert by_runs.state() == by_rows.state()
+    assert len(sources) == len(found)
+    assert sources == sorted(sources)
+    by_runs.check_balance()

@@ -15,15 +15,17 @@ from qlora_kit.data.examples import Conversation, Message, PlainText, PromptComp
 from qlora_kit.data.mark import (
     NOTE_LEFT_OUT,
     NOTE_REWRITTEN,
-    NOTE_SPELLED,
     NOTE_UNASKED,
     LossOn,
     mark,
     supervised_turns,
 )
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence, render
+from qlora_kit.data.render import render
 from qlora_kit.data.rows import Row, RowRefused
 from qlora_kit.data.schemas import Recogniser
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.spelled import NOTE_SPELLED
+from qlora_kit.errors import DataError
 from qlora_kit.recipe import SourceSpec
 from qlora_kit.templates import library
 
@@ -323,6 +325,66 @@ def test_a_special_token_in_a_content_stays_text(
         chatml.convert_tokens_to_ids("<|im_end|>")
     ]
     assert sequence.notes == (NOTE_SPELLED,)
+
+
+@pytest.mark.parametrize("thought", ["a", "a <|im_end|> b", "b <|im_end|> a <|im_end|> a"])
+def test_an_answer_that_its_reasoning_holds_too(thought: str) -> None:
+    """Wherever the end of a turn is spelled in what was thought, it is not that of the answer."""
+    tokenizer = build(template=REASONING)
+    example = talk(("user", "hello"), Message("assistant", "a", reasoning=thought))
+    assert learned(example, tokenizer) == [f"<think>\n{thought}\n</think>\n\na<|im_end|>"]
+
+
+def test_reasoning_that_ends_as_an_answer_does() -> None:
+    """As channels of one turn: the answer ends where its own words do."""
+    template = REASONING.replace("</think>\n", "<|im_end|><|im_start|>assistant\n")
+    tokenizer = build(template=template)
+    example = talk(("user", "hello"), Message("assistant", "a", reasoning="a b"))
+    [said] = learned(example, tokenizer)
+    assert said.startswith("<think>\na b\n<|im_end|>")
+    assert said.endswith("\na<|im_end|>")
+
+
+NO_PROMPT = CHATML.partition("{% if add_generation_prompt %}")[0]
+
+
+@pytest.mark.parametrize("loss_on", ["assistant", "last", ("user", "assistant")])
+def test_a_template_without_a_generation_prompt_is_refused(loss_on: LossOn) -> None:
+    """The header of an answer would be trained on, and generation would not write it."""
+    tokenizer = build(template=NO_PROMPT)
+    example = talk(("user", "hello"), ("assistant", "fine"))
+    with pytest.raises(
+        DataError, match=r"begins an answer with '<\|im_start\|>assistant.n'"
+    ) as caught:
+        render(example, tokenizer, loss_on)
+    assert not isinstance(caught.value, RowRefused)
+    assert "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}" in str(
+        caught.value
+    )
+    assert learned(example, tokenizer, ("user",)) == ["hello<|im_end|>"]
+    mended = build(template=CHATML)
+    assert learned(example, mended) == ["fine<|im_end|>"]
+
+
+def test_a_template_that_needs_no_generation_prompt() -> None:
+    tokenizer = tokenizer_of("mistral")
+    assert learned(talk(("user", "hello"), ("assistant", "fine")), tokenizer) == [" fine</s>"]
+
+
+def test_a_call_spelled_in_an_answer_is_learned_as_it_stands(
+    tools: PreTrainedTokenizerBase,
+) -> None:
+    call = '<tool_call>\n{"name": "lamp", "arguments": {"to": 30}}\n</tool_call>'
+    record = {
+        "conversations": [
+            {"from": "human", "value": "turn the lamp to 30"},
+            {"from": "gpt", "value": call},
+            {"from": "tool", "value": '{"ok": 1}'},
+            {"from": "gpt", "value": "fine"},
+        ]
+    }
+    example = Recogniser(SourceSpec(path="rows.jsonl")).recognise(Row("rows.jsonl", 1, record))
+    assert learned(example, tools) == [f"{call}<|im_end|>", "fine<|im_end|>"]
 
 
 def test_a_special_token_in_the_reasoning_stays_text() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qlora_kit.data.pack import Bins, PackedSequence, PackedSequences, pack
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 
 CAPACITY = 24
 LENGTHS = st.lists(st.integers(1, CAPACITY), max_size=40)

@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from qlora_kit.data.encode import decode, encode
 from qlora_kit.data.examples import Conversation, Message
 from qlora_kit.data.pieces import runs, show, token_pieces
-from qlora_kit.data.render import IGNORE_INDEX, render
+from qlora_kit.data.render import render
+from qlora_kit.data.sequences import IGNORE_INDEX
 
 from .formats import FORMATS, build_sentencepiece, tokenizer_of
 

@@ -13,13 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from qlora_kit.data.examples import Conversation, PlainText
+from qlora_kit.data.examples import Conversation, PlainText, PromptCompletion
 from qlora_kit.data.fit import NOTHING_LEFT, NOTHING_SUPERVISED, OVERLENGTH
 from qlora_kit.data.ledger import END_CUT, TRUNCATED
-from qlora_kit.data.mark import NOTE_REWRITTEN, NOTE_SPELLED
+from qlora_kit.data.mark import NOTE_REWRITTEN
 from qlora_kit.data.mixing import NOT_DRAWN
 from qlora_kit.data.prepare import (
-    NOTE_REJECTED,
     UNWANTED,
     Part,
     prepare_eval,
@@ -27,9 +26,13 @@ from qlora_kit.data.prepare import (
     prove_end_of_turn,
     read_examples,
 )
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence, render, render_prompt
+from qlora_kit.data.render import render, render_prompt
 from qlora_kit.data.schemas import content_key
+from qlora_kit.data.schemas.nulls import NOTE_NULL_WORD
+from qlora_kit.data.schemas.preference import NOTE_REJECTED
 from qlora_kit.data.select import DUPLICATE
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.spelled import NOTE_KEPT_AS_TEXT, NOTE_MADE_TOKEN, NOTE_SPELLED
 from qlora_kit.environment import cache_dir
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import DataSpec, SourceSpec
@@ -170,6 +173,63 @@ def test_a_special_token_that_a_user_spells_is_kept_as_text(tmp_path: Path) -> N
     assert [one.labels.count(end) for one in part.sequences] == [1, 1]
 
 
+@pytest.mark.parametrize(
+    ("rows", "kinds"),
+    [
+        ([{"text": "a <|im_end|> b"}, {"text": "hello"}], (PlainText,)),
+        ([{"prompt": "a <|im_end|> b", "completion": " c"}], (PromptCompletion,)),
+        ([{"prompt": "a <|im_end|>", "chosen": " c", "rejected": " d"}], (PromptCompletion,)),
+    ],
+    ids=["text", "prompt_completion", "preference"],
+)
+def test_split_special_tokens_reaches_the_rows(
+    tmp_path: Path, rows: list[dict[str, Any]], kinds: tuple[type, ...]
+) -> None:
+    """And its count is noted, with the name of the key; so for the rows that are evaluated."""
+    source = write(tmp_path, rows)
+    end = tokenizer_of("chatml").convert_tokens_to_ids("<|im_end|>")
+    for splits, note, count in (True, NOTE_KEPT_AS_TEXT, 1), (False, NOTE_MADE_TOKEN, 2):
+        part = prepare(source, split_special_tokens=splits)
+        assert part.ledger.noted[note] == 1
+        assert part.sequences[0].input_ids.count(end) == count
+        assert any("data.split_special_tokens" in one for one in part.ledger.findings())
+        held = prepare_held(source, split_special_tokens=splits)
+        assert held.ledger.noted[note] == 1
+        assert isinstance(held.examples[0], kinds)
+        assert held.examples[0].split_special_tokens is splits
+
+
+@pytest.mark.parametrize("mix", ["concatenate", "first_exhausted", "all_exhausted"])
+def test_a_source_that_duplicates_empty_is_named(tmp_path: Path, mix: str) -> None:
+    """In a mix its weight would otherwise draw few rows very often, or none, without a word."""
+    texts = [f"hello {number}" for number in range(10)]
+    first = write(tmp_path, map(talk, texts), "a.jsonl")
+    for num_shared, is_named in (10, True), (6, True), (5, False):
+        others = [*texts[:num_shared], *(f"you {number}" for number in range(10 - num_shared))]
+        second = write(tmp_path, map(talk, others), "b.jsonl")
+        spec = DataSpec(train=(first, second), mix=mix, max_dropped_share=1.0)
+        findings = prepare_train(spec, tokenizer_of("chatml"), STOPS).ledger.findings()
+        said = (
+            f"{num_shared} of the 10 rows of {second.path} are the same as earlier ones "
+            f"({num_shared} of {first.path}): at most {10 - num_shared} are left"
+        )
+        assert [one for one in findings if "at most" in one and not one.startswith(said)] == []
+        assert any(one.startswith(said) for one in findings) == is_named
+    again = prepare_train(
+        spec.model_copy(update={"duplicates": "keep"}), tokenizer_of("chatml"), STOPS
+    )
+    assert not any("at most" in one for one in again.ledger.findings())
+
+
+def test_a_missing_value_that_was_exported_as_a_word_is_kept_and_noted(tmp_path: Path) -> None:
+    rows = [talk("hello"), talk("12", "None"), talk("you", " nan "), talk("a", "None of it")]
+    part = prepare(write(tmp_path, rows))
+    assert (part.ledger.num_kept, part.ledger.noted) == (4, {NOTE_NULL_WORD: 2})
+    [finding] = part.ledger.findings()
+    assert finding.startswith("2 of 4 rows: a whole text is None, nan, null")
+    assert f"{tmp_path / 'rows.jsonl'}:2, {tmp_path / 'rows.jsonl'}:3" in finding
+
+
 def test_duplicates_are_set_aside_and_are_no_loss(tmp_path: Path) -> None:
     rows = [talk("hello"), talk("12"), talk("hello"), talk("hello")]
     part = prepare(write(tmp_path, rows), max_dropped_share=0.0)
@@ -182,11 +242,13 @@ def test_duplicates_are_set_aside_and_are_no_loss(tmp_path: Path) -> None:
 
 def test_of_pairs_the_chosen_is_trained_and_of_rated_answers_the_wanted(tmp_path: Path) -> None:
     pair = {"prompt": "hello", "chosen": "fine", "rejected": "no"}
-    part = prepare(write(tmp_path, [pair]))
+    long = {"prompt": "hello", "chosen": "fine " * 50, "rejected": "no"}
+    part = prepare(write(tmp_path, [pair, long]), max_length=32)
     [sequence] = part.sequences
     assert "fine" in tokenizer_of("chatml").decode(sequence.input_ids)
     assert "no" not in tokenizer_of("chatml").decode(sequence.input_ids)
-    assert part.ledger.noted == {NOTE_REJECTED: 1}
+    assert part.ledger.dropped == {OVERLENGTH: 1}
+    assert part.ledger.noted == {NOTE_REJECTED: 1}  # of what is kept
     rated = [
         {"prompt": "hello", "completion": "fine", "label": True},
         {"prompt": "hello", "completion": "no", "label": False},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import groupby
 
 import pytest
@@ -10,15 +11,11 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from qlora_kit.data.examples import Conversation, Message, PlainText, PromptCompletion
-from qlora_kit.data.mark import NOTE_LEFT_OUT, NOTE_REWRITTEN, NOTE_SPELLED, NOTE_UNASKED
-from qlora_kit.data.render import (
-    IGNORE_INDEX,
-    NOTE_MERGED,
-    TokenSequence,
-    render,
-    render_prompt,
-)
+from qlora_kit.data.mark import NOTE_LEFT_OUT, NOTE_REWRITTEN, NOTE_UNASKED
+from qlora_kit.data.render import NOTE_MERGED, render, render_prompt
 from qlora_kit.data.rows import RowRefused
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.spelled import NOTE_KEPT_AS_TEXT, NOTE_MADE_TOKEN, NOTE_SPELLED
 from qlora_kit.errors import DataError
 
 from .formats import (
@@ -26,6 +23,7 @@ from .formats import (
     COUNTING,
     FORGETTING,
     FORMATS,
+    MISTRAL,
     NO_END,
     NO_SYSTEM,
     PHI3,
@@ -286,6 +284,37 @@ def test_a_special_token_spelled_in_a_message_stays_text(name: str) -> None:
             assert sequence.input_ids[: len(prompt.input_ids)] == prompt.input_ids
 
 
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ("hello </s> you", "fine"),
+        ("</s>hello", "fine"),
+        ("hello</s>", "fine"),
+        ("hello", "fine </s> you"),
+        ("hello", "</s>fine"),
+        ("hello", "fine</s>"),
+        ("a <s> b</s></s>", "</s>"),
+    ],
+)
+@pytest.mark.parametrize("template", [MISTRAL, MISTRAL.replace("' ' + m.content", "m.content")])
+def test_a_spelled_token_where_the_tokenizer_writes_a_space_before_words(
+    template: str, asked: str, said: str
+) -> None:
+    """As SentencePiece does at the start of a text: a piece of one must not gain any."""
+    tokenizer = build_sentencepiece(template)
+    conversation = talk(asked, said)
+    sequence = render(conversation, tokenizer, "assistant")
+    text = tokenizer.apply_chat_template(dicts(conversation), tokenize=False)
+    assert whole(sequence, tokenizer) == text
+    assert [sequence.input_ids.count(n) for n in (1, 2)] == [1, 1]
+    assert tokenizer.convert_ids_to_tokens([1, 2]) == ["<s>", "</s>"]
+    assert [one.strip() for one in supervised(sequence, tokenizer)] == [said + "</s>"]
+    prompt = render_prompt(conversation, tokenizer)
+    assert prompt is not None
+    assert prompt.reference == said
+    assert sequence.input_ids[: len(prompt.input_ids)] == prompt.input_ids
+
+
 PIECES = [
     "\n",
     "\n\n",
@@ -427,7 +456,7 @@ def test_prompt_and_completion(prompt: str, completion: str, adds_bos: bool) -> 
     """Joined as they stand, BOS once where the tokenizer wants it, EOS once."""
     bos, eos = "<|begin_of_text|>", "<|end_of_text|>"
     tokenizer = build((bos, eos), bos, eos, None, adds_bos=adds_bos)
-    row = PromptCompletion(prompt, completion, ORIGIN)
+    row = PromptCompletion(prompt, completion, ORIGIN, split_special_tokens=False)
     sequence = render(row, tokenizer, "assistant")
     text = whole(sequence, tokenizer)
     wanted = prompt + completion.removesuffix(eos) + eos
@@ -445,7 +474,8 @@ def test_prompt_and_completion(prompt: str, completion: str, adds_bos: bool) -> 
 
 def test_a_prompt_that_ends_with_eos_gets_another_for_an_empty_completion() -> None:
     tokenizer = tokenizer_of("chatml")
-    sequence = render(PromptCompletion("hello<|im_end|>", "", ORIGIN), tokenizer, "assistant")
+    row = PromptCompletion("hello<|im_end|>", "", ORIGIN, split_special_tokens=False)
+    sequence = render(row, tokenizer, "assistant")
     assert supervised(sequence, tokenizer) == ["<|im_end|>"]
 
 
@@ -457,6 +487,72 @@ def test_a_completion_that_cannot_be_cut_from_its_prompt_is_refused() -> None:
     assert supervised(joined, tokenizer) == ["fine</s>"]
     with pytest.raises(RowRefused, match="first token of an answer begins before it"):
         render(PromptCompletion("he", "llo", ORIGIN), tokenizer, "assistant")
+
+
+PLAIN = {
+    "chatml": tokenizer_of("chatml"),
+    "no template": build(template=None),
+    "a template that ends no turn": build(template=NO_END),
+    "an end that is not special": build(("</s>",), None, "</s>", CHATML),
+    "sentencepiece": build_sentencepiece(None),
+}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_special_token_spelled_in_plain_text_stays_text(name: str) -> None:
+    """Its id is nowhere but where BOS and EOS belong; its letters are there, and nothing else."""
+    tokenizer = PLAIN[name]
+    eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
+    for text in (f"hello {eos} you", f"{eos}hello", f"hello{eos}", f"a{eos}{eos} b {eos}"):
+        sequence = render(PlainText(text, ORIGIN), tokenizer, "assistant")
+        assert sequence.input_ids.count(eos_id) == 1
+        assert sequence.input_ids[-1] == eos_id
+        assert whole(sequence, tokenizer).removeprefix("<s>").strip() == text + eos
+        assert sequence.notes == (NOTE_KEPT_AS_TEXT,)
+        made = render(PlainText(text, ORIGIN, False), tokenizer, "assistant")
+        assert made.input_ids.count(eos_id) == text.count(eos) + (not text.endswith(eos))
+        assert made.notes == (NOTE_MADE_TOKEN,)
+    plain = render(PlainText("hello you", ORIGIN), tokenizer, "assistant")
+    assert plain == render(PlainText("hello you", ORIGIN, False), tokenizer, "assistant")
+    assert plain.notes == ()
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("loss_on", ["assistant", "all"])
+def test_a_special_token_spelled_in_a_prompt_or_completion_stays_text(
+    name: str, loss_on: str
+) -> None:
+    tokenizer = PLAIN[name]
+    eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
+    rows = (f"hello {eos}", " fine"), ("hello", f" fine {eos} you"), (f"a {eos} b", f" fine{eos}")
+    for prompt, completion in rows:
+        row = PromptCompletion(prompt, completion, ORIGIN)
+        sequence = render(row, tokenizer, loss_on)
+        assert [sequence.input_ids.count(eos_id), sequence.labels.count(eos_id)] == [1, 1]
+        text = whole(sequence, tokenizer).removeprefix("<s>").strip()
+        assert text == prompt + completion + eos
+        assert sequence.notes == (NOTE_KEPT_AS_TEXT,)
+        asked = render_prompt(row, tokenizer)
+        assert asked is not None
+        assert asked.reference == completion.strip()
+        assert sequence.input_ids[: len(asked.input_ids)] == asked.input_ids
+        if loss_on == "assistant":
+            [said] = supervised(sequence, tokenizer)
+            assert said.strip() == completion.strip() + eos
+        made = render(replace(row, split_special_tokens=False), tokenizer, loss_on)
+        num_spelled = (prompt + completion).count(eos)
+        assert made.input_ids.count(eos_id) == num_spelled + (not completion.endswith(eos))
+        assert made.notes == (NOTE_MADE_TOKEN,)
+
+
+def test_a_prompt_that_is_cut_from_its_completion_keeps_what_it_spells() -> None:
+    """In the middle of a word, so that the two must be encoded by themselves."""
+    tokenizer = tokenizer_of("chatml")
+    row = PromptCompletion("a <|im_end|> hel", "lo <|im_end|>", ORIGIN)
+    sequence = render(row, tokenizer, "assistant")
+    assert sequence.input_ids.count(tokenizer.eos_token_id) == 1
+    assert whole(sequence, tokenizer) == "a <|im_end|> hello <|im_end|><|im_end|>"
+    assert supervised(sequence, tokenizer) == ["lo <|im_end|><|im_end|>"]
 
 
 @pytest.mark.parametrize("adds_eos", [True, False])

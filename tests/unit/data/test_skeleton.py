@@ -11,8 +11,9 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_kit.data.examples import Conversation, Message
 from qlora_kit.data.mark import LossOn, Marked, mark
-from qlora_kit.data.render import Rendering, TokenSequence
+from qlora_kit.data.render import Rendering
 from qlora_kit.data.rows import RowRefused
+from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.data.skeleton import mark_by_skeleton
 
 from .formats import FORMATS, build, tokenizer_of

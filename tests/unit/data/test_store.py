@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.sequences import IGNORE_INDEX, Block, TokenSequence
 from qlora_kit.data.store import StoredSequences, StoreWriter
 
 
@@ -35,8 +35,9 @@ ANY_SEQUENCE = st.lists(
 def stored(folder: Path, sequences: list[TokenSequence], groups: list[int]) -> StoredSequences:
     folder.mkdir(exist_ok=True)
     with StoreWriter(folder) as writer:
-        for one, group in zip(sequences, groups, strict=True):
-            writer.add(one, group)
+        for first in range(0, len(sequences), 2):
+            part = slice(first, first + 2)
+            writer.add(Block.of(sequences[part]), groups[part])
     return StoredSequences(folder)
 
 
@@ -138,7 +139,7 @@ def test_it_takes_few_bytes(tmp_path: Path) -> None:
 def test_what_fails_leaves_no_index(tmp_path: Path) -> None:
     def fail() -> None:
         with StoreWriter(tmp_path) as writer:
-            writer.add(sequence([1], [False], "a:1"))
+            writer.add(Block.of([sequence([1], [False], "a:1")]), [0])
             raise KeyError
 
     with pytest.raises(KeyError):

@@ -11,11 +11,12 @@ import pytest
 from qlora_kit.data.ledger import Ledger
 from qlora_kit.data.pack import PackedSequence
 from qlora_kit.data.prepare import prepare_train
-from qlora_kit.data.render import TokenSequence
+from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.data.stream import READ_AHEAD, StreamedSequences
 from qlora_kit.errors import DataError
 from qlora_kit.recipe import load_recipe
 from qlora_kit.recipe.data import DataSpec
+from qlora_kit.train.loader import StreamedItems
 
 from .formats import tokenizer_of
 
@@ -127,3 +128,19 @@ def test_a_stream_that_is_left_early_balances(tmp_path: Path) -> None:
     assert ledger.num_kept == len(taken) == 10
     assert ledger.supervised_tokens == sum(one.num_supervised for one in taken)
     assert ledger.set_aside[READ_AHEAD] == ledger.num_rows - 10
+
+
+@pytest.mark.parametrize("num_given", [7, 20, 26])
+def test_going_on_books_what_was_given_before_also_where_nothing_follows(
+    tmp_path: Path, num_given: int
+) -> None:
+    """A training that is done has no more update, and still its ledger is written."""
+    path = talks(tmp_path, 20)
+    whole, resumed = stream_of(path), stream_of(path)
+    taken = [*islice(whole, num_given)]
+    updates = StreamedItems(resumed, 1).updates(num_given)
+    whole.settle()
+    resumed.settle()
+    assert resumed._ledger.as_dict() == whole._ledger.as_dict()
+    assert whole._ledger.num_kept == min(len(taken), 20)
+    assert next(updates) is not None

@@ -19,8 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from qlora_kit.data.examples import Conversation, Message, ToolCall
 from qlora_kit.data.prepare import prove_end_of_turn
-from qlora_kit.data.render import IGNORE_INDEX, render
+from qlora_kit.data.render import render
 from qlora_kit.data.rows import RowRefused
+from qlora_kit.data.sequences import IGNORE_INDEX
 from qlora_kit.data.template import turn_end
 from qlora_kit.templates import library
 

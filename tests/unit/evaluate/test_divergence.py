@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import MODELS, NUM_TOKENS, SaysAlways, llama, rows
 from transformers import PreTrainedModel
 
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.errors import DataError, HardwareError, ModelError
 from qlora_kit.evaluate import forward
 from qlora_kit.evaluate.divergence import (

@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 from tiny_models import MODELS, NUM_TOKENS, SaysAlways, WholeLogits, llama, rows
 from transformers import PreTrainedModel
 
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.errors import DataError, ModelError
 from qlora_kit.evaluate import forward, windows
 from qlora_kit.evaluate.forward import CausalModel, evaluation_mode

@@ -15,7 +15,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import CausalLMOutput
 
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 
 NUM_TOKENS = 128
 CONTEXT = 96

@@ -111,6 +111,17 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyRun, dict[st
 Finished = tuple[TinyRun, dict[str, Any], Heard]
 
 
+def test_what_a_killed_attempt_has_merged_is_merged_again(tmp_path: Path) -> None:
+    tiny = make_run(tmp_path, base="dequantized")
+    tiny.run.merged.mkdir()
+    (tiny.run.merged / "half.safetensors").touch()
+    (tiny.run.folder / f".merged.{'0' * 32}.draft").mkdir()
+    assert tiny.merge() is not None
+    assert not (tiny.run.merged / "half.safetensors").exists()
+    assert (tiny.run.merged / "certificate.json").is_file()
+    assert not [path for path in tiny.run.folder.iterdir() if path.name.startswith(".")]
+
+
 def test_the_certificate_says_what_was_measured(finished: Finished) -> None:
     tiny, certificate, heard = finished
     assert certificate["passed"]

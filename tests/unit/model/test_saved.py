@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from qlora_kit.model.saved import (
     load_adapter,
     save_adapter,
     write_adapter,
+    write_tokenizer,
 )
 from qlora_kit.recipe import LoraSpec, QuantizationSpec
 
@@ -293,3 +295,19 @@ class TestDamageThatWasForced:
         other = load(build_llama(tmp_path / "other", hidden_size=32), adapter=adapter)
         with pytest.raises(AdapterError, match=r"cannot be loaded onto .*shape"):
             load_adapter(other, NF4, adapter, force=True)
+
+
+@pytest.mark.parametrize(
+    ("said", "number"),
+    [("No space left on device (os error 28)", errno.ENOSPC), ("something else", None)],
+)
+def test_a_tokenizer_that_the_disk_refuses(tmp_path: Path, said: str, number: int | None) -> None:
+    """The library of tokenizers raises a plain Exception."""
+
+    class Refused:
+        def save_pretrained(self, folder: Path) -> None:
+            raise Exception(said)
+
+    with pytest.raises(Exception, match=r"space|else") as error:
+        write_tokenizer(Refused(), tmp_path)  # type: ignore[arg-type]
+    assert getattr(error.value, "errno", None) == number

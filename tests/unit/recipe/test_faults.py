@@ -175,6 +175,16 @@ IN_DATA = [
     ("data:", "data", ["is required"]),
     ("data: rows.jsonl", "data", ["a mapping of keys", "try data: {train"]),
     ("data: {train: }", "data.train", ["must be a list", "got nothing", "my_rows.jsonl"]),
+    (
+        "data: {train: [{path: demo/commands}], split_special_tokens: false}",
+        "data.split_special_tokens",
+        ["has no effect on messages", "remove it"],
+    ),
+    (
+        "data: {train: [{path: a.csv, type: alpaca}], split_special_tokens: false}",
+        "data.split_special_tokens",
+        ["has no effect on alpaca", "remove it"],
+    ),
     ("data: {train: []}", "data.train", ["at least one"]),
     ("data: {train: rows.jsonl}", "data.train", ["a list", "write [{path: rows.jsonl}]"]),
     ("data: {train: {path: rows.jsonl}}", "data.train", ["a list", "write [{…}]"]),

@@ -16,7 +16,7 @@ from qlora_kit.data.collate import Collator, IsolatingCollator
 from qlora_kit.data.ledger import Ledger
 from qlora_kit.data.pack import PackedSequence
 from qlora_kit.data.prepare import Part
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import ModelError
 from qlora_kit.model.base import Base, load_base

@@ -21,7 +21,7 @@ from transformers import (
 
 from qlora_kit.data.collate import IsolatingCollator
 from qlora_kit.data.pack import PackedSequence
-from qlora_kit.data.render import TokenSequence
+from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.errors import ModelError
 from qlora_kit.train.isolation import measure_leakage, require_isolation
 

@@ -17,7 +17,7 @@ from qlora_kit.checkpoint.manifest import faults_of
 from qlora_kit.checkpoint.run_directory import RunDirectory
 from qlora_kit.data.collate import Collator, IsolatingCollator
 from qlora_kit.data.pack import PackedSequences, pack
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import HardwareError, RunError
 from qlora_kit.model.adapter import attach_adapter
@@ -84,8 +84,7 @@ class Outcome:
     @property
     def log(self) -> list[dict[str, Any]]:
         lines = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
-        kept = [line for line in lines if "loss" in line or "eval_loss" in line]
-        return [{k: v for k, v in line.items() if k not in MEASURED} for line in kept]
+        return [{k: v for k, v in line.items() if k not in MEASURED} for line in lines]
 
 
 Run = Callable[..., Outcome]
@@ -218,6 +217,14 @@ def test_a_run_stopped_several_times_is_still_the_same(run: Run) -> None:
     assert run("parts", again=True).weights == whole.weights
 
 
+def test_the_closing_line_is_of_the_whole_run(run: Run) -> None:
+    whole = run("whole", logging_steps=1)
+    losses = [line["loss"] for line in whole.log if "loss" in line]
+    assert whole.log[-1]["train_loss"] == pytest.approx(sum(losses) / len(losses))
+    run("parts", stop_after=9, logging_steps=1)
+    assert run("parts", again=True, logging_steps=1).log[-1] == whole.log[-1]
+
+
 def test_what_is_logged_after_the_checkpoint_is_logged_once(run: Run) -> None:
     """A process that is killed has logged updates that no checkpoint holds."""
     whole = run("whole", logging_steps=1)
@@ -228,7 +235,7 @@ def test_what_is_logged_after_the_checkpoint_is_logged_once(run: Run) -> None:
         path.unlink()
     newest.rmdir()
     resumed = run("parts", again=True, logging_steps=1)
-    assert [line["step"] for line in resumed.log] == list(range(1, 13))
+    assert [line["step"] for line in resumed.log if "loss" in line] == list(range(1, 13))
     assert resumed.log == whole.log
 
 
@@ -252,8 +259,8 @@ def test_checkpoints_are_whole_and_hold_what_they_should(run: Run) -> None:
         assert names >= {
             "adapter_model.safetensors",
             "adapter_config.json",
-            "optimizer.pt",
-            "random.pt",
+            "optimizer.safetensors",
+            "random.safetensors",
             "progress.json",
             "note.txt",
             "manifest.json",

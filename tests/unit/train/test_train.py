@@ -14,7 +14,7 @@ import torch
 
 from qlora_kit.checkpoint.run_directory import RunDirectory
 from qlora_kit.data.collate import Collator
-from qlora_kit.data.render import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import TrainingError
 from qlora_kit.model.adapter import Adapted, attach_adapter, require_float32_trainables

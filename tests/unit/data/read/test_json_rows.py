@@ -21,16 +21,17 @@ from qlora_kit.data.read.json_rows import holds_lines, json_lines, json_value
 from qlora_kit.errors import DataError
 from tests.unit.data.read.files import ROWS, fault, good, lines, outcome, read, refusal, write
 
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
 VALUES = st.recursive(
     st.none()
     | st.booleans()
     | st.integers()
     | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    | TEXTS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXTS, inner, max_size=3),
     max_leaves=8,
 )
-RECORDS = st.lists(st.dictionaries(st.text(), VALUES, max_size=4), min_size=1, max_size=6)
+RECORDS = st.lists(st.dictionaries(TEXTS, VALUES, max_size=4), min_size=1, max_size=6)
 BLANKS = st.sampled_from(["", "\n", " \n", "\r\n", "\n\n\t\n"])
 
 
@@ -112,6 +113,10 @@ def test_a_value_is_read_alike_however_it_is_cut(text: str, size: int) -> None:
         ("a.jsonl", "\n" + lines(ROWS, "\n  \n") + "\n\n", [2, 4, 6]),
         ("a.jsonl", "\ufeff" + lines(ROWS), [1, 2, 3]),
         ("a.ndjson", lines(ROWS), [1, 2, 3]),
+        ("a.jsonl", lines(ROWS, "\r"), [1, 2, 3]),
+        ("a.json", lines(ROWS, "\r"), [1, 2, 3]),
+        ("a.jsonl", "\ufeff\ufeff" + "\ufeff".join(lines([row]) for row in ROWS), [1, 2, 3]),
+        ("a.json", "\ufeff\ufeff" + json.dumps(ROWS), [1, 2, 3]),
         ("a.json", lines(ROWS), [1, 2, 3]),
         ("a.json", "\n" + lines(ROWS, "\n\n"), [2, 4, 6]),
         ("a.JSONL", lines(ROWS), [1, 2, 3]),
@@ -165,8 +170,19 @@ def test_one_object_is_one_row(tmp_path: Path, name: str, record: dict[str, Any]
         ("{'text': 'a'}", "not JSON", "column 2"),
         ('{"text": }', "not JSON", "Expecting value at column 10"),
         ('{"text": "a"} x', "not JSON", "Extra data"),
-        ("plain words", "not JSON", "Expecting value at column 1"),
-        ('{"a": "\x00"}', "not JSON", "control character"),
+        ("plain words", "not JSON", "Expecting value at column 1; it begins with 'plain words"),
+        ('{"a": 1},', "not JSON", "column 9; a comma stands behind the object"),
+        ('{"a": 1,}', "not JSON", "column 9; the comma before } is one too many"),
+        ('{"a": [1, ]}', "not JSON", "column 11; the comma before ] is one too many"),
+        ('{"a": 1}{"a": 2}', "not JSON", "column 9; another begins there"),
+        ('{"a": None}', "not JSON", "column 7; it is true, false or null in JSON"),
+        ('{"a": 1} # one', "not JSON", "JSON has no comments"),
+        ("\0\0\0", "not JSON", "NUL characters stand there"),
+        ('{"a": "x\ty"}', "not JSON", "control character at column 9; within a text"),
+        ('{"a": "\x00"}', "not JSON", "NUL characters stand there"),
+        ('{"a": ["\\u0000"]}', "a NUL character", "in '\\x00'"),
+        ('{"a\\u0000": 1}', "a NUL character", "in 'a\\x00'"),
+        (json.dumps('{"a": 1}'), "not an object", "it was made JSON twice"),
         ("[1]", "not an object", "found a list"),
         ('"one"', "not an object", "the text 'one'"),
         ("null", "not an object", "found null"),
@@ -198,6 +214,7 @@ def test_a_bad_line_is_one_bad_row(tmp_path: Path, line: str, reason: str, detai
         ('{"b": %s}' % ("1" * 5000), "a number out of range"),
         ('{"b": %s}' % ("[" * 150 + "]" * 150), "nested too deeply"),
         ('["x"]', "not an object"),
+        ('{"b": {"c": "\\u0000"}}', "a NUL character"),
         ("12", "not an object"),
         ("null", "not an object"),
     ],
@@ -218,6 +235,17 @@ def test_the_last_line_may_be_cut_off(tmp_path: Path) -> None:
     assert "may be cut off" in bad.detail
 
 
+def test_what_only_looks_like_an_escape_is_text(tmp_path: Path) -> None:
+    record = {"text": "\\u0000 is how JSON writes NUL"}
+    assert good(write(tmp_path, "a.jsonl", lines([record]))) == [record]
+    assert good(write(tmp_path, "a.json", json.dumps([record]))) == [record]
+
+
+def test_a_list_of_conversations_may_have_the_name_of_one(tmp_path: Path) -> None:
+    records = [{"messages": [{"role": "user", "content": text}]} for text in "ab"]
+    assert good(write(tmp_path, "a.json", json.dumps({"conversations": records}))) == records
+
+
 def test_brackets_in_text_are_no_nesting(tmp_path: Path) -> None:
     record = {"text": "[{" * 500}
     assert good(write(tmp_path, "a.jsonl", lines([record]))) == [record]
@@ -229,11 +257,26 @@ def test_brackets_in_text_are_no_nesting(tmp_path: Path) -> None:
     [
         ('[{"text": "one"},\n {"text": ]', "a.json:2 cannot be read: it is not JSON: Expecting v"),
         ('[{"text": "one"},\n {"text": "two"\n', "a.json:3 cannot be read: the file ends within"),
-        ('[{"text": "one"},\n {"text": "two', "a.json:2 cannot be read: it is not JSON: Untermin"),
+        ('[{"text": "one"},\n {"text": "two', "a.json:2 cannot be read: the file ends within the"),
         ('[{"text": "one"},\n', "a.json:2 cannot be read: the file ends within"),
         ('[\n{"a": 1}\n{"a": 2}]', "a.json:3 cannot be read: , or ] is expected, found '{'"),
-        ('[{"a": 1},\n]', "a.json:2 cannot be read: it is not JSON"),
-        ('[{"a": 1}] []', "something stands behind its end"),
+        ('[{"a": 1},\n]', "a.json:2 cannot be read: a comma stands before ]. Remove it"),
+        (
+            '[{"a": [1,]}]',
+            "a.json:1 cannot be read: it is not JSON: Expecting value; the comma before",
+        ),
+        ("[{'a': 1}]", "double quotes; texts stand in double quotes, and this may be what Python"),
+        ('[{"a": True}]', "Expecting value; it is true, false or null in JSON"),
+        (
+            '[\n// all\n{"a": 1}]',
+            "a.json:2 cannot be read: it is not JSON: Expecting value; JSON has",
+        ),
+        ('[{"a": "x\ny"}]', "Invalid control character; within a text, a line feed is written"),
+        ('/* all */ [{"a": 1}]', "neither [ nor { begins it, but '/* all */ [{"),
+        ('{\n"a": 1\n}\n{\n"a": 2\n}', "a.json:4 cannot be read: another value begins behind"),
+        ('{"a": {"0": 1, "1": 2}, "b": {"0": 3, "1": 4}}', "it holds columns, not rows"),
+        ('{"a": ["x", "y"], "b": [1, 2]}', "it holds columns, not rows"),
+        ('[{"a": 1}] x', "something stands behind its end"),
         ('{\n "text": \n}', "a.json:3 cannot be read: it is not JSON: Expecting value"),
         ('{"a": 1,\n}', "a.json:2 cannot be read: a comma stands before }"),
         ('{"data":\n [{"a": 1}]}\n}', "a.json:3 cannot be read: something stands behind"),

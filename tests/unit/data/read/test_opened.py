@@ -6,6 +6,7 @@ import gzip
 import io
 import os
 import pickle
+import re
 import sqlite3
 import struct
 import zipfile
@@ -17,6 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qlora_kit.data.read.opened import (
+    CHUNK_BYTES,
     SourceFile,
     lines,
     text_chunks,
@@ -55,7 +57,7 @@ def test_parts_that_follow_each_other(tmp_path: Path, pack: type[bytes]) -> None
         (gzip.compress(TEXT.encode()) + b"more", "has damaged gzip data"),
         (zstd(os.urandom(9000))[:5000], "is cut off within its zstd data"),
         (zstd(TEXT.encode())[:-1], "is cut off within its zstd data"),
-        (zstd(TEXT.encode()) + b"more and more", "has damaged its zstd data"),
+        (zstd(TEXT.encode()) + b"more and more", "has damaged zstd data"),
         (gzip.compress(b""), "is empty once unpacked"),
         (gzip.compress(gzip.compress(TEXT.encode())), "is compressed twice"),
         (gzip.compress(TEXT.encode() + b"\xe4"), "of the unpacked text (line 4)"),
@@ -88,6 +90,7 @@ def test_encodings_with_a_mark(tmp_path: Path, encoding: str) -> None:
         (b"\xff\xfea\0b", "is not UTF-16 text: truncated data at byte 4 (line 1)"),
         ('{"a": "xy"}'.encode("utf-16-le"), "looks like UTF-16 without a byte order mark"),
         ('{"a": "xy"}'.encode("utf-32"), "is UTF-32 text; save it as UTF-8"),
+        ('{"a": "xy"}'.encode("utf-32-be"), "looks like UTF-32 without a byte order mark"),
         (b"\x00\x01\x02\x93\x99" * 30, "is a binary file, not text"),
         (bytes(5000), "is nothing but NUL bytes"),
         (b"", "is empty (0 bytes)"),
@@ -127,7 +130,17 @@ def test_text_comes_back(tmp_path_factory: pytest.TempPathFactory, text: str, co
     path = tmp_path_factory.mktemp("text") / "a.txt"
     text = "x" + text  # an unmarked text that begins with a mark has one
     path.write_bytes(text.encode(code))
-    assert "".join(text_chunks(SourceFile(path, "a", "text"))) == text
+    expected = re.sub("\n\ufeff+", "\n", text)
+    assert "".join(text_chunks(SourceFile(path, "a", "text"))) == expected
+
+
+@pytest.mark.parametrize("position", [0, CHUNK_BYTES - 1, CHUNK_BYTES])
+def test_a_mark_at_the_start_of_a_line_is_no_text(tmp_path: Path, position: int) -> None:
+    """As where files that have one each were joined; elsewhere it is a character of the text."""
+    path = tmp_path / "a.txt"
+    before = "x" * (position - 1) + "\n" if position else ""
+    path.write_text(f"{before}\ufeff\ufeffone\ufeff\n\ufeff\ntwo", encoding="utf-8")
+    assert "".join(text_chunks(SourceFile(path, "a", "text"))) == before + "one\ufeff\n\ntwo"
 
 
 def excel() -> bytes:
@@ -161,6 +174,9 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n"
         (LFS, "a Git LFS pointer, not the data; run git lfs pull"),
         (pickle.dumps(ROWS), "a pickle"),
         (pickle.dumps(ROWS, protocol=2), "a pickle"),
+        (pickle.dumps(ROWS, protocol=1), "a pickle"),
+        (pickle.dumps(ROWS, protocol=0), "a pickle"),
+        ("\ufeff" + LFS, "a Git LFS pointer, not the data; run git lfs pull"),
         (torch_file(), "a PyTorch file, which holds a pickle"),
         (excel(), "an Excel workbook; export it as .csv"),
         (b"PK\x03\x04" + bytes(60), "a zip archive"),
@@ -174,6 +190,7 @@ LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n"
         (b"a.txt".ljust(257, b"\0") + b"ustar\x00", "a tar archive"),
         ("<!DOCTYPE html>\n<html><body>404</body></html>", "an HTML or XML page"),
         (" \n<html lang=en>", "an HTML or XML page"),
+        ("<!-- moved --><p>Not found", "an HTML or XML page"),
         ('<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "an HTML or XML page"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,10 +16,12 @@ from qlora_kit.data.read import (
     BadRow,
     Row,
     SourceFile,
+    files_left_out,
     read_source,
     source_files,
     source_fingerprint,
 )
+from qlora_kit.data.rows import Unreadable
 from qlora_kit.recipe.data import SourceSpec
 from tests.unit.data.read.files import ROWS, good, lines, read, refusal, write
 
@@ -71,12 +72,32 @@ def test_a_folder_is_read_in_order_without_its_papers(tmp_path: Path) -> None:
     assert names(tmp_path) == kept
 
 
-def test_what_a_folder_leaves_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    fill(tmp_path, "a.jsonl", "b.xlsx", "README.md")
-    with caplog.at_level(logging.WARNING):
-        assert names(tmp_path) == ["a.jsonl"]
-    (told,) = caplog.messages
-    assert "left out b.xlsx (no data files)" in told
+def test_what_a_folder_leaves_out_is_told(tmp_path: Path) -> None:
+    fill(tmp_path, "a.jsonl", "b.xlsx", "README.md", "state.json", "c.jsonl.bak")
+    no_data = [f"{name} (no data, by the name)" for name in ("b.xlsx", "c.jsonl.bak", "state.json")]
+    assert list(files_left_out(SourceSpec(path=str(tmp_path)))) == no_data
+    assert names(tmp_path) == ["a.jsonl"]
+
+
+def test_files_without_a_split_beside_those_of_train_are_told(tmp_path: Path) -> None:
+    fill(tmp_path, "train.jsonl", "more.jsonl", "test.jsonl")
+    (told,) = files_left_out(SourceSpec(path=str(tmp_path)))
+    assert told == "more.jsonl (the name has no split, and those of others have train)"
+    assert files_left_out(SourceSpec(path=str(tmp_path), split="test")) == ()
+    (tmp_path / "README.md").write_text("all")
+    (told,) = files_left_out(SourceSpec(path=f"{tmp_path}/*"))
+    assert told == f"{tmp_path}/README.md (no data, by the name)"
+    assert names(tmp_path) == ["train.jsonl"]
+    assert files_left_out(SourceSpec(path="demo/commands")) == ()
+
+
+def test_papers_are_known_by_their_endings_too(tmp_path: Path) -> None:
+    fill(tmp_path, "readme.jsonl", "notice.json.gz", "requirements.txt", "state.json", "a.jsonl")
+    assert names(tmp_path) == ["a.jsonl", "notice.json.gz", "readme.jsonl"]
+    (tmp_path / ".hidden.jsonl").write_text(TEXT)
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / ".hidden.jsonl").write_text(TEXT)
+    assert "it holds nothing, hidden files aside" in refusal(tmp_path / "sub")
 
 
 def test_a_folder_without_data(tmp_path: Path) -> None:
@@ -99,7 +120,7 @@ def test_a_file_in_a_folder_that_is_none(tmp_path: Path) -> None:
     assert "b.jsonl is a named pipe" in refusal(tmp_path)
     (tmp_path / "b.jsonl").unlink()
     (tmp_path / "b.jsonl").symlink_to("nowhere")
-    assert "b.jsonl cannot be read: No such file" in refusal(tmp_path)
+    assert "b.jsonl is a link to a file that is not there" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -256,12 +277,13 @@ def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     spec = SourceSpec(path="owner/name", split="dev", config="en")
-    first, second, bad = read_source(spec, streaming=True)
+    first, second, third = read_source(spec, streaming=True)
     assert (first, second) == (
-        Row("owner/name", 1, {"a": "x"}),
+        Row("owner/name", 1, {"a": "x", "b": None}),
         Row("owner/name", 2, {"a": "y", "b": {"d": [1]}}),
     )
-    assert isinstance(bad, BadRow)
+    assert isinstance(third, Row)
+    assert isinstance(third.record["a"], Unreadable)
     assert asked == [("owner/name", "en", {"split": "dev", "streaming": True})]
 
 

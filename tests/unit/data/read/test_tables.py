@@ -20,6 +20,8 @@ from hypothesis import strategies as st
 from qlora_kit.data.read import BadRow, Row, read_source
 from qlora_kit.data.read.delimited import delimited_rows
 from qlora_kit.data.read.plain_text import text_rows
+from qlora_kit.data.rows import RowRefused, Unreadable
+from qlora_kit.data.schemas import Recogniser
 from qlora_kit.errors import DataError
 from qlora_kit.recipe.data import SourceSpec
 from tests.unit.data.read.files import fault, good, lines, outcome, read, refusal, write
@@ -65,6 +67,19 @@ def test_fields_come_back_with_their_lines(rows: list[tuple[str, str]], delimite
         ("a.csv", 'a,b\n"1"2,x\n4,y', [(2, "quotes out of place"), (3, {"a": "4", "b": "y"})]),
         ("a.csv", "a,b\n1\0,x\n4,y", [(2, "a NUL character"), (3, {"a": "4", "b": "y"})]),
         ("a.csv", "a,b\nNaN,null\n", [(2, {"a": "NaN", "b": "null"})]),
+        ("a.csv", "sep=;\na;b\n1,5;x\n", [(3, {"a": "1,5", "b": "x"})]),
+        ("a.tsv", '\ufeff"SEP=|"\r\na|b\r\n1|"x\n"\r\n2|"y"z\r\n3|z',
+         [(3, {"a": "1", "b": "x\n"}), (5, "quotes out of place"), (6, {"a": "3", "b": "z"})]),
+        ("a.csv", ",text\n0,one\n,two\n", [(2, {"Unnamed: 0": "0", "text": "one"}),
+         (3, {"text": "two"})]),
+        ("a.csv", ",Unnamed: 0\n0,1\n", [(2, {"Unnamed: 0.": "0", "Unnamed: 0": "1"})]),
+        ("a.csv", "a,b,\n1,x,\n2,,note\n", [(2, {"a": "1", "b": "x"}),
+         (3, {"a": "2", "b": "", "Unnamed: 2": "note"})]),
+        ("a.csv", " a , b c \n1, x\n", [(2, {"a": "1", "b c": "x"})]),
+        ("a.csv", 'a, b\n1, "x, y"\n', [(2, {"a": "1", "b": "x, y"})]),
+        ("a.csv", "a ,b\n1, x\n", [(2, {"a": "1", "b": " x"})]),
+        ("a.csv", "a,b\n1,x\n\ufeffa,b\n2,y", [(2, {"a": "1", "b": "x"}), (3, "the header again"),
+         (4, {"a": "2", "b": "y"})]),
     ],
 )  # fmt: skip
 def test_delimited(tmp_path: Path, name: str, content: str, expected: list[Any]) -> None:
@@ -76,8 +91,9 @@ def test_delimited(tmp_path: Path, name: str, content: str, expected: list[Any])
     ("content", "message"),
     [
         ("a,b,a\n1,2,3", "a.csv:1 names the column 'a' 2 times"),
-        (",text\n0,one", "a.csv:1 has no name for column 1"),
-        ("\n,text\n0,one", "a.csv:2 has no name for column 1"),
+        ("\n,\n0,one", "a.csv:2 has a header without names"),
+        (" a,a\n1,2", "a.csv:1 names the column 'a' 2 times"),
+        ('sep=;\na;b\n1;"2', "a.csv:3 opens a quote that is never closed"),
         ('a,b\n1,x\n"2,y\n3,z\n', "a.csv:3 opens a quote that is never closed"),
         ('a,"b\n1,x', "a.csv:1 opens a quote that is never closed"),
         ("a;b\n1\n2\n3\n4", "has no commas in its header, but semicolons"),
@@ -133,7 +149,7 @@ def save(path: Path, table: pa.Table, form: str) -> Path:
 
 
 FORMS = ["parquet", "file", "stream", "feather"]
-TEXTS = st.text(st.characters(exclude_categories=("Cs",)), max_size=12)
+TEXTS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=12)
 
 
 @given(
@@ -171,7 +187,7 @@ def test_arrow_values_become_plain(tmp_path: Path, form: str) -> None:
         "day": "2024-05-17",
         "price": "1.50",
     }
-    assert second == records[1]
+    assert second == {**dict.fromkeys(records[0]), **records[1]}
 
 
 @pytest.mark.parametrize(
@@ -181,23 +197,40 @@ def test_arrow_values_become_plain(tmp_path: Path, form: str) -> None:
         (float("nan"), "NaN or Infinity"),
         (datetime.timedelta(1), "a value that is no text, number or object"),
         ({"inner": [b"x"]}, "a binary value"),
+        ({"inner": ["x\0"]}, "a NUL character"),
     ],
 )
 def test_arrow_values_that_rows_do_not_have(tmp_path: Path, value: object, reason: str) -> None:
-    records = [{"n": 1}, {"n": 2, "odd": value}, {"n": 3}]
     table = pa.table({"n": [1, 2, 3], "odd": pa.array([None, value, None])})
     path = save(tmp_path / "a.parquet", table, "file")
-    assert outcome(path) == [(1, records[0]), (2, reason), (3, records[2])]
-    bad = read(path)[1]
-    assert isinstance(bad, BadRow)
-    assert bad.detail.startswith("column 'odd': ")
+    first, second, third = good(path)
+    assert (first, third) == ({"n": 1, "odd": None}, {"n": 3, "odd": None})
+    odd = second["odd"]
+    assert isinstance(odd, Unreadable)
+    assert odd.reason == reason
+    assert odd.detail.startswith("column 'odd': ")
+
+
+def test_a_column_that_cannot_be_read_is_at_fault_only_where_it_is_read(tmp_path: Path) -> None:
+    columns = {"prompt": ["a", "b"], "completion": ["c", "d"], "thumbnail": [b"x", b"y"]}
+    table = pa.table(columns)
+    recogniser = Recogniser(SourceSpec(path="a.parquet"))
+    [first, _] = read(save(tmp_path / "a.parquet", table, "file"))
+    assert isinstance(first, Row)
+    assert recogniser.recognise(first).origin == first.origin
+    assert recogniser.ignored_keys == ("thumbnail",)
+    bad = Row("a.parquet", 3, {**first.record, "completion": Unreadable("a binary value", "1")})
+    with pytest.raises(RowRefused, match="a binary value"):
+        recogniser.recognise(bad)
 
 
 def test_a_map_is_an_object(tmp_path: Path) -> None:
     kind = pa.map_(pa.string(), pa.int64())
     values = pa.array([[("x", 1), ("y", None)], [("x", 1), ("x", 2)]], kind)
     path = save(tmp_path / "a.parquet", pa.table({"m": values}), "file")
-    assert outcome(path) == [(1, {"m": {"x": 1}}), (2, "a key twice")]
+    first, second = good(path)
+    assert first == {"m": {"x": 1}}
+    assert second["m"].reason == "a key twice"
 
 
 def test_a_date_that_python_does_not_have(tmp_path: Path) -> None:
@@ -260,3 +293,16 @@ def test_rows_that_a_stray_quote_swallows_are_counted(tmp_path: Path) -> None:
     assert [one.number for one in bad] == list(range(5, 14))
     assert {one.reason for one in bad} == {"quotes out of place"}
     assert "lines 5 to 13" in bad[0].detail
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_page_of_a_table_may_carry_a_checksum(tmp_path: Path, packed: bool) -> None:
+    """Without one, a damaged text is as good as another."""
+    table = pa.table({"a": ["one of them", "two of them"]})
+    path = tmp_path / "a.parquet"
+    pq.write_table(
+        table, path, compression="none", write_page_checksum=packed, use_dictionary=False
+    )
+    content = path.read_bytes().replace(b"\x0b\0\0\0one of", b"\x0b\0\0\0six of")
+    told = fault(write(tmp_path, "b.parquet", content))
+    assert ("damaged" in told if told else False) is packed

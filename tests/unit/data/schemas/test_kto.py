@@ -21,7 +21,11 @@ SAID = (SAID_USER, SAID_ANSWER) * 2
 
 @pytest.mark.parametrize("key", ["label", "kto_tag"])
 @pytest.mark.parametrize(
-    ("given", "wanted"), [(True, True), (False, False), ("true", True), (" False", False)]
+    ("given", "wanted"),
+    [
+        *((one, True) for one in (True, "true", 1, 1.0, "1", "1.0", " TRUE ")),
+        *((one, False) for one in (False, " False", 0, 0.0, "0", "0.0", "0\n")),
+    ],
 )
 def test_ratings(key: str, given: Any, wanted: bool) -> None:
     expected = Rated(PromptCompletion("Q: ", " A", ORIGIN), wanted, ORIGIN)
@@ -47,9 +51,8 @@ def test_the_last_answer_is_rated(record: dict[str, Any]) -> None:
     ("record", "expected"),
     [
         ({**TEXTS, "label": None}, "label is null"),
+        ({**TEXTS, "label": float("nan")}, "label is null"),
         ({**TEXTS, "label": " "}, "label is a text"),
-        ({**TEXTS, "label": 1}, "label is a number"),
-        ({**TEXTS, "label": 0}, "label is a number"),
         ({**TEXTS, "label": True, "completion": None}, "completion is null"),
         ({**TEXTS, "label": True, "completion": ""}, "completion is empty"),
         ({**TEXTS, "label": True, "system": "be brief"}, "no place for system"),
@@ -65,14 +68,17 @@ def test_faults(record: dict[str, Any], expected: str) -> None:
 
 
 def test_another_label_is_no_rating() -> None:
-    for label in ("arithmetic", 5, 0.5):
-        assert read({**TEXTS, "label": label}) == PromptCompletion("Q: ", " A", ORIGIN)
+    for label in ("arithmetic", "good", 5, 0.5, -1, "2", "10", [1]):
+        recogniser = Recogniser(source())
+        example = recogniser.recognise(row({**TEXTS, "label": label}))
+        assert example == PromptCompletion("Q: ", " A", ORIGIN)
+        assert recogniser.ignored_keys == ("label",)
 
 
 def test_another_label_among_ratings() -> None:
     recogniser = Recogniser(source())
     recogniser.recognise(row({**TEXTS, "label": True}))
-    for label in ("good", 5, None):
+    for label in ("good", 5, "2", 0.5, None):
         with pytest.raises(RowRefused, match="label is"):
             recogniser.recognise(row({**TEXTS, "label": label}))
     with pytest.raises(DataError, match="different schemas"):

@@ -46,7 +46,7 @@ def test_the_name_of_a_label() -> None:
         ({"text": None, "label": "b"}, "text is null"),
         ({"text": "a", "label": 0.5}, "label is a fraction"),
         ({"text": "a", "label": 1.0}, "label is a fraction"),
-        ({"text": "a", "label": float("nan")}, "label is a fraction"),
+        ({"text": "a", "label": float("nan")}, "label is null"),
         ({"text": "a", "label": 10**5000}, "label is a number"),
         ({"text": "a", "label": ["b"]}, "label is a list"),
         ({"text": "a", "label": ""}, "label is empty"),

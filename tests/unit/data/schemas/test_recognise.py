@@ -13,6 +13,7 @@ from qlora_kit.recipe.data import SchemaName
 
 from .rows import ANSWER, ORIGIN, USER, Json, read, reason, row, source
 
+NAN = float("nan")
 TURNS = [USER, ANSWER]
 PAIR = {"prompt": "hello", "chosen": "a", "rejected": "b"}
 
@@ -218,3 +219,58 @@ def test_what_no_schema_reads(key: str) -> None:
         else:
             recogniser.recognise(row(record))
     assert recogniser.ignored_keys == ()
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        {"instruction": "a", "input": "b", "output": "c"},
+        {"prompt": "a", "completion": "b"},
+        {"messages": [USER, ANSWER]},
+        {"text": "a"},
+    ],
+)
+@pytest.mark.parametrize("key", ["response", "completion", "answer", "target"])
+def test_another_layout_that_is_no_schema(first: Json, key: str) -> None:
+    """Not a bad row: the file is a mixture, and each half is shown."""
+    recogniser = Recogniser(source())
+    recogniser.recognise(row(first, 1))
+    with pytest.raises(DataError) as caught:
+        recogniser.recognise(row({"instruction": "a", key: "d"}, 2))
+    assert not isinstance(caught.value, RowRefused)
+    message = str(caught.value)
+    assert "two rows of one source have different layouts" in message
+    assert f'rows.jsonl:2 is not, and fits no other schema: {{instruction: "a", {key}' in message
+    assert f"rows.jsonl:1 is {recogniser.schema}" in message
+
+
+@pytest.mark.parametrize(
+    "lacking",
+    [
+        {"instruction": "a"},
+        {"instruction": "a", "response": None},
+        {"instruction": "", "response": "a"},
+        {"response": "a"},
+        {"a": "b"},
+    ],
+)
+def test_a_row_that_lacks_a_part_is_a_bad_row(lacking: Json) -> None:
+    recogniser = Recogniser(source())
+    recogniser.recognise(row({"instruction": "a", "output": "c"}, 1))
+    with pytest.raises(RowRefused, match=NO_SCHEMA):
+        recogniser.recognise(row(lacking, 2))
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        {"instruction": "a", "output": "b", "score": NAN},
+        {"instruction": "a", "output": "b", "input": NAN, "system": NAN, "context": NAN},
+        {"instruction": "a", "output": "b", "meta": {"score": NAN, "of": [NAN]}},
+    ],
+)
+def test_nan_is_null(record: Json) -> None:
+    """Where nothing reads it, it is nothing to the row."""
+    assert read(record) == read({"instruction": "a", "output": "b"})
+    assert reason({"text": "a", "label": NAN}) == "label is null"
+    assert reason({"instruction": "a", "output": NAN, "id": 1}) == "output is null"

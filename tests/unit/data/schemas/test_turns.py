@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from qlora_kit.data.examples import Conversation
+from qlora_kit.data.examples import Conversation, Message
+from qlora_kit.data.schemas.fields import Unfit
+from qlora_kit.data.schemas.turns import check_order
 
 from .rows import read, reason
 
@@ -79,3 +81,35 @@ def test_all_is_trained_on(turns: str) -> None:
     assert isinstance(example, Conversation)
     assert len(example.messages) == len(turns)
     assert reason(record("uu"), needs_answer=False) == "two user turns in a row"
+
+
+SPELLED = (
+    '<tool_call>\n{"name": "sum", "arguments": {"of": [1, 2]}}\n</tool_call>',
+    'Let me see.<function=sum>{"of": [1, 2]}</function>',
+    '<|python_tag|>{"name": "sum", "parameters": {"of": [1, 2]}}',
+    '[TOOL_CALLS] [{"name": "sum", "arguments": {"of": [1, 2]}}]',
+)
+
+
+@pytest.mark.parametrize("spelled", SPELLED)
+def test_a_call_spelled_in_the_text_of_a_turn(spelled: str) -> None:
+    """As Hermes writes its rows: the text stays as it is, and results may follow it."""
+    turns = [
+        Message("user", "1 + 2"),
+        Message("assistant", spelled),
+        Message("tool", "3"),
+        Message("tool", "3"),
+        Message("assistant", "It is 3."),
+    ]
+    check_order(turns)
+    rows = [{"from": turn.role, "value": turn.content} for turn in turns]
+    example = read({"conversations": rows})
+    assert isinstance(example, Conversation)
+    assert list(example.messages) == turns
+
+
+@pytest.mark.parametrize("spelled", SPELLED)
+def test_a_call_that_a_user_spells_is_none(spelled: str) -> None:
+    turns = [Message("user", spelled), Message("tool", "3"), Message("assistant", "It is 3.")]
+    with pytest.raises(Unfit, match="a tool result without a call"):
+        check_order(turns)
