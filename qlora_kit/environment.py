@@ -17,7 +17,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.errors import HardwareError
+from qlora_kit.errors import HardwareError, LaunchError
 
 if TYPE_CHECKING:
     import torch
@@ -68,13 +68,67 @@ def launched() -> tuple[int, int, int, int]:
     return rank, local_rank, count, int(os.environ.get("LOCAL_WORLD_SIZE") or str(count))
 
 
-def require_one_process() -> None:
-    """Raises HardwareError where a launcher started several processes of a verb for one."""
+def require_one_process(verb: str) -> None:
+    """Raises LaunchError where a launcher started several processes of a verb for one."""
     count = launched()[2]
     if count > 1:
-        raise HardwareError(
-            f"{count} processes were launched, and only train runs in several; launch one."
+        fault = LaunchError(
+            f"{count} processes of {verb} were launched, and only train runs in several; launch "
+            f"one (qlora-kit {verb} …)."
         )
+        fault.is_told_elsewhere = launched()[0] > 0
+        raise fault
+
+
+@dataclass(frozen=True)
+class LauncherSettings:
+    """What `accelerate launch` hands on of its configuration; empty texts where it says nothing."""
+
+    mixed_precision: str = ""
+    dynamo_backend: str = ""
+    fsdp: bool = False
+    fsdp_version: str = ""
+    fsdp_ram_efficient: bool = False
+    fsdp_activation_checkpointing: bool = False
+    deepspeed: bool = False
+    zero_stage: str = ""
+    accumulation: str = ""
+    megatron: bool = False
+    parallel: bool = False
+    left_alone: bool = False
+    """Whether several processes were asked for on a CPU, of which accelerate starts one."""
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether no process holds the whole model."""
+        return self.fsdp or (self.deepspeed and self.zero_stage == "3")
+
+
+def launcher_settings() -> LauncherSettings:
+    """As accelerate's launcher tells them."""
+
+    def is_on(name: str) -> bool:
+        return os.environ.get(name, "").lower() in {"1", "true", "yes", "on"}
+
+    def text(name: str) -> str:
+        return os.environ.get(name, "")
+
+    return LauncherSettings(
+        mixed_precision=text("ACCELERATE_MIXED_PRECISION").lower(),
+        dynamo_backend=text("ACCELERATE_DYNAMO_BACKEND").upper(),
+        fsdp=is_on("ACCELERATE_USE_FSDP"),
+        fsdp_version=text("FSDP_VERSION"),
+        fsdp_ram_efficient=is_on("FSDP_CPU_RAM_EFFICIENT_LOADING"),
+        fsdp_activation_checkpointing=is_on("FSDP_ACTIVATION_CHECKPOINTING"),
+        deepspeed=is_on("ACCELERATE_USE_DEEPSPEED"),
+        zero_stage=text("ACCELERATE_DEEPSPEED_ZERO_STAGE"),
+        accumulation=text("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),
+        megatron=is_on("ACCELERATE_USE_MEGATRON_LM"),
+        parallel=is_on("ACCELERATE_USE_PARALLELISM_CONFIG"),
+        left_alone=is_on("ACCELERATE_USE_CPU")
+        and bool(text("MASTER_PORT"))
+        and not text("WORLD_SIZE"),
+    )
 
 
 def thread_setting() -> str:

@@ -10,6 +10,8 @@ QloraKitError
 ├── RunError          a run directory is taken, missing, or incomplete
 ├── CheckpointError   a checkpoint could not be written; says which earlier one is whole
 ├── TrainingError     training cannot go on (a loss or gradient that is not finite)
+├── LaunchError       a launcher asks for what the recipe or the machine does not allow
+├── ProcessLost       another process that took part in training has ended
 └── RunStopped        a signal ended training, and a checkpoint was written
 
 The command line turns each into one message and exit code 1. Our own bugs are `assert`s and
@@ -25,6 +27,9 @@ from dataclasses import dataclass
 
 class QloraKitError(Exception):
     """A fault the user can mend; its message says what, got, do."""
+
+    is_told_elsewhere: bool = False
+    """Whether another process of the same run meets it as well, and tells."""
 
 
 class DataError(QloraKitError):
@@ -53,6 +58,14 @@ class CheckpointError(QloraKitError):
 
 class TrainingError(QloraKitError):
     """Training cannot go on."""
+
+
+class LaunchError(QloraKitError):
+    """A launcher asks for what the recipe or the machine does not allow."""
+
+
+class ProcessLost(QloraKitError):
+    """Another process that took part in training has ended."""
 
 
 class RunStopped(QloraKitError):
@@ -98,3 +111,6 @@ class RecipeError(QloraKitError):
         lines = "\n".join(f"  - {fault}" for fault in faults)
         count = "1 fault" if len(faults) == 1 else f"{len(faults)} faults"
         super().__init__(f"{source} has {count}:\n{lines}")
+
+    def __reduce__(self) -> tuple[type[RecipeError], tuple[str, list[Fault]]]:
+        return type(self), (self.source, self.faults)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,11 +19,14 @@ from qlora_kit.checkpoint.entry import (
     Entry,
     enter,
     fingerprints_text,
+    require_alike,
     require_same_work,
+    require_visible,
 )
 from qlora_kit.checkpoint.run_directory import (
     RunDirectory,
     create_run,
+    fresh_folder,
     left_behind,
     write_json,
 )
@@ -32,19 +35,22 @@ from qlora_kit.data.stream import StreamedSequences
 from qlora_kit.endings import told_how_it_ends
 from qlora_kit.environment import (
     Hardware,
+    launcher_settings,
     package_versions,
     probe_hardware,
     resolve_compute_dtype,
 )
-from qlora_kit.errors import RunStopped
+from qlora_kit.errors import ProcessLost, RunStopped
 from qlora_kit.evaluate.divergence import DEFAULT_MAX_TOKENS
 from qlora_kit.evaluate.evaluate import evaluate_model, evaluate_side_by_side, window_size
 from qlora_kit.export.merge_run import merge_after_training
+from qlora_kit.launcher import require_launch
 from qlora_kit.model.adapter import Adapted, attach_adapter
 from qlora_kit.model.base import Base, load_base, prepare_for_training
-from qlora_kit.model.saved import save_adapter, write_adapter
+from qlora_kit.model.saved import load_adapter, save_adapter, write_adapter
+from qlora_kit.model.shared import require_same_base, state_checksum
 from qlora_kit.model.tokenizer import template_hash, tokenizer_hash
-from qlora_kit.processes import Processes, join, leave
+from qlora_kit.processes import Processes, common_hardware, join, leave
 from qlora_kit.recipe import Recipe, recipe_hash, recipe_text
 from qlora_kit.report import narrate
 from qlora_kit.report.reporter import SILENT, Reporter
@@ -53,6 +59,7 @@ from qlora_kit.train.batching import Batching, plan_batches
 from qlora_kit.train.continuation import Continuation
 from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.requests import TRIGGER_FILE, listening
+from qlora_kit.train.sharded import gathered_trainables
 from qlora_kit.train.train import Surroundings, TrainResult, train_adapter
 
 if TYPE_CHECKING:
@@ -109,6 +116,7 @@ def run_recipe(
     """
     hardware = probe_hardware()
     processes = join(hardware.device)
+    hardware = common_hardware(processes.gathered(hardware))
     reporter = reporter if processes.is_main else SILENT
     with (
         ExitStack() as held,
@@ -117,15 +125,18 @@ def run_recipe(
         MemoryWatch(hardware.device) as memory,
     ):
         entry = processes.on_main(lambda: enter(recipe, allow_drift, held, disk))
+        processes.together(lambda: require_visible(entry))
         narrate.entry(reporter, entry)
         memory.phase("loading")
         ready = prepare(recipe, hardware, processes, reporter)
         prints = fingerprints(recipe, ready, hardware)
+        require_alike(processes.gathered(prints))
         continuation = None
         if entry.checkpoint is not None:
-            drift = require_same_work(entry.checkpoint, prints, allow_drift)
+            checkpoint = entry.checkpoint
+            drift = processes.together(lambda: require_same_work(checkpoint, prints, allow_drift))
             narrate.drift(reporter, drift)
-            continuation = Continuation.read(entry.checkpoint, allow_drift)
+            continuation = processes.together(lambda: Continuation.read(checkpoint, allow_drift))
         needed = bytes_to_write(recipe, ready.adapted, ready.held_out.sequences)
         run = processes.on_main(lambda: open_folder(recipe, entry, needed))
         if processes.is_main:
@@ -148,13 +159,42 @@ def run_recipe(
             processes=processes,
             disk=disk,
         )
-        trained = train_adapter(model, base, ready.batches, recipe.train, around, continuation)
+        try:
+            trained = train_adapter(model, base, ready.batches, recipe.train, around, continuation)
+        except ProcessLost as lost:
+            lost.args = (f"{lost} {left_behind(recipe)}",)
+            raise
+        weights = gathered_trainables(model)
         leave(processes)
         if trained.stop_signal is not None:
             raise RunStopped(trained.stop_signal, left_behind(recipe))
         if not processes.is_main:
             return None
+        if weights is not None:
+            save_adapter(*adapter, run.adapter, weights)
+            ready = made_whole(recipe, ready, run, hardware)
         return finish(recipe, ready, run, trained, hardware, memory, reporter)
+
+
+def in_fresh_folder(recipe: Recipe) -> Recipe:
+    """The recipe with a run_dir beside its own that is free, the same for every process."""
+    processes = join(probe_hardware().device)
+    return recipe.model_copy(update={"run_dir": processes.on_main(lambda: fresh_folder(recipe))})
+
+
+def made_whole(recipe: Recipe, ready: Prepared, run: RunDirectory, hardware: Hardware) -> Prepared:
+    """Of a model that was trained sharded, all of it in this process, with the adapter saved."""
+    base = load_base(
+        recipe.model,
+        recipe.quantization,
+        ready.base.compute_dtype,
+        ready.base.compute_reason,
+        hardware,
+        adapter=run.adapter,
+        is_shared=True,
+    )
+    model, _ = load_adapter(base, recipe.quantization, run.adapter)
+    return replace(ready, base=base, adapted=replace(ready.adapted, model=model))
 
 
 def prepare(
@@ -164,28 +204,45 @@ def prepare(
     compute_dtype, why = resolve_compute_dtype(recipe.quantization.compute_dtype, hardware)
     precision = resolve_precision(recipe.train.precision, compute_dtype, hardware)
     require_tf32(recipe.train.tf32, hardware)
+    processes.together(
+        lambda: require_launch(
+            launcher_settings(), recipe, precision, hardware.device, processes.count
+        )
+    )
     narrate.hardware(reporter, hardware, compute_dtype, why, precision)
 
-    base = load_base(
-        recipe.model,
-        recipe.quantization,
-        getattr(torch, compute_dtype),
-        why,
-        hardware,
-        lora=recipe.lora,
+    is_shared = processes.count > 1 and recipe.quantization.num_bits < 16
+    base = (processes.first_here if is_shared else processes.together)(
+        lambda: load_base(
+            recipe.model,
+            recipe.quantization,
+            getattr(torch, compute_dtype),
+            why,
+            hardware,
+            lora=recipe.lora,
+            is_shared=is_shared,
+        )
     )
+    if processes.count > 1:
+        require_same_base(processes.gathered(state_checksum(base.model)))
     if recipe.evaluate.perplexity and recipe.data.has_eval_rows:
-        window_size(base.model, recipe.evaluate, recipe.data)  # rather now than after training
+        # Rather now than after training.
+        processes.together(lambda: window_size(base.model, recipe.evaluate, recipe.data))
     prepare_for_training(base.model)
     narrate.base(reporter, base, recipe.quantization)
 
-    with processes.first_here():
-        train = prepare_train(recipe.data, base.tokenizer, base.stop_ids)
-        held_out = prepare_eval(recipe.data, base.tokenizer, base.stop_ids)
+    train, held_out = processes.first_here(
+        lambda: (
+            prepare_train(recipe.data, base.tokenizer, base.stop_ids),
+            prepare_eval(recipe.data, base.tokenizer, base.stop_ids),
+        )
+    )
     narrate.data(reporter, train, held_out, base.tokenizer)
 
-    adapted = attach_adapter(base, recipe.lora, recipe.train.seed)
-    batches = plan_batches(adapted.model, base, train, held_out.sequences, recipe.data)
+    adapted = processes.together(lambda: attach_adapter(base, recipe.lora, recipe.train.seed))
+    batches = processes.together(
+        lambda: plan_batches(adapted.model, base, train, held_out.sequences, recipe.data)
+    )
     narrate.adapter(reporter, adapted, recipe)
     narrate.schedule(reporter, recipe.train, batches, processes.count)
     return Prepared(base, train, held_out, adapted, batches, precision)

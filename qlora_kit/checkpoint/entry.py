@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -77,6 +79,34 @@ def enter(recipe: Recipe, allow_drift: bool, held: ExitStack, disk: Disk) -> Ent
     if drift.breaking or drift.accepted:
         save_recipe(recipe, run.recipe)
     return Entry(run, False, found.folder, tuple(said), tuple(warned))
+
+
+def require_visible(entry: Entry) -> None:
+    """Raises RunError where the checkpoint that was found is not seen from this machine."""
+    if entry.checkpoint is not None and not entry.checkpoint.is_dir():
+        raise RunError(
+            f"{socket.gethostname()} does not see {entry.checkpoint.absolute()}, which the main "
+            "process goes on from; put run_dir on a disk that all machines share."
+        )
+
+
+def require_alike(prints: Sequence[Fingerprints]) -> None:
+    """Of every process, in the order of ranks.
+
+    Raises:
+        RunError: they would train on different data or on different bases.
+    """
+    for rank, one in enumerate(prints):
+        drift = differences(prints[0], one)
+        if drift.breaking:
+            listed = "\n".join(
+                f"  - {change.field}: {change.before} in process 0, {change.now} in process {rank}"
+                for change in drift.breaking
+            )
+            raise RunError(
+                f"the processes do not train on the same things:\n{listed}\n"
+                "Give every machine the same files."
+            )
 
 
 def fingerprints_text(now: Fingerprints) -> str:

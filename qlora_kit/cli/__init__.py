@@ -22,8 +22,10 @@ from qlora_kit.cli import (
     recipes,
     train,
 )
-from qlora_kit.environment import quiet_upstream
+from qlora_kit.environment import quiet_upstream, require_one_process
 from qlora_kit.errors import QloraKitError
+
+_IN_SEVERAL_PROCESSES = (train.NAME,)
 
 app = typer.Typer(
     name="qlora-kit",
@@ -49,6 +51,19 @@ def interruptible(command: Callable[..., None]) -> Callable[..., None]:
     return say_so
 
 
+def _launched_rightly(name: str, command: Callable[..., None]) -> Callable[..., None]:
+    """A verb that says so when a launcher has started it several times."""
+    if name in _IN_SEVERAL_PROCESSES:
+        return command
+
+    @wraps(command)
+    def alone(*arguments: Any, **options: Any) -> None:
+        require_one_process(name)
+        command(*arguments, **options)
+
+    return alone
+
+
 for verb in (
     check,
     data,
@@ -61,7 +76,7 @@ for verb in (
     recipes,
     doctor,
 ):
-    app.command(name=verb.NAME)(interruptible(verb.command))
+    app.command(name=verb.NAME)(interruptible(_launched_rightly(verb.NAME, verb.command)))
 
 
 @app.callback()
@@ -82,7 +97,8 @@ def main() -> None:
     try:
         app()
     except QloraKitError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if not error.is_told_elsewhere:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(141)

@@ -30,20 +30,27 @@ def command(
     """Train, evaluate, and export what the recipe says; an unfinished run is gone on with."""
     from pathlib import Path
 
-    from qlora_kit.checkpoint.run_directory import finished_run, fresh_folder, left_behind
+    from qlora_kit.checkpoint.run_directory import finished_run, left_behind
     from qlora_kit.cli.console import console_reporter
+    from qlora_kit.environment import launched
     from qlora_kit.errors import RecipeError, RunStopped
     from qlora_kit.preflight import preflight
+    from qlora_kit.processes import same_everywhere
     from qlora_kit.recipe import load_recipe
     from qlora_kit.report import narrate
+    from qlora_kit.report.reporter import SILENT
 
-    loaded = load_recipe(recipe, overrides or ())
-    faults = preflight(loaded)
-    if faults:
-        raise RecipeError(str(recipe), faults)
-    reporter = console_reporter(to_stderr=as_json)
+    with same_everywhere():
+        loaded = load_recipe(recipe, overrides or ())
+        faults = preflight(loaded)
+        if faults:
+            raise RecipeError(str(recipe), faults)
+    is_main = launched()[0] == 0
+    reporter = console_reporter(to_stderr=as_json) if is_main else SILENT
     if fresh and Path(loaded.run_dir).exists():
-        loaded = loaded.model_copy(update={"run_dir": fresh_folder(loaded)})
+        from qlora_kit.run import in_fresh_folder
+
+        loaded = in_fresh_folder(loaded)
         reporter.say(
             f"--fresh trains into {loaded.run_dir}. If that run is cut short, go on with it by "
             f"run_dir={loaded.run_dir} in place of --fresh."
@@ -67,6 +74,6 @@ def command(
         if result is None:
             return  # the main process tells
         values = json.loads(result.run.summary.read_text(encoding="utf-8"))
-    if as_json:
+    if as_json and is_main:
         print(json.dumps(values, indent=2))
     raise typer.Exit(0 if values["holds"] else 1)

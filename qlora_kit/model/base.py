@@ -19,6 +19,7 @@ from qlora_kit.model.quantized import (
 )
 from qlora_kit.model.reason import reason_of
 from qlora_kit.model.scan import scan_weights
+from qlora_kit.model.shared import load_shared, shared_folder
 from qlora_kit.model.skeleton import (
     Skeleton,
     build_skeleton,
@@ -77,13 +78,15 @@ def load_base(
     *,
     lora: LoraSpec | None = None,
     adapter: Path | None = None,
+    is_shared: bool = False,
 ) -> Base:
     """Resolve, check, load and quantize a base model.
 
     Weights load in `compute_dtype`: forward and backward would otherwise dequantize to
     different ones. Given `lora`, whatever would hinder that adapter is found before the weights
     are read. Given `adapter`, the tokenizer is the one saved with it, whose added tokens have no
-    embeddings until the adapter is loaded.
+    embeddings until the adapter is loaded. With `is_shared` the quantized base is kept in the cache
+    or read from there.
 
     Raises:
         ModelError: see the checks below; each names the tensor or module at fault.
@@ -116,7 +119,15 @@ def load_base(
     scan.require_finite()
     pad = ensure_padding(tokenizer, num_embeddings(skeleton.model))
     bnb = None if stored else bitsandbytes_config(quantization, skeleton, compute_dtype)
-    model = _load_model(source, spec, bnb, skeleton, compute_dtype, hardware)
+
+    def load(quantized: Path | None) -> PreTrainedModel:
+        return _load_model(source, spec, bnb, skeleton, compute_dtype, hardware, quantized)
+
+    if is_shared and bnb is not None and not spec.trust_remote_code:
+        folder = shared_folder(scan.fingerprint, bnb.to_dict(), compute_dtype, hardware.device)
+        model = load_shared(folder, load)
+    else:
+        model = load(None)
     stored_skips = (stored or {}).get("llm_int8_skip_modules") or ()
     return Base(
         model=model,
@@ -238,7 +249,9 @@ def _load_model(
     skeleton: Skeleton,
     compute_dtype: torch.dtype,
     hardware: Hardware,
+    quantized: Path | None = None,
 ) -> PreTrainedModel:
+    """From the source, or from a folder that holds it quantized already."""
     from transformers import AutoModelForCausalLM, PreTrainedModel
     from transformers.utils import logging as transformers_logging
 
@@ -246,29 +259,35 @@ def _load_model(
     transformers_logging.set_verbosity_error()
     options: dict[str, Any] = {
         "dtype": compute_dtype,
-        "device_map": {"": hardware.device if hardware.device == "cpu" else f"{hardware.device}:0"},
+        "device_map": {"": place_of(hardware.device)},
         "trust_remote_code": spec.trust_remote_code,
         "use_safetensors": None if spec.allow_pickle else True,
         "local_files_only": True,
         "output_loading_info": True,
     }
-    if bnb is not None:
+    if bnb is not None and quantized is None:
         options["quantization_config"] = bnb
     if spec.attn_implementation != "auto":
         options["attn_implementation"] = spec.attn_implementation
     loaded: Any
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(source.folder, **options)
+        loaded = AutoModelForCausalLM.from_pretrained(quantized or source.folder, **options)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise ModelError(f"{source.name} cannot be loaded: {reason_of(error)}") from error
     model, found = loaded
     assert isinstance(model, PreTrainedModel)
+    model.config._name_or_path = model.name_or_path = str(source.folder)
     require_none_missing(skeleton, found["missing_keys"])
     for module in four_bit_modules(model):
         _compute_in(module, compute_dtype)
     model.requires_grad_(False)
     model.eval()
     return model
+
+
+def place_of(device: str) -> str:
+    """The device of this process: under a launcher each has a GPU of its own, chosen by `join`."""
+    return device if device == "cpu" else f"{device}:{torch.cuda.current_device()}"
 
 
 def _compute_in(module: Any, compute_dtype: torch.dtype) -> None:

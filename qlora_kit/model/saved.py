@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,10 +42,14 @@ def save_adapter(
     quantization: QuantizationSpec,
     recipe_sha256: str,
     folder: Path,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write the adapter so that it is in `folder` whole or not at all; an older one is replaced."""
+    """Write the adapter so that it is in `folder` whole or not at all; an older one is replaced.
+
+    `weights`: see `write_adapter`.
+    """
     with replaced_folder(folder) as draft:
-        write_adapter(model, base, quantization, recipe_sha256, draft)
+        write_adapter(model, base, quantization, recipe_sha256, draft, weights)
 
 
 def write_adapter(
@@ -53,11 +58,16 @@ def write_adapter(
     quantization: QuantizationSpec,
     recipe_sha256: str,
     folder: Path,
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> None:
-    """Write the adapter's files into an empty folder: PEFT's, the tokenizer's, the manifest."""
+    """Write the adapter's files into an empty folder: PEFT's, the tokenizer's, the manifest.
+
+    `weights` are the trainable ones by their names in the model, where it does not hold them whole.
+    """
     _in_order(model.peft_config["default"])
     # "auto" would ask the hub whether the vocabulary grew, and offline leave out grown rows.
-    model.save_pretrained(folder, save_embedding_layers=False)
+    given = {} if weights is None else {"state_dict": dict(weights)}
+    model.save_pretrained(folder, save_embedding_layers=False, **given)
     write_tokenizer(base.tokenizer, folder)
     if base.model.generation_config is not None:
         base.model.generation_config.save_pretrained(folder)

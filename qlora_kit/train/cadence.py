@@ -55,6 +55,8 @@ class Cadence(TrainerCallback):
             or asked
             or signal
         )
+        if args.deepspeed_plugin is not None:
+            control.should_save = False  # its optimizer's state cannot be put back exactly yet
         if signal:
             self.stop_signal = signal
             control.should_training_stop = True

@@ -102,8 +102,9 @@ class GoOn(TrainerCallback):
                 cut_log(self.log, 0)
             return
         trainer, folder = self.trainer, self.continuation.folder
-        trainer.progress = read_snapshot(
-            folder, moving_parts(trainer), self.continuation.allow_drift
+        moving, allow_drift = moving_parts(trainer), self.continuation.allow_drift
+        trainer.progress = self.processes.together(
+            lambda: read_snapshot(folder, moving, allow_drift)
         )
         state.global_step = trainer.progress.update
         if self.processes.is_main:

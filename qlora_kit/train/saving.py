@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.checkpoint.checkpoints import publish_checkpoint, require_room, rotate
 from qlora_kit.train.continuation import items_per_update, moving_parts
 from qlora_kit.train.loader import BatchShape
-from qlora_kit.train.snapshot import random_state, snapshot_bytes, write_snapshot
+from qlora_kit.train.sharded import gathered_trainables
+from qlora_kit.train.snapshot import Taken, random_state, take, write_snapshot
 
 if TYPE_CHECKING:
+    import torch
+
     from qlora_kit.recipe import TrainSpec
     from qlora_kit.train.callbacks import StepCallback
     from qlora_kit.train.train import Surroundings
@@ -37,41 +40,47 @@ class Saver:
         """
         assert self.trainer is not None
         assert self.step is not None
-        around, trainer = self.around, self.trainer
-        randoms = around.processes.gathered(random_state())
-        if around.processes.is_main:
-            progress = trainer.progress
-            progress.seconds = self.step.seconds
-            moving = moving_parts(trainer)
-            shape = {
-                "items_per_update": self.shape.items_per_update,
-                "items_per_process": items_per_update(self.spec, 1),
-                "num_updates": self.num_updates,
-                "num_processes": around.processes.count,
-            }
+        self.trainer.progress.seconds = self.step.seconds
+        randoms = self.around.processes.gathered(random_state())
+        taken = take(moving_parts(self.trainer))
+        self.around.processes.on_main(lambda: self._write(taken, randoms))
 
-            def write(folder: Path) -> Iterator[Path]:
-                yield from write_snapshot(
-                    folder, moving, progress, shape, randoms, around.write_adapter
-                )
-                for name, text in around.records.items():
-                    (folder / name).write_text(text, encoding="utf-8")
+    def _write(self, taken: Taken, randoms: list[dict[str, Any]]) -> None:
+        assert self.trainer is not None
+        around, progress = self.around, self.trainer.progress
+        shape = {
+            "items_per_update": self.shape.items_per_update,
+            "items_per_process": items_per_update(self.spec, 1),
+            "num_updates": self.num_updates,
+            "num_processes": around.processes.count,
+        }
 
-            run = around.run.folder
-            require_room(run, snapshot_bytes(moving), around.disk)
-            if around.run.log.exists():  # a checkpoint says how long the log is
-                around.disk.sync(around.run.log)
-            publish_checkpoint(run / f"checkpoint-{progress.update}", write, around.disk)
-            rotate(run, self.spec.save_total_limit, self._best(run), around.disk)
-        around.processes.wait()
+        def write(folder: Path) -> Iterator[Path]:
+            yield from write_snapshot(folder, taken, progress, shape, randoms, around.write_adapter)
+            for name, text in around.records.items():
+                (folder / name).write_text(text, encoding="utf-8")
+
+        run = around.run.folder
+        require_room(run, taken.num_bytes, around.disk)
+        if around.run.log.exists():  # a checkpoint says how long the log is
+            around.disk.sync(around.run.log)
+        publish_checkpoint(run / f"checkpoint-{progress.update}", write, around.disk)
+        rotate(run, self.spec.save_total_limit, self._best(run), around.disk)
 
     def _best(self, run: Path) -> Path | None:
         assert self.trainer is not None
         best = self.trainer.progress.best_update
         return run / f"checkpoint-{best}" if self.spec.keep_best and best is not None else None
 
+    def _keep(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
+        if weights is None:
+            self.around.keep_adapter(folder)
+        else:
+            self.around.keep_adapter(folder, weights=weights)
+
     def keep_last_good(self, step: int) -> str:
         folder = self.around.run.last_good
-        if self.around.processes.is_main:
-            self.around.keep_adapter(folder)
+        assert self.trainer is not None
+        weights = gathered_trainables(self.trainer.own_model)
+        self.around.processes.on_main(lambda: self._keep(folder, weights))
         return f"The adapter as it was after step {step} is kept in {folder}. "

@@ -23,6 +23,13 @@ from qlora_kit.checkpoint.tensors import load_values, save_values
 from qlora_kit.errors import RunError
 from qlora_kit.model.reason import reason_of
 from qlora_kit.model.saved import WEIGHTS_FILE
+from qlora_kit.train.sharded import (
+    adapter_shared_out,
+    is_sharded,
+    optimizer_shared_out,
+    whole,
+    whole_in,
+)
 
 if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
@@ -114,13 +121,40 @@ class Moving:
         page_again(self.optimizer)
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What `take` has gathered of a training in progress."""
+
+    state: dict[str, Any]
+    trainables: tuple[tuple[str, torch.Tensor], ...]
+    optimizer_kind: str
+    is_sharded: bool
+
+    @property
+    def num_bytes(self) -> int:
+        """What it needs on the disk, nearly: the adapter and the optimizer's state."""
+        tensors = [one for _, one in self.trainables]
+        tensors += [one for _, one in _tensors_in(self.state["optimizer"]["state"])]
+        return sum(one.numel() * one.element_size() for one in tensors) + _OTHER_FILES_BYTES
+
+
+def take(moving: Moving) -> Taken:
+    """On every process: of a sharded model each holds a part."""
+    return Taken(
+        whole_in(moving.state()),
+        tuple(trainables_of(moving.model)),
+        kind_of(moving.optimizer),
+        is_sharded(moving.model),
+    )
+
+
 def write_snapshot(
     folder: Path,
-    moving: Moving,
+    taken: Taken,
     progress: Progress,
     shape: dict[str, int],
     randoms: list[dict[str, Any]],
-    write_adapter: Callable[[Path], None],
+    write_adapter: Callable[..., None],
 ) -> Iterator[Path]:
     """Fill an empty folder; the largest files are yielded as they are finished.
 
@@ -128,16 +162,19 @@ def write_snapshot(
         shape: the numbers of `Shared`.
         randoms: `random_state()` of every process.
     """
-    state = moving.state()
+    state = taken.state
     save_values(state, folder / OPTIMIZER_FILE)
     yield folder / OPTIMIZER_FILE
-    write_adapter(folder)
+    if taken.is_sharded:
+        write_adapter(folder, weights=dict(taken.trainables))
+    else:
+        write_adapter(folder)
     yield folder / WEIGHTS_FILE
     save_values(randoms, folder / RANDOM_FILE)
     shared = Shared(
         **shape,
-        optimizer_kind=kind_of(moving.optimizer),
-        trainables=digest_of(trainables_of(moving.model)),
+        optimizer_kind=taken.optimizer_kind,
+        trainables=digest_of(taken.trainables),
         optimizer=digest_of(_tensors_in(state["optimizer"]["state"])),
     )
     values = {**progress.as_dict(), **asdict(shared)}
@@ -176,7 +213,8 @@ def read_snapshot(folder: Path, moving: Moving, allow_drift: bool = False) -> Pr
 
     progress, shared = read_progress(folder)
     try:
-        set_peft_model_state_dict(moving.model, load_peft_weights(str(folder), device="cpu"))
+        weights = load_peft_weights(str(folder), device="cpu")
+        set_peft_model_state_dict(moving.model, adapter_shared_out(weights, moving.model))
     except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise _not_put_back("trainable weights", reason_of(error)) from error
     _require_same("trainable weights", digest_of(trainables_of(moving.model)), shared.trainables)
@@ -186,8 +224,10 @@ def read_snapshot(folder: Path, moving: Moving, allow_drift: bool = False) -> Pr
             raise _not_put_back("optimizer's state", f"{kind}, written by {shared.optimizer_kind}")
         return progress
     try:
-        moving.put_back(load_values(folder / OPTIMIZER_FILE))
-        now = digest_of(_tensors_in(moving.optimizer.state_dict()["state"]))
+        state = load_values(folder / OPTIMIZER_FILE)
+        state["optimizer"] = optimizer_shared_out(state["optimizer"], moving.optimizer)
+        moving.put_back(state)
+        now = digest_of(_tensors_in(whole_in(moving.optimizer.state_dict()["state"])))
     except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise _not_put_back("optimizer's state", reason_of(error)) from error
     _require_same("optimizer's state", now, shared.optimizer)
@@ -206,15 +246,9 @@ def _not_put_back(what: str, why: str) -> RunError:
     )
 
 
-def snapshot_bytes(moving: Moving) -> int:
-    """What a snapshot needs on the disk, nearly: the adapter and the optimizer's state."""
-    tensors = [one for _, one in trainables_of(moving.model)]
-    tensors += [one for _, one in _tensors_in(moving.optimizer.state_dict()["state"])]
-    return sum(one.numel() * one.element_size() for one in tensors) + _OTHER_FILES_BYTES
-
-
 def trainables_of(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
-    return ((name, one) for name, one in model.named_parameters() if one.requires_grad)
+    """Each whole; on every process, where the model is sharded."""
+    return ((name, whole(one)) for name, one in model.named_parameters() if one.requires_grad)
 
 
 def digest_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:

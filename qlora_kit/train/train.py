@@ -6,7 +6,6 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,10 +73,10 @@ class Surroundings:
     memory: MemoryWatch
     reporter: Reporter
     requests: Requests
-    write_adapter: Callable[[Path], None]
-    """Write the adapter's files into an empty folder."""
-    keep_adapter: Callable[[Path], None]
-    """Write the adapter into a folder that appears whole."""
+    write_adapter: Callable[..., None]
+    """Write the adapter's files into an empty folder; of a sharded one, the given `weights`."""
+    keep_adapter: Callable[..., None]
+    """The same into a folder that appears whole."""
     records: Mapping[str, str]
     """Further text files of a checkpoint, by name."""
     processes: Processes = ALONE
@@ -115,7 +114,7 @@ def train_adapter(
     model.config.use_cache = False
     if spec.gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    shape = shape_for(spec, processes, continuation)
+    shape = processes.together(lambda: shape_for(spec, processes, continuation))
     num_updates = num_update_steps(batches.num_items, spec, shape.items_per_update)
     with limited_memory(spec.max_memory_mib, hardware.device):
         trainer, step, cadence = _trainer(
@@ -125,6 +124,7 @@ def train_adapter(
         with (
             around.reporter.progress("training", num_updates) as progress,
             around.requests.deferred(),
+            processes.noticing_loss(),
             warnings.catch_warnings(),
         ):
             # On a CPU paged optimizers run unpaged, which is what is meant there.
@@ -208,6 +208,7 @@ def _trainer(
             save=saver.save,
             keep_last_good=saver.keep_last_good,
             warn=around.reporter.warn,
+            gathered=processes.gathered,
             out_of_memory=lambda batch, reason: what_would_help(batch, reason, base, spec, around),
         ),
         progress=continuation.progress if continuation else Progress(),

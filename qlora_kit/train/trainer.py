@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,8 @@ class Hooks:
     keep_last_good: Callable[[int], str]
     """Keep the adapter as it was after an update; returns where, for people."""
     warn: Callable[[str], None]
+    gathered: Callable[[Any], list[Any]]
+    """A value of every process."""
     out_of_memory: Callable[[Batch, str], str]
     """What would help when one sequence at a time is too much."""
 
@@ -68,6 +71,8 @@ class QloraTrainer(Trainer):
         """Micro-batches of the update under way."""
         self._window_random: dict[str, Any] = {}
         self._window_loss = 0.0
+        self._faulty: tuple[str, ...] = ()
+        """Rows whose loss was not finite; several processes stop together, after the update."""
         self._trainables_checked = False
 
     def get_train_dataloader(self) -> Any:
@@ -120,7 +125,9 @@ class QloraTrainer(Trainer):
         for part in divided(inputs, self.divisor, self.collator):
             loss = super().training_step(model, for_the_model(part), num_items)
             if not torch.isfinite(loss):
-                self.stop("loss", float(loss), part["origins"])
+                self._faulty = self._faulty or tuple(part["origins"])
+                if self.args.world_size == 1:
+                    self.stop("loss", float(loss), part["origins"])
             total += loss
         return total
 
@@ -166,26 +173,34 @@ class QloraTrainer(Trainer):
 
     def _checked_norm(self, grad_norm: Any) -> Any:
         """An fp16 scaler meets infinite gradients by design: it skips the step and halves."""
+        figures = self._figures()
+        losses = [one[0] for one in figures]
+        if not all(map(math.isfinite, losses)):
+            faulty = [origin for one in self.hooks.gathered(self._faulty) for origin in one]
+            self.stop("loss", sum(losses), faulty)
         finite = bool(torch.isfinite(torch.as_tensor(grad_norm)))
         if not finite and (
             self.accelerator.scaler is None or self.accelerator.scaler.get_scale() < 1.0
         ):
-            origins = [origin for batch in self._window for origin in batch["origins"]]
+            mine = [origin for batch in self._window for origin in batch["origins"]]
+            origins = [origin for one in self.hooks.gathered(mine) for origin in one]
             self.stop("gradient norm", float(grad_norm), origins)
-        self._book_update()
+        self._book_update(figures)
         return grad_norm
 
-    def _book_update(self) -> None:
-        """Count what the update under way was made of."""
+    def _figures(self) -> list[list[float]]:
+        """Of each process: the loss, the real tokens and the places of the update under way."""
         tokens = sum(batch["num_tokens"] for batch in self._window)
         places = sum(batch["input_ids"].numel() for batch in self._window if batch["items"])
+        mine = [self._window_loss, float(tokens), float(places)]
+        return [mine] if self.args.world_size == 1 else self._gathered(mine)
+
+    def _book_update(self, figures: list[list[float]]) -> None:
+        """Count what the update under way was made of."""
         origins = "\n".join(origin for batch in self._window for origin in batch["update_origins"])
-        loss = self._window_loss
-        if self.args.world_size > 1:
-            gathered = self._gathered([loss, float(tokens), float(places)])
-            loss = sum(one[0] for one in gathered) / len(gathered)
-            tokens = int(sum(one[1] for one in gathered))
-            places = int(sum(one[2] for one in gathered))
+        loss = sum(one[0] for one in figures) / len(figures)
+        tokens = int(sum(one[1] for one in figures))
+        places = int(sum(one[2] for one in figures))
         progress = self.progress
         progress.num_real_tokens += tokens
         progress.num_padding_tokens += places - tokens
@@ -249,15 +264,20 @@ class QloraTrainer(Trainer):
         return self.optimizer
 
     def stop(self, what: str, value: float, origins: list[str]) -> None:
-        """Save what was good, which the weights still are: this step has not changed them."""
+        """Save what was good, which the weights still are: this step has not changed them.
+
+        Called by all processes.
+        """
         kept = self.hooks.keep_last_good(self.state.global_step)
         shown = ", ".join(origins[:8]) + (
             f" and {len(origins) - 8} more" if len(origins) > 8 else ""
         )
-        raise TrainingError(
+        error = TrainingError(
             f"the {what} became {value} at step {self.state.global_step + 1}, on the batch made of "
             f"{shown}. {kept}Look at those rows, or lower train.learning_rate."
         )
+        error.is_told_elsewhere = self.args.process_index > 0
+        raise error
 
 
 def for_the_model(inputs: Batch) -> Batch:

@@ -49,6 +49,8 @@ class WorstBatch(TrainerCallback):
         device = self.around.hardware.device
         if device == "cpu" and self.spec.max_memory_mib is None:
             return
+        if args.deepspeed_plugin is not None:
+            return  # its engine keeps gradients that nobody asked for
         before = random_state()
         items = self.batches.longest(args.per_device_train_batch_size)
         batch = {**collate(items, self.batches.collator), "update_origins": []}

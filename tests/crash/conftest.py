@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from crash.case import Case, prepare_case
 from crash.forks import Zygote, zygotes
 

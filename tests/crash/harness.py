@@ -20,6 +20,7 @@ from pathlib import Path
 from random import Random
 
 from conftest import build_llama
+
 from crash.case import Blow, Case, prepare_case
 from crash.forks import zygotes
 from crash.trial import draw_blows, try_it

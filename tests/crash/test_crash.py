@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from crash.case import PHASES, Blow, Case, prepare_case
 from crash.forks import Zygote
 from crash.outcome import checkpoints_in, differences, outcome_of

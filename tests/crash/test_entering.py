@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from crash.case import Blow, Case
 from crash.forks import Attempt, Zygote
 from crash.outcome import checkpoints_in

@@ -9,7 +9,6 @@ from random import Random
 from crash.case import Blow, Case
 from crash.forks import Attempt, Zygote
 from crash.outcome import differences, outcome_of
-
 from qlora_kit.checkpoint.checkpoints import newest_whole
 
 FAULTS = ("kill", "kill", "kill", "kill", "kill later", "kill later", "kill by the clock")

@@ -15,9 +15,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from crash.faults import Watch
 from faulty_disk import FaultyDisk
 
+from crash.faults import Watch
 from qlora_kit import cli
 from qlora_kit.errors import QloraKitError
 

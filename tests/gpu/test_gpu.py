@@ -79,6 +79,51 @@ def test_eight_bit_base_trains(tmp_path: Path) -> None:
     assert values["training"]["last_loss"] < values["training"]["first_loss"]
 
 
+def launch(path: Path, *words: str, overrides: tuple[str, ...] = ()) -> dict[str, object]:
+    """Under accelerate, with a configuration of ours; what `summary.json` says."""
+    folder = Path(__file__).parents[2] / "recipes" / "accelerate"
+    accelerate = str(Path(sys.executable).with_name("accelerate"))
+    config = ["--config_file", str(folder / words[0]), *words[1:]]
+    command = [accelerate, "launch", *config, "-m", "qlora_kit", "train", str(path), *overrides]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return json.loads((path.parent / "run" / "summary.json").read_text())
+
+
+several_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+UNMERGED = ("export.merge=false", "lora.dropout=0", "train.lr_scheduler_type=constant")
+HALVED = (*UNMERGED, "train.gradient_accumulation_steps=2")
+FULL_PRECISION = ("quantization.compute_dtype=float32", "train.precision=fp32")
+
+
+@several_gpus
+def test_two_gpus_give_the_loss_of_one(tmp_path: Path) -> None:
+    alone = train(recipe(tmp_path / "one"), *UNMERGED, *FULL_PRECISION)["training"]
+    path = recipe(tmp_path / "two")
+    both = launch(path, "ddp.yaml", "--num_processes", "2", overrides=(*HALVED, *FULL_PRECISION))
+    assert both["training"]["last_loss"] == pytest.approx(alone["last_loss"], rel=1e-4)
+    assert both["training"]["num_tokens"] == alone["num_tokens"]
+
+
+@several_gpus
+def test_fsdp2_gives_the_loss_of_one_gpu(tmp_path: Path) -> None:
+    """With everything after training: the adapter saved, the held-out rows evaluated."""
+    torch_optimizer = (*UNMERGED, *FULL_PRECISION, "train.optim=adamw_torch")
+    alone = train(recipe(tmp_path / "one"), *torch_optimizer)["training"]
+    sharded = launch(
+        recipe(tmp_path / "two"),
+        "fsdp2_qlora.yaml",
+        overrides=(
+            *HALVED,
+            *FULL_PRECISION,
+            "train.optim=adamw_torch",
+            "quantization.quant_storage=float32",
+        ),
+    )
+    assert sharded["training"]["last_loss"] == pytest.approx(alone["last_loss"], rel=1e-3)
+    assert sharded["evaluation"]["tuned"]
+
+
 def test_two_runs_are_the_same_run(tmp_path: Path) -> None:
     from qlora_kit.model.manifest import file_sha256
 

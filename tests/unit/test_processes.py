@@ -1,0 +1,143 @@
+"""Who goes first, who tells, and what becomes of a fault that one process meets."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from qlora_kit.checkpoint.drift import Fingerprints
+from qlora_kit.checkpoint.entry import Entry, require_alike, require_visible
+from qlora_kit.checkpoint.run_directory import RunDirectory
+from qlora_kit.environment import probe_hardware
+from qlora_kit.errors import (
+    DataError,
+    Fault,
+    HardwareError,
+    ModelError,
+    ProcessLost,
+    QloraKitError,
+    RecipeError,
+    RunError,
+)
+from qlora_kit.processes import Processes, common_hardware, require_gpus, same_everywhere
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Second(Processes):
+    """Rank 1 of two; what the first one gives to each exchange is set beforehand."""
+
+    rank: int = 1
+    local_rank: int = 1
+    count: int = 2
+    count_here: int = 2
+    first: list[Any] = field(default_factory=list)
+
+    def gathered(self, value: T) -> list[T]:
+        return [self.first.pop(0), pickle.loads(pickle.dumps(value))]
+
+
+def failing(error: QloraKitError) -> Callable[[], None]:
+    def work() -> None:
+        raise error
+
+    return work
+
+
+def test_alone_everything_is_done_at_once() -> None:
+    alone = Processes()
+    assert alone.gathered(3) == [3]
+    assert alone.on_main(lambda: 4) == alone.together(lambda: 4) == alone.first_here(lambda: 4)
+    with pytest.raises(DataError) as caught:
+        alone.together(failing(DataError("x")))
+    assert not caught.value.is_told_elsewhere
+
+
+def test_a_fault_of_the_main_one_is_raised_by_all_and_told_by_it() -> None:
+    second = Second(first=[(DataError("no rows"), None)])
+    with pytest.raises(DataError, match="no rows") as caught:
+        second.on_main(lambda: None)
+    assert caught.value.is_told_elsewhere
+
+
+def test_only_the_main_one_works() -> None:
+    second = Second(first=[(None, 7)])
+    assert second.on_main(failing(DataError("not here"))) == 7
+
+
+def test_a_fault_of_another_is_raised_as_well() -> None:
+    second = Second(first=[None])
+    with pytest.raises(ModelError, match="unreadable") as caught:
+        second.together(failing(ModelError("unreadable")))
+    assert caught.value.is_told_elsewhere, "the main one raises it, too"
+
+
+def test_the_first_of_a_machine_goes_first() -> None:
+    done: list[str] = []
+    second = Second(first=[None, None])
+    assert second.first_here(lambda: done.append("read")) is None
+    assert done == ["read"]
+    with pytest.raises(DataError):
+        Second(first=[DataError("x")]).first_here(lambda: done.append("not reached"))
+    assert done == ["read"]
+
+
+def test_a_lost_connection_is_told_by_two_at_most() -> None:
+    for rank, is_silent in ((0, False), (1, False), (2, True)):
+        one = Processes(rank=rank, local_rank=rank, count=4, count_here=4)
+        with pytest.raises(ProcessLost, match="another of the 4") as caught, one.noticing_loss():
+            raise RuntimeError("Connection closed by peer [127.0.0.1]:1")
+        assert caught.value.is_told_elsewhere == is_silent
+        with pytest.raises(RuntimeError, match="shapes"), one.noticing_loss():
+            raise RuntimeError("shapes do not fit")
+
+
+def test_every_fault_crosses_to_another_process() -> None:
+    fault = RecipeError("a.yaml", [Fault("lora.r", "must be positive", "try 16")])
+    assert str(pickle.loads(pickle.dumps(fault))) == str(fault)
+
+
+def test_what_each_finds_by_itself_is_told_once_a_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    for local_rank in ("0", "3"):
+        monkeypatch.setenv("LOCAL_RANK", local_rank)
+        with pytest.raises(DataError) as caught, same_everywhere():
+            raise DataError("x")
+        assert caught.value.is_told_elsewhere == (local_rank == "3")
+
+
+def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    require_gpus(2)
+    with pytest.raises(HardwareError, match=r"4 processes were launched .* has 2 GPUs"):
+        require_gpus(4)
+
+
+def test_all_decide_by_what_all_can_do() -> None:
+    one = replace(probe_hardware(), native_bf16=True, host_memory_bytes=8)
+    two = replace(one, native_bf16=False, host_memory_bytes=4, reason="too slow")
+    common = common_hardware([one, two])
+    assert not common.native_bf16
+    assert common.reason == "too slow"
+    assert common.host_memory_bytes == 4
+    assert common_hardware([one, one]) == one
+
+
+def test_other_data_on_another_machine_is_refused() -> None:
+    first = Fingerprints("b", "t", "c", "d", "e", "p", "h")
+    require_alike([first, replace(first, packages="q", hardware="i")])
+    with pytest.raises(RunError, match="data_train: d in process 0, z in process 1"):
+        require_alike([first, replace(first, data_train="z")])
+
+
+def test_a_checkpoint_that_this_machine_does_not_see_is_refused(tmp_path: Path) -> None:
+    entry = Entry(RunDirectory(tmp_path), False, tmp_path / "checkpoint-4")
+    with pytest.raises(RunError, match="a disk that all machines share"):
+        require_visible(entry)
+    (tmp_path / "checkpoint-4").mkdir()
+    require_visible(entry)
