@@ -182,7 +182,8 @@ def _taken(run: RunDirectory, recipe: Recipe) -> str:
     other = f"`run_dir={fresh_folder(recipe)}`"
     if not run.recipe.is_file():
         return f"run_dir {run.folder} is not empty and holds no run; choose another: {other}."
+    what = "a finished run" if run.is_finished else "a run that was not finished"
     return (
-        f"run_dir {run.folder} already holds a finished run. Nothing there was touched. Train into "
+        f"run_dir {run.folder} already holds {what}. Nothing there was touched. Train into "
         f"a new folder with --fresh, or choose one: {other}."
     )
