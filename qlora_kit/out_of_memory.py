@@ -7,8 +7,11 @@ import logging
 import resource
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
+import psutil
 import torch
 
 from qlora_kit.errors import HardwareError
@@ -84,27 +87,61 @@ def in_batches_that_fit(
             )
 
 
-@contextmanager
-def limited_memory(limit_mib: int | None, device: str) -> Iterator[None]:
-    """Let allocations fail beyond a limit: the device's where there is one, else the process's.
+@dataclass(frozen=True)
+class MemoryLimit:
+    """What a process may map for data (RLIMIT_DATA) while a model computes; None: no limit."""
 
-    On a CPU the limit is on private writable memory (RLIMIT_DATA), which is what models, batches
-    and activations are in.
+    data_bytes: int | None = None
+
+    @contextmanager
+    def enforced(self) -> Iterator[None]:
+        """Let allocations beyond the limit fail. Not for a whole run: a thread needs memory too."""
+        if self.data_bytes is None:
+            yield
+            return
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        resource.setrlimit(resource.RLIMIT_DATA, (self.data_bytes, hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+@contextmanager
+def limited_memory(limit_mib: int | None, device: str) -> Iterator[MemoryLimit]:
+    """As if there were no more memory: of the device where there is one, else of the process.
+
+    A GPU is limited within the block. On a CPU the yielded limit is to be enforced where the
+    model computes: the process may then grow by what is missing to the limit.
+
+    Raises:
+        HardwareError: more than that is in use already.
     """
     if limit_mib is None:
-        yield
+        yield MemoryLimit()
         return
     if device == "cuda":
         total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
         torch.cuda.set_per_process_memory_fraction(min(limit_mib * _MIB / total, 1.0))
         try:
-            yield
+            yield MemoryLimit()
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (limit_mib * _MIB, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    in_use = psutil.Process().memory_info().rss
+    if in_use > limit_mib * _MIB:
+        raise HardwareError(
+            f"train.max_memory_mib is {limit_mib:,}, and the base and the data alone take "
+            f"{in_use / _MIB:,.0f} MiB; raise it."
+        )
+    # Much of what is mapped already is not in memory.
+    yield MemoryLimit(_mapped_data_bytes() + limit_mib * _MIB - in_use)
+
+
+def _mapped_data_bytes() -> int:
+    """What RLIMIT_DATA counts, by the kernel's own count."""
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else ():
+        if line.startswith("VmData:"):
+            return int(line.split()[1]) * 1024
+    raise HardwareError("train.max_memory_mib needs Linux where there is no GPU; remove it.")

@@ -35,7 +35,7 @@ HARMLESS: dict[str, str] = {
     "train.save_minutes": _CHECKPOINTS,
     "train.save_total_limit": _CHECKPOINTS,
     "train.keep_best": _CHECKPOINTS,
-    "train.max_memory_mib": "fewer or more sequences at a time; an update sees the same",
+    "train.max_memory_mib": "other sequences at a time, so the numbers may differ by rounding",
     "evaluate.perplexity": _AFTER_TRAINING,
     "evaluate.window_tokens": _AFTER_TRAINING,
     "evaluate.stride_tokens": _AFTER_TRAINING,

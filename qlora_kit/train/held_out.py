@@ -11,7 +11,7 @@ import torch.distributed
 
 from qlora_kit.data.sequences import IGNORE_INDEX
 from qlora_kit.errors import HardwareError
-from qlora_kit.out_of_memory import first_line, free_memory, is_out_of_memory
+from qlora_kit.out_of_memory import MemoryLimit, first_line, free_memory, is_out_of_memory
 from qlora_kit.train.loader import AnyCollator, Item, longest_of
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class HeldOutLoss:
     batch_size: int
     rank: int = 0
     num_processes: int = 1
+    limit: MemoryLimit = MemoryLimit()
 
     def measure(self, model: nn.Module, warn: Callable[[str], None]) -> float:
         """Mean cross-entropy over all supervised tokens, in nats."""
@@ -66,7 +67,8 @@ class HeldOutLoss:
         batch will be smaller.
         """
         try:
-            return loss_of(model, items, self.collator)
+            with self.limit.enforced():
+                return loss_of(model, items, self.collator)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise

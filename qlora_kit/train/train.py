@@ -14,7 +14,7 @@ import transformers
 from qlora_kit.checkpoint.disk import DISK, Disk
 from qlora_kit.environment import Hardware
 from qlora_kit.model.base import Base
-from qlora_kit.out_of_memory import limited_memory
+from qlora_kit.out_of_memory import MemoryLimit, limited_memory
 from qlora_kit.processes import ALONE, Processes
 from qlora_kit.report.reporter import Reporter
 from qlora_kit.train.arguments import training_arguments
@@ -116,9 +116,9 @@ def train_adapter(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     shape = processes.together(lambda: shape_for(spec, processes, continuation))
     num_updates = num_update_steps(batches.num_items, spec, shape.items_per_update)
-    with limited_memory(spec.max_memory_mib, hardware.device):
+    with limited_memory(spec.max_memory_mib, hardware.device) as limit:
         trainer, step, cadence = _trainer(
-            model, base, batches, spec, around, continuation, shape, num_updates
+            model, base, batches, spec, around, continuation, shape, num_updates, limit
         )
         around.memory.phase("training")
         with (
@@ -174,6 +174,7 @@ def _trainer(
     continuation: Continuation | None,
     shape: BatchShape,
     num_updates: int,
+    limit: MemoryLimit,
 ) -> tuple[QloraTrainer, StepCallback, Cadence]:
     """The trainer and its callbacks, which know each other."""
     start = continuation.progress.update if continuation else 0
@@ -201,6 +202,7 @@ def _trainer(
             spec.per_device_eval_batch_size,
             processes.rank,
             processes.count,
+            limit,
         )
         if batches.held_out
         else None,
@@ -209,6 +211,7 @@ def _trainer(
             keep_last_good=saver.keep_last_good,
             warn=around.reporter.warn,
             gathered=processes.gathered,
+            limit=limit,
             out_of_memory=lambda batch, reason: what_would_help(batch, reason, base, spec, around),
         ),
         progress=continuation.progress if continuation else Progress(),

@@ -15,7 +15,7 @@ from transformers import Trainer
 from qlora_kit.data.collate import NOT_FOR_THE_MODEL, Batch
 from qlora_kit.errors import HardwareError, TrainingError
 from qlora_kit.model.adapter import require_float32_trainables
-from qlora_kit.out_of_memory import first_line, free_memory, is_out_of_memory
+from qlora_kit.out_of_memory import MemoryLimit, first_line, free_memory, is_out_of_memory
 from qlora_kit.train.loader import AnyCollator, MicroBatches, data_loader, divided
 from qlora_kit.train.snapshot import Progress, put_random_state_back, random_state
 
@@ -34,6 +34,8 @@ class Hooks:
     warn: Callable[[str], None]
     gathered: Callable[[Any], list[Any]]
     """A value of every process."""
+    limit: MemoryLimit
+    """Enforced while the model computes."""
     out_of_memory: Callable[[Batch, str], str]
     """What would help when one sequence at a time is too much."""
 
@@ -123,7 +125,8 @@ class QloraTrainer(Trainer):
             return torch.zeros((), device=self.args.device)
         total = torch.zeros((), device=self.args.device)
         for part in divided(inputs, self.divisor, self.collator):
-            loss = super().training_step(model, for_the_model(part), num_items)
+            with self.hooks.limit.enforced():
+                loss = super().training_step(model, for_the_model(part), num_items)
             if not torch.isfinite(loss):
                 self._faulty = self._faulty or tuple(part["origins"])
                 if self.args.world_size == 1:
@@ -142,7 +145,8 @@ class QloraTrainer(Trainer):
         """On this process alone; the gradient is for nobody."""
         model = self.own_model
         for part in divided(batch, self.divisor, self.collator):
-            super().training_step(model, for_the_model(part), torch.ones(()))
+            with self.hooks.limit.enforced():
+                super().training_step(model, for_the_model(part), torch.ones(()))
 
     def divide_further(self, inputs: Batch, reason: str, together: bool = False) -> None:
         """Halve the micro-batch; `together` where all processes do so now.

@@ -52,11 +52,15 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 
 def _names(run: Path) -> list[str]:
     """Of everything that is there, but for checkpoints: a signal or a clock may have asked for
-    more of them, and damaged ones are kept aside. A process killed behind its last word leaves
-    its lock, which holds nobody up.
+    more of them, and damaged ones are kept aside; and for what trackers write, under dates. A
+    process killed behind its last word leaves its lock, which holds nobody up.
     """
     inside = (path.relative_to(run) for path in run.rglob("*"))
-    return [str(path) for path in inside if not path.parts[0].startswith(("checkpoint-", ".lock"))]
+    return [
+        str(path)
+        for path in inside
+        if not path.parts[0].startswith(("checkpoint-", ".lock", "runs"))
+    ]
 
 
 def _without_clocks(value: Any) -> Any:

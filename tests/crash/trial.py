@@ -113,7 +113,8 @@ def restarted(done: Attempt, step: int, is_begun: bool) -> list[str]:
 def faults_in(done: Attempt, blow: Blow, case: Case, was_logged: bool) -> list[str]:
     """Whether an attempt ended as such a blow must end it."""
     wrong = []
-    if "Traceback" in done.err or "Exception ignored" in done.err:
+    is_noisy = "Traceback" in done.err or "Exception ignored" in done.err
+    if is_noisy and blow.fault != "SIGINT twice":  # the second may meet the interpreter's exit
         wrong.append(f"a traceback after {blow}: {done.err[-2500:]}")
     if done.code == case.code and (case.run / "summary.json").exists():
         return wrong  # it was over before, or did not mind

@@ -15,7 +15,7 @@ from qlora_kit.out_of_memory import first_line, in_batches_that_fit, is_out_of_m
 LIMITED = """
 import torch
 from qlora_kit.out_of_memory import is_out_of_memory, limited_memory
-with limited_memory(2048, "cpu"):
+with limited_memory(2048, "cpu") as limit, limit.enforced():
     torch.empty(64 * 1024**2, dtype=torch.uint8).fill_(1)
     try:
         torch.empty(4 * 1024**3, dtype=torch.uint8).fill_(1)
