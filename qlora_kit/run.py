@@ -184,14 +184,9 @@ def in_fresh_folder(recipe: Recipe) -> Recipe:
 
 def made_whole(recipe: Recipe, ready: Prepared, run: RunDirectory, hardware: Hardware) -> Prepared:
     """Of a model that was trained sharded, all of it in this process, with the adapter saved."""
+    computed = (ready.base.compute_dtype, ready.base.compute_reason)
     base = load_base(
-        recipe.model,
-        recipe.quantization,
-        ready.base.compute_dtype,
-        ready.base.compute_reason,
-        hardware,
-        adapter=run.adapter,
-        is_shared=True,
+        recipe.model, recipe.quantization, *computed, hardware, adapter=run.adapter, is_shared=True
     )
     model, _ = load_adapter(base, recipe.quantization, run.adapter)
     return replace(ready, base=base, adapted=replace(ready.adapted, model=model))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable
 from functools import wraps
 from typing import Annotated, Any
@@ -25,6 +26,8 @@ from qlora_kit.cli import (
 from qlora_kit.environment import quiet_upstream, require_one_process
 from qlora_kit.errors import QloraKitError
 
+# A launcher ends all processes when the first has failed; the one that tells may be slower.
+_TELLING_SECONDS = 10.0
 _IN_SEVERAL_PROCESSES = (train.NAME,)
 
 app = typer.Typer(
@@ -97,7 +100,9 @@ def main() -> None:
     try:
         app()
     except QloraKitError as error:
-        if not error.is_told_elsewhere:
+        if error.is_told_elsewhere:
+            time.sleep(_TELLING_SECONDS)
+        else:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:

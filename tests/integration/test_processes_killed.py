@@ -141,7 +141,7 @@ def test_the_run_goes_on_to_the_same_end(
 ) -> None:
     folder = tmp_path / "run"
     shutil.copytree(story.folder, folder)
-    given = (f"run_dir={folder}",)
+    given = (f"run_dir={folder}", "train.save_steps=1000")
     if count == 1:
         run_recipe(load_recipe(story.recipe, given))
     else:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import pytest
 
+from qlora_kit import cli
 from qlora_kit.checkpoint.drift import Fingerprints
 from qlora_kit.checkpoint.entry import Entry, require_alike, require_visible
 from qlora_kit.checkpoint.run_directory import RunDirectory
@@ -109,6 +110,25 @@ def test_what_each_finds_by_itself_is_told_once_a_machine(monkeypatch: pytest.Mo
         with pytest.raises(DataError) as caught, same_everywhere():
             raise DataError("x")
         assert caught.value.is_told_elsewhere == (local_rank == "3")
+
+
+def test_who_does_not_tell_leaves_time_to_who_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A launcher ends the others as soon as one has failed."""
+    waited: list[float] = []
+    monkeypatch.setattr("qlora_kit.cli.time.sleep", waited.append)
+    monkeypatch.setattr("sys.argv", ["qlora-kit", "train", str(tmp_path / "missing.yaml")])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert ended.value.code == 1
+        assert ("error: " in capsys.readouterr().err) == (rank == "0")
+    assert len(waited) == 1
+    assert waited[0] > 1
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
