@@ -24,7 +24,7 @@ from qlora_kit.run import run_recipe
 from .conftest import write_recipe
 
 FLOAT_ERROR = 1e-5
-LAST = 60
+LAST = 36
 PATIENCE_SECONDS = 200.0
 
 
