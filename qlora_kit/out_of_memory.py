@@ -107,6 +107,9 @@ class MemoryLimit:
             resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
+NO_LIMIT = MemoryLimit()
+
+
 @contextmanager
 def limited_memory(limit_mib: int | None, device: str) -> Iterator[MemoryLimit]:
     """As if there were no more memory: of the device where there is one, else of the process.

@@ -11,7 +11,7 @@ import torch.distributed
 
 from qlora_kit.data.sequences import IGNORE_INDEX
 from qlora_kit.errors import HardwareError
-from qlora_kit.out_of_memory import MemoryLimit, first_line, free_memory, is_out_of_memory
+from qlora_kit.out_of_memory import NO_LIMIT, MemoryLimit, first_line, free_memory, is_out_of_memory
 from qlora_kit.train.loader import AnyCollator, Item, longest_of
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class HeldOutLoss:
     batch_size: int
     rank: int = 0
     num_processes: int = 1
-    limit: MemoryLimit = MemoryLimit()
+    limit: MemoryLimit = NO_LIMIT
 
     def measure(self, model: nn.Module, warn: Callable[[str], None]) -> float:
         """Mean cross-entropy over all supervised tokens, in nats."""
