@@ -127,6 +127,11 @@ class DataSpec(Spec):
     packing: bool = False
     """Put several examples into one sequence of max_length, isolated from each other."""
 
+    padding_free: Literal["auto"] | bool = "auto"
+    """Put a batch's examples into one row, isolated from each other, so that nothing is padded.
+    `auto` does so with the attention kernels that are told where examples end (flash, flex);
+    others compute attention between all tokens of the row and mask it."""
+
     loss_on: Literal["assistant", "last", "all"] | tuple[Role, ...] = "assistant"
     """Train on what the assistant says and its end-of-turn token, on its last turn only, on
     every token, or on what the listed roles say. `train: false` on a message leaves it out."""
@@ -175,6 +180,8 @@ class DataSpec(Spec):
                     "has no effect with mix: concatenate",
                     "set data.mix: all_exhausted, or give num_rows",
                 )
+        if self.packing:
+            yield from without_effect(self, ("padding_free",), "with packing: true", "remove it")
         if self.held_out is not None and self.eval:
             yield Fault("held_out", "eval names its own rows", "remove one of the two")
         if self.held_out is not None and self.held_out >= 1 and self.held_out % 1:

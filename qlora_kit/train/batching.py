@@ -10,7 +10,7 @@ from qlora_kit.data.collate import Collator, IsolatingCollator
 from qlora_kit.data.pack import PackedSequence, PackedSequences, pack
 from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.data.stream import StreamedSequences
-from qlora_kit.train.isolation import measure_leakage, require_isolation
+from qlora_kit.train.isolation import leaking, measure_leakage, require_isolation
 from qlora_kit.train.loader import (
     Item,
     Items,
@@ -82,7 +82,8 @@ def plan_batches(
     """Pack where the recipe says so; else leave the padding out where the attention kernel can.
 
     Raises:
-        ModelError: packing is asked for, and packed examples see each other in this model.
+        ModelError: packing or padding_free is asked for, and examples of one row see each other
+            in this model.
     """
     pad_token_id = base.tokenizer.pad_token_id
     assert isinstance(pad_token_id, int)
@@ -104,12 +105,15 @@ def plan_batches(
         )
     items = train.sequences if train.stream is None else train.stream
     kernel = getattr(base.model.config, "_attn_implementation", None)
-    if kernel in _VARIABLE_LENGTH:
+    wanted = kernel in _VARIABLE_LENGTH if spec.padding_free == "auto" else spec.padding_free
+    if wanted:
         leakage = measure_leakage(model, train.sequences, pad_token_id, base.compute_dtype)
         if leakage.is_isolated:
             collator = IsolatingCollator(pad_token_id, flatten=True)
             what = f"without padding ({kernel})"
             return Batching(items, held_out, collator, what, train.sequences)
+        if spec.padding_free is True:
+            raise leaking("data.padding_free", leakage)
     what = "padded to the longest of each"
     return Batching(items, held_out, Collator(pad_token_id), what, train.sequences)
 

@@ -71,12 +71,17 @@ def require_isolation(
     """Raises ModelError where packed examples see each other."""
     leakage = measure_leakage(model, sequences, pad_token_id, compute_dtype)
     if not leakage.is_isolated:
-        raise ModelError(
-            "data.packing: in this model packed examples see each other (packing moves a logit by "
-            f"{leakage.difference:.1%} of their range, rounding alone by less than "
-            f"{leakage.limit:.1%}). Set data.packing: false."
-        )
+        raise leaking("data.packing", leakage)
     return leakage
+
+
+def leaking(asked: str, leakage: Leakage) -> ModelError:
+    """The refusal of what `asked` for several examples in a row."""
+    return ModelError(
+        f"{asked}: in this model the examples of one row see each other (it moves a logit by "
+        f"{leakage.difference:.1%} of their range, rounding alone by less than "
+        f"{leakage.limit:.1%}). Set {asked}: false."
+    )
 
 
 def _end_of(sequence: TokenSequence) -> TokenSequence:

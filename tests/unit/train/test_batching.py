@@ -101,6 +101,13 @@ def test_without_padding_where_the_kernel_can(base: Base, kernel: str) -> None:
     assert batching.description == f"without padding ({kernel})"
 
 
+def test_without_padding_on_any_kernel_where_it_is_asked_for(base: Base) -> None:
+    batching = plan(base, padding_free=True)
+    assert isinstance(batching.collator, IsolatingCollator)
+    assert batching.collator.flatten
+    assert isinstance(plan(base, "flash_attention_2", padding_free=False).collator, Collator)
+
+
 def test_a_model_that_leaks_is_padded_or_refused(
     base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,6 +118,8 @@ def test_a_model_that_leaks_is_padded_or_refused(
     assert isinstance(plan(base, "flash_attention_2").collator, Collator)
     with pytest.raises(ModelError, match=r"data\.packing"):
         plan(base, packing=True)
+    with pytest.raises(ModelError, match=r"data\.padding_free"):
+        plan(base, padding_free=True)
 
 
 ROWS = [
@@ -152,10 +161,17 @@ def recipe_of(folder: Path, model: Path, packing: bool, batch_size: int) -> Reci
     return recipe_from_dict(values, "test")
 
 
-def test_training_packed_is_training_padded(tmp_path: Path, tiny_llama: Path) -> None:
+@pytest.mark.parametrize("how", ["packing", "padding_free"])
+def test_training_packed_is_training_padded(tmp_path: Path, tiny_llama: Path, how: str) -> None:
     """All examples in each step, so loss and gradients are the same sums, packed or padded."""
     padded = run_recipe(recipe_of(tmp_path / "padded", tiny_llama, False, 8))
-    packed = run_recipe(recipe_of(tmp_path / "packed", tiny_llama, True, 8))
+    recipe = recipe_of(tmp_path / "packed", tiny_llama, False, 8)
+    data = recipe.data.model_copy(update={how: True})
+    packed = run_recipe(recipe.model_copy(update={"data": data}))
+    assert packed is not None
+    assert padded is not None
+    if how == "padding_free":
+        assert packed.trained.num_padding_tokens == 0
     assert packed.trained.num_tokens == padded.trained.num_tokens
     assert packed.trained.num_padding_tokens < padded.trained.num_padding_tokens
     assert packed.trained.first_loss == pytest.approx(padded.trained.first_loss, rel=1e-5)
