@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qlora_kit.data.sequences import TokenSequence
+    from qlora_kit.recipe import QuantizationSpec
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,10 @@ class Prepared:
     adapted: Adapted
     batches: Batching
     precision: str
+
+    def described(self, recipe: Recipe) -> tuple[PeftModel, Base, QuantizationSpec, str]:
+        """What an adapter's files are written from."""
+        return self.adapted.model, self.base, recipe.quantization, recipe_hash(recipe)
 
 
 def run_recipe(
@@ -131,18 +136,11 @@ def run_recipe(
         ready = prepare(recipe, hardware, processes, reporter)
         prints = fingerprints(recipe, ready, hardware)
         require_alike(processes.gathered(prints))
-        continuation = None
-        if entry.checkpoint is not None:
-            checkpoint = entry.checkpoint
-            drift = processes.together(lambda: require_same_work(checkpoint, prints, allow_drift))
-            narrate.drift(reporter, drift)
-            continuation = processes.together(lambda: Continuation.read(checkpoint, allow_drift))
+        continuation = continuation_of(entry, prints, allow_drift, processes, reporter)
         needed = bytes_to_write(recipe, ready.adapted, ready.held_out.sequences)
         run = processes.on_main(lambda: open_folder(recipe, entry, needed))
         if processes.is_main:
             write_ledger(run, ready.train, ready.held_out)
-        model, base = ready.adapted.model, ready.base
-        adapter = (model, base, recipe.quantization, recipe_hash(recipe))
         around = Surroundings(
             hardware=hardware,
             precision=ready.precision,
@@ -150,8 +148,8 @@ def run_recipe(
             memory=memory,
             reporter=reporter,
             requests=requests,
-            write_adapter=partial(write_adapter, *adapter),
-            keep_adapter=partial(save_adapter, *adapter),
+            write_adapter=partial(write_adapter, *ready.described(recipe)),
+            keep_adapter=partial(save_adapter, *ready.described(recipe)),
             records={
                 RECIPE_RECORD: recipe_text(recipe),
                 FINGERPRINTS_FILE: fingerprints_text(prints),
@@ -159,21 +157,50 @@ def run_recipe(
             processes=processes,
             disk=disk,
         )
-        try:
-            trained = train_adapter(model, base, ready.batches, recipe.train, around, continuation)
-        except ProcessLost as lost:
-            lost.args = (f"{lost} {left_behind(recipe)}",)
-            raise
-        weights = gathered_trainables(model)
-        leave(processes)
-        if trained.stop_signal is not None:
-            raise RunStopped(trained.stop_signal, left_behind(recipe))
+        trained, weights = train(recipe, ready, around, continuation)
         if not processes.is_main:
             return None
         if weights is not None:
-            save_adapter(*adapter, run.adapter, weights)
+            around.keep_adapter(run.adapter, weights)
             ready = made_whole(recipe, ready, run, hardware)
-        return finish(recipe, ready, run, trained, hardware, memory, reporter)
+        return finish(recipe, ready, around, trained)
+
+
+def continuation_of(
+    entry: Entry,
+    prints: Fingerprints,
+    allow_drift: bool,
+    processes: Processes,
+    reporter: Reporter,
+) -> Continuation | None:
+    """The checkpoint that training goes on from, once nothing has changed that it rests on."""
+    checkpoint = entry.checkpoint
+    if checkpoint is None:
+        return None
+    drift = processes.together(lambda: require_same_work(checkpoint, prints, allow_drift))
+    narrate.drift(reporter, drift)
+    return processes.together(lambda: Continuation.read(checkpoint, allow_drift))
+
+
+def train(
+    recipe: Recipe, ready: Prepared, around: Surroundings, continuation: Continuation | None
+) -> tuple[TrainResult, dict[str, torch.Tensor] | None]:
+    """Train with all processes, and part from the others; where the model was sharded, with the
+    adapter's weights.
+    """
+    model = ready.adapted.model
+    try:
+        trained = train_adapter(
+            model, ready.base, ready.batches, recipe.train, around, continuation
+        )
+    except ProcessLost as lost:
+        lost.args = (f"{lost} {left_behind(recipe)}",)
+        raise
+    weights = gathered_trainables(model)
+    leave(around.processes)
+    if trained.stop_signal is not None:
+        raise RunStopped(trained.stop_signal, left_behind(recipe))
+    return trained, weights
 
 
 def in_fresh_folder(recipe: Recipe) -> Recipe:
@@ -264,17 +291,12 @@ def open_folder(recipe: Recipe, entry: Entry, needed_bytes: int) -> RunDirectory
 
 
 def finish(
-    recipe: Recipe,
-    ready: Prepared,
-    run: RunDirectory,
-    trained: TrainResult,
-    hardware: Hardware,
-    memory: MemoryWatch,
-    reporter: Reporter,
+    recipe: Recipe, ready: Prepared, around: Surroundings, trained: TrainResult
 ) -> RunResult:
     """What follows training: the adapter, what it is worth, and the merge."""
     model, base, held_out = ready.adapted.model, ready.base, ready.held_out
-    save_adapter(model, base, recipe.quantization, recipe_hash(recipe), run.adapter)
+    run, memory, reporter = around.run, around.memory, around.reporter
+    save_adapter(*ready.described(recipe), run.adapter)
     ready.train.ledger.padding_tokens = trained.num_padding_tokens
     if isinstance(ready.batches.train, StreamedSequences):
         ready.batches.train.settle()
@@ -285,7 +307,9 @@ def finish(
     write_json(run.evaluation, evaluation)
 
     memory.phase("merging")
-    certificate = merge_after_training(model, base, held_out, recipe, run, hardware, reporter)
+    certificate = merge_after_training(
+        model, base, held_out, recipe, run, around.hardware, reporter
+    )
     result = RunResult(run, trained, evaluation, certificate)
     write_json(run.summary, summary_of(result, memory))
     narrate.summary(reporter, run, recipe)
