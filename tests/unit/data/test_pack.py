@@ -118,7 +118,8 @@ def test_packed_sequences_hold_the_sequences_of_their_bins() -> None:
     lengths = [10, 20, 4, 3, 14, 24]
     sequences = [sequence(length, number) for number, length in enumerate(lengths)]
     bins = packed(lengths)
-    view = PackedSequences(sequences, bins)
+    view = PackedSequences(sequences, bins, np.array(lengths))
+    assert view.lengths.tolist() == [one.num_tokens for one in view]
     assert len(view) == len(bins) == 4
     assert [one.origin for one in view[0].parts] == ["rows:5"]
     assert [one.origin for one in view[1].parts] == ["rows:1", "rows:2"]
