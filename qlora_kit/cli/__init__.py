@@ -22,6 +22,7 @@ from qlora_kit.cli import (
     prove_resume,
     recipes,
     train,
+    verify,
 )
 from qlora_kit.environment import quiet_upstream, require_one_process
 from qlora_kit.errors import QloraKitError
@@ -75,6 +76,7 @@ for verb in (
     evaluate,
     merge,
     dequantize,
+    verify,
     chat,
     recipes,
     doctor,
