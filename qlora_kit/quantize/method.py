@@ -1,6 +1,6 @@
 """What a way of quantizing is to the straight line in `quantize.py`.
 
-A method is a module with a function `method(variant) -> Method`, named in `methods.py`. Its
+A method is a module with a function `method(name) -> Method`, named in `methods.py`. Its
 functions are called in this order, and none of them prints or publishes anything:
 
 1. `calibration(options)`: does it take calibration text with these options?

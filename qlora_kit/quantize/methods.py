@@ -16,7 +16,7 @@ class Entry:
     """Where a method is found, and what to say of it before it is imported."""
 
     module: str
-    """It has a function `method(variant: str | None) -> Method`."""
+    """It has a function `method(name: str) -> Method`, given the whole name, variant included."""
     summary: str
     variant: str = ""
     """How the part behind the colon is called, where there is one: `TYPE`."""
@@ -76,8 +76,8 @@ def known_methods() -> str:
     )
 
 
-def entry_of(name: str) -> tuple[str, Entry, str | None]:
-    """The part before the colon, its entry, and the part behind it.
+def entry_of(name: str) -> Entry:
+    """What is known of a method before its module is imported.
 
     Raises:
         ModelError: there is no such method; says which there are.
@@ -94,7 +94,7 @@ def entry_of(name: str) -> tuple[str, Entry, str | None]:
         raise ModelError(f"{family} needs its {entry.variant}: {entry.summary}.")
     if colon and not variant:
         raise ModelError(f"{name} names no variant; write {family}, or {family}:{entry.variant}.")
-    return family, entry, variant or None
+    return entry
 
 
 def resolve_method(name: str) -> Method:
@@ -103,12 +103,12 @@ def resolve_method(name: str) -> Method:
     Raises:
         ModelError: there is none, or what it needs is not installed.
     """
-    family, entry, variant = entry_of(name)
+    entry = entry_of(name)
     missing = [package for package in entry.packages if find_spec(package) is None]
     if missing:
         raise ModelError(
             f"{name} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
             f"installed: pip install 'qlora-kit[{entry.extra}]'."
         )
-    made: Method = import_module(entry.module).method(variant or family)
+    made: Method = import_module(entry.module).method(name)
     return made
