@@ -45,6 +45,7 @@ if TYPE_CHECKING:
         PreTrainedModel,
         PreTrainedTokenizerBase,
     )
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
     from qlora_kit.environment import Hardware
     from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec
@@ -121,7 +122,7 @@ def load_base(
     bnb = None if stored else bitsandbytes_config(quantization, skeleton, compute_dtype)
 
     def load(quantized: Path | None) -> PreTrainedModel:
-        return _load_model(source, spec, bnb, skeleton, compute_dtype, hardware, quantized)
+        return load_model(source, spec, bnb, skeleton, compute_dtype, hardware, quantized)
 
     if is_shared and bnb is not None and not spec.trust_remote_code:
         folder = shared_folder(scan.fingerprint, bnb.to_dict(), compute_dtype, hardware.device)
@@ -242,16 +243,20 @@ def _load_tokenizer(
     return tokenizer
 
 
-def _load_model(
+def load_model(
     source: ModelSource,
     spec: ModelSpec,
-    bnb: BitsAndBytesConfig | None,
+    quantization_config: QuantizationConfigMixin | None,
     skeleton: Skeleton,
     compute_dtype: torch.dtype,
     hardware: Hardware,
     quantized: Path | None = None,
 ) -> PreTrainedModel:
-    """From the source, or from a folder that holds it quantized already."""
+    """From the source, or from a folder that holds it quantized already.
+
+    Raises:
+        ModelError: it cannot be loaded, or lacks weights.
+    """
     from transformers import AutoModelForCausalLM, PreTrainedModel
     from transformers.utils import logging as transformers_logging
 
@@ -265,8 +270,8 @@ def _load_model(
         "local_files_only": True,
         "output_loading_info": True,
     }
-    if bnb is not None and quantized is None:
-        options["quantization_config"] = bnb
+    if quantization_config is not None and quantized is None:
+        options["quantization_config"] = quantization_config
     if spec.attn_implementation != "auto":
         options["attn_implementation"] = spec.attn_implementation
     loaded: Any
