@@ -12,9 +12,8 @@ if TYPE_CHECKING:
     from qlora_kit.report.reporter import Progress
 
 OnLayer = Callable[[str, "torch.Tensor", "torch.Tensor"], None]
-"""(name of the parameter, weight as it was, weight as it is now), called after each layer.
-
-The second is (out, in), or (in, out) for a Conv1D; the third always (out, in), in float32."""
+"""(name of the parameter, weight as it was, weight as it is now), called after each layer; both of
+shape (out, in), the second in float32."""
 
 
 @dataclass
@@ -51,6 +50,5 @@ class Layers:
 
 def relative_error(was: torch.Tensor, now: torch.Tensor) -> float:
     """‖W - Ŵ‖ / ‖W‖ in float32; 0 where W is 0."""
-    wanted = was.float() if was.shape == now.shape else was.float().T
-    norm = float(wanted.norm())
-    return float((wanted - now).norm()) / norm if norm else 0.0
+    norm = float(was.float().norm())
+    return float((was.float() - now).norm()) / norm if norm else 0.0

@@ -15,6 +15,7 @@ from qlora_kit.errors import Fault
 from qlora_kit.model.base import bitsandbytes_config
 from qlora_kit.quantize.layers import quantized_layers, require_quantizable, shape_of
 from qlora_kit.quantize.load import kept_dtype, load_source, save_checked
+from qlora_kit.quantize.blocks import require_readable_blocks
 from qlora_kit.quantize.errors_by_layer import Layers
 from qlora_kit.quantize.method import Calibration, Made, Method, MethodOptions, Source
 from qlora_kit.recipe import QuantizationSpec
@@ -65,6 +66,7 @@ def method(name: str) -> Method:
 
 def _check(name: str, source: Source, options: FourBitOptions) -> None:
     require_quantizable(source, options.skip_modules, name)
+    require_readable_blocks(source, options.skip_modules, name, options.block_size)
 
 
 def _predict_bytes(source: Source, options: FourBitOptions) -> int:

@@ -31,6 +31,13 @@ def kept_dtype(source: Source, dtype: str) -> torch.dtype:
     return kept
 
 
+def computing_dtype(source: Source) -> torch.dtype:
+    """What a source is run in: as stored where the machine has it natively, else float32."""
+    hardware = source.hardware
+    native = {torch.bfloat16: hardware.native_bf16, torch.float16: hardware.native_fp16}
+    return source.dtype if native.get(source.dtype, False) else torch.float32
+
+
 def load_source(
     source: Source, dtype: torch.dtype, config: QuantizationConfigMixin | None = None
 ) -> PreTrainedModel:

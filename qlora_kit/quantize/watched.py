@@ -13,6 +13,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from transformers import BitsAndBytesConfig, PreTrainedModel
 from transformers.integrations.bitsandbytes import Bnb4bitQuantize, Bnb8bitQuantize
+from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
@@ -75,9 +76,11 @@ class EightBitQuantizer(Bnb8BitHfQuantizer):  # type: ignore[misc]
 
 
 class _WatchedFourBit(Bnb4bitQuantize):  # type: ignore[misc]
-    def convert(self, input_dict: dict[str, Any], **options: Any) -> dict[str, Any]:
-        given = _first(input_dict)
-        made: dict[str, Any] = super().convert(input_dict, **options)
+    def convert(
+        self, input_dict: dict[str, Any], model: PreTrainedModel, **options: Any
+    ) -> dict[str, Any]:
+        given = _given(input_dict, model)
+        made: dict[str, Any] = super().convert(input_dict, model=model, **options)
         for name, packed in made.items():
             packed.quant_state.dtype, kept = torch.float32, packed.quant_state.dtype
             dense = dequantize_4bit(packed.data, packed.quant_state)
@@ -87,21 +90,24 @@ class _WatchedFourBit(Bnb4bitQuantize):  # type: ignore[misc]
 
 
 class _WatchedEightBit(Bnb8bitQuantize):  # type: ignore[misc]
-    def convert(self, input_dict: dict[str, Any], **options: Any) -> dict[str, Any]:
-        given = _first(input_dict)
-        made: dict[str, Any] = super().convert(input_dict, **options)
+    def convert(
+        self, input_dict: dict[str, Any], model: PreTrainedModel, **options: Any
+    ) -> dict[str, Any]:
+        given = _given(input_dict, model)
+        made: dict[str, Any] = super().convert(input_dict, model=model, **options)
         for name, packed in made.items():
             dense = packed.data.float() * (packed.SCB.float().view(-1, 1) / 127.0)
             self.hf_quantizer.quantization_config.on_layer(name, given, dense)
         return made
 
 
-def _first(input_dict: dict[str, Any]) -> torch.Tensor:
-    """The one weight that is to be quantized."""
-    (value,) = input_dict.values()
+def _given(input_dict: dict[str, Any], model: PreTrainedModel) -> torch.Tensor:
+    """The one weight that is to be quantized, as (out, in)."""
+    ((name, value),) = input_dict.items()
     tensor = value[0] if isinstance(value, list) else value
     assert isinstance(tensor, torch.Tensor)
-    return tensor
+    module: Any = model.get_submodule(name.rpartition(".")[0])
+    return tensor.T if issubclass(module.source_cls, Conv1D) else tensor
 
 
 def _under_its_own_name(quantizer: Any, model: PreTrainedModel) -> PreTrainedModel:
