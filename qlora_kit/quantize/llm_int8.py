@@ -6,6 +6,7 @@ Dettmers et al. 2022, https://arxiv.org/abs/2208.07339.
 from __future__ import annotations
 
 import gc
+import json
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from qlora_kit.report.reporter import Reporter
 
 _LAYER_BYTES = 512  # of a layer's entries in the header
+_FOR_A_GPU = "with fp32_cpu_offload it is for a machine with a GPU; one without cannot load it"
 
 
 class LlmInt8Options(MethodOptions):
@@ -108,7 +110,6 @@ def _make(
     dtype = kept_dtype(source, options.dtype)
     stock = bitsandbytes_config(spec, source.skeleton, dtype)
     assert stock is not None
-    stock.llm_int8_enable_fp32_cpu_offload = bool(options.fp32_cpu_offload)
     layers = Layers()
 
     def load() -> PreTrainedModel:
@@ -123,7 +124,19 @@ def _make(
     if outliers is not None:
         findings["outliers"] = outliers
         notes = (*notes, _summary(outliers, options.threshold))
-    return Made(findings=findings, notes=notes)
+    if not options.fp32_cpu_offload:
+        return Made(findings=findings, notes=notes)
+    return Made(findings=findings, notes=(*notes, _FOR_A_GPU), finish=_allow_offload)
+
+
+def _allow_offload(draft: Path) -> None:
+    """What a `device_map` with CPU and GPU asks for. On a machine without a GPU transformers then
+    takes all layers for unquantized, so it is set last.
+    """
+    path = draft / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["quantization_config"]["llm_int8_enable_fp32_cpu_offload"] = True
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def find_outliers(

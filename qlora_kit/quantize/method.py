@@ -91,6 +91,9 @@ class Made:
     """JSON values for the certificate, under the method's own keys."""
     notes: tuple[str, ...] = ()
     """What a person should know, said after the work."""
+    finish: Callable[[Path], None] | None = None
+    """Done to the draft when it has been compared, before it is published: for what would keep
+    this very machine from loading it."""
 
 
 @dataclass(frozen=True)
