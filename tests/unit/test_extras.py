@@ -10,13 +10,25 @@ import pytest
 from qlora_kit import extras
 from qlora_kit.errors import HardwareError
 
-PYPROJECT = Path(__file__).parents[2] / "pyproject.toml"
+PYPROJECT = (Path(__file__).parents[2] / "pyproject.toml").read_text()
+COMPILED = "llama-cpp-python"
+
+
+def declared() -> dict[str, list[str]]:
+    """The requirements of each extra, as `pyproject.toml` has them, one extra a line."""
+    section = PYPROJECT.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+    found = re.findall(r"^([\w-]+) = \[(.*)\]$", section, re.MULTILINE)
+    return {name: re.findall(r'"(.*?)"', line) for name, line in found}
 
 
 def test_every_extra_is_one_of_pyproject() -> None:
-    section = PYPROJECT.read_text().partition("[project.optional-dependencies]")[2]
-    declared = set(re.findall(r"^([\w-]+) = \[", section.partition("\n[")[0], re.MULTILINE))
-    assert declared >= set(extras.EXTRAS)
+    assert set(declared()) >= set(extras.EXTRAS)
+
+
+def test_the_development_group_brings_what_the_extras_bring() -> None:
+    group = PYPROJECT.partition("[dependency-groups]")[2].partition("\n[")[0]
+    wanted = {line for name in extras.EXTRAS for line in declared()[name]}
+    assert {line for line in wanted if f'"{line}"' not in group} == {f"{COMPILED}==0.3.36"}
 
 
 @pytest.mark.parametrize("name", sorted(set(extras.EXTRAS) - {"gguf"}))
