@@ -10,7 +10,7 @@ import torch
 
 from qlora_kit.errors import ModelError
 from qlora_kit.model.prequantized import prequantized_settings as prequantized_settings
-from qlora_kit.model.prequantized import require_same_quantization
+from qlora_kit.model.prequantized import is_foreign, make_known, require_same_quantization
 from qlora_kit.model.quantized import (
     Quantized,
     four_bit_modules,
@@ -105,7 +105,9 @@ def load_base(
     )
     stored = prequantized_settings(skeleton)
     if stored is not None:
-        require_same_quantization(source, stored, quantization)
+        make_known(stored)
+        if lora is not None or adapter is not None or not is_foreign(stored):
+            require_same_quantization(source, stored, quantization)
     refuse_unquantizable(skeleton, quantization)
     if lora is not None:
         require_targets(skeleton, lora, quantization)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 
 from qlora_kit.errors import ModelError
+from qlora_kit.extras import require_extra
 from qlora_kit.quantize.method import Method
 
 
@@ -21,10 +21,8 @@ class Entry:
     variant: str = ""
     """How the part behind the colon is called, where there is one: `TYPE`."""
     is_variant_needed: bool = False
-    packages: tuple[str, ...] = ()
-    """Imports that an installation may lack."""
     extra: str = ""
-    """The kit's extra that brings them."""
+    """The kit's extra that brings what an installation may lack."""
 
 
 METHODS: dict[str, Entry] = {
@@ -41,13 +39,11 @@ METHODS: dict[str, Entry] = {
     "gptq": Entry(
         "qlora_kit.quantize.compressed.gptq",
         "3 to 8 bits, errors compensated on calibration text, by llmcompressor",
-        packages=("llmcompressor",),
         extra="gptq",
     ),
     "awq": Entry(
         "qlora_kit.quantize.compressed.awq",
         "4 bits, scaled by activations on calibration text, by llmcompressor",
-        packages=("llmcompressor",),
         extra="gptq",
     ),
     "gguf": Entry(
@@ -55,14 +51,12 @@ METHODS: dict[str, Entry] = {
         "a GGUF file for llama.cpp: gguf:Q4_K_M, gguf:Q8_0 …",
         variant="TYPE",
         is_variant_needed=True,
-        packages=("llama_cpp",),
         extra="gguf",
     ),
     "onnx": Entry(
         "qlora_kit.quantize.onnx.make",
         "a graph for ONNX Runtime: onnx, onnx:int8-dynamic, onnx:int8-static",
         variant="int8-dynamic|int8-static",
-        packages=("onnx", "onnxscript", "onnxruntime"),
         extra="onnx",
     ),
 }
@@ -101,14 +95,11 @@ def resolve_method(name: str) -> Method:
     """The method called `name`, such as `nf4` or `gguf:Q4_K_M`.
 
     Raises:
-        ModelError: there is none, or what it needs is not installed.
+        ModelError: there is none.
+        HardwareError: what it needs is not installed.
     """
     entry = entry_of(name)
-    missing = [package for package in entry.packages if find_spec(package) is None]
-    if missing:
-        raise ModelError(
-            f"{name} needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not "
-            f"installed: pip install 'qlora-kit[{entry.extra}]'."
-        )
+    if entry.extra:
+        require_extra(entry.extra, f"--method {name}")
     made: Method = import_module(entry.module).method(name)
     return made
