@@ -207,7 +207,7 @@ def refuse_unquantizable(skeleton: Skeleton, quantization: QuantizationSpec) -> 
             f"set quantization.skip_modules: [{layers}]."
         )
     linear = [name for name, module in skeleton.model.named_modules() if is_linear(module)]
-    for skip in skips:
+    for skip in set(skips) - set(skeleton.default_skips):  # which a stored checkpoint names too
         if not any(name_matches(name, (skip,)) for name in linear):
             raise ModelError(
                 f"quantization.skip_modules: {skip} is neither the start nor the end of a linear "

@@ -72,19 +72,11 @@ def _own_held_out(named: Named, texts: Texts | None) -> Texts | None:
         return find_texts(named.data, "eval")
     if texts is None or named.calibration is None:
         return find_texts(DEMO_DATA, "eval")
-    apart = find_texts(named.calibration, "eval") if _has_parts(named.calibration) else texts
-    return None if apart.sources == texts.sources else apart
-
-
-def _has_parts(name: str) -> bool:
-    """Whether a name stands for a training and an eval part."""
-    from pathlib import Path
-
-    if Path(name).suffix not in (".yaml", ".yml"):
-        return True
-    from qlora_kit.recipe import load_recipe
-
-    return bool(load_recipe(name).data.eval)
+    if texts.recipe_part is not None and not texts.recipe_part[0].has_eval_rows:
+        return None
+    apart = find_texts(named.calibration, "eval")
+    is_same = apart.sources == texts.sources and texts.recipe_part is None
+    return None if is_same else apart
 
 
 def _divide(

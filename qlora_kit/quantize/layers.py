@@ -106,7 +106,7 @@ def _skip(names: Sequence[str]) -> str:
 
 def _require_skips(source: Source, skip_modules: Sequence[str]) -> None:
     linear = [name for name, one in source.skeleton.model.named_modules() if is_linear(one)]
-    for skip in skip_modules:
+    for skip in (one for one in skip_modules if one not in source.skeleton.default_skips):
         if not any(name_matches(name, (skip,)) for name in linear):
             raise ModelError(
                 f"skip_modules: {skip} is neither the start nor the end of the name of a linear "

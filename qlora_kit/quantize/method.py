@@ -6,8 +6,9 @@ functions are called in this order, and none of them prints or publishes anythin
 1. `calibration(options)`: does it take calibration text with these options?
 2. `check(source, options)`: raise what is at fault, before any work and from the skeleton alone;
 3. `predict_bytes(source, options)`: room that the draft will need on the disk;
-4. `make(source, options, calibration, draft, reporter)`: fill the empty folder `draft` with all
-   that is needed to load the result, tokenizer and configuration included.
+4. `make(source, options, calibration, draft, reporter)`: fill the empty folder `draft` with
+   files, none of them in a folder of its own: all that is needed to load the result, tokenizer
+   and configuration included.
 
 The straight line reloads what was made, compares it with its source and publishes it.
 """
