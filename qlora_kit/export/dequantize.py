@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,17 +29,17 @@ from qlora_kit.export.names import NameMap, map_names
 from qlora_kit.export.plan import DtypeName
 from qlora_kit.export.reload import load_plain, measuring_dtype
 from qlora_kit.export.shards import ShardWriter, require_room
-from qlora_kit.export.surroundings import copy_code, save_config
+from qlora_kit.export.surroundings import save_config
 from qlora_kit.export.ties import resolve_ties
 from qlora_kit.model.base import prequantized_settings
+from qlora_kit.model.companions import copy_companions
 from qlora_kit.model.skeleton import Skeleton, build_skeleton, load_config
 from qlora_kit.report.reporter import SILENT, Reporter
+from qlora_kit.runtime.forward import CausalScorer
 
 # LLM.int8() rounds activations as well, which dense weights do not: its figures differ by that.
 MAX_KL = {4: 1e-3, 8: 2e-2}
 
-_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
-_NOT_COMPANIONS = ("config.json", "certificate.json")
 _NUM_SEQUENCES = 4
 _SEQUENCE_TOKENS = 32
 _BATCH_SIZE = 2
@@ -109,7 +108,7 @@ def dequantize_checkpoint(
                 writer.add(name, value)
                 progress.update()
         writer.close()
-        _copy_companions(folder, dense, trust_remote_code)
+        copy_companions(folder, dense, trust_remote_code)
         save_config(skeleton.model.config, dense, dtype=rounded)
         divergence: Divergence | None = None
         faults: tuple[str, ...] = ()
@@ -176,16 +175,6 @@ def _num_bytes(skeleton: Skeleton, dtype: torch.dtype) -> int:
     return sum(parameter.numel() for parameter in skeleton.model.parameters()) * dtype.itemsize
 
 
-def _copy_companions(folder: Path, out: Path, trust_remote_code: bool) -> None:
-    """Tokenizer, templates and generation config, as they are."""
-    for pattern in _COMPANIONS:
-        for path in sorted(folder.glob(pattern)):
-            if path.name not in _NOT_COMPANIONS and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, out / path.name)
-    if trust_remote_code:
-        copy_code(folder, out)
-
-
 def _load_quantized(folder: Path, hardware: Hardware, trust_remote_code: bool) -> Any:
     """The quantized model, computing in float32."""
     model = AutoModelForCausalLM.from_pretrained(
@@ -215,17 +204,13 @@ def _compare(
     quantized = _load_quantized(folder, hardware, trust_remote_code)
     rows = _random_sequences(quantized.config.get_text_config().vocab_size)
     with reporter.progress("comparing", 2 * _NUM_SEQUENCES * (_SEQUENCE_TOKENS - 1)) as progress:
-        options: dict[str, Any] = {
-            "pad_token_id": 0,
-            "batch_size": _BATCH_SIZE,
-            "progress": progress,
-        }
-        recorded = record_logprobs(quantized, rows, scratch, **options)
+        options: dict[str, Any] = {"batch_size": _BATCH_SIZE, "progress": progress}
+        recorded = record_logprobs(CausalScorer(quantized, 0), rows, scratch, **options)
         del quantized
         plain, faults = load_plain(
             dense, measuring_dtype(dtype, hardware), hardware, trust_remote_code
         )
-        return compare_to_recorded(plain, recorded, **options), tuple(faults)
+        return compare_to_recorded(CausalScorer(plain, 0), recorded, **options), tuple(faults)
 
 
 def _random_sequences(vocab_size: int) -> list[TokenSequence]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.errors import ModelError
@@ -16,10 +17,25 @@ if TYPE_CHECKING:
     from qlora_kit.model.source import ModelSource
     from qlora_kit.recipe import ModelSpec
 
+# By name: the format stands further down, and is imported where a checkpoint asks for it.
+_OWN_FORMATS = {"qlora-kit-int8": "qlora_kit.quantize.int8"}
+
 
 def prequantized_settings(skeleton: Skeleton) -> dict[str, Any] | None:
     """How the checkpoint on disk is quantized already; None where it is not."""
     return _settings(skeleton.model.config)
+
+
+def is_foreign(stored: dict[str, Any]) -> bool:
+    """Whether another than bitsandbytes quantized it: it can be run as it stands, not trained."""
+    return stored.get("quant_method") != "bitsandbytes"
+
+
+def make_known(stored: dict[str, Any]) -> None:
+    """Register the kit's own format with transformers, where a checkpoint is in it."""
+    module = _OWN_FORMATS.get(str(stored.get("quant_method")))
+    if module is not None:
+        import_module(module)
 
 
 def stored_quantization(spec: ModelSpec) -> QuantizationSpec | None:
@@ -32,7 +48,7 @@ def stored_quantization(spec: ModelSpec) -> QuantizationSpec | None:
         spec.trust_remote_code,
     )
     stored = _settings(load_config(source.folder, spec.trust_remote_code))
-    if stored is None or stored.get("quant_method") != "bitsandbytes":
+    if stored is None or is_foreign(stored):
         return None
     skips = tuple(stored.get("llm_int8_skip_modules") or ())
     if _num_bits(stored) == 8:
@@ -52,7 +68,7 @@ def require_same_quantization(
     Raises:
         ModelError: names the first setting that differs, and what to write.
     """
-    if stored.get("quant_method") != "bitsandbytes":
+    if is_foreign(stored):
         raise ModelError(
             f"{source.name} is already quantized with {stored.get('quant_method')}, which cannot "
             "be trained here; take the 16-bit model, or a bitsandbytes one."
