@@ -98,6 +98,16 @@ class LoadedModel:
         is_end = self._api.llama_vocab_is_eog
         return frozenset(i for i in range(self.num_tokens) if is_end(self._vocabulary, i))
 
+    def text_setting(self, key: str) -> str | None:
+        """What the file's metadata says under `key`, where that is a text."""
+        read = self._api.llama_model_meta_val_str
+        length = read(self.handle, key.encode(), None, 0)
+        if length < 0:
+            return None
+        buffer = ctypes.create_string_buffer(length + 1)
+        read(self.handle, key.encode(), buffer, len(buffer))
+        return buffer.value.decode("utf-8", errors="replace")
+
     def tokenize(self, text: str, add_special: bool = False) -> list[int]:
         """Token ids of text in which special tokens are spelled, as in a rendered template."""
         data = text.encode("utf-8", errors="surrogatepass")
