@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +107,6 @@ class OnnxRuntime:
 
     def close(self) -> None:
         del self.session
-        gc.collect()
 
     def _answer(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> list[list[int]]:
         """Every row goes on until the last has ended; what follows a row's end is dropped."""

@@ -36,6 +36,22 @@ class Step:
     past: Past
 
 
+def _load_errors() -> tuple[type[BaseException], ...]:
+    """onnxruntime's own classes have no common base but Exception."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as states
+
+    return (
+        states.Fail,
+        states.InvalidArgument,
+        states.InvalidGraph,
+        states.InvalidProtobuf,
+        states.NoSuchFile,
+        states.NotImplemented,
+        states.RuntimeException,
+        RuntimeError,
+    )
+
+
 class OnnxSession:
     """One loaded graph. Its names are those of `quantize/onnx/graph.py`, and of Optimum.
 
@@ -55,8 +71,7 @@ class OnnxSession:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=[_PROVIDER])
-        # onnxruntime raises classes of its own, whose one common base this is.
-        except Exception as error:
+        except _load_errors() as error:
             raise ModelError(f"{path} cannot be loaded: {reason_of(error)}") from error
         self._tensor = onnxruntime.OrtValue.ortvalue_from_numpy
         self._inputs = {one.name: one.shape for one in self._session.get_inputs()}

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+PARAMETERS_KEY = "qlora_kit.num_parameters"
+"""Among a graph's metadata: true parameters of the model it was made of."""
 # What is stored beside a weight, or worked out from a configuration.
 _NO_PARAMETERS = ("_scale", "_zero_point", "inv_freq")
 
@@ -22,12 +24,14 @@ class StoredWeights:
 def stored_weights(path: Path) -> StoredWeights:
     """Count from the graph's description; the weights themselves are not read.
 
-    A tied head is a transpose of the embedding, which ONNX Runtime works out when it loads the
+    In a graph of the kit's own, what is no integer is the rest of the model; in another one, every
+    stored tensor that may be a weight. A tied head is a transpose of the embedding, which ONNX Runtime works out when it loads the
     graph and keeps: its bytes count, its parameters do not count twice.
     """
     import onnx
 
-    graph = onnx.load(str(path), load_external_data=False).graph
+    model = onnx.load(str(path), load_external_data=False)
+    graph = model.graph
     parameters: Counter[str] = Counter()
     stored: dict[str, int] = {}
     for tensor in graph.initializer:
@@ -35,6 +39,11 @@ def stored_weights(path: Path) -> StoredWeights:
         stored[tensor.name] = _num_bytes(tensor, count)
         if _is_parameter(tensor):
             parameters[_form(tensor)] += count
+    for entry in model.metadata_props:
+        if entry.key == PARAMETERS_KEY:
+            parameters["float32"] = int(entry.value) - sum(
+                count for form, count in parameters.items() if form != "float32"
+            )
     turned = sum(
         stored[node.input[0]]
         for node in graph.node
@@ -53,16 +62,14 @@ def _is_parameter(tensor: Any) -> bool:
 
 
 def _form(tensor: Any) -> str:
-    import onnx
-
-    return (
-        str(onnx.TensorProto.DataType.Name(tensor.data_type))
-        .lower()
-        .replace("float", "float32" if tensor.data_type == onnx.TensorProto.FLOAT else "float")
-    )
+    return str(_dtype(tensor).name)
 
 
 def _num_bytes(tensor: Any, count: int) -> int:
+    return count * int(_dtype(tensor).itemsize)
+
+
+def _dtype(tensor: Any) -> Any:
     import onnx
 
-    return count * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
+    return onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)

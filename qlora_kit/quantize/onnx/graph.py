@@ -23,6 +23,7 @@ from qlora_kit.errors import ModelError
 from qlora_kit.model.reason import reason_of
 from qlora_kit.quantize.onnx.experts import TRANSLATIONS
 from qlora_kit.quantize.onnx.weights import turn_stored_weights
+from qlora_kit.runtime.onnx_weights import PARAMETERS_KEY
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -131,6 +132,7 @@ def export_graph(model: PreTrainedModel, path: Path) -> bool:
             ) from error
         assert program is not None
         turn_stored_weights(program.model)
+        program.model.metadata_props[PARAMETERS_KEY] = str(model.num_parameters())
         program.save(str(path), include_initializers=True, external_data=True)
     return bool(past)
 

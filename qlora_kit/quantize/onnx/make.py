@@ -169,14 +169,13 @@ def _difference(model: PreTrainedModel, graph: Path) -> float:
     with torch.no_grad():
         wanted = model(input_ids=ids, use_cache=False).logits.numpy()
     session = OnnxSession(graph)
-    half = _CHECK_TOKENS // 2
-    first = session.run(ids[:, :half].numpy())
-    whole = first.logits if not session.has_cache else None
-    if whole is not None:
-        found = session.run(ids.numpy()).logits
+    if session.has_cache:
+        first, rest = ids.split(_CHECK_TOKENS // 2, dim=1)
+        step = session.run(first.numpy())
+        after = session.run(rest.numpy(), step.past)
+        found = np.concatenate([step.logits, after.logits], axis=1)
     else:
-        rest = session.run(ids[:, half:].numpy(), first.past)
-        found = np.concatenate([first.logits, rest.logits], axis=1)
+        found = session.run(ids.numpy()).logits
     return float(np.abs(found - wanted).max())
 
 
