@@ -25,8 +25,9 @@ def stored_weights(path: Path) -> StoredWeights:
     """Count from the graph's description; the weights themselves are not read.
 
     In a graph of the kit's own, what is no integer is the rest of the model; in another one, every
-    stored tensor that may be a weight. A tied head is a transpose of the embedding, which ONNX Runtime works out when it loads the
-    graph and keeps: its bytes count, its parameters do not count twice.
+    stored tensor that may be a weight. A tied head is a transpose of the embedding, which ONNX
+    Runtime works out when it loads the graph, and keeps: its bytes count, its parameters do not
+    count twice.
     """
     import onnx
 
