@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_kit.checkpoint.checkpoints import find_checkpoints
-from qlora_kit.checkpoint.run_directory import RunDirectory
+from qlora_kit.checkpoint.manifest import read_manifest
+from qlora_kit.checkpoint.run_directory import OPTIMIZER_FILE, RunDirectory
 from qlora_kit.errors import RunError
 from qlora_kit.recipe import EvaluateSpec, ExportSpec, Recipe, save_recipe
 from qlora_kit.report.reporter import SILENT, Reporter
@@ -36,7 +37,7 @@ class Trace:
     adapter: str
     """SHA-256 of the adapter's file."""
     optimizer: str
-    """Digest over the optimizer's state."""
+    """SHA-256 of the file that the newest checkpoint keeps of the optimizer and its schedule."""
     seconds: float
 
 
@@ -193,6 +194,6 @@ def _trace(folder: Path, seconds: float) -> Trace:
         adapter=hashlib.sha256(
             (run.adapter / "adapter_model.safetensors").read_bytes()
         ).hexdigest(),
-        optimizer=progress["optimizer"],
+        optimizer=read_manifest(last).files[OPTIMIZER_FILE].sha256,
         seconds=seconds,
     )

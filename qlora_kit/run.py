@@ -47,7 +47,7 @@ from qlora_kit.export.merge_run import merge_after_training
 from qlora_kit.launcher import require_launch
 from qlora_kit.model.adapter import Adapted, attach_adapter
 from qlora_kit.model.base import Base, load_base, prepare_for_training
-from qlora_kit.model.saved import load_adapter, save_adapter, write_adapter
+from qlora_kit.model.saved import adapter_files, load_adapter, save_adapter
 from qlora_kit.model.shared import require_same_base, state_checksum
 from qlora_kit.model.tokenizer import template_hash, tokenizer_hash
 from qlora_kit.processes import Processes, common_hardware, join, leave
@@ -148,7 +148,7 @@ def run_recipe(
             memory=memory,
             reporter=reporter,
             requests=requests,
-            write_adapter=partial(write_adapter, *ready.described(recipe)),
+            adapter_files=adapter_files(*ready.described(recipe)),
             keep_adapter=partial(save_adapter, *ready.described(recipe)),
             records={
                 RECIPE_RECORD: recipe_text(recipe),

@@ -11,7 +11,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,6 @@ MANIFEST_FILE = "manifest.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _FORMAT = 1
 _BLOCK_BYTES = 1 << 22  # a thread that hashes waits for the interpreter after each
-_HASHING_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -97,45 +95,6 @@ def read_manifest(folder: Path) -> Manifest:
     return Manifest(values["step"], files)
 
 
-class Recorder:
-    """Flushes files to the disk and hashes them, beside whatever the caller does meanwhile."""
-
-    def __init__(self, sync: Callable[[Path], None]):
-        self._sync = sync
-        self._flusher = ThreadPoolExecutor(1, "sync")  # one by one, in the order they come
-        self._hasher = ThreadPoolExecutor(_HASHING_THREADS, "sha256")
-        self._pending: dict[Path, tuple[int, Future[None], Future[FileRecord]]] = {}
-
-    def __enter__(self) -> Recorder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._flusher.shutdown(cancel_futures=True)
-        self._hasher.shutdown(cancel_futures=True)
-
-    def add(self, path: Path) -> None:
-        """Take a file that is finished; one that was taken before is left alone."""
-        if path not in self._pending:
-            written = path.stat().st_mtime_ns
-            flushed = self._flusher.submit(self._sync, path)
-            self._pending[path] = written, flushed, self._hasher.submit(_record_of, path)
-
-    def records(self) -> dict[str, FileRecord]:
-        """Wait for all of them.
-
-        Raises:
-            OSError: a file could not be flushed or read.
-        """
-        found = {}
-        for path, (written, flushed, hashed) in sorted(self._pending.items()):
-            flushed.result()
-            found[path.name] = hashed.result()
-            stat = path.stat()
-            is_same = (stat.st_mtime_ns, stat.st_size) == (written, found[path.name].num_bytes)
-            assert is_same, f"{path.name} was written to after it was finished"
-        return found
-
-
 def faults_of(folder: Path) -> tuple[str, ...]:
     """What is wrong with a checkpoint, in words that name the file; empty where it is whole.
 
@@ -179,7 +138,7 @@ def _file_fault(path: Path, record: FileRecord, is_trusted: Callable[[Path], boo
         if num_bytes != record.num_bytes:
             size = "is empty" if num_bytes == 0 else f"has {num_bytes:,} bytes"
             return f"{size}, where {record.num_bytes:,} were written"
-        if not is_trusted(path) and _record_of(path) != record:
+        if not is_trusted(path) and record_of(path) != record:
             return "is not what was written: its SHA-256 differs"
     except FileNotFoundError:
         return "is missing"
@@ -188,7 +147,8 @@ def _file_fault(path: Path, record: FileRecord, is_trusted: Callable[[Path], boo
     return ""
 
 
-def _record_of(path: Path) -> FileRecord:
+def record_of(path: Path) -> FileRecord:
+    """Read a file through; raises OSError."""
     digest = hashlib.sha256()
     num_bytes = 0
     with path.open("rb", buffering=0) as file:

@@ -15,6 +15,8 @@ from qlora_kit.checkpoint.lock import LOCK_FILE
 from qlora_kit.errors import RunError
 from qlora_kit.recipe import Recipe, load_recipe, recipe_hash, save_recipe
 
+OPTIMIZER_FILE = "optimizer.safetensors"  # of a checkpoint
+
 
 @dataclass(frozen=True)
 class RunDirectory:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.checkpoint.checkpoints import publish_checkpoint, require_room, rotate
+from qlora_kit.checkpoint.draft import Draft
 from qlora_kit.train.continuation import items_per_update, moving_parts
 from qlora_kit.train.loader import BatchShape
 from qlora_kit.train.sharded import gathered_trainables
-from qlora_kit.train.snapshot import Taken, random_state, take, write_snapshot
+from qlora_kit.train.snapshot import Moving, Taken, random_state, take, write_snapshot
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +31,7 @@ class Saver:
         self.spec = spec
         self.trainer: QloraTrainer | None = None
         self.step: StepCallback | None = None
+        self._moving: Moving | None = None
 
     def save(self) -> None:
         """On every process; the main one writes.
@@ -42,7 +43,9 @@ class Saver:
         assert self.step is not None
         self.trainer.progress.seconds = self.step.seconds
         randoms = self.around.processes.gathered(random_state())
-        taken = take(moving_parts(self.trainer))
+        if self._moving is None:
+            self._moving = moving_parts(self.trainer, self.around.adapter_files)
+        taken = take(self._moving)
         self.around.processes.on_main(lambda: self._write(taken, randoms))
 
     def _write(self, taken: Taken, randoms: list[dict[str, Any]]) -> None:
@@ -55,16 +58,16 @@ class Saver:
             "num_processes": around.processes.count,
         }
 
-        def write(folder: Path) -> Iterator[Path]:
-            yield from write_snapshot(folder, taken, progress, shape, randoms, around.write_adapter)
+        def fill(draft: Draft) -> None:
+            write_snapshot(draft, taken, progress, shape, randoms)
             for name, text in around.records.items():
-                (folder / name).write_text(text, encoding="utf-8")
+                draft.put(name, [text.encode()])
 
         run = around.run.folder
         require_room(run, taken.num_bytes, around.disk)
         if around.run.log.exists():  # a checkpoint says how long the log is
             around.disk.sync(around.run.log)
-        publish_checkpoint(run / f"checkpoint-{progress.update}", write, around.disk)
+        publish_checkpoint(run / f"checkpoint-{progress.update}", fill, around.disk)
         rotate(run, self.spec.save_total_limit, self._best(run), around.disk)
 
     def _best(self, run: Path) -> Path | None:

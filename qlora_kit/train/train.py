@@ -14,6 +14,7 @@ import transformers
 from qlora_kit.checkpoint.disk import DISK, Disk
 from qlora_kit.environment import Hardware
 from qlora_kit.model.base import Base
+from qlora_kit.model.saved import AdapterFiles
 from qlora_kit.out_of_memory import MemoryLimit, limited_memory
 from qlora_kit.processes import ALONE, Processes
 from qlora_kit.report.reporter import Reporter
@@ -73,10 +74,10 @@ class Surroundings:
     memory: MemoryWatch
     reporter: Reporter
     requests: Requests
-    write_adapter: Callable[..., None]
-    """Write the adapter's files into an empty folder; of a sharded one, the given `weights`."""
+    adapter_files: AdapterFiles
+    """What a checkpoint holds of the adapter, besides the values of its weights."""
     keep_adapter: Callable[..., None]
-    """The same into a folder that appears whole."""
+    """Write the adapter into a folder that appears whole; of a sharded one, the given `weights`."""
     records: Mapping[str, str]
     """Further text files of a checkpoint, by name."""
     processes: Processes = ALONE
@@ -225,7 +226,7 @@ def _trainer(
     trainer.remove_callback(transformers.PrinterCallback)
     # In this order: the worst batch is tried, then what was saved is put back.
     trainer.add_callback(WorstBatch(trainer, batches, spec, around))
-    trainer.add_callback(GoOn(trainer, continuation, processes, run.log))
+    trainer.add_callback(GoOn(trainer, continuation, processes, run.log, around.adapter_files))
     trainer.add_callback(step)
     trainer.add_callback(cadence)
     return trainer, step, cadence

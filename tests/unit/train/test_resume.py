@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 
 from qlora_kit.checkpoint.checkpoints import find_checkpoints, newest_whole
 from qlora_kit.checkpoint.manifest import faults_of
-from qlora_kit.checkpoint.run_directory import RunDirectory
+from qlora_kit.checkpoint.run_directory import OPTIMIZER_FILE, RunDirectory
 from qlora_kit.data.collate import Collator, IsolatingCollator
 from qlora_kit.data.pack import PackedSequences, pack
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
@@ -22,7 +23,7 @@ from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import HardwareError, RunError
 from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.base import load_base, prepare_for_training
-from qlora_kit.model.saved import save_adapter, write_adapter
+from qlora_kit.model.saved import adapter_files, save_adapter
 from qlora_kit.processes import Processes
 from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec, TrainSpec
 from qlora_kit.report.reporter import Reporter
@@ -31,7 +32,6 @@ from qlora_kit.train.continuation import Continuation, shape_for
 from qlora_kit.train.loader import lengths_of
 from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.requests import TRIGGER_FILE, Requests
-from qlora_kit.train.snapshot import OPTIMIZER_FILE, digest_of, trainables_of
 from qlora_kit.train.train import Surroundings, TrainResult, train_adapter
 
 SIGTERM = 15
@@ -128,7 +128,7 @@ def run(tiny_llama: Path, tmp_path: Path) -> Run:
             memory=MemoryWatch(),
             reporter=reporter,
             requests=requests,
-            write_adapter=partial(write_adapter, *described),
+            adapter_files=adapter_files(*described),
             keep_adapter=partial(save_adapter, *described),
             records={"note.txt": "kept"},
         )
@@ -156,9 +156,18 @@ def run(tiny_llama: Path, tmp_path: Path) -> Run:
         result = train_adapter(
             adapted.model, base, batching, TrainSpec(**values), around, continuation
         )
-        return Outcome(result, folder, digest_of(trainables_of(adapted.model)), reporter.warnings)
+        return Outcome(result, folder, digest_of_trainables(adapted.model), reporter.warnings)
 
     return build
+
+
+def digest_of_trainables(model: torch.nn.Module) -> str:
+    """SHA-256 over the bytes of every trainable parameter, in order."""
+    digest = hashlib.sha256()
+    for name, one in model.named_parameters():
+        if one.requires_grad:
+            digest.update(name.encode() + one.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 CASES: dict[str, dict[str, Any]] = {
