@@ -1,10 +1,10 @@
-"""A checkpoint while it is written: what is put into it is flushed and hashed meanwhile."""
+"""A checkpoint while it is written: its files are written, flushed and hashed side by side."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,100 +14,102 @@ from qlora_kit.checkpoint.manifest import FileRecord, record_of
 
 Buffer = bytes | memoryview
 
-_HASHING_THREADS = 2
+
+_THREADS = 2
 _BUFFERS_A_CALL = 512  # the system takes 1,024
 # What hashing gives the interpreter back for is longer than 2 KiB; below a MiB it is not worth it.
 _AT_ONCE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
-class _Pending:
-    """A file that is finished, but perhaps not yet on the disk."""
+class _Finished:
+    """A file that is on the disk."""
 
+    record: FileRecord
     written_ns: int
-    flushed: Future[None]
-    hashed: Future[FileRecord]
+    """When it was last written to."""
 
 
 class Draft:
-    """A hidden folder of flat files, and threads that flush and hash what is finished."""
+    """A hidden folder of flat files, and threads that write, flush and hash them."""
 
     def __init__(self, folder: Path, disk: Disk):
         self.folder = folder
         self._disk = disk
         self._mode = folder.stat().st_mode & 0o666
+        self._writer = ThreadPoolExecutor(_THREADS, "write")
         self._flusher = ThreadPoolExecutor(1, "sync")  # one by one, in the order they come
-        self._hasher = ThreadPoolExecutor(_HASHING_THREADS, "sha256")
-        self._pending: dict[str, _Pending] = {}
+        self._hasher = ThreadPoolExecutor(_THREADS, "sha256")
+        self._files: dict[str, Future[_Finished]] = {}
 
     def __enter__(self) -> Draft:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._flusher.shutdown(cancel_futures=True)
-        self._hasher.shutdown(cancel_futures=True)
+        # Who waits for another comes first.
+        for pool in (self._writer, self._flusher, self._hasher):
+            pool.shutdown(cancel_futures=True)
 
     def put(self, name: str, parts: Sequence[Buffer], sha256: str | None = None) -> None:
-        """Write a file of these bytes, which must stay as they are until the draft is finished.
+        """Have a file written of these bytes, which must stay as they are until the draft is
+        finished; whatever hinders is raised by `records`.
 
         What is hashed is what was meant, not what the disk has made of it. `sha256` is that of
         bytes which were hashed before.
-
-        Raises:
-            OSError: the disk refused, or took less without a word.
         """
+        self._files[name] = self._writer.submit(self._write, name, parts, sha256)
+
+    def _write(self, name: str, parts: Sequence[Buffer], sha256: str | None) -> _Finished:
         path = self.folder / name
-        num_bytes = sum(len(part) for part in parts)
+        hashed = self._hasher.submit(_sha256_of, parts) if sha256 is None else None
         with path.open("xb", buffering=0) as file:
             _write_all(file.fileno(), parts)
-        if path.stat().st_size != num_bytes:
+        stat = path.stat()
+        if stat.st_size != sum(len(part) for part in parts):
             raise OSError(f"the disk took only part of {name} and said nothing")
-        if sha256 is not None:
-            known = FileRecord(num_bytes, sha256)
-            self._follow(path, lambda: known)
-        else:
-            self._follow(path, lambda: FileRecord(num_bytes, _sha256_of(parts)))
-
-    def add(self, path: Path) -> None:
-        """Take a finished file that something else has written; one already taken is left alone."""
-        assert path.is_file(), f"a checkpoint has flat files only, {path.name} is none"
-        if path.name not in self._pending:
-            # safetensors writes files that only their owner may read; the others follow the umask.
-            path.chmod(self._mode)
-            self._follow(path, lambda: record_of(path))
+        self._disk.sync(path)
+        digest = sha256 if hashed is None else hashed.result()
+        assert digest is not None
+        return _Finished(FileRecord(stat.st_size, digest), stat.st_mtime_ns)
 
     def add_the_rest(self) -> None:
+        """Take the files that something else has written into the folder."""
         for path in sorted(self.folder.iterdir()):
-            self.add(path)
+            assert path.is_file(), f"a checkpoint has flat files only, {path.name} is none"
+            if path.name not in self._files:
+                # Some libraries write files for their owner alone; others follow the umask.
+                path.chmod(self._mode)
+                self._files[path.name] = self._flusher.submit(self._flush, path)
+
+    def _flush(self, path: Path) -> _Finished:
+        written_ns = path.stat().st_mtime_ns
+        hashed = self._hasher.submit(record_of, path)
+        self._disk.sync(path)
+        return _Finished(hashed.result(), written_ns)
 
     def sha256_of(self, name: str) -> str:
-        """Wait for the hash of a file that was put."""
-        return self._pending[name].hashed.result().sha256
+        """Wait for a file that was put.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        return self._files[name].result().record.sha256
 
     def records(self) -> dict[str, FileRecord]:
         """Wait for all of them.
 
         Raises:
-            OSError: a file could not be flushed or read.
+            OSError: a file could not be written, flushed or read.
         """
         found = {}
-        for name, pending in sorted(self._pending.items()):
-            pending.flushed.result()
-            found[name] = pending.hashed.result()
+        for name, pending in sorted(self._files.items()):
+            finished = pending.result()
+            found[name] = finished.record
             stat = (self.folder / name).stat()
-            is_same = (stat.st_mtime_ns, stat.st_size) == (
-                pending.written_ns,
-                found[name].num_bytes,
-            )
+            now = (stat.st_mtime_ns, stat.st_size)
+            is_same = now == (finished.written_ns, finished.record.num_bytes)
             assert is_same, f"{name} was written to after it was finished"
         return found
-
-    def _follow(self, path: Path, record: Callable[[], FileRecord]) -> None:
-        self._pending[path.name] = _Pending(
-            path.stat().st_mtime_ns,
-            self._flusher.submit(self._disk.sync, path),
-            self._hasher.submit(record),
-        )
 
 
 def _write_all(descriptor: int, parts: Sequence[Buffer]) -> None:

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from qlora_kit.checkpoint.draft import Buffer
 
 STRUCTURE = "structure"
-_SMALL_BYTES = 1 << 16
+_LARGE_BYTES = 1 << 20
 _PLAIN = frozenset({type(None), bool, int, float, str})
 _ALIGNMENT = 8
 # https://github.com/huggingface/safetensors#format
@@ -48,7 +48,7 @@ def tensor_parts(
     Raises:
         TypeError: a dtype that no checkpoint has.
     """
-    whole = {name: (list(one.shape), [one.detach()]) for name, one in tensors.items()}
+    whole = {name: (list(one.shape), [one]) for name, one in tensors.items()}
     return _parts(whole, dict(metadata or {}))
 
 
@@ -91,29 +91,28 @@ def _parts(
         header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    found: list[Buffer] = [len(text).to_bytes(8, "little") + text]
-    for name in order:
-        found += map(_bytes_of, _joined(entries[name][1]))
-    return found
+    tensors = [part for name in order for part in entries[name][1]]
+    return [len(text).to_bytes(8, "little") + text, *map(_bytes_of, _joined(tensors))]
 
 
 def _joined(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Tensors of one dtype as flat ones: large ones as they are, small ones end to end."""
+    """Tensors as flat ones: large ones as they are, small ones of a dtype end to end."""
     small: list[torch.Tensor] = []
     for tensor in tensors:
-        if tensor.nbytes < _SMALL_BYTES:
-            small.append(tensor.reshape(-1))
-            continue
-        if small:
+        is_large = tensor.nbytes >= _LARGE_BYTES
+        if small and (is_large or tensor.dtype != small[0].dtype):
             yield torch.cat(small)
             small = []
-        yield tensor.reshape(-1)
+        if is_large:
+            yield tensor.reshape(-1)
+        else:
+            small.append(tensor.detach().reshape(-1))
     if small:
         yield torch.cat(small)
 
 
 def _bytes_of(flat: torch.Tensor) -> memoryview:
-    view: memoryview = flat.cpu().view(torch.uint8).numpy().data
+    view: memoryview = flat.detach().cpu().view(torch.uint8).numpy().data
     return view
 
 
@@ -149,7 +148,7 @@ class _Packer:
         shape = list(tensor.shape)
         place = ["tensor", row.name, row.length, shape]
         row.length += math.prod(shape)
-        row.parts.append(tensor.detach())
+        row.parts.append(tensor)
         self._known[id(tensor)] = place
         return place
 

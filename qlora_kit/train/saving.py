@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.checkpoint.checkpoints import publish_checkpoint, require_room, rotate
+from qlora_kit.checkpoint.checkpoints import (
+    publish_checkpoint,
+    remove_retired,
+    require_room,
+    retire,
+)
 from qlora_kit.checkpoint.draft import Draft
 from qlora_kit.train.continuation import items_per_update, moving_parts
 from qlora_kit.train.loader import BatchShape
@@ -32,6 +38,8 @@ class Saver:
         self.trainer: QloraTrainer | None = None
         self.step: StepCallback | None = None
         self._moving: Moving | None = None
+        self._remover = ThreadPoolExecutor(1, "remove")
+        self._removing: Future[None] | None = None
 
     def save(self) -> None:
         """On every process; the main one writes.
@@ -45,10 +53,11 @@ class Saver:
         randoms = self.around.processes.gathered(random_state())
         if self._moving is None:
             self._moving = moving_parts(self.trainer, self.around.adapter_files)
-        taken = take(self._moving)
-        self.around.processes.on_main(lambda: self._write(taken, randoms))
+        moving = self._moving
+        taken = take(moving)
+        self.around.processes.on_main(lambda: self._write(taken, moving.num_bytes, randoms))
 
-    def _write(self, taken: Taken, randoms: list[dict[str, Any]]) -> None:
+    def _write(self, taken: Taken, num_bytes: int, randoms: list[dict[str, Any]]) -> None:
         assert self.trainer is not None
         around, progress = self.around, self.trainer.progress
         shape = {
@@ -63,12 +72,29 @@ class Saver:
             for name, text in around.records.items():
                 draft.put(name, [text.encode()])
 
+        self.settle()
         run = around.run.folder
-        require_room(run, taken.num_bytes, around.disk)
+        require_room(run, num_bytes, around.disk)
         if around.run.log.exists():  # a checkpoint says how long the log is
             around.disk.sync(around.run.log)
         publish_checkpoint(run / f"checkpoint-{progress.update}", fill, around.disk)
-        rotate(run, self.spec.save_total_limit, self._best(run), around.disk)
+        retired = retire(run, self.spec.save_total_limit, self._best(run), around.disk)
+        self._remove(run, tuple(retired.values()))
+
+    def _remove(self, run: Path, retired: tuple[Path, ...]) -> None:
+        """Beside training: unlinking takes as long as writing."""
+        disk = self.around.disk
+        self._removing = self._remover.submit(lambda: remove_retired(run, retired, disk))
+
+    def settle(self) -> None:
+        """Wait until older checkpoints are gone.
+
+        Raises:
+            CheckpointError: the disk refused; the newest is whole.
+        """
+        if self._removing is not None:
+            removing, self._removing = self._removing, None
+            removing.result()
 
     def _best(self, run: Path) -> Path | None:
         assert self.trainer is not None

@@ -10,6 +10,7 @@ import json
 import random
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,6 +106,7 @@ class Moving:
         self.scaler = scaler
         self.adapter = adapter
         tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.is_sharded = is_sharded(model)
         self._saved = {name: tensors[held] for name, held in adapter.names.items()}
         trainable = {id(one) for one in model.parameters() if one.requires_grad}
         left_out = trainable - {id(one) for one in self._saved.values()}
@@ -115,6 +117,12 @@ class Moving:
         where the model is sharded.
         """
         return {name: whole(one) for name, one in self._saved.items()}
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """What a checkpoint needs on the disk, nearly: the adapter and the optimizer's state."""
+        tensors = [*self._saved.values(), *_tensors_in(self.optimizer.state_dict()["state"])]
+        return sum(one.nbytes for one in tensors) + _OTHER_FILES_BYTES
 
     def state(self) -> dict[str, Any]:
         return {
@@ -140,17 +148,11 @@ class Taken:
     optimizer_kind: str
     adapter: AdapterFiles
 
-    @property
-    def num_bytes(self) -> int:
-        """What it needs on the disk, nearly: the adapter and the optimizer's state."""
-        tensors = [*self.weights.values(), *_tensors_in(self.state["optimizer"]["state"])]
-        return sum(one.nbytes for one in tensors) + _OTHER_FILES_BYTES
-
 
 def take(moving: Moving) -> Taken:
     """On every process: of a sharded model each holds a part."""
     return Taken(
-        whole_in(moving.state()) if is_sharded(moving.model) else moving.state(),
+        whole_in(moving.state()) if moving.is_sharded else moving.state(),
         moving.weights(),
         kind_of(moving.optimizer),
         moving.adapter,
@@ -171,10 +173,10 @@ def write_snapshot(
         randoms: `random_state()` of every process.
     """
     adapter = taken.adapter
-    draft.put(WEIGHTS_FILE, tensor_parts(taken.weights, {"format": "pt"}))
-    draft.put(OPTIMIZER_FILE, value_parts(taken.state))
     for name, content in adapter.unchanging.items():
         draft.put(name, [content], adapter.digests[name])
+    draft.put(WEIGHTS_FILE, tensor_parts(taken.weights, {"format": "pt"}))
+    draft.put(OPTIMIZER_FILE, value_parts(taken.state))
     draft.put(RANDOM_FILE, value_parts(randoms))
     shared = Shared(**shape, optimizer_kind=taken.optimizer_kind)
     values = {**progress.as_dict(), **asdict(shared)}

@@ -133,6 +133,7 @@ def train_adapter(
             step.progress = progress
             trainer.train()
             stop_signal = cadence.stop_signal or _late_signal(trainer, around)
+            trainer.hooks.settle()
         if hardware.device == "cuda":
             torch.cuda.synchronize()
     if spec.gradient_checkpointing:
@@ -209,6 +210,7 @@ def _trainer(
         else None,
         hooks=Hooks(
             save=saver.save,
+            settle=lambda: processes.on_main(saver.settle),
             keep_last_good=saver.keep_last_good,
             warn=around.reporter.warn,
             gathered=processes.gathered,

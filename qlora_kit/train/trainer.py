@@ -29,6 +29,8 @@ class Hooks:
 
     save: Callable[[], None]
     """Write a checkpoint of the update just made."""
+    settle: Callable[[], None]
+    """Wait for what saving does beside training."""
     keep_last_good: Callable[[int], str]
     """Keep the adapter as it was after an update; returns where, for people."""
     warn: Callable[[str], None]
