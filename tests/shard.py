@@ -27,8 +27,8 @@ from qlora_kit.train.snapshot import (
     Progress,
     difference,
     read_snapshot,
+    snapshot,
     take,
-    write_snapshot,
 )
 
 SHAPE = {"items_per_update": 4, "items_per_process": 2, "num_updates": 3, "num_processes": 2}
@@ -79,9 +79,7 @@ def main(model: str, storage: str, folder: Path) -> None:
     losses = [both(ids) for ids in batches[:3]]
     taken = take(shared)
     if rank == 0:
-        publish_checkpoint(
-            folder, lambda draft: write_snapshot(draft, taken, Progress(3), SHAPE, [{}, {}])
-        )
+        publish_checkpoint(folder, snapshot(taken, Progress(3), SHAPE, [{}, {}]).write)
     dist.barrier()
     _, _, again = build(model, quantization, sharded=True)
     read_snapshot(folder, again)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import re
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,6 @@ _LEFTOVER = re.compile(
     r"\.(?P<name>checkpoint-[0-9]+|adapter|last-good)\.[0-9a-f]{32}"
     r"\.(?P<state>draft|replaced|removed)"
 )
-_NOT_DELETED = "old checkpoints could not be deleted"
 # Of recipe.yaml, summary.json and the like, by the number of the process that was killed.
 _HALF_WRITTEN = re.compile(r"\.[a-z]+\.(json|yaml)\.[0-9]+")
 # How torch's C++ writer says that the disk did not take everything; there is no errno in it.
@@ -135,27 +134,17 @@ def newest_whole(run_folder: Path) -> Found:
 def rotate(
     run_folder: Path, keep: int | None, protected: Path | None, disk: Disk = DISK
 ) -> tuple[Path, ...]:
-    """`retire`, and delete at once. Returns what was deleted."""
-    retired = retire(run_folder, keep, protected, disk)
-    remove_retired(run_folder, tuple(retired.values()), disk)
-    return tuple(retired)
-
-
-def retire(
-    run_folder: Path, keep: int | None, protected: Path | None, disk: Disk = DISK
-) -> dict[Path, Path]:
-    """Move checkpoints beyond the newest `keep` out of sight; called when the newest is in place.
+    """Delete checkpoints beyond the newest `keep`; called when the newest is in place.
 
     `protected`, the best one, is never deleted. It counts as one of `keep`, as with transformers,
     but the newest is kept in any case: with `keep` 1 there may be two. Damaged ones do not count,
-    and go when they are older than all that count. Returns where each now is, for
-    `remove_retired`; half of a checkpoint never stands under its name.
+    and go when they are older than all that count. Returns what was deleted.
 
     Raises:
         CheckpointError: the disk refused; the newest is whole.
     """
     if keep is None:
-        return {}
+        return ()
     found = find_checkpoints(run_folder)
     spared = protected.name if protected is not None else None
     whole = [folder for folder in found if not faults_at_a_glance(folder)]
@@ -164,26 +153,23 @@ def retire(
     is_newest_spared = bool(whole) and whole[0].name == spared
     recent = others[: max(places, 0 if is_newest_spared else 1)]
     if len(recent) == len(others):
-        return {}
+        return ()
     oldest = step_of(recent[-1]) if recent else step_of(whole[0])
     doomed = [folder for folder in found if step_of(folder) < oldest and folder.name != spared]
-    hidden = {folder: _hidden(folder, "removed") for folder in doomed}
-    with _told(_NOT_DELETED, run_folder, disk):
-        for folder in reversed(doomed):
-            disk.rename(folder, hidden[folder])
-        disk.sync(run_folder)
-    return hidden
+    with _told("old checkpoints could not be deleted", run_folder, disk):
+        _delete(doomed, run_folder, disk)
+    return tuple(doomed)
 
 
-def remove_retired(run_folder: Path, retired: Sequence[Path], disk: Disk = DISK) -> None:
-    """Delete what `retire` has put out of sight; what is left of it, the next start removes.
-
-    Raises:
-        CheckpointError: the disk refused; the newest is whole.
-    """
-    with _told(_NOT_DELETED, run_folder, disk):
-        for path in reversed(retired):
-            disk.remove(path)
+def _delete(folders: list[Path], run_folder: Path, disk: Disk) -> None:
+    """First out of sight, so that half of a checkpoint never stands under its name."""
+    hidden = []
+    for folder in reversed(folders):
+        hidden.append(_hidden(folder, "removed"))
+        disk.rename(folder, hidden[-1])
+    disk.sync(run_folder)
+    for path in hidden:
+        disk.remove(path)
 
 
 def is_half_written(path: Path) -> bool:

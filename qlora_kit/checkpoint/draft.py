@@ -17,8 +17,6 @@ Buffer = bytes | memoryview
 
 _THREADS = 2
 _BUFFERS_A_CALL = 512  # the system takes 1,024
-# What hashing gives the interpreter back for is longer than 2 KiB; below a MiB it is not worth it.
-_AT_ONCE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -125,15 +123,7 @@ def _write_all(descriptor: int, parts: Sequence[Buffer]) -> None:
 
 
 def _sha256_of(parts: Sequence[Buffer]) -> str:
-    """Small parts are joined: each would cost a hand-over of the interpreter."""
     digest = hashlib.sha256()
-    waiting: list[Buffer] = []
-    num_waiting = 0
     for part in parts:
-        waiting.append(part)
-        num_waiting += len(part)
-        if num_waiting >= _AT_ONCE_BYTES:
-            digest.update(waiting[0] if len(waiting) == 1 else b"".join(waiting))
-            waiting, num_waiting = [], 0
-    digest.update(b"".join(waiting))
+        digest.update(part)
     return digest.hexdigest()

@@ -1,10 +1,10 @@
 """Tensors, and nested values that hold many of them, as the bytes of files.
 
 The files are safetensors files, and any library can read them; reading one runs no code, as
-unpickling would. Large tensors are not copied on the way to the disk. An optimizer's state is
-thousands of tensors of a few kilobytes, for which `torch.save` takes several times as long as the
-disk: `value_parts` joins those of one dtype end to end, and keeps the structure around them in the
-file's metadata.
+unpickling would. The bytes are copies, so that training may go on while they are written. An
+optimizer's state is thousands of tensors of a few kilobytes, for which `torch.save` takes several
+times as long as the disk: `value_parts` joins those of one dtype end to end, and keeps the
+structure around them in the file's metadata.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from safetensors import safe_open
 from qlora_kit.checkpoint.draft import Buffer
 
 STRUCTURE = "structure"
-_LARGE_BYTES = 1 << 20
+_PART_BYTES = 1 << 25
 _PLAIN = frozenset({type(None), bool, int, float, str})
 _ALIGNMENT = 8
 # https://github.com/huggingface/safetensors#format
@@ -96,23 +96,26 @@ def _parts(
 
 
 def _joined(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Tensors as flat ones: large ones as they are, small ones of a dtype end to end."""
-    small: list[torch.Tensor] = []
+    """Copies on the CPU of neighbours of a dtype, end to end."""
+    group: list[torch.Tensor] = []
+    num_bytes = 0
     for tensor in tensors:
-        is_large = tensor.nbytes >= _LARGE_BYTES
-        if small and (is_large or tensor.dtype != small[0].dtype):
-            yield torch.cat(small)
-            small = []
-        if is_large:
-            yield tensor.reshape(-1)
-        else:
-            small.append(tensor.detach().reshape(-1))
-    if small:
-        yield torch.cat(small)
+        if group and (tensor.dtype != group[0].dtype or num_bytes >= _PART_BYTES):
+            yield _copy_of(group)
+            group, num_bytes = [], 0
+        group.append(tensor.detach().reshape(-1))
+        num_bytes += tensor.nbytes
+    if group:
+        yield _copy_of(group)
+
+
+def _copy_of(group: list[torch.Tensor]) -> torch.Tensor:
+    """On its own device first, which for a GPU is one transfer instead of thousands."""
+    return torch.cat(group).cpu()
 
 
 def _bytes_of(flat: torch.Tensor) -> memoryview:
-    view: memoryview = flat.detach().cpu().view(torch.uint8).numpy().data
+    view: memoryview = flat.view(torch.uint8).numpy().data
     return view
 
 

@@ -76,6 +76,7 @@ class StepCallback(TrainerCallback):
     ) -> None:
         assert self.trainer is not None
         self.trainer.progress.update = state.global_step
+        self.trainer.hooks.look()
         state.epoch = state.global_step / self.updates_per_pass
         host, device = self.memory.step()
         now = time.monotonic()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from qlora_kit.checkpoint.draft import Draft
+from qlora_kit.checkpoint.draft import Buffer, Draft
 from qlora_kit.checkpoint.run_directory import OPTIMIZER_FILE
 from qlora_kit.checkpoint.tensors import load_values, tensor_parts, value_parts
 from qlora_kit.errors import RunError
@@ -141,7 +141,7 @@ class Moving:
 
 @dataclass(frozen=True)
 class Taken:
-    """What `take` has gathered of a training in progress."""
+    """What `take` has gathered of a training in progress; still the tensors that are trained."""
 
     state: dict[str, Any]
     weights: dict[str, torch.Tensor]
@@ -159,30 +159,39 @@ def take(moving: Moving) -> Taken:
     )
 
 
-def write_snapshot(
-    draft: Draft,
-    taken: Taken,
-    progress: Progress,
-    shape: dict[str, int],
-    randoms: list[dict[str, Any]],
-) -> None:
-    """Fill a draft.
+@dataclass(frozen=True)
+class Snapshot:
+    """The bytes of a checkpoint's files, which no later update changes."""
+
+    files: Mapping[str, Sequence[Buffer]]
+    adapter: AdapterFiles
+
+    def write(self, draft: Draft) -> None:
+        for name, content in self.adapter.unchanging.items():
+            draft.put(name, [content], self.adapter.digests[name])
+        for name, parts in self.files.items():
+            draft.put(name, parts)
+        draft.put(MANIFEST_FILE, [self.adapter.manifest_with(draft.sha256_of(WEIGHTS_FILE))])
+
+
+def snapshot(
+    taken: Taken, progress: Progress, shape: dict[str, int], randoms: list[dict[str, Any]]
+) -> Snapshot:
+    """Copy what was taken.
 
     Args:
         shape: the numbers of `Shared`.
         randoms: `random_state()` of every process.
     """
-    adapter = taken.adapter
-    for name, content in adapter.unchanging.items():
-        draft.put(name, [content], adapter.digests[name])
-    draft.put(WEIGHTS_FILE, tensor_parts(taken.weights, {"format": "pt"}))
-    draft.put(OPTIMIZER_FILE, value_parts(taken.state))
-    draft.put(RANDOM_FILE, value_parts(randoms))
     shared = Shared(**shape, optimizer_kind=taken.optimizer_kind)
     values = {**progress.as_dict(), **asdict(shared)}
-    draft.put(PROGRESS_FILE, [(json.dumps(values, indent=1) + "\n").encode()])
-    manifest = adapter.manifest_with(draft.sha256_of(WEIGHTS_FILE))
-    draft.put(MANIFEST_FILE, [manifest])
+    files: dict[str, Sequence[Buffer]] = {
+        WEIGHTS_FILE: tensor_parts(taken.weights, {"format": "pt"}),
+        OPTIMIZER_FILE: value_parts(taken.state),
+        RANDOM_FILE: value_parts(randoms),
+        PROGRESS_FILE: [(json.dumps(values, indent=1) + "\n").encode()],
+    }
+    return Snapshot(files, taken.adapter)
 
 
 def read_progress(folder: Path) -> tuple[Progress, Shared]:

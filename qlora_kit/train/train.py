@@ -127,6 +127,7 @@ def train_adapter(
             around.requests.deferred(),
             processes.noticing_loss(),
             warnings.catch_warnings(),
+            trainer.hooks.settled(),
         ):
             # On a CPU paged optimizers run unpaged, which is what is meant there.
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
@@ -183,7 +184,7 @@ def _trainer(
     items = batches.items(spec, shape.items_per_update)
     updates_per_pass = batches.updates_per_pass(shape.items_per_update) or num_updates
     run, processes = around.run, around.processes
-    saver = Saver(around, shape, num_updates, spec)
+    saver = Saver(around, shape, num_updates, spec, is_beside=limit.data_bytes is None)
     trainer = QloraTrainer(
         model=model,
         args=training_arguments(
@@ -211,6 +212,8 @@ def _trainer(
         hooks=Hooks(
             save=saver.save,
             settle=lambda: processes.on_main(saver.settle),
+            settled=saver.settled,
+            look=saver.look if processes.count == 1 else lambda: None,
             keep_last_good=saver.keep_last_good,
             warn=around.reporter.warn,
             gathered=processes.gathered,

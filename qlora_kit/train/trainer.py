@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,11 @@ class Hooks:
     save: Callable[[], None]
     """Write a checkpoint of the update just made."""
     settle: Callable[[], None]
-    """Wait for what saving does beside training."""
+    """Wait until checkpoints are on the disk."""
+    settled: Callable[[], AbstractContextManager[None]]
+    """The same however the block ends, and whatever hinders it."""
+    look: Callable[[], None]
+    """Raise what has hindered the one being written, without waiting for it."""
     keep_last_good: Callable[[int], str]
     """Keep the adapter as it was after an update; returns where, for people."""
     warn: Callable[[str], None]

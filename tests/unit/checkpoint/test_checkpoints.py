@@ -75,6 +75,7 @@ class TestPublishing:
     def test_a_file_must_not_change_once_it_was_put(self, tmp_path: Path, size: int) -> None:
         def fill(draft: Draft) -> None:
             draft.put("state.json", [bytes(1000)])
+            draft.sha256_of("state.json")
             path = draft.folder / "state.json"
             before = path.stat().st_mtime_ns
             while path.stat().st_mtime_ns == before:
