@@ -40,7 +40,7 @@ from qlora_kit.environment import (
     probe_hardware,
     resolve_compute_dtype,
 )
-from qlora_kit.errors import ProcessLost, RunStopped
+from qlora_kit.errors import HardwareError, ProcessLost, RunStopped
 from qlora_kit.evaluate.divergence import DEFAULT_MAX_TOKENS
 from qlora_kit.evaluate.evaluate import evaluate_model, evaluate_side_by_side, window_size
 from qlora_kit.export.merge_run import merge_after_training
@@ -193,8 +193,8 @@ def train(
         trained = train_adapter(
             model, ready.base, ready.batches, recipe.train, around, continuation
         )
-    except ProcessLost as lost:
-        lost.args = (f"{lost} {left_behind(recipe)}",)
+    except (ProcessLost, HardwareError) as ended:
+        ended.args = (f"{ended} {left_behind(recipe)}",)
         raise
     weights = gathered_trainables(model)
     leave(around.processes)

@@ -95,6 +95,7 @@ def training_arguments(
         disable_tqdm=True,
         log_level="error",
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # every process has made the same ones
     )
     # Beside a second GPU the Trainer would wrap the model in DataParallel and double the batch.
     arguments._n_gpu = 1

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.checkpoint.checkpoints import publish_checkpoint, require_room, rotate
 from qlora_kit.checkpoint.draft import Draft
 from qlora_kit.train.continuation import items_per_update, moving_parts
+from qlora_kit.train.fitting import fitted
 from qlora_kit.train.loader import BatchShape
 from qlora_kit.train.sharded import gathered_trainables
 from qlora_kit.train.snapshot import Moving, Taken, random_state, take, write_snapshot
@@ -42,11 +43,20 @@ class Saver:
         assert self.trainer is not None
         assert self.step is not None
         self.trainer.progress.seconds = self.step.seconds
+        self.trainer.progress.fitted = fitted(self.trainer, self.spec)
         randoms = self.around.processes.gathered(random_state())
         if self._moving is None:
             self._moving = moving_parts(self.trainer, self.around.adapter_files)
         taken = take(self._moving)
         self.around.processes.on_main(lambda: self._write(taken, randoms))
+
+    def save_last(self) -> None:
+        """The update last made, unless there is none, or it is saved already."""
+        assert self.trainer is not None
+        update = self.trainer.progress.update
+        place = self.around.run.folder / f"checkpoint-{update}"
+        if update and not self.around.processes.on_main(place.exists):
+            self.save()
 
     def _write(self, taken: Taken, randoms: list[dict[str, Any]]) -> None:
         assert self.trainer is not None
