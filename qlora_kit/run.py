@@ -56,7 +56,7 @@ from qlora_kit.report import narrate
 from qlora_kit.report.reporter import SILENT, Reporter
 from qlora_kit.train.arguments import require_tf32, resolve_precision
 from qlora_kit.train.batching import Batching, plan_batches
-from qlora_kit.train.continuation import Continuation
+from qlora_kit.train.continuation import Continuation, shape_for
 from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.requests import TRIGGER_FILE, listening
 from qlora_kit.train.sharded import gathered_trainables
@@ -137,6 +137,8 @@ def run_recipe(
         prints = fingerprints(recipe, ready, hardware)
         require_alike(processes.gathered(prints))
         continuation = continuation_of(entry, prints, allow_drift, processes, reporter)
+        shape = processes.together(lambda: shape_for(recipe.train, processes, continuation))
+        narrate.schedule(reporter, recipe.train, ready.batches, shape)
         needed = bytes_to_write(recipe, ready.adapted, ready.held_out.sequences)
         run = processes.on_main(lambda: open_folder(recipe, entry, needed))
         if processes.is_main:
@@ -266,7 +268,6 @@ def prepare(
         lambda: plan_batches(adapted.model, base, train, held_out.sequences, recipe.data)
     )
     narrate.adapter(reporter, adapted, recipe)
-    narrate.schedule(reporter, recipe.train, batches, processes.count)
     return Prepared(base, train, held_out, adapted, batches, precision)
 
 

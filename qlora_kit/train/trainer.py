@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -18,22 +18,20 @@ from transformers import Trainer
 from qlora_kit.data.collate import NOT_FOR_THE_MODEL, Batch
 from qlora_kit.errors import HardwareError, TrainingError
 from qlora_kit.model.adapter import require_float32_trainables
-from qlora_kit.out_of_memory import MemoryLimit, first_line, free_memory, is_out_of_memory
+from qlora_kit.out_of_memory import (
+    MemoryLimit,
+    RanOut,
+    first_of,
+    free_memory,
+    is_out_of_memory,
+    ran_out,
+)
 from qlora_kit.train.exchange import average_gradients
 from qlora_kit.train.loader import AnyCollator, MicroBatches, data_loader, divided
 from qlora_kit.train.snapshot import Progress, put_random_state_back, random_state
 
 if TYPE_CHECKING:
     from qlora_kit.train.held_out import HeldOutLoss
-
-
-@dataclass(frozen=True)
-class RanOut:
-    """Memory that ran out."""
-
-    reason: str
-    num_tokens: int
-    """Of the longest sequence at work."""
 
 
 @dataclass(frozen=True)
@@ -126,7 +124,7 @@ class QloraTrainer(Trainer):
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            self._ran_out = ran_out(error, inputs)
+            self._ran_out = ran_out(error, inputs["input_ids"].shape[-1])
         # The error is gone by here, and with it the tensors that its frames held.
         if self._ran_out is not None and self.waits_inside:
             raise HardwareError(self.hooks.out_of_memory(self._ran_out, self.micro_batch))
@@ -330,15 +328,6 @@ class QloraTrainer(Trainer):
         )
         error.is_told_elsewhere = self.args.process_index > 0
         raise error
-
-
-def ran_out(error: BaseException, batch: Batch) -> RanOut:
-    return RanOut(first_line(error), int(batch["input_ids"].shape[-1]))
-
-
-def first_of(found: Sequence[RanOut | None]) -> RanOut | None:
-    """What was found by the first process that found anything."""
-    return next((one for one in found if one is not None), None)
 
 
 def _apart(model: nn.Module) -> AbstractContextManager[Any]:

@@ -8,10 +8,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qlora_kit.data.collate import Batch
 from qlora_kit.errors import HardwareError
-from qlora_kit.out_of_memory import free_memory, is_out_of_memory
+from qlora_kit.out_of_memory import RanOut, first_of, free_memory, is_out_of_memory, ran_out
 from qlora_kit.train.loader import collate
 from qlora_kit.train.snapshot import put_random_state_back, random_state
-from qlora_kit.train.trainer import RanOut, first_of, ran_out
 
 if TYPE_CHECKING:
     from torch import nn
@@ -77,7 +76,7 @@ class WorstBatch(TrainerCallback):
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            mine = ran_out(error, batch)
+            mine = ran_out(error, batch["input_ids"].shape[-1])
         if mine is not None and trainer.waits_inside:
             raise HardwareError(trainer.hooks.out_of_memory(mine, trainer.micro_batch))
         trainer.own_model.zero_grad()
