@@ -136,6 +136,12 @@ def thread_setting() -> str:
     return os.environ.get("OMP_NUM_THREADS", "")
 
 
+def tensorboard_folder(default: Path) -> Path:
+    """Where curves are written: transformers' own setting goes first."""
+    asked = os.environ.get("TENSORBOARD_LOGGING_DIR")
+    return Path(asked).expanduser() if asked else default
+
+
 def quiet_upstream() -> None:
     """Turn off upstream telemetry and progress bars before those libraries are imported.
 

@@ -87,7 +87,7 @@ def training_arguments(
         eval_strategy="no" if spec.eval_strategy == "no" else "steps",
         eval_steps=num_updates + 1,
         save_strategy="no",
-        report_to=list(spec.report_to) or "none",
+        report_to=[one for one in spec.report_to if one != "tensorboard"] or "none",
         use_cpu=hardware.device == "cpu",
         dataloader_pin_memory=hardware.device != "cpu",
         remove_unused_columns=False,

@@ -30,6 +30,7 @@ from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.requests import Requests
 from qlora_kit.train.saving import Saver
 from qlora_kit.train.snapshot import Progress
+from qlora_kit.train.trackers import tensorboard
 from qlora_kit.train.trainer import Hooks, QloraTrainer
 from qlora_kit.train.worst_batch import WorstBatch, what_would_help
 
@@ -226,6 +227,8 @@ def _trainer(
     cadence = Cadence(spec, updates_per_pass, num_updates, around.requests)
     step.trainer = trainer
     trainer.remove_callback(transformers.PrinterCallback)
+    if "tensorboard" in spec.report_to and processes.is_main:
+        trainer.add_callback(tensorboard(run.folder, start))
     # In this order: the worst batch is tried, then what was saved is put back.
     trainer.add_callback(WorstBatch(trainer, batches, spec, around))
     trainer.add_callback(GoOn(trainer, continuation, processes, run.log, around.adapter_files))
