@@ -14,8 +14,9 @@ from qlora_kit.checkpoint.checkpoints import find_checkpoints
 from .conftest import task_rows, write_recipe, write_rows
 
 FLOAT_ERROR = 1e-5
-# The third update: its first micro-batch, and its last, where gradients are exchanged.
-BEGINNINGS = {"first": 4, "last": 5}
+# Forward passes that go well: memory runs out in the last micro-batch of the third update, where
+# DistributedDataParallel would exchange the gradients.
+WELL = 5
 
 
 @dataclass(frozen=True)
@@ -33,14 +34,14 @@ class Ended:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict[str, Ended]:
-    """41 rows: the last update of a pass has one row for both processes."""
+    """41 rows of 8 an update: the last of a pass has one row for both processes."""
     root = tmp_path_factory.mktemp("memory")
     recipe = write_recipe(
         root,
         tiny_llama,
         train={
             "learning_rate": 3e-3,
-            "max_steps": 8,
+            "max_steps": 7,
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 2,
             "logging_steps": 1,
@@ -53,7 +54,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict[str
     write_rows(root / "train.jsonl", task_rows()[:41])
     wanted: dict[str, tuple[str, tuple[int, int, int] | None]] = {
         "whole": ("whole", None),
-        **{name: (name, (1, 1, after)) for name, after in BEGINNINGS.items()},
+        "halved": ("halved", (1, 1, WELL)),
         "ended": ("parts", (1, 0, 6)),
         "gone on with": ("parts", (1, 1, 0)),
     }
@@ -67,9 +68,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict[str
     }
 
 
-@pytest.mark.parametrize("beginning", BEGINNINGS)
-def test_all_halve_and_train_on_the_same_rows(runs: dict[str, Ended], beginning: str) -> None:
-    whole, halved = runs["whole"], runs[beginning]
+def test_all_halve_and_train_on_the_same_rows(runs: dict[str, Ended]) -> None:
+    whole, halved = runs["whole"], runs["halved"]
     assert halved.raised == whole.raised == ["", ""]
     assert halved.said.count("out of memory at update 3") == 1
     assert "1 sequence at a time instead of 2" in halved.said
@@ -80,9 +80,10 @@ def test_all_halve_and_train_on_the_same_rows(runs: dict[str, Ended], beginning:
 
 def test_one_sequence_too_many_ends_all_with_a_checkpoint(runs: dict[str, Ended]) -> None:
     told, other = runs["ended"].raised
-    assert "one sequence at a time" in told
     assert told.endswith("holds checkpoint-3. The same command goes on with it from there.")
-    assert other == f"(told elsewhere) {told}"
+    what = "out of memory with one sequence at a time"
+    assert told.startswith(what)
+    assert other.startswith(f"(told elsewhere) {what}")
     assert find_checkpoints(runs["ended"].folder)[-1].name == "checkpoint-3"
 
 
