@@ -17,6 +17,7 @@ from qlora_kit.checkpoint.entry import (
     FINGERPRINTS_FILE,
     RECIPE_RECORD,
     Entry,
+    as_it_was,
     enter,
     fingerprints_text,
     require_alike,
@@ -132,6 +133,7 @@ def run_recipe(
         entry = processes.on_main(lambda: enter(recipe, allow_drift, held, disk))
         processes.together(lambda: require_visible(entry))
         narrate.entry(reporter, entry)
+        hardware = as_it_was(hardware, entry.checkpoint)
         memory.phase("loading")
         ready = prepare(recipe, hardware, processes, reporter)
         prints = fingerprints(recipe, ready, hardware)
@@ -282,6 +284,8 @@ def fingerprints(recipe: Recipe, ready: Prepared, hardware: Hardware) -> Fingerp
         data_eval=fingerprint_of(ready.held_out, recipe.data.eval),
         packages=", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         hardware=hardware.device_name,
+        compute=str(ready.base.compute_dtype).removeprefix("torch."),
+        native_bf16="yes" if hardware.native_bf16 else "no",
     )
 
 

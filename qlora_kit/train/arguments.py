@@ -24,7 +24,7 @@ def resolve_precision(asked: str, compute_dtype: str, hardware: Hardware) -> str
         HardwareError: the machine has no units for what was asked.
     """
     precision = _PRECISION_OF[compute_dtype] if asked == "auto" else asked
-    if precision == "bf16" and not hardware.native_bf16:
+    if precision == "bf16" and not hardware.has_bf16:
         raise HardwareError(f"train.precision is bf16, but {hardware.reason}; use auto or fp32.")
     if precision == "fp16" and not hardware.native_fp16:
         raise HardwareError(
