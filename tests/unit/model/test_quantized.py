@@ -212,4 +212,3 @@ def test_an_evaluation_repacks_no_weight(monkeypatch: pytest.MonkeyPatch) -> Non
     with torch.no_grad():
         model(torch.ones(2, 64))
     assert torch.equal(layer.weight.data, packed)
-    assert not layer.weight.quant_state.packing_format_for_cpu
