@@ -17,6 +17,7 @@ from qlora_kit.checkpoint.entry import (
     FINGERPRINTS_FILE,
     RECIPE_RECORD,
     Entry,
+    as_it_was,
     enter,
     fingerprints_text,
     require_alike,
@@ -40,7 +41,7 @@ from qlora_kit.environment import (
     probe_hardware,
     resolve_compute_dtype,
 )
-from qlora_kit.errors import ProcessLost, RunStopped
+from qlora_kit.errors import HardwareError, ProcessLost, RunStopped
 from qlora_kit.evaluate.divergence import DEFAULT_MAX_TOKENS
 from qlora_kit.evaluate.evaluate import evaluate_model, evaluate_side_by_side, window_size
 from qlora_kit.export.merge_run import merge_after_training
@@ -56,7 +57,7 @@ from qlora_kit.report import narrate
 from qlora_kit.report.reporter import SILENT, Reporter
 from qlora_kit.train.arguments import require_tf32, resolve_precision
 from qlora_kit.train.batching import Batching, plan_batches
-from qlora_kit.train.continuation import Continuation
+from qlora_kit.train.continuation import Continuation, shape_for
 from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.requests import TRIGGER_FILE, listening
 from qlora_kit.train.sharded import gathered_trainables
@@ -132,11 +133,14 @@ def run_recipe(
         entry = processes.on_main(lambda: enter(recipe, allow_drift, held, disk))
         processes.together(lambda: require_visible(entry))
         narrate.entry(reporter, entry)
+        hardware = as_it_was(hardware, entry.checkpoint)
         memory.phase("loading")
         ready = prepare(recipe, hardware, processes, reporter)
         prints = fingerprints(recipe, ready, hardware)
         require_alike(processes.gathered(prints))
         continuation = continuation_of(entry, prints, allow_drift, processes, reporter)
+        shape = processes.together(lambda: shape_for(recipe.train, processes, continuation))
+        narrate.schedule(reporter, recipe.train, ready.batches, shape)
         needed = bytes_to_write(recipe, ready.adapted, ready.held_out.sequences)
         run = processes.on_main(lambda: open_folder(recipe, entry, needed))
         if processes.is_main:
@@ -193,8 +197,8 @@ def train(
         trained = train_adapter(
             model, ready.base, ready.batches, recipe.train, around, continuation
         )
-    except ProcessLost as lost:
-        lost.args = (f"{lost} {left_behind(recipe)}",)
+    except (ProcessLost, HardwareError) as ended:
+        ended.args = (f"{ended} {left_behind(recipe)}",)
         raise
     weights = gathered_trainables(model)
     leave(around.processes)
@@ -266,7 +270,6 @@ def prepare(
         lambda: plan_batches(adapted.model, base, train, held_out.sequences, recipe.data)
     )
     narrate.adapter(reporter, adapted, recipe)
-    narrate.schedule(reporter, recipe.train, batches, processes.count)
     return Prepared(base, train, held_out, adapted, batches, precision)
 
 
@@ -281,6 +284,8 @@ def fingerprints(recipe: Recipe, ready: Prepared, hardware: Hardware) -> Fingerp
         data_eval=fingerprint_of(ready.held_out, recipe.data.eval),
         packages=", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         hardware=hardware.device_name,
+        compute=str(ready.base.compute_dtype).removeprefix("torch."),
+        native_bf16="yes" if hardware.native_bf16 else "no",
     )
 
 

@@ -15,6 +15,7 @@ from qlora_kit.model.quantized import (
     Quantized,
     four_bit_modules,
     is_four_bit,
+    never_repacked,
     require_quantized,
 )
 from qlora_kit.model.reason import reason_of
@@ -280,6 +281,7 @@ def _load_model(
     require_none_missing(skeleton, found["missing_keys"])
     for module in four_bit_modules(model):
         _compute_in(module, compute_dtype)
+    never_repacked(model)
     model.requires_grad_(False)
     model.eval()
     return model
@@ -293,13 +295,10 @@ def place_of(device: str) -> str:
 def _compute_in(module: Any, compute_dtype: torch.dtype) -> None:
     """Forward computes in the module's dtype, backward dequantizes to its state's: make them one.
 
-    A checkpoint that was stored quantized brings its own of both. Repacking for AVX512-BF16,
-    which an evaluation would trigger and nothing undoes before the next training step or merge,
-    is turned off.
+    A checkpoint that was stored quantized brings its own of both.
     """
     module.compute_dtype = compute_dtype
     module.compute_type_is_set = True
-    module.support_avx512bf16_for_cpu = False
     if is_four_bit(module.weight):
         module.weight.quant_state.dtype = compute_dtype
 

@@ -15,6 +15,7 @@ from qlora_kit.checkpoint.checkpoints import (
 )
 from qlora_kit.checkpoint.draft import Draft
 from qlora_kit.train.continuation import items_per_update, moving_parts
+from qlora_kit.train.fitting import fitted
 from qlora_kit.train.loader import BatchShape
 from qlora_kit.train.sharded import gathered_trainables
 from qlora_kit.train.snapshot import Moving, Snapshot, Taken, random_state, snapshot, take
@@ -64,12 +65,24 @@ class Saver:
         assert self.trainer is not None
         assert self.step is not None
         self.trainer.progress.seconds = self.step.seconds
+        self.trainer.progress.fitted = fitted(self.trainer, self.spec)
         randoms = self.around.processes.gathered(random_state())
         if self._moving is None:
             self._moving = moving_parts(self.trainer, self.around.adapter_files)
         moving = self._moving
         taken = take(moving)
         self.around.processes.on_main(lambda: self._begin(taken, moving.num_bytes, randoms))
+
+    def save_last(self) -> None:
+        """The update last made, unless there is none, or it is saved already."""
+        assert self.trainer is not None
+        update = self.trainer.progress.update
+        if update and not self.around.processes.on_main(lambda: self._holds(update)):
+            self.save()
+
+    def _holds(self, update: int) -> bool:
+        self.settle()
+        return (self.around.run.folder / f"checkpoint-{update}").exists()
 
     def settle(self) -> None:
         """Wait until what was saved is whole on the disk, and what is too old is gone.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -63,6 +63,8 @@ class Progress:
     """Length of log.jsonl; what is behind it was logged by updates that will be made again."""
     best_loss: float | None = None
     best_update: int | None = None
+    fitted: dict[str, int | None] = field(default_factory=dict)
+    """What did not fit the memory as the recipe has it, and how it does: see `train.fitting`."""
     order_digest: str = ""
     """Chained over the origins of every row trained on, update by update."""
 

@@ -23,12 +23,14 @@ from qlora_kit.train.batching import Batching
 from qlora_kit.train.cadence import Cadence
 from qlora_kit.train.callbacks import StepCallback
 from qlora_kit.train.continuation import Continuation, GoOn, items_per_update, shape_for
+from qlora_kit.train.fitting import put_back_what_fits
 from qlora_kit.train.held_out import HeldOutLoss
 from qlora_kit.train.loader import BatchShape, MicroBatches
 from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.requests import Requests
 from qlora_kit.train.saving import Saver
 from qlora_kit.train.snapshot import Progress
+from qlora_kit.train.trackers import tensorboard
 from qlora_kit.train.trainer import Hooks, QloraTrainer
 from qlora_kit.train.worst_batch import WorstBatch, what_would_help
 
@@ -148,9 +150,8 @@ def train_adapter(
 def _late_signal(trainer: QloraTrainer, around: Surroundings) -> int | None:
     """One that came while the last update was evaluated or saved, when nobody looked any more."""
     late = around.requests.stop_signal
-    place = around.run.folder / f"checkpoint-{trainer.progress.update}"
-    if late is not None and around.processes.count == 1 and not place.exists():
-        trainer.hooks.save()
+    if late is not None and around.processes.count == 1:
+        trainer.hooks.save_last()
     return late
 
 
@@ -203,14 +204,14 @@ def _trainer(
             batches.held_out,
             batches.collator,
             spec.per_device_eval_batch_size,
-            processes.rank,
-            processes.count,
+            processes,
             limit,
         )
         if batches.held_out
         else None,
         hooks=Hooks(
             save=saver.save,
+            save_last=saver.save_last,
             settle=lambda: processes.on_main(saver.settle),
             settled=saver.settled,
             look=saver.look if processes.count == 1 else lambda: None,
@@ -218,17 +219,21 @@ def _trainer(
             warn=around.reporter.warn,
             gathered=processes.gathered,
             limit=limit,
-            out_of_memory=lambda batch, reason: what_would_help(batch, reason, base, spec, around),
+            out_of_memory=lambda found, size: what_would_help(found, size, base, spec, around),
         ),
         progress=continuation.progress if continuation else Progress(),
         loraplus_lr_ratio=spec.loraplus_lr_ratio,
     )
+    if continuation is not None:
+        put_back_what_fits(trainer, continuation.progress, spec, around.reporter)
     saver.trainer = trainer
     step = StepCallback(run.log, around.memory, around.reporter, updates_per_pass)
     saver.step = step
     cadence = Cadence(spec, updates_per_pass, num_updates, around.requests)
     step.trainer = trainer
     trainer.remove_callback(transformers.PrinterCallback)
+    if "tensorboard" in spec.report_to and processes.is_main:
+        trainer.add_callback(tensorboard(run.folder, start))
     # In this order: the worst batch is tried, then what was saved is put back.
     trainer.add_callback(WorstBatch(trainer, batches, spec, around))
     trainer.add_callback(GoOn(trainer, continuation, processes, run.log, around.adapter_files))
