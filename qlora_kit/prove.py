@@ -159,7 +159,7 @@ def _killed(recipe: Path) -> tuple[int, int]:
         _command(recipe), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     try:
-        while run.poll() is None and len(_losses(folder)) <= _SAVE_EVERY:
+        while run.poll() is None and not _is_past_a_checkpoint(folder):
             time.sleep(_POLL_SECONDS)
     finally:
         run.kill()
@@ -170,6 +170,11 @@ def _killed(recipe: Path) -> tuple[int, int]:
     if not kept:
         raise RunError(f"the run to be killed ended before its first checkpoint:\n{said[-2000:]}")
     return len(_losses(folder)), int(kept[0].name.rpartition("-")[2])
+
+
+def _is_past_a_checkpoint(folder: Path) -> bool:
+    """Whether one is there, and updates were made since that a kill takes away."""
+    return len(_losses(folder)) > _SAVE_EVERY and bool(find_checkpoints(folder))
 
 
 def _command(recipe: Path) -> list[str]:
