@@ -54,6 +54,8 @@ from qlora_kit.processes import Processes, common_hardware, join, leave
 from qlora_kit.recipe import Recipe, recipe_hash, recipe_text
 from qlora_kit.report import narrate
 from qlora_kit.report.reporter import SILENT, Reporter
+from qlora_kit.runtime.forward import context_tokens
+from qlora_kit.runtime.transformers import TransformersRuntime
 from qlora_kit.train.arguments import require_tf32, resolve_precision
 from qlora_kit.train.batching import Batching, plan_batches
 from qlora_kit.train.continuation import Continuation
@@ -249,7 +251,9 @@ def prepare(
         require_same_base(processes.gathered(state_checksum(base.model)))
     if recipe.evaluate.perplexity and recipe.data.has_eval_rows:
         # Rather now than after training.
-        processes.together(lambda: window_size(base.model, recipe.evaluate, recipe.data))
+        processes.together(
+            lambda: window_size(context_tokens(base.model), recipe.evaluate, recipe.data)
+        )
     prepare_for_training(base.model)
     narrate.base(reporter, base, recipe.quantization)
 
@@ -334,13 +338,11 @@ def evaluate_held_out(
     if not held_out.sequences:
         return {}
     if model is base.model:
-        measured = evaluate_model(
-            base.source.name, model, base, held_out, recipe.evaluate, recipe.data, reporter
-        )
+        alone = TransformersRuntime.on_base(base.source.name, model, base)
+        measured = evaluate_model(alone, held_out, recipe.evaluate, recipe.data, reporter)
         return {"model": measured.as_dict()}
-    return evaluate_side_by_side(
-        model, base, held_out, recipe.evaluate, recipe.data, reporter
-    ).as_dict()
+    tuned = TransformersRuntime.on_base("tuned", model, base)
+    return evaluate_side_by_side(tuned, held_out, recipe.evaluate, recipe.data, reporter).as_dict()
 
 
 def bytes_to_write(recipe: Recipe, adapted: Adapted, held_out: Sequence[TokenSequence] = ()) -> int:

@@ -33,6 +33,8 @@ class Subject:
     run: RunDirectory | None
     recipe: Recipe | None
     """Of the run; None for a model that is not one."""
+    adapter: Path | None = None
+    """The folder that the adapter was read from."""
 
     @property
     def has_adapter(self) -> bool:
@@ -55,11 +57,11 @@ def load_subject(
     if is_run(folder):
         run, recipe = open_run(folder)
         model, base = _with_adapter(recipe.model, recipe.quantization, run.adapter, force, reporter)
-        return Subject(name, model, base, run, recipe)
+        return Subject(name, model, base, run, recipe, run.adapter)
     if (folder / "adapter_config.json").is_file():
         spec, quantization = _from_manifest(folder, read_as)
         model, base = _with_adapter(spec, quantization, folder, force, reporter)
-        return Subject(name, model, base, None, None)
+        return Subject(name, model, base, None, None, folder)
     base = _plain(read_as if read_as.name_or_path == name else _read_alike(name, read_as))
     return Subject(name, base.model, base, None, None)
 
