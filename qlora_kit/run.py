@@ -55,6 +55,7 @@ from qlora_kit.recipe import Recipe, recipe_hash, recipe_text
 from qlora_kit.report import narrate
 from qlora_kit.report.reporter import SILENT, Reporter
 from qlora_kit.runtime.forward import context_tokens
+from qlora_kit.runtime.protocol import Runtime
 from qlora_kit.runtime.transformers import TransformersRuntime
 from qlora_kit.train.arguments import require_tf32, resolve_precision
 from qlora_kit.train.batching import Batching, plan_batches
@@ -68,7 +69,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
     from qlora_kit.data.sequences import TokenSequence
     from qlora_kit.recipe import QuantizationSpec
@@ -307,7 +307,8 @@ def finish(
     write_ledger(run, ready.train, held_out)
 
     memory.phase("evaluating")
-    evaluation = evaluate_held_out(model, base, held_out, recipe, reporter)
+    tuned = TransformersRuntime.on_base("tuned", model, base)
+    evaluation = evaluate_held_out(tuned, held_out, recipe, reporter)
     write_json(run.evaluation, evaluation)
 
     memory.phase("merging")
@@ -325,8 +326,7 @@ def write_ledger(run: RunDirectory, train: Part, held_out: Part) -> None:
 
 
 def evaluate_held_out(
-    model: PeftModel | PreTrainedModel,
-    base: Base,
+    runtime: Runtime,
     held_out: Part,
     recipe: Recipe,
     reporter: Reporter = SILENT,
@@ -337,12 +337,11 @@ def evaluate_held_out(
     """
     if not held_out.sequences:
         return {}
-    if model is base.model:
-        alone = TransformersRuntime.on_base(base.source.name, model, base)
-        measured = evaluate_model(alone, held_out, recipe.evaluate, recipe.data, reporter)
-        return {"model": measured.as_dict()}
-    tuned = TransformersRuntime.on_base("tuned", model, base)
-    return evaluate_side_by_side(tuned, held_out, recipe.evaluate, recipe.data, reporter).as_dict()
+    if isinstance(runtime, TransformersRuntime) and runtime.has_adapter:
+        both = evaluate_side_by_side(runtime, held_out, recipe.evaluate, recipe.data, reporter)
+        return both.as_dict()
+    measured = evaluate_model(runtime, held_out, recipe.evaluate, recipe.data, reporter)
+    return {"model": measured.as_dict()}
 
 
 def bytes_to_write(recipe: Recipe, adapted: Adapted, held_out: Sequence[TokenSequence] = ()) -> int:
