@@ -17,7 +17,6 @@ from qlora_kit.data.read import source_files
 from qlora_kit.errors import DataError, Fault, ModelError
 from qlora_kit.model.weights import inspect_weights
 from qlora_kit.recipe import ModelSpec, Recipe, SourceSpec
-from qlora_kit.recipe.evaluate import METRIC_PACKAGES
 from qlora_kit.templates import library
 
 AnySpec = TypeVar("AnySpec", ModelSpec, SourceSpec)
@@ -43,7 +42,7 @@ _PEEK_BYTES = 65536
 def preflight(recipe: Recipe) -> list[Fault]:
     """Every fault in what the recipe names; relative paths start in the working directory."""
     faults = _guarded("model.name_or_path", _base_faults, recipe.model)
-    return [*faults, *data_faults(recipe), *_tracker_faults(recipe), *_metric_faults(recipe)]
+    return [*faults, *data_faults(recipe), *_tracker_faults(recipe)]
 
 
 def data_faults(recipe: Recipe) -> list[Fault]:
@@ -65,19 +64,6 @@ def _tracker_faults(recipe: Recipe) -> list[Fault]:
         )
         for tracker in recipe.train.report_to
         if find_spec(tracker) is None
-    ]
-
-
-def _metric_faults(recipe: Recipe) -> list[Fault]:
-    generate = recipe.evaluate.generate
-    return [
-        Fault(
-            "evaluate.generate.metrics",
-            f"{METRIC_PACKAGES[name]} is not installed, which {name} is measured with",
-            "pip install 'qlora-kit[metrics]'",
-        )
-        for name in (generate.metrics if generate else ())
-        if name in METRIC_PACKAGES and find_spec(METRIC_PACKAGES[name]) is None
     ]
 
 

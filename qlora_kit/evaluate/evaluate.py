@@ -17,7 +17,7 @@ from qlora_kit.evaluate.generation import (
     exact_match,
     generate_answers,
 )
-from qlora_kit.evaluate.metrics import measure_metrics, require_packages
+from qlora_kit.evaluate.metrics import measure_metrics
 from qlora_kit.evaluate.perplexity import Perplexity, measure_perplexity
 from qlora_kit.report.reporter import SILENT, Reporter
 from qlora_kit.runtime.protocol import Runtime
@@ -98,8 +98,6 @@ def evaluate_model(
         DataError: nothing is supervised.
     """
     started = time.perf_counter()
-    if spec.generate is not None:
-        require_packages(spec.generate.metrics)
     perplexity = None
     if spec.perplexity:
         perplexity = _perplexity(runtime, part, spec, data, reporter)

@@ -6,11 +6,10 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 
-from qlora_kit.errors import DataError, ModelError
+from qlora_kit.errors import DataError
 from qlora_kit.evaluate.generation import Answer
-from qlora_kit.recipe.evaluate import METRIC_PACKAGES, MetricName
+from qlora_kit.recipe.evaluate import MetricName
 
 # Beyond so many labels to a row nobody means labels.
 _MAX_LABELS_PER_ROW = 0.5
@@ -70,16 +69,6 @@ class Labelled:
         )
 
 
-def require_packages(names: Sequence[MetricName]) -> None:
-    """Raises ModelError where a metric's library is not installed."""
-    for name in names:
-        if name in METRIC_PACKAGES and find_spec(METRIC_PACKAGES[name]) is None:
-            raise ModelError(
-                f"evaluate.generate.metrics: {name} is measured with {METRIC_PACKAGES[name]}, "
-                "which is not installed; pip install 'qlora-kit[metrics]', or leave it out."
-            )
-
-
 def measure_metrics(
     answers: Sequence[Answer], names: Sequence[MetricName]
 ) -> tuple[dict[str, float], list[str]]:
@@ -93,7 +82,6 @@ def measure_metrics(
     """
     if not answers:
         raise DataError("metrics cannot be measured: there is no prompt with a reference.")
-    require_packages(names)
     figures: dict[str, float] = {}
     findings: list[str] = []
     if "accuracy" in names or "macro_f1" in names:

@@ -12,9 +12,6 @@ from qlora_kit.recipe.base import Spec
 
 MetricName: TypeAlias = Literal["exact_match", "accuracy", "macro_f1", "rouge", "bleu", "chrf"]
 
-METRIC_PACKAGES = {"rouge": "rouge_score", "bleu": "sacrebleu", "chrf": "sacrebleu"}
-"""What a metric is measured with that is not always installed, by the name it is imported by."""
-
 
 class GenerateSpec(Spec):
     """Greedy answers to the eval prompts, compared with the reference."""
@@ -22,7 +19,7 @@ class GenerateSpec(Spec):
     metrics: tuple[MetricName, ...] = Field(default=("exact_match",), min_length=1)
     """What to compute from the answers. `accuracy` and `macro_f1` take the reference answers for
     labels, upper and lower case apart; an answer that is no label is wrong. `rouge` is ROUGE-1, -2
-    and -L by rouge-score, `bleu` and `chrf` are those of sacrebleu (`qlora-kit[metrics]`)."""
+    and -L by rouge-score, `bleu` and `chrf` are those of sacrebleu."""
 
     max_new_tokens: int = Field(default=128, gt=0)
     """Tokens an answer may have."""
