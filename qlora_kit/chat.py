@@ -13,8 +13,8 @@ from transformers.generation.streamers import TextStreamer
 from qlora_kit.data.examples import Conversation, Message, PromptCompletion
 from qlora_kit.data.render import end_of_turn_id, render_prompt
 from qlora_kit.errors import DataError
-from qlora_kit.evaluate.forward import context_tokens, evaluation_mode, inference_context
-from qlora_kit.evaluate.generation import greedy_config, own_settings_aside
+from qlora_kit.runtime.forward import context_tokens, evaluation_mode, inference_context
+from qlora_kit.runtime.greedy import greedy_config, own_settings_aside
 from qlora_kit.subject import Subject
 
 _ORIGIN = "the chat"

@@ -55,6 +55,9 @@ from qlora_kit.processes import Processes, common_hardware, join, leave
 from qlora_kit.recipe import Recipe, recipe_hash, recipe_text
 from qlora_kit.report import narrate
 from qlora_kit.report.reporter import SILENT, Reporter
+from qlora_kit.runtime.forward import context_tokens
+from qlora_kit.runtime.protocol import Runtime
+from qlora_kit.runtime.transformers import TransformersRuntime
 from qlora_kit.train.arguments import require_tf32, resolve_precision
 from qlora_kit.train.batching import Batching, plan_batches
 from qlora_kit.train.continuation import Continuation, shape_for
@@ -67,7 +70,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
     from qlora_kit.data.sequences import TokenSequence
     from qlora_kit.recipe import QuantizationSpec
@@ -253,7 +255,9 @@ def prepare(
         require_same_base(processes.gathered(state_checksum(base.model)))
     if recipe.evaluate.perplexity and recipe.data.has_eval_rows:
         # Rather now than after training.
-        processes.together(lambda: window_size(base.model, recipe.evaluate, recipe.data))
+        processes.together(
+            lambda: window_size(context_tokens(base.model), recipe.evaluate, recipe.data)
+        )
     prepare_for_training(base.model)
     narrate.base(reporter, base, recipe.quantization)
 
@@ -308,7 +312,8 @@ def finish(
     write_ledger(run, ready.train, held_out)
 
     memory.phase("evaluating")
-    evaluation = evaluate_held_out(model, base, held_out, recipe, reporter)
+    tuned = TransformersRuntime.on_base("tuned", model, base)
+    evaluation = evaluate_held_out(tuned, held_out, recipe, reporter)
     write_json(run.evaluation, evaluation)
 
     memory.phase("merging")
@@ -326,8 +331,7 @@ def write_ledger(run: RunDirectory, train: Part, held_out: Part) -> None:
 
 
 def evaluate_held_out(
-    model: PeftModel | PreTrainedModel,
-    base: Base,
+    runtime: Runtime,
     held_out: Part,
     recipe: Recipe,
     reporter: Reporter = SILENT,
@@ -338,14 +342,11 @@ def evaluate_held_out(
     """
     if not held_out.sequences:
         return {}
-    if model is base.model:
-        measured = evaluate_model(
-            base.source.name, model, base, held_out, recipe.evaluate, recipe.data, reporter
-        )
-        return {"model": measured.as_dict()}
-    return evaluate_side_by_side(
-        model, base, held_out, recipe.evaluate, recipe.data, reporter
-    ).as_dict()
+    if isinstance(runtime, TransformersRuntime) and runtime.has_adapter:
+        both = evaluate_side_by_side(runtime, held_out, recipe.evaluate, recipe.data, reporter)
+        return both.as_dict()
+    measured = evaluate_model(runtime, held_out, recipe.evaluate, recipe.data, reporter)
+    return {"model": measured.as_dict()}
 
 
 def bytes_to_write(recipe: Recipe, adapted: Adapted, held_out: Sequence[TokenSequence] = ()) -> int:

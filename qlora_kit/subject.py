@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from qlora_kit.environment import probe_hardware, resolve_compute_dtype
 from qlora_kit.errors import AdapterError, HardwareError
 from qlora_kit.model.base import Base, load_base, prepare_for_training
 from qlora_kit.model.manifest import MANIFEST_FILE, base_of, read_manifest, stored_settings
-from qlora_kit.model.prequantized import stored_quantization
+from qlora_kit.model.prequantized import checkpoint_settings, is_foreign, stored_quantization
 from qlora_kit.model.saved import load_adapter
 from qlora_kit.recipe import ModelSpec, QuantizationSpec, Recipe
 from qlora_kit.report.reporter import SILENT, Reporter
@@ -21,6 +22,9 @@ from qlora_kit.report.reporter import SILENT, Reporter
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
+
+OWN_METHOD = "qlora-kit-int8"
+"""The kit's own quantization, as config.json calls it."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Subject:
     run: RunDirectory | None
     recipe: Recipe | None
     """Of the run; None for a model that is not one."""
+    adapter: Path | None = None
+    """The folder that the adapter was read from."""
 
     @property
     def has_adapter(self) -> bool:
@@ -55,11 +61,11 @@ def load_subject(
     if is_run(folder):
         run, recipe = open_run(folder)
         model, base = _with_adapter(recipe.model, recipe.quantization, run.adapter, force, reporter)
-        return Subject(name, model, base, run, recipe)
+        return Subject(name, model, base, run, recipe, run.adapter)
     if (folder / "adapter_config.json").is_file():
         spec, quantization = _from_manifest(folder, read_as)
         model, base = _with_adapter(spec, quantization, folder, force, reporter)
-        return Subject(name, model, base, None, None)
+        return Subject(name, model, base, None, None, folder)
     base = _plain(read_as if read_as.name_or_path == name else _read_alike(name, read_as))
     return Subject(name, base.model, base, None, None)
 
@@ -110,11 +116,30 @@ def _read_alike(name: str, read_as: ModelSpec) -> ModelSpec:
 
 
 def _plain(spec: ModelSpec) -> Base:
-    """A model as it stands on disk: quantized if it is stored so, else in 16 or 32 bits."""
-    return _load(spec, stored_quantization(spec) or QuantizationSpec(load_in_4bit=False))
+    """A model as it stands on disk: quantized if it is stored so, by whatever library, else in 16
+    or 32 bits.
+    """
+    stored = checkpoint_settings(spec)
+    if stored is not None and stored.get("quant_method") == OWN_METHOD:
+        import_module("qlora_kit.quantize.int8")  # which makes it known to transformers
+    quantization = stored_quantization(spec) or QuantizationSpec(load_in_4bit=False)
+    return _load(spec, quantization, as_stored=stored is not None and is_foreign(stored))
 
 
-def _load(spec: ModelSpec, quantization: QuantizationSpec, adapter: Path | None = None) -> Base:
+def _load(
+    spec: ModelSpec,
+    quantization: QuantizationSpec,
+    adapter: Path | None = None,
+    as_stored: bool = False,
+) -> Base:
     hardware = probe_hardware()
     dtype, why = resolve_compute_dtype(quantization.compute_dtype, hardware)
-    return load_base(spec, quantization, getattr(torch, dtype), why, hardware, adapter=adapter)
+    return load_base(
+        spec,
+        quantization,
+        getattr(torch, dtype),
+        why,
+        hardware,
+        adapter=adapter,
+        as_stored=as_stored,
+    )

@@ -148,7 +148,8 @@ def left_behind(recipe: Recipe) -> str:
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / "recipe.yaml").is_file()
+    """llmcompressor leaves a recipe.yaml of its own, beside a model's config.json."""
+    return (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file()
 
 
 def fresh_folder(recipe: Recipe) -> str:

@@ -10,7 +10,6 @@ import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 import numpy
@@ -18,15 +17,11 @@ import torch
 
 from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.errors import DataError, HardwareError, ModelError
-from qlora_kit.evaluate.forward import (
-    NO_PROGRESS,
-    CausalModel,
-    score_windows,
-    token_chunks,
-)
 from qlora_kit.evaluate.perplexity import perplexity_of
 from qlora_kit.evaluate.windows import keep_first_tokens, split_windows
 from qlora_kit.report.reporter import Progress
+from qlora_kit.runtime.forward import NO_PROGRESS, token_chunks
+from qlora_kit.runtime.protocol import Scorer
 
 DEFAULT_MAX_TOKENS = 4096
 """A record takes 4 bytes per token and vocabulary entry: 0.8 GB for 4096 tokens of 49152."""
@@ -68,16 +63,14 @@ class Recorded:
 
 
 def record_logprobs(
-    model: CausalModel,
+    scorer: Scorer,
     sequences: Sequence[TokenSequence],
     folder: Path,
     *,
-    pad_token_id: int,
     batch_size: int,
     window_tokens: int | None = None,
     stride_tokens: int | None = None,
     max_tokens: int = DEFAULT_MAX_TOKENS,
-    compute_dtype: torch.dtype | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> Recorded:
     """Write what the reference says at the first `max_tokens` supervised tokens into `folder`.
@@ -95,13 +88,7 @@ def record_logprobs(
     starts = _row_starts(windows)
     path = folder / "reference-logits.npy"
     rows: numpy.memmap | None = None
-    for scored in score_windows(
-        model,
-        windows,
-        pad_token_id=pad_token_id,
-        batch_size=batch_size,
-        compute_dtype=compute_dtype,
-    ):
+    for scored in scorer.score(windows, batch_size):
         if rows is None:
             rows = _create_record(path, starts[-1], scored.logits.shape[-1])
         start, end = starts[scored.index], starts[scored.index + 1]
@@ -119,29 +106,25 @@ def record_logprobs(
 
 
 def compare_to_recorded(
-    model: CausalModel,
+    scorer: Scorer,
     recorded: Recorded,
     *,
-    pad_token_id: int,
     batch_size: int,
-    compute_dtype: torch.dtype | None = None,
+    num_entries: int | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> Divergence:
     """Measure a candidate against a record, on the very windows that were recorded.
+
+    `num_entries` are how many entries of the vocabulary to compare, from its start: two models
+    may be padded to different sizes, with entries that no token has. None compares all.
 
     Raises:
         ModelError: the vocabularies differ in size, or the model's output is not a number.
     """
     rows = numpy.load(recorded.path, mmap_mode="r")
     starts = _row_starts(recorded.windows)
-    tally = _Tally()
-    for scored in score_windows(
-        model,
-        recorded.windows,
-        pad_token_id=pad_token_id,
-        batch_size=batch_size,
-        compute_dtype=compute_dtype,
-    ):
+    tally = _Tally(num_entries)
+    for scored in scorer.score(recorded.windows, batch_size):
         stored = rows[starts[scored.index] : starts[scored.index + 1]]
         reference = torch.from_numpy(numpy.array(stored)).to(scored.logits.device)
         tally.add(reference, scored.logits, scored.targets)
@@ -150,35 +133,28 @@ def compare_to_recorded(
 
 
 def measure_divergence(
-    reference: CausalModel,
-    candidate: CausalModel,
+    reference: Scorer,
+    candidate: Scorer,
     sequences: Sequence[TokenSequence],
     *,
-    pad_token_id: int,
     batch_size: int,
     window_tokens: int | None = None,
     stride_tokens: int | None = None,
     max_tokens: int | None = None,
-    compute_dtype: torch.dtype | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> Divergence:
     """The same with both models in memory; nothing is written, so nothing need be capped.
 
-    They must be two models: one whose adapter is turned on and off has to be recorded first.
+    They must be two models that score in the same order, as those of one runtime do: one whose
+    adapter is turned on and off has to be recorded first.
     """
     windows = split_windows(sequences, window_tokens, stride_tokens)
     if max_tokens is not None:
         windows = keep_first_tokens(windows, max_tokens)
     _row_starts(windows)
-    score = partial(
-        score_windows,
-        windows=windows,
-        pad_token_id=pad_token_id,
-        batch_size=batch_size,
-        compute_dtype=compute_dtype,
-    )
     tally = _Tally()
-    for one, other in zip(score(reference), score(candidate), strict=True):
+    both = reference.score(windows, batch_size), candidate.score(windows, batch_size)
+    for one, other in zip(*both, strict=True):
         assert one.index == other.index, "both models must be given the same batches"
         tally.add(one.logits.to(other.logits.device), other.logits, other.targets)
         progress.update(len(other.targets))
@@ -189,6 +165,7 @@ def measure_divergence(
 class _Tally:
     """Figures per token; summed exactly at the end, so their order does not matter."""
 
+    num_entries: int | None = None
     kl: list[float] = field(default_factory=list)
     agrees: list[bool] = field(default_factory=list)
     reference_losses: list[float] = field(default_factory=list)
@@ -196,6 +173,7 @@ class _Tally:
 
     def add(self, reference: torch.Tensor, candidate: torch.Tensor, targets: torch.Tensor) -> None:
         """Logits of both, (tokens, vocabulary); compared in float64."""
+        reference, candidate = (one[:, : self.num_entries] for one in (reference, candidate))
         if reference.shape != candidate.shape:
             raise ModelError(
                 f"the two models cannot be compared: one has {reference.shape[1]} entries in its "

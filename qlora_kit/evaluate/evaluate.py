@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.data.examples import Conversation, Example, PlainText, PromptCompletion
 from qlora_kit.data.render import Prompt, render, render_prompt
 from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.errors import DataError, ModelError
-from qlora_kit.evaluate.forward import CausalModel, context_tokens
 from qlora_kit.evaluate.generation import (
     Answer,
     count_exact,
     exact_match,
     generate_answers,
 )
+from qlora_kit.evaluate.metrics import measure_metrics
 from qlora_kit.evaluate.perplexity import Perplexity, measure_perplexity
 from qlora_kit.report.reporter import SILENT, Reporter
+from qlora_kit.runtime.protocol import Runtime
+from qlora_kit.runtime.transformers import TransformersRuntime
 
 if TYPE_CHECKING:
-    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
 
     from qlora_kit.data.prepare import Part
-    from qlora_kit.model.base import Base
     from qlora_kit.recipe import DataSpec, EvaluateSpec
 
 NUM_SAMPLES = 5
@@ -47,7 +48,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ModelEvaluation:
-    """The figures of one model; those that were not asked for are None.
+    """The figures of one model; those that were not asked for are None, or not in `metrics`.
 
     `num_rows` is how many prompts were answered; of those, `num_exact` as the reference has it,
     `num_unstopped` ran into the limit of new tokens, and `num_too_long` left no room to answer.
@@ -62,6 +63,8 @@ class ModelEvaluation:
     num_too_long: int
     samples: tuple[Sample, ...]
     seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Besides exact match; see `metrics.measure_metrics`."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -82,18 +85,13 @@ class SideBySide:
 
 
 def evaluate_model(
-    name: str,
-    model: CausalModel,
-    base: Base,
+    runtime: Runtime,
     part: Part,
     spec: EvaluateSpec,
     data: DataSpec,
     reporter: Reporter = SILENT,
 ) -> ModelEvaluation:
     """Measure one model on the eval rows.
-
-    `model` is the base's own, the one with an adapter on it, or a merged one; from `base` come
-    tokenizer, compute dtype and the tokens that end an answer.
 
     Raises:
         ModelError: the window is longer than the model's context.
@@ -102,28 +100,30 @@ def evaluate_model(
     started = time.perf_counter()
     perplexity = None
     if spec.perplexity:
-        perplexity = _perplexity(name, model, base, part, spec, data, reporter)
+        perplexity = _perplexity(runtime, part, spec, data, reporter)
     answers: list[Answer] = []
     asks_exact = spec.generate is not None and "exact_match" in spec.generate.metrics
     samples: tuple[Sample, ...] = ()
+    metrics: dict[str, float] = {}
     if spec.generate is not None:
-        examples, prompts = _prompts(part, base, spec.generate.max_rows)
-        if not prompts and name != "base":  # said once of the two
+        examples, prompts = _prompts(part, runtime.tokenizer, spec.generate.max_rows)
+        if not prompts and runtime.name != "base":  # said once of the two
             reporter.warn("evaluate.generate: no eval row has an answer to compare with.")
-        with reporter.progress(f"{name}: answering", len(prompts)) as progress:
+        with reporter.progress(f"{runtime.name}: answering", len(prompts)) as progress:
             answers = generate_answers(
-                model,
-                base.tokenizer,
+                runtime,
                 prompts,
                 max_new_tokens=spec.generate.max_new_tokens,
                 batch_size=spec.generate.batch_size,
-                stop_ids=base.stop_ids,
-                compute_dtype=base.compute_dtype,
                 progress=progress,
             )
         samples = _samples(examples, answers)
+        if answers:
+            metrics, findings = measure_metrics(answers, spec.generate.metrics)
+            for finding in findings if runtime.name != "base" else ():
+                reporter.warn(finding)
     return ModelEvaluation(
-        name=name,
+        name=runtime.name,
         perplexity=perplexity,
         exact_match=exact_match(answers) if answers and asks_exact else None,
         num_rows=len(answers),
@@ -132,12 +132,12 @@ def evaluate_model(
         num_too_long=sum(one.too_long for one in answers),
         samples=samples,
         seconds=time.perf_counter() - started,
+        metrics=metrics,
     )
 
 
 def evaluate_side_by_side(
-    model: PeftModel,
-    base: Base,
+    tuned: TransformersRuntime,
     part: Part,
     spec: EvaluateSpec,
     data: DataSpec,
@@ -146,12 +146,15 @@ def evaluate_side_by_side(
     """Measure the model with its adapter off (unless `spec.baseline` is false) and on."""
     before = None
     if spec.baseline:
-        with model.disable_adapter():
-            before = evaluate_model("base", model, base, part, spec, data, reporter)
-    return SideBySide(before, evaluate_model("tuned", model, base, part, spec, data, reporter))
+        with tuned.without_adapter("base") as base:
+            before = evaluate_model(base, part, spec, data, reporter)
+    tuned = replace(tuned, name="tuned")
+    return SideBySide(before, evaluate_model(tuned, part, spec, data, reporter))
 
 
-def evaluation_sequences(part: Part, base: Base, data: DataSpec) -> tuple[TokenSequence, ...]:
+def evaluation_sequences(
+    part: Part, tokenizer: PreTrainedTokenizerBase, data: DataSpec
+) -> tuple[TokenSequence, ...]:
     """What perplexity is measured on: plain texts whole, everything else as it is trained.
 
     Training cuts a plain text into pieces; here a sliding window reads it through.
@@ -159,7 +162,7 @@ def evaluation_sequences(part: Part, base: Base, data: DataSpec) -> tuple[TokenS
     texts = [example for example in _kept_examples(part) if isinstance(example, PlainText)]
     cut = {example.origin for example in texts}
     kept = [sequence for sequence in part.sequences if sequence.origin not in cut]
-    return (*kept, *(render(text, base.tokenizer, data.loss_on) for text in texts))
+    return (*kept, *(render(text, tokenizer, data.loss_on) for text in texts))
 
 
 def _kept_examples(part: Part) -> list[Example]:
@@ -168,14 +171,13 @@ def _kept_examples(part: Part) -> list[Example]:
     return [example for example in part.examples if example.origin in origins]
 
 
-def window_size(model: CausalModel, spec: EvaluateSpec, data: DataSpec) -> int:
-    """Tokens the model reads at once when perplexity is measured.
+def window_size(limit: int | None, spec: EvaluateSpec, data: DataSpec) -> int:
+    """Tokens a model whose context is `limit` reads at once when perplexity is measured.
 
     Raises:
         ModelError: they exceed its context.
     """
     window = spec.window_tokens or data.max_length
-    limit = context_tokens(model)
     if limit is not None and window > limit:
         key = "evaluate.window_tokens" if spec.window_tokens else "data.max_length"
         raise ModelError(
@@ -186,38 +188,36 @@ def window_size(model: CausalModel, spec: EvaluateSpec, data: DataSpec) -> int:
 
 
 def _perplexity(
-    name: str,
-    model: CausalModel,
-    base: Base,
+    runtime: Runtime,
     part: Part,
     spec: EvaluateSpec,
     data: DataSpec,
     reporter: Reporter,
 ) -> Perplexity:
-    sequences = evaluation_sequences(part, base, data)
+    sequences = evaluation_sequences(part, runtime.tokenizer, data)
     num_tokens = sum(sequence.num_supervised for sequence in sequences)
     if not num_tokens:
         raise DataError("perplexity cannot be measured: the eval rows have nothing supervised.")
-    with reporter.progress(f"{name}: perplexity", num_tokens) as progress:
+    with reporter.progress(f"{runtime.name}: perplexity", num_tokens) as progress:
         return measure_perplexity(
-            model,
+            runtime,
             sequences,
-            pad_token_id=base.tokenizer.pad_token_id,
             batch_size=PERPLEXITY_BATCH_SIZE,
-            window_tokens=window_size(model, spec, data),
+            window_tokens=window_size(runtime.context_tokens, spec, data),
             stride_tokens=spec.stride_tokens,
-            compute_dtype=base.compute_dtype,
             progress=progress,
         )
 
 
-def _prompts(part: Part, base: Base, max_rows: int | None) -> tuple[list[Example], list[Prompt]]:
+def _prompts(
+    part: Part, tokenizer: PreTrainedTokenizerBase, max_rows: int | None
+) -> tuple[list[Example], list[Prompt]]:
     examples: list[Example] = []
     prompts: list[Prompt] = []
     for example in _kept_examples(part):
         if len(prompts) == max_rows:
             break
-        prompt = render_prompt(example, base.tokenizer)
+        prompt = render_prompt(example, tokenizer)
         if prompt is not None:
             examples.append(example)
             prompts.append(prompt)

@@ -10,14 +10,10 @@ import torch
 
 from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.errors import DataError
-from qlora_kit.evaluate.forward import (
-    NO_PROGRESS,
-    CausalModel,
-    score_windows,
-    token_chunks,
-)
 from qlora_kit.evaluate.windows import split_windows
 from qlora_kit.report.reporter import Progress
+from qlora_kit.runtime.forward import NO_PROGRESS, token_chunks
+from qlora_kit.runtime.protocol import Scorer
 
 _MAX_EXPONENT = 700.0
 
@@ -32,14 +28,12 @@ class Perplexity:
 
 
 def measure_perplexity(
-    model: CausalModel,
+    scorer: Scorer,
     sequences: Sequence[TokenSequence],
     *,
-    pad_token_id: int,
     batch_size: int,
     window_tokens: int | None,
     stride_tokens: int | None,
-    compute_dtype: torch.dtype | None = None,
     progress: Progress = NO_PROGRESS,
 ) -> Perplexity:
     """Mean over all supervised tokens of all sequences, so that long ones weigh more.
@@ -59,13 +53,7 @@ def measure_perplexity(
             "supervised token to predict."
         )
     losses: list[float] = []
-    for scored in score_windows(
-        model,
-        windows,
-        pad_token_id=pad_token_id,
-        batch_size=batch_size,
-        compute_dtype=compute_dtype,
-    ):
+    for scored in scorer.score(windows, batch_size):
         losses += token_losses(scored.logits, scored.targets)
         progress.update(len(scored.targets))
     return perplexity_of(losses)

@@ -23,6 +23,7 @@ from qlora_kit.model.base import quantization_record
 from qlora_kit.model.manifest import MANIFEST_FILE, file_sha256, read_manifest
 from qlora_kit.model.source import ModelSource
 from qlora_kit.report.reporter import SILENT, Reporter
+from qlora_kit.runtime.forward import CausalScorer
 
 CERTIFICATE_FILE = "certificate.json"
 BATCH_SIZE = 64
@@ -44,11 +45,9 @@ def measure(
     faults += reload_faults(model, result.folder, trained, result.tied)
     with reporter.progress(f"measuring ({result.base} base)", recorded.num_tokens) as progress:
         divergence = compare_to_recorded(
-            model,
+            CausalScorer(model, trained.tokenizer.pad_token_id, dtype),
             recorded,
-            pad_token_id=trained.tokenizer.pad_token_id,
             batch_size=BATCH_SIZE,
-            compute_dtype=dtype,
             progress=progress,
         )
     return Candidate(result, divergence, tuple(faults), max_kl)

@@ -36,6 +36,7 @@ from qlora_kit.model.base import prequantized_settings
 from qlora_kit.model.quantized import never_repacked
 from qlora_kit.model.skeleton import Skeleton, build_skeleton, load_config
 from qlora_kit.report.reporter import SILENT, Reporter
+from qlora_kit.runtime.forward import CausalScorer
 
 # LLM.int8() rounds activations as well, which dense weights do not: its figures differ by that.
 MAX_KL = {4: 1e-3, 8: 2e-2}
@@ -217,17 +218,13 @@ def _compare(
     quantized = _load_quantized(folder, hardware, trust_remote_code)
     rows = _random_sequences(quantized.config.get_text_config().vocab_size)
     with reporter.progress("comparing", 2 * _NUM_SEQUENCES * (_SEQUENCE_TOKENS - 1)) as progress:
-        options: dict[str, Any] = {
-            "pad_token_id": 0,
-            "batch_size": _BATCH_SIZE,
-            "progress": progress,
-        }
-        recorded = record_logprobs(quantized, rows, scratch, **options)
+        options: dict[str, Any] = {"batch_size": _BATCH_SIZE, "progress": progress}
+        recorded = record_logprobs(CausalScorer(quantized, 0), rows, scratch, **options)
         del quantized
         plain, faults = load_plain(
             dense, measuring_dtype(dtype, hardware), hardware, trust_remote_code
         )
-        return compare_to_recorded(plain, recorded, **options), tuple(faults)
+        return compare_to_recorded(CausalScorer(plain, 0), recorded, **options), tuple(faults)
 
 
 def _random_sequences(vocab_size: int) -> list[TokenSequence]:

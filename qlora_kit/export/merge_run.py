@@ -28,6 +28,7 @@ from qlora_kit.export.shards import require_room
 from qlora_kit.export.trained import BaseKind, TrainedAdapter, trained_adapter
 from qlora_kit.recipe import MergeSpec, Recipe, recipe_hash
 from qlora_kit.report.reporter import SILENT, Reporter
+from qlora_kit.runtime.forward import CausalScorer
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -140,12 +141,10 @@ def record_reference(
     num_tokens = sum(row.num_supervised for row in rows)
     with reporter.progress("measuring (adapter on its base)", num_tokens) as progress:
         return record_logprobs(
-            model,
+            CausalScorer(model, trained.tokenizer.pad_token_id, trained.compute_dtype),
             rows,
             folder,
-            pad_token_id=trained.tokenizer.pad_token_id,
             batch_size=BATCH_SIZE,
-            compute_dtype=trained.compute_dtype,
             progress=progress,
         )
 

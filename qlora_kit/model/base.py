@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_kit.errors import ModelError
+from qlora_kit.model.prequantized import is_foreign, require_same_quantization
 from qlora_kit.model.prequantized import prequantized_settings as prequantized_settings
-from qlora_kit.model.prequantized import require_same_quantization
 from qlora_kit.model.quantized import (
     Quantized,
     four_bit_modules,
@@ -80,6 +80,7 @@ def load_base(
     lora: LoraSpec | None = None,
     adapter: Path | None = None,
     is_shared: bool = False,
+    as_stored: bool = False,
 ) -> Base:
     """Resolve, check, load and quantize a base model.
 
@@ -87,7 +88,8 @@ def load_base(
     different ones. Given `lora`, whatever would hinder that adapter is found before the weights
     are read. Given `adapter`, the tokenizer is the one saved with it, whose added tokens have no
     embeddings until the adapter is loaded. With `is_shared` the quantized base is kept in the cache
-    or read from there.
+    or read from there. With `as_stored` a checkpoint that another library quantized is loaded as it
+    is: it can be measured and talked to, and not trained on.
 
     Raises:
         ModelError: see the checks below; each names the tensor or module at fault.
@@ -104,7 +106,7 @@ def load_base(
         load_config(source.folder, spec.trust_remote_code), spec.trust_remote_code
     )
     stored = prequantized_settings(skeleton)
-    if stored is not None:
+    if stored is not None and not (as_stored and is_foreign(stored)):
         require_same_quantization(source, stored, quantization)
     refuse_unquantizable(skeleton, quantization)
     if lora is not None:

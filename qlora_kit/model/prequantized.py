@@ -22,8 +22,8 @@ def prequantized_settings(skeleton: Skeleton) -> dict[str, Any] | None:
     return _settings(skeleton.model.config)
 
 
-def stored_quantization(spec: ModelSpec) -> QuantizationSpec | None:
-    """The settings that a bitsandbytes checkpoint was saved with; None where it is not one."""
+def checkpoint_settings(spec: ModelSpec) -> dict[str, Any] | None:
+    """What the checkpoint's configuration says of how it is quantized; None where it is not."""
     source = resolve_source(
         spec.name_or_path,
         spec.revision,
@@ -31,8 +31,18 @@ def stored_quantization(spec: ModelSpec) -> QuantizationSpec | None:
         spec.allow_pickle,
         spec.trust_remote_code,
     )
-    stored = _settings(load_config(source.folder, spec.trust_remote_code))
-    if stored is None or stored.get("quant_method") != "bitsandbytes":
+    return _settings(load_config(source.folder, spec.trust_remote_code))
+
+
+def is_foreign(stored: dict[str, Any]) -> bool:
+    """Quantized by something else than bitsandbytes."""
+    return bool(stored.get("quant_method") != "bitsandbytes")
+
+
+def stored_quantization(spec: ModelSpec) -> QuantizationSpec | None:
+    """The settings that a bitsandbytes checkpoint was saved with; None where it is not one."""
+    stored = checkpoint_settings(spec)
+    if stored is None or is_foreign(stored):
         return None
     skips = tuple(stored.get("llm_int8_skip_modules") or ())
     if _num_bits(stored) == 8:
@@ -52,7 +62,7 @@ def require_same_quantization(
     Raises:
         ModelError: names the first setting that differs, and what to write.
     """
-    if stored.get("quant_method") != "bitsandbytes":
+    if is_foreign(stored):
         raise ModelError(
             f"{source.name} is already quantized with {stored.get('quant_method')}, which cannot "
             "be trained here; take the 16-bit model, or a bitsandbytes one."

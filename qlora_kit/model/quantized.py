@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from qlora_kit.errors import ModelError
@@ -43,7 +44,8 @@ def count_quantized(model: nn.Module) -> Quantized:
         num_bytes += parameter.numel() * parameter.element_size()
         if is_four_bit(parameter):
             count = parameter.quant_state.shape.numel()
-            num_bytes += _quant_state_bytes(parameter.quant_state)
+            beside = quant_state_tensors(parameter.quant_state)
+            num_bytes += sum(one.numel() * one.element_size() for one in beside)
         if type(parameter).__name__ in _QUANTIZED_WEIGHTS:
             quantized += count
         total += count
@@ -147,8 +149,9 @@ def _kind(quant_type: str, double_quant: bool) -> str:
     return f"{quant_type} {'with' if double_quant else 'without'} double quantization"
 
 
-def _quant_state_bytes(state: Any) -> int:
+def quant_state_tensors(state: Any) -> list[torch.Tensor]:
+    """What bitsandbytes keeps beside a 4-bit weight: the scales, their own, and the code."""
     tensors = [state.absmax, state.code]
     if state.nested:
         tensors += [state.offset, state.state2.absmax, state.state2.code]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+    return [tensor for tensor in tensors if tensor is not None]

@@ -26,6 +26,18 @@ if TYPE_CHECKING:
     from qlora_kit.train.batching import Batching
     from qlora_kit.train.loader import BatchShape
 
+METRICS = {
+    "accuracy": "{:.1%}",
+    "macro_f1": "{:.3f}",
+    "unlabelled": "{:.1%}",
+    "rouge1": "{:.3f}",
+    "rouge2": "{:.3f}",
+    "rougeL": "{:.3f}",
+    "bleu": "{:.1f}",
+    "chrf": "{:.1f}",
+}
+"""Figures of answers besides exact match, and how they are written."""
+
 _MIB = 1024**2
 _GIB = 1024**3
 _SMALL_SHARE = 0.3
@@ -187,6 +199,9 @@ def evaluation(
         return
     rows = []
     kind = _kind_of(quantization)
+    shown = [
+        name for name in METRICS if any(name in one["metrics"] for one in values.values() if one)
+    ]
     for measured in values.values():
         if measured is None:
             continue
@@ -199,10 +214,11 @@ def evaluation(
                 f"{exact:.1%}" if exact is not None else "–",
                 f"{measured['num_exact']} of {measured['num_rows']}" if exact is not None else "–",
                 f"{measured['num_unstopped']}" if exact is not None else "–",
+                *(METRICS[name].format(measured["metrics"].get(name, 0.0)) for name in shown),
             )
         )
     columns = ("held-out rows", "perplexity", "exact match", "rows", "never stopped")
-    reporter.table("", columns, rows)
+    reporter.table("", (*columns, *(name.replace("_", " ") for name in shown)), rows)
 
 
 def _kind_of(quantization: QuantizationSpec) -> str:

@@ -49,7 +49,22 @@ class Footprint:
         return sum(self.parameters.values())
 
 
-class Runtime(Protocol):
+class Scorer(Protocol):
+    """What perplexity and divergence need of a model."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Entries of a row of logits."""
+
+    def score(self, windows: Sequence[TokenSequence], batch_size: int) -> Iterator[Scored]:
+        """Logits at the supervised tokens of every window, in any order.
+
+        Raises:
+            ModelError: logits are not a number; names the row.
+        """
+
+
+class Runtime(Scorer, Protocol):
     """A loaded model. Every method may be called again and again, in any order."""
 
     @property
@@ -64,19 +79,8 @@ class Runtime(Protocol):
         """Tokens that end an answer."""
 
     @property
-    def vocab_size(self) -> int:
-        """Entries of a row of logits."""
-
-    @property
     def context_tokens(self) -> int | None:
         """How many tokens it can attend to; None where nothing says."""
-
-    def score(self, windows: Sequence[TokenSequence], batch_size: int) -> Iterator[Scored]:
-        """Logits at the supervised tokens of every window, in any order.
-
-        Raises:
-            ModelError: logits are not a number; names the row.
-        """
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int

@@ -11,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import MODELS, NUM_TOKENS, SaysAlways, llama, rows
+from tiny_models import MODELS, NUM_TOKENS, SaysAlways, llama, rows, scorer
 from transformers import PreTrainedModel
 
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.errors import DataError, HardwareError, ModelError
-from qlora_kit.evaluate import forward
 from qlora_kit.evaluate.divergence import (
     Divergence,
     compare_to_recorded,
@@ -24,9 +23,10 @@ from qlora_kit.evaluate.divergence import (
     record_logprobs,
 )
 from qlora_kit.evaluate.perplexity import measure_perplexity
+from qlora_kit.runtime import forward
 
 LENGTHS = [5, 31, 12, 2, 48, 31, 7]
-BATCHES: dict[str, int] = {"pad_token_id": 0, "batch_size": 3}
+BATCHES: dict[str, int] = {"batch_size": 3}
 
 
 def nudged(model: PreTrainedModel, by: float) -> PreTrainedModel:
@@ -70,8 +70,8 @@ def on_disk(
     folder: Path,
     **options: int,
 ) -> Divergence:
-    recorded = record_logprobs(reference, sequences, folder, **BATCHES, **options)
-    return compare_to_recorded(candidate, recorded, **BATCHES)
+    recorded = record_logprobs(scorer(reference), sequences, folder, **BATCHES, **options)
+    return compare_to_recorded(scorer(candidate), recorded, **BATCHES)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -82,7 +82,7 @@ def test_equals_torch_in_float64(name: str, by: float, tmp_path: Path) -> None:
     expected = expected_divergence(reference, candidate, sequences)
     assert expected["kl_mean"] > 1e-5
     for measured in (
-        measure_divergence(reference, candidate, sequences, **BATCHES),
+        measure_divergence(scorer(reference), scorer(candidate), sequences, **BATCHES),
         on_disk(reference, candidate, sequences, tmp_path),
     ):
         for figure, value in expected.items():
@@ -99,7 +99,7 @@ def test_losses_are_those_of_perplexity(name: str, tmp_path: Path) -> None:
         (candidate, measured.candidate_loss, measured.candidate_perplexity),
     ):
         expected = measure_perplexity(
-            model, sequences, window_tokens=None, stride_tokens=None, **BATCHES
+            scorer(model), sequences, window_tokens=None, stride_tokens=None, **BATCHES
         )
         assert loss == pytest.approx(expected.loss, abs=2e-6)
         assert perplexity == pytest.approx(expected.perplexity, rel=1e-5)
@@ -108,7 +108,7 @@ def test_losses_are_those_of_perplexity(name: str, tmp_path: Path) -> None:
 def test_is_zero_from_itself(tmp_path: Path) -> None:
     model, sequences = llama(), rows(LENGTHS)
     for measured in (
-        measure_divergence(model, model, sequences, **BATCHES),
+        measure_divergence(scorer(model), scorer(model), sequences, **BATCHES),
         on_disk(model, model, sequences, tmp_path),
     ):
         assert measured.kl_mean == measured.kl_max == measured.max_abs_delta_logp == 0.0
@@ -142,11 +142,14 @@ def test_order_batches_and_chunks_do_not_matter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference, candidate, sequences = llama(0), llama(1), rows(LENGTHS)
-    measured = measure_divergence(reference, candidate, sequences, **BATCHES)
-    assert measure_divergence(reference, candidate, sequences[::-1], **BATCHES) == measured
+    measured = measure_divergence(scorer(reference), scorer(candidate), sequences, **BATCHES)
+    assert (
+        measure_divergence(scorer(reference), scorer(candidate), sequences[::-1], **BATCHES)
+        == measured
+    )
     monkeypatch.setattr(forward, "CHUNK_CELLS", 2 * NUM_TOKENS)
-    recorded = record_logprobs(reference, sequences, tmp_path, pad_token_id=0, batch_size=7)
-    other = compare_to_recorded(candidate, recorded, pad_token_id=0, batch_size=1)
+    recorded = record_logprobs(scorer(reference), sequences, tmp_path, batch_size=7)
+    other = compare_to_recorded(scorer(candidate), recorded, batch_size=1)
     for figure, value in vars(measured).items():
         assert getattr(other, figure) == pytest.approx(value, rel=1e-5), figure
 
@@ -157,12 +160,12 @@ def test_adapter_on_against_off(tmp_path: Path) -> None:
     adapted = get_peft_model(
         model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     )
-    recorded = record_logprobs(adapted, sequences, tmp_path, **BATCHES)
-    assert compare_to_recorded(adapted, recorded, **BATCHES).kl_mean == 0.0
+    recorded = record_logprobs(scorer(adapted), sequences, tmp_path, **BATCHES)
+    assert compare_to_recorded(scorer(adapted), recorded, **BATCHES).kl_mean == 0.0
     with adapted.disable_adapter():
-        off = compare_to_recorded(adapted, recorded, **BATCHES)
+        off = compare_to_recorded(scorer(adapted), recorded, **BATCHES)
     assert off.kl_mean > 1e-3
-    merged = compare_to_recorded(adapted.merge_and_unload(), recorded, **BATCHES)
+    merged = compare_to_recorded(scorer(adapted.merge_and_unload()), recorded, **BATCHES)
     assert merged.kl_mean < 1e-9
     assert merged.top1_agreement == 1.0
 
@@ -172,22 +175,26 @@ def test_long_texts_go_through_windows(tmp_path: Path) -> None:
     options = {"window_tokens": 16, "stride_tokens": 8}
     measured = on_disk(reference, candidate, sequences, tmp_path, **options)
     assert measured.num_tokens == 60
-    assert measured == measure_divergence(reference, candidate, sequences, **BATCHES, **options)
-    assert measured != measure_divergence(reference, candidate, sequences, **BATCHES)
+    assert measured == measure_divergence(
+        scorer(reference), scorer(candidate), sequences, **BATCHES, **options
+    )
+    assert measured != measure_divergence(
+        scorer(reference), scorer(candidate), sequences, **BATCHES
+    )
 
 
 @pytest.mark.parametrize("cap", [1, 20, 1000])
 def test_cap_is_told_and_kept(cap: int, tmp_path: Path) -> None:
     reference, candidate, sequences = llama(0), llama(1), rows(LENGTHS)
     available = sum(s.num_supervised for s in sequences)
-    recorded = record_logprobs(reference, sequences, tmp_path, max_tokens=cap, **BATCHES)
+    recorded = record_logprobs(scorer(reference), sequences, tmp_path, max_tokens=cap, **BATCHES)
     assert recorded.num_tokens == min(cap, available)
     assert recorded.num_available == available
     assert recorded.path.stat().st_size < recorded.num_tokens * NUM_TOKENS * 4 + 1024
-    measured = compare_to_recorded(candidate, recorded, **BATCHES)
+    measured = compare_to_recorded(scorer(candidate), recorded, **BATCHES)
     assert measured.num_tokens == recorded.num_tokens
     assert measured == measure_divergence(
-        reference, candidate, sequences, max_tokens=cap, **BATCHES
+        scorer(reference), scorer(candidate), sequences, max_tokens=cap, **BATCHES
     )
 
 
@@ -195,7 +202,7 @@ def test_full_disk_is_found_before_writing(tmp_path: Path, monkeypatch: pytest.M
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(HardwareError, match="make room"):
-        record_logprobs(llama(), rows(LENGTHS), tmp_path, **BATCHES)
+        record_logprobs(scorer(llama()), rows(LENGTHS), tmp_path, **BATCHES)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -217,6 +224,6 @@ def test_broken_candidate_is_named(tmp_path: Path) -> None:
 def test_nothing_supervised_is_an_error(tmp_path: Path) -> None:
     silent = [TokenSequence((1, 2), (1, IGNORE_INDEX), "row")]
     with pytest.raises(DataError, match="without a supervised token"):
-        record_logprobs(llama(), silent, tmp_path, **BATCHES)
+        record_logprobs(scorer(llama()), silent, tmp_path, **BATCHES)
     with pytest.raises(DataError, match="without a supervised token"):
-        measure_divergence(llama(), llama(), silent, **BATCHES)
+        measure_divergence(scorer(llama()), scorer(llama()), silent, **BATCHES)

@@ -25,6 +25,8 @@ from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.base import Base, load_base
 from qlora_kit.recipe import DataSpec, EvaluateSpec, LoraSpec, ModelSpec, QuantizationSpec
 from qlora_kit.report.reporter import Reporter
+from qlora_kit.runtime.forward import CausalScorer, context_tokens
+from qlora_kit.runtime.transformers import TransformersRuntime
 
 TALKS = [
     {
@@ -58,6 +60,10 @@ def base(tiny_llama: Path) -> Base:
     )
 
 
+def alone(base: Base, name: str = "it") -> TransformersRuntime:
+    return TransformersRuntime.on_base(name, base.model, base)
+
+
 def held_out(base: Base, folder: Path, records: list[Any], **data: Any) -> tuple[Part, DataSpec]:
     path = folder / "held.jsonl"
     path.write_text("\n".join(map(json.dumps, records)))
@@ -75,23 +81,20 @@ def figures(evaluation: ModelEvaluation) -> dict[str, Any]:
 def test_figures_are_those_of_the_parts(base: Base, tmp_path: Path) -> None:
     part, data = held_out(base, tmp_path, TALKS, max_length=128)
     spec = EvaluateSpec(generate=GENERATE)  # type: ignore[arg-type]
-    measured = evaluate_model("it", base.model, base, part, spec, data)
+    measured = evaluate_model(alone(base), part, spec, data)
     assert measured.perplexity == measure_perplexity(
-        base.model,
+        CausalScorer(base.model, base.tokenizer.pad_token_id),
         part.sequences,
-        pad_token_id=base.tokenizer.pad_token_id,
         batch_size=64,
         window_tokens=128,
         stride_tokens=None,
     )
     prompts = [render_prompt(example, base.tokenizer) for example in part.examples]
     answers = generate_answers(
-        base.model,
-        base.tokenizer,
+        alone(base),
         [prompt for prompt in prompts if prompt],
         max_new_tokens=6,
         batch_size=4,
-        stop_ids=base.stop_ids,
     )
     assert measured.exact_match == sum(one.is_exact for one in answers) / 6
     assert measured.num_rows == 6
@@ -105,24 +108,28 @@ def test_figures_are_those_of_the_parts(base: Base, tmp_path: Path) -> None:
 def test_base_and_tuned_side_by_side(base: Base, tmp_path: Path) -> None:
     part, data = held_out(base, tmp_path, TALKS, max_length=128)
     spec = EvaluateSpec(generate=GENERATE)  # type: ignore[arg-type]
-    alone = evaluate_model("base", base.model, base, part, spec, data)
+    by_itself = evaluate_model(alone(base, "base"), part, spec, data)
     model = attach_adapter(base, LoraSpec(), seed=1).model
-    fresh = evaluate_side_by_side(model, base, part, spec, data)
+    fresh = evaluate_side_by_side(
+        TransformersRuntime.on_base("tuned", model, base), part, spec, data
+    )
     assert fresh.base is not None
-    assert figures(fresh.base) == figures(alone)
-    assert figures(fresh.tuned) == figures(alone)  # an untrained adapter says nothing
+    assert figures(fresh.base) == figures(by_itself)
+    assert figures(fresh.tuned) == figures(by_itself)  # an untrained adapter says nothing
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
-    both = evaluate_side_by_side(model, base, part, spec, data)
+    both = evaluate_side_by_side(
+        TransformersRuntime.on_base("tuned", model, base), part, spec, data
+    )
     assert both.base is not None
-    assert figures(both.base) == figures(alone)
+    assert figures(both.base) == figures(by_itself)
     assert both.tuned.perplexity != both.base.perplexity
     assert [s.answer for s in both.tuned.samples] != [s.answer for s in both.base.samples]
     written = json.loads(json.dumps(both.as_dict(), allow_nan=False))
     assert written["tuned"]["name"] == "tuned"
-    assert written["base"]["perplexity"]["loss"] == alone.perplexity.loss  # type: ignore[union-attr]
+    assert written["base"]["perplexity"]["loss"] == by_itself.perplexity.loss  # type: ignore[union-attr]
     assert written["base"]["samples"][0]["reference"] == '{"lamp":0}'
 
 
@@ -130,7 +137,9 @@ def test_without_baseline_and_without_figures(base: Base, tmp_path: Path) -> Non
     part, data = held_out(base, tmp_path, TALKS)
     model = attach_adapter(base, LoraSpec(), seed=1).model
     spec = EvaluateSpec(perplexity=False, baseline=False)
-    both = evaluate_side_by_side(model, base, part, spec, data)
+    both = evaluate_side_by_side(
+        TransformersRuntime.on_base("tuned", model, base), part, spec, data
+    )
     assert both.base is None
     assert both.as_dict()["base"] is None
     assert both.tuned.perplexity is None
@@ -141,7 +150,7 @@ def test_without_baseline_and_without_figures(base: Base, tmp_path: Path) -> Non
 def test_max_rows_limits_answers_but_not_perplexity(base: Base, tmp_path: Path) -> None:
     part, data = held_out(base, tmp_path, TALKS, max_length=128)
     spec = EvaluateSpec(generate={**GENERATE, "max_rows": 2})  # type: ignore[arg-type]
-    measured = evaluate_model("it", base.model, base, part, spec, data)
+    measured = evaluate_model(alone(base), part, spec, data)
     assert measured.num_rows == len(measured.samples) == 2
     assert measured.perplexity is not None
     assert measured.perplexity.num_tokens == part.num_supervised
@@ -151,15 +160,19 @@ def test_plain_texts_are_read_whole(base: Base, tmp_path: Path) -> None:
     part, data = held_out(base, tmp_path, TEXTS, max_length=16)
     assert len(part.sequences) > len(TEXTS)
     spec = EvaluateSpec(window_tokens=16, stride_tokens=4)
-    measured = evaluate_model("it", base.model, base, part, spec, data).perplexity
+    measured = evaluate_model(alone(base), part, spec, data).perplexity
     whole = [render(example, base.tokenizer, "assistant") for example in part.examples]
     expected = measure_perplexity(
-        base.model, whole, pad_token_id=0, batch_size=64, window_tokens=16, stride_tokens=4
+        CausalScorer(base.model, 0), whole, batch_size=64, window_tokens=16, stride_tokens=4
     )
     assert measured == expected
     assert measured.num_tokens == sum(len(one.input_ids) - 1 for one in whole)
     pieces = measure_perplexity(
-        base.model, part.sequences, pad_token_id=0, batch_size=64, window_tokens=16, stride_tokens=4
+        CausalScorer(base.model, 0),
+        part.sequences,
+        batch_size=64,
+        window_tokens=16,
+        stride_tokens=4,
     )
     assert measured.loss != pieces.loss
 
@@ -167,7 +180,7 @@ def test_plain_texts_are_read_whole(base: Base, tmp_path: Path) -> None:
 def test_plain_texts_cannot_be_answered(base: Base, tmp_path: Path) -> None:
     part, data = held_out(base, tmp_path, TEXTS, max_length=64)
     said, spec = Said(), EvaluateSpec(generate=GENERATE)  # type: ignore[arg-type]
-    measured = evaluate_model("it", base.model, base, part, spec, data, said)
+    measured = evaluate_model(alone(base), part, spec, data, said)
     assert measured.exact_match is None
     assert measured.num_rows == 0
     assert "no eval row has an answer" in said.warnings[0]
@@ -178,7 +191,7 @@ def test_dropped_rows_are_not_asked(base: Base, tmp_path: Path) -> None:
     part, data = held_out(base, tmp_path, [long, *TALKS], max_length=128, max_dropped_share=0.5)
     assert len(part.sequences) == 6
     spec = EvaluateSpec(generate=GENERATE)  # type: ignore[arg-type]
-    measured = evaluate_model("it", base.model, base, part, spec, data)
+    measured = evaluate_model(alone(base), part, spec, data)
     assert measured.num_rows == 6
     assert measured.samples[0].question == "turn lamp 0 to 0 percent"
 
@@ -186,7 +199,7 @@ def test_dropped_rows_are_not_asked(base: Base, tmp_path: Path) -> None:
 def test_window_beyond_the_context_is_refused(base: Base) -> None:
     data = DataSpec(train=({"path": "a.jsonl"},), max_length=1024)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=r"data\.max_length is 1024, but .* 256 tokens"):
-        window_size(base.model, EvaluateSpec(), data)
+        window_size(context_tokens(base.model), EvaluateSpec(), data)
     with pytest.raises(ModelError, match=r"evaluate\.window_tokens is 300"):
-        window_size(base.model, EvaluateSpec(window_tokens=300), data)
-    assert window_size(base.model, EvaluateSpec(window_tokens=256), data) == 256
+        window_size(context_tokens(base.model), EvaluateSpec(window_tokens=300), data)
+    assert window_size(context_tokens(base.model), EvaluateSpec(window_tokens=256), data) == 256

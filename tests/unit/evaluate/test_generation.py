@@ -22,9 +22,10 @@ from transformers import (
 
 from qlora_kit.data.render import Prompt
 from qlora_kit.errors import DataError
-from qlora_kit.evaluate.forward import CausalModel
 from qlora_kit.evaluate.generation import Answer, count_exact, exact_match, generate_answers
 from qlora_kit.report.reporter import Progress
+from qlora_kit.runtime.forward import CausalModel
+from qlora_kit.runtime.transformers import TransformersRuntime
 
 LENGTHS = [3, 17, 9, 1, 30, 9, 22]
 LENGTH = 12
@@ -79,12 +80,10 @@ def answer(
     **options: Progress,
 ) -> list[Answer]:
     return generate_answers(
-        model,
-        Ids(),  # type: ignore[arg-type]
+        TransformersRuntime("it", model, Ids(), stop_ids),  # type: ignore[arg-type]
         asked,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
-        stop_ids=stop_ids,
         **options,
     )
 
@@ -271,12 +270,10 @@ def test_text_is_as_the_tokens_say(
         type(model), "generate", lambda self, input_ids, **_: torch.tensor([[*input_ids[0], *ids]])
     )
     [one] = generate_answers(
-        model,
-        tokenizer,
+        TransformersRuntime("it", model, tokenizer, frozenset({tokenizer.eos_token_id})),
         [Prompt((5, 6), said.strip(), "row")],
         max_new_tokens=50,
         batch_size=1,
-        stop_ids=frozenset({tokenizer.eos_token_id}),
     )
     assert one.text == said.strip()
     assert one.is_exact

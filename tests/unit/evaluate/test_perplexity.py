@@ -8,15 +8,15 @@ from collections.abc import Sequence
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import MODELS, NUM_TOKENS, SaysAlways, WholeLogits, llama, rows
+from tiny_models import MODELS, NUM_TOKENS, SaysAlways, WholeLogits, llama, rows, scorer
 from transformers import PreTrainedModel
 
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.errors import DataError, ModelError
-from qlora_kit.evaluate import forward, windows
-from qlora_kit.evaluate.forward import CausalModel, evaluation_mode
 from qlora_kit.evaluate.perplexity import Perplexity, measure_perplexity
 from qlora_kit.report.reporter import Progress
+from qlora_kit.runtime import batches, forward
+from qlora_kit.runtime.forward import CausalModel, evaluation_mode
 
 LENGTHS = [5, 31, 12, 2, 48, 31, 7]
 
@@ -31,13 +31,11 @@ def perplexity(
     dtype: torch.dtype | None = None,
 ) -> Perplexity:
     return measure_perplexity(
-        model,
+        scorer(model, dtype),
         sequences,
-        pad_token_id=0,
         batch_size=batch_size,
         window_tokens=window,
         stride_tokens=stride,
-        compute_dtype=dtype,
     )
 
 
@@ -122,7 +120,7 @@ def test_small_limits_of_memory_change_nothing(monkeypatch: pytest.MonkeyPatch) 
     model, sequences = llama(), rows(LENGTHS)
     expected = perplexity(model, sequences, batch_size=7)
     monkeypatch.setattr(forward, "CHUNK_CELLS", 3 * NUM_TOKENS)
-    monkeypatch.setattr(windows, "LOGITS_BYTES", 4 * NUM_TOKENS * 30)
+    monkeypatch.setattr(batches, "LOGITS_BYTES", 4 * NUM_TOKENS * 30)
     measured = perplexity(model, sequences, batch_size=7)
     assert measured.loss == pytest.approx(expected.loss, abs=2e-6)
     assert measured.num_tokens == expected.num_tokens
@@ -234,9 +232,8 @@ def test_progress_counts_supervised_tokens() -> None:
 
     count, sequences = Count(), rows(LENGTHS)
     measure_perplexity(
-        llama(),
+        scorer(llama()),
         sequences,
-        pad_token_id=0,
         batch_size=2,
         window_tokens=8,
         stride_tokens=4,

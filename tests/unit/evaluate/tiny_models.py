@@ -16,6 +16,7 @@ from transformers import (
 from transformers.modeling_outputs import CausalLMOutput
 
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
+from qlora_kit.runtime.forward import CausalScorer
 
 NUM_TOKENS = 128
 CONTEXT = 96
@@ -57,6 +58,10 @@ def gpt2(seed: int = 0) -> GPT2LMHeadModel:
 
 
 MODELS: dict[str, Callable[[], PreTrainedModel]] = {"llama": llama, "gpt2": gpt2}
+
+
+def scorer(model: nn.Module, compute_dtype: torch.dtype | None = None) -> CausalScorer:
+    return CausalScorer(model, 0, compute_dtype)  # type: ignore[arg-type]
 
 
 class WholeLogits(LlamaForCausalLM):

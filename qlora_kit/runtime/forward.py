@@ -14,9 +14,10 @@ from peft import PeftModel
 from qlora_kit.data.collate import Collator
 from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.errors import ModelError
-from qlora_kit.evaluate.windows import batch_windows, scored_positions
 from qlora_kit.out_of_memory import in_batches_that_fit
 from qlora_kit.report.reporter import Progress
+from qlora_kit.runtime.batches import batch_windows, scored_positions
+from qlora_kit.runtime.protocol import Scored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,16 +31,25 @@ CHUNK_CELLS = 2**24
 
 
 @dataclass(frozen=True)
-class Scored:
-    """What a model says at the supervised tokens of one window.
+class CausalScorer:
+    """A transformers model as something that scores windows; see `runtime.protocol.Scorer`."""
 
-    `index` is the window's place in the list that was given; `logits` has shape
-    (num_tokens, vocabulary), in the dtype the model computes in; `targets` has shape (num_tokens,).
-    """
+    model: CausalModel
+    pad_token_id: int
+    compute_dtype: torch.dtype | None = None
 
-    index: int
-    logits: torch.Tensor
-    targets: torch.Tensor
+    @property
+    def vocab_size(self) -> int:
+        return vocab_size(self.model)
+
+    def score(self, windows: Sequence[TokenSequence], batch_size: int) -> Iterator[Scored]:
+        return score_windows(
+            self.model,
+            windows,
+            pad_token_id=self.pad_token_id,
+            batch_size=batch_size,
+            compute_dtype=self.compute_dtype,
+        )
 
 
 @contextmanager
@@ -94,7 +104,7 @@ def score_windows(
 
     for batch, scored in in_batches_that_fit(batches, score, model.device.type):
         for index, (logits, targets) in zip(batch, scored, strict=True):
-            _require_numbers(logits, windows[index].origin)
+            require_numbers(logits, windows[index].origin)
             yield Scored(index, logits, targets)
 
 
@@ -153,7 +163,12 @@ def _takes_logits_to_keep(model: CausalModel) -> bool:
     return "logits_to_keep" in inspect.signature(base_model_of(model).forward).parameters
 
 
-def _require_numbers(logits: torch.Tensor, origin: str) -> None:
+def require_numbers(logits: torch.Tensor, origin: str) -> None:
+    """Of one window, named by its origin.
+
+    Raises:
+        ModelError: one of them is not a number.
+    """
     if torch.isnan(logits).any():
         raise ModelError(
             f"the model's output for {origin} is not a number (NaN): its weights are damaged, or "
