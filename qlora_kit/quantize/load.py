@@ -56,9 +56,7 @@ def load_source(
     )
 
 
-def save_checked(
-    load: Callable[[], PreTrainedModel], source: Source, draft: Path
-) -> None:
+def save_checked(load: Callable[[], PreTrainedModel], source: Source, draft: Path) -> None:
     """Save what `load` gives, load that again as anybody would, and see that it is the same.
 
     The two are in memory one after the other.

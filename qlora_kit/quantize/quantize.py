@@ -245,9 +245,7 @@ def _tell(
 ) -> None:
     what = f" ({request.note})" if request.note else ""
     dtype = str(source.dtype).removeprefix("torch.")
-    reporter.say(
-        f"source    {source.name}{what}: {source.num_parameters:,} parameters in {dtype}"
-    )
+    reporter.say(f"source    {source.name}{what}: {source.num_parameters:,} parameters in {dtype}")
     if calibration is not None:
         reporter.say(f"calibrate {calibration.description}")
     reporter.say(f"compare   on {held_out.description}")

@@ -31,9 +31,7 @@ class WatchedConfig(BitsAndBytesConfig):  # type: ignore[misc]
     quantized layer.
     """
 
-    def __init__(
-        self, stock: BitsAndBytesConfig, on_layer: OnLayer, block_size: int = 64
-    ):
+    def __init__(self, stock: BitsAndBytesConfig, on_layer: OnLayer, block_size: int = 64):
         super().__init__(**stock.to_dict())
         self.quant_method = FOUR_BIT if stock.load_in_4bit else EIGHT_BIT
         self.block_size = block_size

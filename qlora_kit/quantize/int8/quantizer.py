@@ -40,9 +40,7 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
                 "qlora-kit quantize MODEL --method int8 --calibration FILE --out DIR"
             )
 
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, **options: Any
-    ) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
         config = self.quantization_config
         skips = self.get_modules_to_not_convert(
             model, config.skip_modules, model._keep_in_fp32_modules
