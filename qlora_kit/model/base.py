@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_kit.errors import ModelError
-from qlora_kit.model.prequantized import prequantized_settings as prequantized_settings
 from qlora_kit.model.prequantized import is_foreign, make_known, require_same_quantization
+from qlora_kit.model.prequantized import prequantized_settings as prequantized_settings
 from qlora_kit.model.quantized import (
     Quantized,
     four_bit_modules,

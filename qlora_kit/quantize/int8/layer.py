@@ -23,6 +23,9 @@ class Int8Linear(nn.Linear):
     it was.
     """
 
+    weight_scale: torch.Tensor
+    input_scale: torch.Tensor
+
     def __init__(self, in_features: int, out_features: int, bias: bool, config: Int8Config):
         super().__init__(in_features, out_features, bias)
         self.activations: Activations = config.activations

@@ -181,9 +181,8 @@ def test_a_base_model_without_template_reads_conversations_as_text(
 def test_a_recipe_names_both(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     train, held = text_file(tmp_path / "a.jsonl", 20), text_file(tmp_path / "b.jsonl", 5, seed=1)
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(
-        f"model: {{name_or_path: x}}\ndata:\n  train: [{{path: {train}}}]\n  eval: [{{path: {held}}}]\n"
-    )
+    rows = f"data:\n  train: [{{path: {train}}}]\n  eval: [{{path: {held}}}]\n"
+    recipe.write_text(f"model: {{name_or_path: x}}\n{rows}")
     texts, kept, found = texts_for(Named(str(recipe), None), tokenizer, seed=0)
     assert texts is not None
     assert (len(kept[0]), len(found.sequences)) == (20, 5)

@@ -43,7 +43,7 @@ MIXTURE = (
         "moe_intermediate_size": 64,
     },
 )
-WORDS = "turn the kitchen lamp to percent please quick brown fox lazy dog user hello fine".split()
+WORDS = ["turn", "the", "kitchen", "lamp", "percent", "please", "quick", "brown", "fox", "hello"]
 
 
 def build(
