@@ -243,9 +243,10 @@ def _tell(
     calibration: Calibration | None,
     held_out: HeldOut,
 ) -> None:
-    what = f" ({request.note})" if request.note else ""
     dtype = str(source.dtype).removeprefix("torch.")
-    reporter.say(f"source    {source.name}{what}: {source.num_parameters:,} parameters in {dtype}")
+    reporter.say(
+        f"source    {request.note or source.name}: {source.num_parameters:,} parameters in {dtype}"
+    )
     if calibration is not None:
         reporter.say(f"calibrate {calibration.description}")
     reporter.say(f"compare   on {held_out.description}")

@@ -142,14 +142,14 @@ def test_llm_int8_is_bitsandbytes_own(llama: Path, tmp_path: Path) -> None:
 def test_outliers_are_the_features_that_bitsandbytes_takes_out(llama: Path, tmp_path: Path) -> None:
     text = calibration()
     found = made_by(
-        "llm-int8", source_of(llama), tmp_path / "out", "threshold=1.5", calibration=text
+        "llm-int8", source_of(llama), tmp_path / "out", "threshold=2.5", calibration=text
     ).findings["outliers"]
     name = "model.layers.1.self_attn.q_proj"
     columns: set[int] = set()
     plain = reloaded(llama)
     plain.get_submodule(name).register_forward_pre_hook(
         lambda module, inputs: columns.update(
-            int8_vectorwise_quant(inputs[0].view(-1, 64).half(), threshold=1.5)[2].tolist()
+            int8_vectorwise_quant(inputs[0].view(-1, 64).half(), threshold=2.5)[2].tolist()
         )
     )
     for row in text.sequences:
@@ -158,13 +158,13 @@ def test_outliers_are_the_features_that_bitsandbytes_takes_out(llama: Path, tmp_
     assert 0 < len(columns) < 64
     assert set(found[name]["outlier_features"]) == columns
     assert found[name]["num_features"] == 64
-    assert found[name]["largest"] >= 1.5
+    assert found[name]["largest"] >= 2.5
 
 
 def test_offload_to_the_cpu_is_written_last(llama: Path, tmp_path: Path) -> None:
     """A machine without a GPU would take every layer for unquantized."""
     draft = tmp_path / "out"
-    made = made_by("llm-int8", source_of(llama), draft, "fp32_cpu_offload=[layers.1]")
+    made = made_by("llm-int8", source_of(llama), draft, "fp32_cpu_offload=[model.layers.1]")
     before = json.loads((draft / "config.json").read_text())["quantization_config"]
     assert made.finish is not None
     made.finish(draft)
@@ -185,8 +185,10 @@ def test_fused_experts_are_refused_before_the_work(name: str, tmp_path: Path) ->
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", ["nf4", "llm-int8", "int8"])
-@pytest.mark.parametrize("kind", list(KINDS))
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("nf4", "qwen2: biases, tied"), ("llm-int8", "gpt2: Conv1D"), ("int8", "gemma3")],
+)
 def test_predicted_bytes_hold(name: str, kind: str, tmp_path: Path) -> None:
     source = source_of(build(tmp_path / "source", *KINDS[kind]))
     made_by(name, source, tmp_path / "out")
