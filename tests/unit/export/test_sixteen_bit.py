@@ -1,4 +1,4 @@
-"""What a run stands for when it is quantized: its merge into the weights that were not quantized."""
+"""What a run stands for when it is quantized: its merge into the original weights."""
 
 from __future__ import annotations
 
