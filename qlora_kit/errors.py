@@ -6,6 +6,7 @@ QloraKitError
 │   └── RowRefused    one row cannot be rendered; it is dropped under a named reason and counted
 ├── ModelError        a base model cannot be found, read, or used as asked
 ├── AdapterError      an adapter is unreadable, or belongs to another base
+├── ArtifactError     an exported folder has no record, or is not what its record says
 ├── HardwareError     the machine lacks what was asked for (a precision, memory, disk)
 ├── RunError          a run directory is taken, missing, or incomplete
 ├── CheckpointError   a checkpoint could not be written; says which earlier one is whole
@@ -42,6 +43,10 @@ class ModelError(QloraKitError):
 
 class AdapterError(QloraKitError):
     """An adapter that is unreadable or belongs to another base."""
+
+
+class ArtifactError(QloraKitError):
+    """An exported folder whose record is missing, damaged, or says something else."""
 
 
 class HardwareError(QloraKitError):

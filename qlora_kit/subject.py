@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +13,7 @@ from qlora_kit.environment import probe_hardware, resolve_compute_dtype
 from qlora_kit.errors import AdapterError, HardwareError
 from qlora_kit.model.base import Base, load_base, prepare_for_training
 from qlora_kit.model.manifest import MANIFEST_FILE, base_of, read_manifest, stored_settings
-from qlora_kit.model.prequantized import checkpoint_settings, is_foreign, stored_quantization
+from qlora_kit.model.prequantized import stored_quantization
 from qlora_kit.model.saved import load_adapter
 from qlora_kit.recipe import ModelSpec, QuantizationSpec, Recipe
 from qlora_kit.report.reporter import SILENT, Reporter
@@ -22,9 +21,6 @@ from qlora_kit.report.reporter import SILENT, Reporter
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
-
-OWN_METHOD = "qlora-kit-int8"
-"""The kit's own quantization, as config.json calls it."""
 
 
 @dataclass(frozen=True)
@@ -119,27 +115,10 @@ def _plain(spec: ModelSpec) -> Base:
     """A model as it stands on disk: quantized if it is stored so, by whatever library, else in 16
     or 32 bits.
     """
-    stored = checkpoint_settings(spec)
-    if stored is not None and stored.get("quant_method") == OWN_METHOD:
-        import_module("qlora_kit.quantize.int8")  # which makes it known to transformers
-    quantization = stored_quantization(spec) or QuantizationSpec(load_in_4bit=False)
-    return _load(spec, quantization, as_stored=stored is not None and is_foreign(stored))
+    return _load(spec, stored_quantization(spec) or QuantizationSpec(load_in_4bit=False))
 
 
-def _load(
-    spec: ModelSpec,
-    quantization: QuantizationSpec,
-    adapter: Path | None = None,
-    as_stored: bool = False,
-) -> Base:
+def _load(spec: ModelSpec, quantization: QuantizationSpec, adapter: Path | None = None) -> Base:
     hardware = probe_hardware()
     dtype, why = resolve_compute_dtype(quantization.compute_dtype, hardware)
-    return load_base(
-        spec,
-        quantization,
-        getattr(torch, dtype),
-        why,
-        hardware,
-        adapter=adapter,
-        as_stored=as_stored,
-    )
+    return load_base(spec, quantization, getattr(torch, dtype), why, hardware, adapter=adapter)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_kit.checkpoint.disk import Disk
-from qlora_kit.checkpoint.manifest import FileRecord, record_of
+from qlora_kit.records import FileRecord, file_record
 
 Buffer = bytes | memoryview
 
@@ -81,7 +81,7 @@ class Draft:
 
     def _flush(self, path: Path) -> _Finished:
         written_ns = path.stat().st_mtime_ns
-        hashed = self._hasher.submit(record_of, path)
+        hashed = self._hasher.submit(file_record, path)
         self._disk.sync(path)
         return _Finished(hashed.result(), written_ns)
 

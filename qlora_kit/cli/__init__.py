@@ -20,6 +20,7 @@ from qlora_kit.cli import (
     evaluate,
     merge,
     prove_resume,
+    quantize,
     recipes,
     train,
 )
@@ -74,6 +75,7 @@ for verb in (
     prove_resume,
     evaluate,
     merge,
+    quantize,
     dequantize,
     chat,
     recipes,

@@ -20,8 +20,9 @@ from qlora_kit.export.merge import MergeResult
 from qlora_kit.export.reload import load_plain, measuring_dtype, reload_faults
 from qlora_kit.export.trained import TrainedAdapter
 from qlora_kit.model.base import quantization_record
-from qlora_kit.model.manifest import MANIFEST_FILE, file_sha256, read_manifest
+from qlora_kit.model.manifest import MANIFEST_FILE, read_manifest
 from qlora_kit.model.source import ModelSource
+from qlora_kit.records import file_sha256
 from qlora_kit.report.reporter import SILENT, Reporter
 from qlora_kit.runtime.forward import CausalScorer
 

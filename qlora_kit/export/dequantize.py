@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,9 +29,10 @@ from qlora_kit.export.names import NameMap, map_names
 from qlora_kit.export.plan import DtypeName
 from qlora_kit.export.reload import load_plain, measuring_dtype
 from qlora_kit.export.shards import ShardWriter, require_room
-from qlora_kit.export.surroundings import copy_code, save_config
+from qlora_kit.export.surroundings import save_config
 from qlora_kit.export.ties import resolve_ties
 from qlora_kit.model.base import prequantized_settings
+from qlora_kit.model.companions import copy_companions
 from qlora_kit.model.quantized import never_repacked
 from qlora_kit.model.skeleton import Skeleton, build_skeleton, load_config
 from qlora_kit.report.reporter import SILENT, Reporter
@@ -41,8 +41,6 @@ from qlora_kit.runtime.forward import CausalScorer
 # LLM.int8() rounds activations as well, which dense weights do not: its figures differ by that.
 MAX_KL = {4: 1e-3, 8: 2e-2}
 
-_COMPANIONS = ("*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken")
-_NOT_COMPANIONS = ("config.json", "certificate.json")
 _NUM_SEQUENCES = 4
 _SEQUENCE_TOKENS = 32
 _BATCH_SIZE = 2
@@ -111,7 +109,7 @@ def dequantize_checkpoint(
                 writer.add(name, value)
                 progress.update()
         writer.close()
-        _copy_companions(folder, dense, trust_remote_code)
+        copy_companions(folder, dense, trust_remote_code)
         save_config(skeleton.model.config, dense, dtype=rounded)
         divergence: Divergence | None = None
         faults: tuple[str, ...] = ()
@@ -176,16 +174,6 @@ def _tensors(
 
 def _num_bytes(skeleton: Skeleton, dtype: torch.dtype) -> int:
     return sum(parameter.numel() for parameter in skeleton.model.parameters()) * dtype.itemsize
-
-
-def _copy_companions(folder: Path, out: Path, trust_remote_code: bool) -> None:
-    """Tokenizer, templates and generation config, as they are."""
-    for pattern in _COMPANIONS:
-        for path in sorted(folder.glob(pattern)):
-            if path.name not in _NOT_COMPANIONS and not path.name.endswith(".index.json"):
-                shutil.copyfile(path, out / path.name)
-    if trust_remote_code:
-        copy_code(folder, out)
 
 
 def _load_quantized(folder: Path, hardware: Hardware, trust_remote_code: bool) -> Any:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_kit.errors import ModelError
-from qlora_kit.model.prequantized import is_foreign, require_same_quantization
+from qlora_kit.model.prequantized import is_foreign, make_known, require_same_quantization
 from qlora_kit.model.prequantized import prequantized_settings as prequantized_settings
 from qlora_kit.model.quantized import (
     Quantized,
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
         PreTrainedModel,
         PreTrainedTokenizerBase,
     )
+    from transformers.utils.quantization_config import QuantizationConfigMixin
 
     from qlora_kit.environment import Hardware
     from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec
@@ -80,7 +81,6 @@ def load_base(
     lora: LoraSpec | None = None,
     adapter: Path | None = None,
     is_shared: bool = False,
-    as_stored: bool = False,
 ) -> Base:
     """Resolve, check, load and quantize a base model.
 
@@ -88,8 +88,8 @@ def load_base(
     different ones. Given `lora`, whatever would hinder that adapter is found before the weights
     are read. Given `adapter`, the tokenizer is the one saved with it, whose added tokens have no
     embeddings until the adapter is loaded. With `is_shared` the quantized base is kept in the cache
-    or read from there. With `as_stored` a checkpoint that another library quantized is loaded as it
-    is: it can be measured and talked to, and not trained on.
+    or read from there. A checkpoint that another library quantized is loaded as it is, unless it
+    is to be trained on.
 
     Raises:
         ModelError: see the checks below; each names the tensor or module at fault.
@@ -106,8 +106,10 @@ def load_base(
         load_config(source.folder, spec.trust_remote_code), spec.trust_remote_code
     )
     stored = prequantized_settings(skeleton)
-    if stored is not None and not (as_stored and is_foreign(stored)):
-        require_same_quantization(source, stored, quantization)
+    if stored is not None:
+        make_known(stored)
+        if lora is not None or adapter is not None or not is_foreign(stored):
+            require_same_quantization(source, stored, quantization)
     refuse_unquantizable(skeleton, quantization)
     if lora is not None:
         require_targets(skeleton, lora, quantization)
@@ -124,7 +126,7 @@ def load_base(
     bnb = None if stored else bitsandbytes_config(quantization, skeleton, compute_dtype)
 
     def load(quantized: Path | None) -> PreTrainedModel:
-        return _load_model(source, spec, bnb, skeleton, compute_dtype, hardware, quantized)
+        return load_model(source, spec, bnb, skeleton, compute_dtype, hardware, quantized)
 
     if is_shared and bnb is not None and not spec.trust_remote_code:
         folder = shared_folder(scan.fingerprint, bnb.to_dict(), compute_dtype, hardware.device)
@@ -207,7 +209,7 @@ def refuse_unquantizable(skeleton: Skeleton, quantization: QuantizationSpec) -> 
             f"set quantization.skip_modules: [{layers}]."
         )
     linear = [name for name, module in skeleton.model.named_modules() if is_linear(module)]
-    for skip in skips:
+    for skip in set(skips) - set(skeleton.default_skips):  # which a stored checkpoint names too
         if not any(name_matches(name, (skip,)) for name in linear):
             raise ModelError(
                 f"quantization.skip_modules: {skip} is neither the start nor the end of a linear "
@@ -245,16 +247,20 @@ def _load_tokenizer(
     return tokenizer
 
 
-def _load_model(
+def load_model(
     source: ModelSource,
     spec: ModelSpec,
-    bnb: BitsAndBytesConfig | None,
+    quantization_config: QuantizationConfigMixin | None,
     skeleton: Skeleton,
     compute_dtype: torch.dtype,
     hardware: Hardware,
     quantized: Path | None = None,
 ) -> PreTrainedModel:
-    """From the source, or from a folder that holds it quantized already."""
+    """From the source, or from a folder that holds it quantized already.
+
+    Raises:
+        ModelError: it cannot be loaded, or lacks weights.
+    """
     from transformers import AutoModelForCausalLM, PreTrainedModel
     from transformers.utils import logging as transformers_logging
 
@@ -268,8 +274,8 @@ def _load_model(
         "local_files_only": True,
         "output_loading_info": True,
     }
-    if bnb is not None and quantized is None:
-        options["quantization_config"] = bnb
+    if quantization_config is not None and quantized is None:
+        options["quantization_config"] = quantization_config
     if spec.attn_implementation != "auto":
         options["attn_implementation"] = spec.attn_implementation
     loaded: Any

@@ -6,7 +6,6 @@ quantized, and an adapter loads onto any base of the same shapes without a word.
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,6 +18,7 @@ from qlora_kit.model.base import Base, quantization_record
 from qlora_kit.model.source import ModelSource
 from qlora_kit.model.tokenizer import template_hash, tokenizer_hash
 from qlora_kit.recipe import ModelSpec, QuantizationSpec
+from qlora_kit.records import file_sha256
 
 MANIFEST_FILE = "qlora_kit.json"
 _FORMAT = 1
@@ -244,11 +244,3 @@ def require_own_base(
             "Use --force to load it all the same."
         )
     return found
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

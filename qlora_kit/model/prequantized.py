@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.errors import ModelError
@@ -16,14 +17,29 @@ if TYPE_CHECKING:
     from qlora_kit.model.source import ModelSource
     from qlora_kit.recipe import ModelSpec
 
+# By name: the format stands further down, and is imported where a checkpoint asks for it.
+_OWN_FORMATS = {"qlora-kit-int8": "qlora_kit.quantize.int8"}
+
 
 def prequantized_settings(skeleton: Skeleton) -> dict[str, Any] | None:
     """How the checkpoint on disk is quantized already; None where it is not."""
     return _settings(skeleton.model.config)
 
 
-def checkpoint_settings(spec: ModelSpec) -> dict[str, Any] | None:
-    """What the checkpoint's configuration says of how it is quantized; None where it is not."""
+def is_foreign(stored: dict[str, Any]) -> bool:
+    """Whether another than bitsandbytes quantized it: it can be run as it stands, not trained."""
+    return stored.get("quant_method") != "bitsandbytes"
+
+
+def make_known(stored: dict[str, Any]) -> None:
+    """Register the kit's own format with transformers, where a checkpoint is in it."""
+    module = _OWN_FORMATS.get(str(stored.get("quant_method")))
+    if module is not None:
+        import_module(module)
+
+
+def stored_quantization(spec: ModelSpec) -> QuantizationSpec | None:
+    """The settings that a bitsandbytes checkpoint was saved with; None where it is not one."""
     source = resolve_source(
         spec.name_or_path,
         spec.revision,
@@ -31,17 +47,7 @@ def checkpoint_settings(spec: ModelSpec) -> dict[str, Any] | None:
         spec.allow_pickle,
         spec.trust_remote_code,
     )
-    return _settings(load_config(source.folder, spec.trust_remote_code))
-
-
-def is_foreign(stored: dict[str, Any]) -> bool:
-    """Quantized by something else than bitsandbytes."""
-    return bool(stored.get("quant_method") != "bitsandbytes")
-
-
-def stored_quantization(spec: ModelSpec) -> QuantizationSpec | None:
-    """The settings that a bitsandbytes checkpoint was saved with; None where it is not one."""
-    stored = checkpoint_settings(spec)
+    stored = _settings(load_config(source.folder, spec.trust_remote_code))
     if stored is None or is_foreign(stored):
         return None
     skips = tuple(stored.get("llm_int8_skip_modules") or ())

@@ -125,7 +125,7 @@ def test_fsdp2_gives_the_loss_of_one_gpu(tmp_path: Path) -> None:
 
 
 def test_two_runs_are_the_same_run(tmp_path: Path) -> None:
-    from qlora_kit.model.manifest import file_sha256
+    from qlora_kit.records import file_sha256
 
     path = recipe(tmp_path)
     hashes = set()

@@ -13,7 +13,8 @@ import torch
 from conftest import build_llama
 from safetensors.torch import load_file
 
-from qlora_kit.model.manifest import MANIFEST_FILE, file_sha256
+from qlora_kit.model.manifest import MANIFEST_FILE
+from qlora_kit.records import file_sha256
 
 from .conftest import Call, FinishedRun, write_recipe, write_rows
 

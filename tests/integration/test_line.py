@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from qlora_kit.model.manifest import file_sha256
 from qlora_kit.recipe import load_recipe
+from qlora_kit.records import file_sha256
 
 from .conftest import ROOT, Call, FinishedRun, write_recipe
 

@@ -23,8 +23,9 @@ from qlora_kit.errors import AdapterError, DataError, HardwareError
 from qlora_kit.export import merge_run
 from qlora_kit.export.merge_run import merge_after_training, merge_reopened
 from qlora_kit.export.reopen import reopen_adapter
-from qlora_kit.model.manifest import MANIFEST_FILE, file_sha256
+from qlora_kit.model.manifest import MANIFEST_FILE
 from qlora_kit.recipe import LoraSpec, MergeSpec, ModelSpec, Recipe, load_recipe, save_recipe
+from qlora_kit.records import file_sha256
 from qlora_kit.report.reporter import Reporter
 
 from .tiny_runs import CONFIGS, Tuned, save_model, tune

@@ -23,7 +23,6 @@ from qlora_kit.model.manifest import (
     base_of,
     changed_circumstances,
     differences,
-    file_sha256,
     manifest_for,
     read_manifest,
     require_own_base,
@@ -32,6 +31,7 @@ from qlora_kit.model.manifest import (
 )
 from qlora_kit.model.saved import save_adapter
 from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec
+from qlora_kit.records import file_sha256
 
 TRAINED_WITH = QuantizationSpec()
 

@@ -22,7 +22,7 @@ from qlora_kit.errors import AdapterError
 from qlora_kit.model import saved as saved_module
 from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.base import Base
-from qlora_kit.model.manifest import MANIFEST_FILE, file_sha256, read_manifest, write_manifest
+from qlora_kit.model.manifest import MANIFEST_FILE, read_manifest, write_manifest
 from qlora_kit.model.saved import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -32,6 +32,7 @@ from qlora_kit.model.saved import (
     write_tokenizer,
 )
 from qlora_kit.recipe import LoraSpec, QuantizationSpec
+from qlora_kit.records import file_sha256
 
 NF4 = QuantizationSpec()
 EIGHT = QuantizationSpec(load_in_8bit=True)

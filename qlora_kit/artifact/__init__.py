@@ -1,0 +1,1 @@
+"""What an artifact was made from, and whether it still is what was written."""

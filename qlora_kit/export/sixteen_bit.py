@@ -1,0 +1,80 @@
+"""The 16-bit model that a run stands for when it is quantized anew.
+
+What training saw was quantized already: quantizing its dequantized weights again loses most of a
+light adapter, where the merge into the original weights keeps it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qlora_kit.atomic import draft_beside
+from qlora_kit.checkpoint.run_directory import is_run, open_run
+from qlora_kit.environment import probe_hardware
+from qlora_kit.export.certify import CERTIFICATE_FILE
+from qlora_kit.export.merge_run import merge_reopened
+from qlora_kit.export.reopen import reopen_adapter
+from qlora_kit.export.trained import BaseKind
+from qlora_kit.quantize.held_out import Named
+from qlora_kit.recipe import MergeSpec, ModelSpec
+
+if TYPE_CHECKING:
+    from qlora_kit.quantize.quantize import Request
+    from qlora_kit.report.reporter import Reporter
+
+
+@contextmanager
+def sixteen_bit(request: Request, reporter: Reporter) -> Iterator[Request]:
+    """The same request for a whole model in 16 bits, while the context lasts.
+
+    Of a run that is its merge into the original weights: the one that it has, or one that is made
+    and thrown away. Without other text it is compared on the run's own eval rows.
+    """
+    run = Path(request.model.name_or_path).expanduser()
+    if not is_run(run) and not (run / "adapter_config.json").is_file():
+        yield request
+        return
+    request = replace(request, texts=_own_texts(request, run))
+    if is_run(run) and _is_of_original(open_run(run)[0].merged):
+        note = f"the 16-bit merge of {run}"
+        yield replace(request, model=_at(request.model, run / "merged"), note=note)
+        return
+    hardware = probe_hardware()
+    reporter.say(f"{run} is merged into its 16-bit base first; that merge is not kept.")
+    with draft_beside(request.out) as scratch:
+        reopened = reopen_adapter(run, hardware, read_as=request.model, reporter=reporter)
+        base: BaseKind = "original" if "original" in reopened.trained.bases else "dequantized"
+        if base == "dequantized":
+            reporter.warn(
+                "the base is stored quantized, so there are no 16-bit weights to merge into; "
+                "quantizing it again loses part of the adapter."
+            )
+        merged = scratch / "merged"
+        merge_reopened(reopened, merged, MergeSpec(base=base), hardware, reporter=reporter)
+        del reopened
+        note = f"{run}, merged into its {'16-bit' if base == 'original' else 'dequantized'} base"
+        model = _at(request.model, merged)
+        yield replace(request, model=model, note=note, keeps_source=False)
+
+
+def _own_texts(request: Request, run: Path) -> Named:
+    if request.texts.data is not None or request.texts.calibration is not None or not is_run(run):
+        return request.texts
+    return Named(None, str(run / "recipe.yaml"))
+
+
+def _at(model: ModelSpec, folder: Path) -> ModelSpec:
+    return model.model_copy(update={"name_or_path": str(folder)})
+
+
+def _is_of_original(merged: Path) -> bool:
+    """Whether the run has a merge that no quantization has touched."""
+    path = merged / CERTIFICATE_FILE
+    if not path.is_file():
+        return False
+    return bool(json.loads(path.read_text(encoding="utf-8")).get("base") == "original")

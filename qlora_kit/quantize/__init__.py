@@ -1,0 +1,1 @@
+"""Post-training quantization: calibration data, methods, and the straight line of `quantize`."""
