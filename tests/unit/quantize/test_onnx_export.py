@@ -9,9 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_sources import SMALL, Kept, build, logits_of, make, windows
+from tiny_sources import SMALL, Kept, build, check, logits_of, make, windows
 
+from qlora_kit.errors import ModelError, RecipeError
+from qlora_kit.model.companions import copy_companions
+from qlora_kit.quantize.onnx import int8
 from qlora_kit.runtime.onnx import OnnxRuntime
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
 
 @pytest.fixture(scope="module")
