@@ -57,6 +57,10 @@ class RunDirectory:
         return self.folder / "merged"
 
     @property
+    def exports(self) -> Path:
+        return self.folder / "exports"
+
+    @property
     def last_good(self) -> Path:
         return self.folder / "last-good"
 
