@@ -19,6 +19,7 @@ from qlora_kit.environment import probe_hardware
 from qlora_kit.export.certify import CERTIFICATE_FILE
 from qlora_kit.export.merge_run import merge_reopened
 from qlora_kit.export.reopen import reopen_adapter
+from qlora_kit.export.trained import BaseKind
 from qlora_kit.quantize.held_out import Named
 from qlora_kit.recipe import MergeSpec, ModelSpec
 
@@ -47,7 +48,7 @@ def sixteen_bit(request: Request, reporter: Reporter) -> Iterator[Request]:
     reporter.say(f"{run} is merged into its 16-bit base first; that merge is not kept.")
     with draft_beside(request.out) as scratch:
         reopened = reopen_adapter(run, hardware, read_as=request.model, reporter=reporter)
-        base = "original" if "original" in reopened.trained.bases else "dequantized"
+        base: BaseKind = "original" if "original" in reopened.trained.bases else "dequantized"
         if base == "dequantized":
             reporter.warn(
                 "the base is stored quantized, so there are no 16-bit weights to merge into; "

@@ -89,7 +89,11 @@ def lasting_name(source: ModelSource) -> str:
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
-    (folder / MANIFEST_FILE).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+    (folder / MANIFEST_FILE).write_text(manifest_text(manifest), encoding="utf-8")
+
+
+def manifest_text(manifest: Manifest) -> str:
+    return json.dumps(asdict(manifest), indent=2) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -55,7 +55,10 @@ def require_wanted(need: CalibrationNeed, method: str, is_given: bool) -> None:
 
 
 def draw_calibration(
-    texts: Texts, rows: Sequence[Sequence[TokenSequence]], spec: CalibrationSpec, context: int | None
+    texts: Texts,
+    rows: Sequence[Sequence[TokenSequence]],
+    spec: CalibrationSpec,
+    context: int | None,
 ) -> Calibration:
     """Draw from the rows of each source.
 

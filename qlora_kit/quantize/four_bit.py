@@ -8,15 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import Field
 
 from qlora_kit.errors import Fault
 from qlora_kit.model.base import bitsandbytes_config
-from qlora_kit.quantize.layers import quantized_layers, require_quantizable, shape_of
-from qlora_kit.quantize.load import kept_dtype, load_source, save_checked
 from qlora_kit.quantize.blocks import require_readable_blocks
 from qlora_kit.quantize.errors_by_layer import Layers
+from qlora_kit.quantize.layers import quantized_layers, require_quantizable, shape_of
+from qlora_kit.quantize.load import kept_dtype, load_source, save_checked
 from qlora_kit.quantize.method import Calibration, Made, Method, MethodOptions, Source
 from qlora_kit.recipe import QuantizationSpec
 
@@ -54,13 +53,13 @@ class FourBitOptions(MethodOptions):
 
 
 def method(name: str) -> Method:
-    assert name in ("nf4", "fp4")
+    kind: Literal["nf4", "fp4"] = "nf4" if name == "nf4" else "fp4"
     return Method(
-        name=name,
+        name=kind,
         options=FourBitOptions,
-        check=partial(_check, name),
+        check=partial(_check, kind),
         predict_bytes=_predict_bytes,
-        make=partial(_make, name),
+        make=partial(_make, kind),
     )
 
 

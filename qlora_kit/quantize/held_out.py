@@ -34,6 +34,9 @@ class Named:
     data: str | None
 
 
+NOTHING_NAMED = Named(None, None)
+
+
 def texts_for(
     named: Named, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> tuple[Texts | None, list[list[TokenSequence]], HeldOut]:

@@ -30,9 +30,7 @@ def skipped_names(skeleton: Skeleton, skip_modules: Sequence[str]) -> list[str]:
 
 def quantized_layers(skeleton: Skeleton, skip_modules: Sequence[str]) -> list[str]:
     """Full names of the linear layers that will be quantized, in the order of the model."""
-    return [
-        name for name in skeleton.linear_modules if not name_matches(name, tuple(skip_modules))
-    ]
+    return [name for name in skeleton.linear_modules if not name_matches(name, tuple(skip_modules))]
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:

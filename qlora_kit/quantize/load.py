@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -56,9 +56,7 @@ def load_source(
     )
 
 
-def save_checked(
-    load: Callable[[], PreTrainedModel], source: Source, draft: Path
-) -> None:
+def save_checked(load: Callable[[], PreTrainedModel], source: Source, draft: Path) -> None:
     """Save what `load` gives, load that again as anybody would, and see that it is the same.
 
     The two are in memory one after the other.
@@ -67,7 +65,8 @@ def save_checked(
         ModelError: a weight or a scale comes back otherwise.
     """
     model = load()
-    dtype = model.config.dtype
+    dtype = model.config.dtype  # which saving turns into a text
+    assert isinstance(dtype, torch.dtype)
     model.save_pretrained(draft)
     wanted = state_checksum(model)
     del model
@@ -84,11 +83,12 @@ def reload(draft: Path, source: Source, dtype: torch.dtype) -> PreTrainedModel:
     """The saved model, by transformers alone."""
     from transformers import AutoModelForCausalLM
 
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         draft,
         dtype=dtype,
         device_map={"": source.hardware.device},
         trust_remote_code=source.trust_remote_code,
         local_files_only=True,
     )
-    return model.eval()
+    loaded: PreTrainedModel = model.eval()
+    return loaded

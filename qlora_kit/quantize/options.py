@@ -40,9 +40,7 @@ def parse_options(method: Method, texts: Sequence[str]) -> MethodOptions:
         options = method.options.model_validate_json(json.dumps(values), strict=True)
         faults += all_contradictions(options)
     except ValidationError as error:
-        faults += [
-            _fault(method.options, details) for details in error.errors(include_url=False)
-        ]
+        faults += [_fault(method.options, details) for details in error.errors(include_url=False)]
     if faults or options is None:
         raise RecipeError(f"--method {method.name}", list(dict.fromkeys(faults)))
     return options
@@ -54,7 +52,11 @@ def describe_options(options: type[MethodOptions]) -> Iterator[tuple[str, str, s
 
     docs = field_docs(options)
     for name, field in options.model_fields.items():
-        yield name, _yaml(field.get_default(call_default_factory=True, validated_data={})), docs[name]
+        yield (
+            name,
+            _yaml(field.get_default(call_default_factory=True, validated_data={})),
+            docs[name],
+        )
 
 
 def _fault(options: type[MethodOptions], details: ErrorDetails) -> Fault:
@@ -68,7 +70,9 @@ def _fault(options: type[MethodOptions], details: ErrorDetails) -> Fault:
     annotation = members(field.annotation)[0]
     if get_origin(annotation) is Literal:
         choices = ", ".join(_yaml(choice) for choice in get_args(annotation))
-        return Fault(key, f"must be one of {choices}; got {got}", f"the default is {_default(field)}")
+        return Fault(
+            key, f"must be one of {choices}; got {got}", f"the default is {_default(field)}"
+        )
     if details["type"] in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         said = details["msg"].removeprefix("Input should be ")
         return Fault(key, f"must be {said}, got {got}", f"the default is {_default(field)}")

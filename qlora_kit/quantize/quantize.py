@@ -1,8 +1,8 @@
-"""The straight line of `qlora-kit quantize`: from a 16-bit model to a measured, quantized folder."""
+"""The straight line of `qlora-kit quantize`: from a 16-bit model to a quantized, measured one."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ from qlora_kit.evaluate.divergence import (
 )
 from qlora_kit.quantize.calibration import CalibrationSpec, draw_calibration, require_wanted
 from qlora_kit.quantize.certificate import Compared, write_certificate
-from qlora_kit.quantize.held_out import HeldOut, Named, texts_for
+from qlora_kit.quantize.held_out import NOTHING_NAMED, HeldOut, Named, texts_for
 from qlora_kit.quantize.method import Calibration, Made, Method, MethodOptions, Source
 from qlora_kit.quantize.methods import resolve_method
 from qlora_kit.quantize.options import parse_options
@@ -51,8 +51,8 @@ class Request:
     out: Path
     options: tuple[str, ...] = ()
     """`key=value`, of the method's own."""
-    texts: Named = Named(None, None)
-    calibration: CalibrationSpec = CalibrationSpec()
+    texts: Named = NOTHING_NAMED
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     max_tokens: int = DEFAULT_MAX_TOKENS
     """Supervised tokens that the two models are compared on, at most."""
     max_kl: float | None = None
@@ -232,7 +232,7 @@ def _bytes_to_write(
 ) -> int:
     """The draft, and beside it what the source says on the held-out text."""
     vocabulary = source.skeleton.model.config.get_text_config().vocab_size
-    logits = 4 * vocabulary * request.max_tokens
+    logits = 4 * int(vocabulary) * request.max_tokens
     return method.predict_bytes(source, options) + logits + _OTHER_FILES_BYTES
 
 
@@ -243,15 +243,14 @@ def _tell(
     calibration: Calibration | None,
     held_out: HeldOut,
 ) -> None:
-    what = f" ({request.note})" if request.note else ""
     dtype = str(source.dtype).removeprefix("torch.")
     reporter.say(
-        f"source    {source.name}{what}: {source.num_parameters:,} parameters in {dtype}"
+        f"source    {request.note or source.name}: {source.num_parameters:,} parameters in {dtype}"
     )
     if calibration is not None:
         reporter.say(f"calibrate {calibration.description}")
     reporter.say(f"compare   on {held_out.description}")
-    if request.texts == Named(None, None):
+    if request.texts == NOTHING_NAMED:
         reporter.say("          (named none; --data RECIPE or FILE compares on text of your own)")
 
 

@@ -86,5 +86,5 @@ def _most_common_dtype(weights: WeightFiles) -> torch.dtype | None:
     return counts.most_common(1)[0][0] if counts else None
 
 
-def _configured_dtype(dtype: torch.dtype | None) -> torch.dtype:
-    return torch.float32 if dtype is None else dtype
+def _configured_dtype(dtype: object) -> torch.dtype:
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32

@@ -127,9 +127,7 @@ def _rendered(
             yield sequence
 
 
-def _examples(
-    source: SourceSpec, recipe_part: tuple[DataSpec, Part] | None
-) -> Iterator[Example]:
+def _examples(source: SourceSpec, recipe_part: tuple[DataSpec, Part] | None) -> Iterator[Example]:
     """The sound rows; those of the hub are read as far as they are needed, and not stored."""
     recogniser = Recogniser(source, needs_answer=False)
     selection = None if recipe_part is None else selection_for(recipe_part[1], recipe_part[0])

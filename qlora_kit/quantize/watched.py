@@ -18,6 +18,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
+from qlora_kit.model.quantized import four_bit_modules
 from qlora_kit.quantize.errors_by_layer import OnLayer
 
 FOUR_BIT = "qlora-kit-bitsandbytes-4bit"
@@ -26,32 +27,28 @@ EIGHT_BIT = "qlora-kit-bitsandbytes-8bit"
 
 @register_quantization_config(FOUR_BIT)
 @register_quantization_config(EIGHT_BIT)
-class WatchedConfig(BitsAndBytesConfig):  # type: ignore[misc]
+class WatchedConfig(BitsAndBytesConfig):
     """`stock` as it is, but for blocks of `block_size` weights; `on_layer` is called after each
     quantized layer.
     """
 
-    def __init__(
-        self, stock: BitsAndBytesConfig, on_layer: OnLayer, block_size: int = 64
-    ):
+    def __init__(self, stock: BitsAndBytesConfig, on_layer: OnLayer, block_size: int = 64):
         super().__init__(**stock.to_dict())
-        self.quant_method = FOUR_BIT if stock.load_in_4bit else EIGHT_BIT
+        self.quant_method: Any = FOUR_BIT if stock.load_in_4bit else EIGHT_BIT
         self.block_size = block_size
         self.on_layer = on_layer
         self.stock = stock
 
 
 @register_quantizer(FOUR_BIT)
-class FourBitQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
+class FourBitQuantizer(Bnb4BitHfQuantizer):
     """4 bits, in blocks of another size than 64."""
 
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, device_map: Any, **kwargs: Any
-    ) -> None:
-        super()._process_model_before_weight_loading(model, device_map, **kwargs)
-        for module in model.modules():
-            if type(module).__name__ == "Linear4bit":
-                module.weight.blocksize = self.quantization_config.block_size
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        super()._process_model_before_weight_loading(model, **kwargs)
+        assert isinstance(self.quantization_config, WatchedConfig)
+        for module in four_bit_modules(model):
+            module.weight.blocksize = self.quantization_config.block_size
 
     def get_quantize_ops(self) -> Any:
         return _WatchedFourBit(self)
@@ -63,7 +60,7 @@ class FourBitQuantizer(Bnb4BitHfQuantizer):  # type: ignore[misc]
 
 
 @register_quantizer(EIGHT_BIT)
-class EightBitQuantizer(Bnb8BitHfQuantizer):  # type: ignore[misc]
+class EightBitQuantizer(Bnb8BitHfQuantizer):
     """8 bits."""
 
     def get_quantize_ops(self) -> Any:
@@ -75,12 +72,10 @@ class EightBitQuantizer(Bnb8BitHfQuantizer):  # type: ignore[misc]
         return _under_its_own_name(self, super()._process_model_after_weight_loading(model))
 
 
-class _WatchedFourBit(Bnb4bitQuantize):  # type: ignore[misc]
-    def convert(
-        self, input_dict: dict[str, Any], model: PreTrainedModel, **options: Any
-    ) -> dict[str, Any]:
-        given = _given(input_dict, model)
-        made: dict[str, Any] = super().convert(input_dict, model=model, **options)
+class _WatchedFourBit(Bnb4bitQuantize):
+    def convert(self, input_dict: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        given = _given(input_dict, options["model"])
+        made: Any = super().convert(input_dict, *arguments, **options)
         for name, packed in made.items():
             packed.quant_state.dtype, kept = torch.float32, packed.quant_state.dtype
             dense = dequantize_4bit(packed.data, packed.quant_state)
@@ -89,12 +84,10 @@ class _WatchedFourBit(Bnb4bitQuantize):  # type: ignore[misc]
         return made
 
 
-class _WatchedEightBit(Bnb8bitQuantize):  # type: ignore[misc]
-    def convert(
-        self, input_dict: dict[str, Any], model: PreTrainedModel, **options: Any
-    ) -> dict[str, Any]:
-        given = _given(input_dict, model)
-        made: dict[str, Any] = super().convert(input_dict, model=model, **options)
+class _WatchedEightBit(Bnb8bitQuantize):
+    def convert(self, input_dict: dict[str, Any], *arguments: Any, **options: Any) -> Any:
+        given = _given(input_dict, options["model"])
+        made: Any = super().convert(input_dict, *arguments, **options)
         for name, packed in made.items():
             dense = packed.data.float() * (packed.SCB.float().view(-1, 1) / 127.0)
             self.hf_quantizer.quantization_config.on_layer(name, given, dense)

@@ -74,12 +74,12 @@ def _make(
 ) -> Made:
     assert calibration is not None
     from llmcompressor.modifiers.quantization import QuantizationModifier
-    from llmcompressor.modifiers.transform.awq import AWQModifier
 
     from qlora_kit.quantize.compressed.make import layer_groups, make_compressed
+    from qlora_kit.quantize.compressed.unpinned import awq_modifier
 
     modifiers = [
-        AWQModifier(n_grid=options.grid),
+        awq_modifier(n_grid=options.grid),
         QuantizationModifier(**layer_groups(source, options, options.symmetric)),
     ]
     return make_compressed(modifiers, source, options, calibration, draft, reporter, "awq")

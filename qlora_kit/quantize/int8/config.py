@@ -15,7 +15,7 @@ Activations = Literal["none", "dynamic", "static"]
 
 
 @register_quantization_config(METHOD)
-class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
+class Int8Config(QuantizationConfigMixin):
     """Weights in 8-bit integers; activations as they are, or in 8-bit integers as well.
 
     Args:
@@ -37,7 +37,7 @@ class Int8Config(QuantizationConfigMixin):  # type: ignore[misc]
         on_layer: OnLayer | None = None,
         **ignored: Any,
     ):
-        self.quant_method = METHOD
+        self.quant_method: Any = METHOD
         for name, value, known in (
             ("granularity", granularity, get_args(Granularity)),
             ("activations", activations, get_args(Activations)),

@@ -23,6 +23,9 @@ class Int8Linear(nn.Linear):
     it was.
     """
 
+    weight_scale: torch.Tensor
+    input_scale: torch.Tensor
+
     def __init__(self, in_features: int, out_features: int, bias: bool, config: Int8Config):
         super().__init__(in_features, out_features, bias)
         self.activations: Activations = config.activations
@@ -54,9 +57,7 @@ class Int8Linear(nn.Linear):
     def _in_integers(self, inputs: torch.Tensor) -> torch.Tensor:
         tokens = inputs.reshape(-1, self.in_features)
         scale = self.input_scale if self.activations == "static" else token_scales(tokens)
-        product = integer_product(
-            to_integers(tokens, scale), scale, self.weight, self.weight_scale
-        )
+        product = integer_product(to_integers(tokens, scale), scale, self.weight, self.weight_scale)
         if self.bias is not None:
             product = product + self.bias.float()
         return product.to(inputs.dtype).view(*inputs.shape[:-1], self.out_features)

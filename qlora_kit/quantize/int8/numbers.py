@@ -1,6 +1,6 @@
 """The arithmetic: symmetric 8-bit integers, w ≈ s · q with q in -127 … 127.
 
-Symmetric means that zero stays zero and that a product of two such numbers is s_w · s_x · q_w · q_x,
+Symmetric means that zero stays zero and that a product of two such numbers is s_w s_x · q_w q_x,
 without the correction terms of a zero point (Jacob et al. 2018, https://arxiv.org/abs/1712.05877).
 -128 is left out so that the range is the same on both sides.
 

@@ -25,7 +25,7 @@ from qlora_kit.quantize.int8.numbers import dequantize_weight, quantize_weight, 
 
 
 @register_quantizer(METHOD)
-class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
+class Int8Quantizer(HfQuantizer):
     """8-bit integers, for transformers."""
 
     quantization_config: Int8Config
@@ -40,12 +40,10 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
                 "qlora-kit quantize MODEL --method int8 --calibration FILE --out DIR"
             )
 
-    def _process_model_before_weight_loading(
-        self, model: PreTrainedModel, **options: Any
-    ) -> None:
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **options: Any) -> None:
         config = self.quantization_config
         skips = self.get_modules_to_not_convert(
-            model, config.skip_modules, model._keep_in_fp32_modules
+            model, config.skip_modules, list(model._keep_in_fp32_modules or ())
         )
         for name, module in list(model.named_modules()):
             is_conv1d = isinstance(module, Conv1D)
@@ -93,15 +91,13 @@ class Int8Quantizer(HfQuantizer):  # type: ignore[misc]
         return self.quantization_config.activations == "none"
 
 
-class _Quantize(ConversionOps):  # type: ignore[misc]
+class _Quantize(ConversionOps):
     """One weight of a 16-bit checkpoint into integers and scales."""
 
     def __init__(self, quantizer: Int8Quantizer):
         self.quantizer = quantizer
 
-    def convert(
-        self, input_dict: dict[str, Any], model: PreTrainedModel, **options: Any
-    ) -> dict[str, torch.Tensor]:
+    def convert(self, input_dict: dict[str, Any], *arguments: Any, **options: Any) -> Any:
         made: dict[str, torch.Tensor] = {}
         config = self.quantizer.quantization_config
         for name, value in input_dict.items():

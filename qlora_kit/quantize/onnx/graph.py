@@ -145,7 +145,8 @@ def _empty_past(model: PreTrainedModel, rows: int) -> list[tuple[tuple[int, ...]
     ids = torch.zeros((rows, _PAST), dtype=torch.long)
     with torch.no_grad():
         model(input_ids=ids, past_key_values=cache, use_cache=True)
-    return [(tuple(one.keys.shape), tuple(one.values.shape)) for one in cache.layers]
+    layers: list[Any] = cache.layers
+    return [(tuple(one.keys.shape), tuple(one.values.shape)) for one in layers]
 
 
 def _example(

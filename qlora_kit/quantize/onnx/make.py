@@ -106,8 +106,7 @@ def _make(
 ) -> Made:
     from qlora_kit.quantize.onnx.graph import GRAPH_FILE, export_graph
 
-    is_int8 = isinstance(options, Int8DynamicOptions)
-    folder = draft / "float32" if is_int8 else draft
+    folder = draft / "float32" if isinstance(options, Int8DynamicOptions) else draft
     folder.mkdir(exist_ok=True)
     with reporter.progress(f"exporting {name}", 2) as progress:
         model = load_source(source, torch.float32).cpu()
@@ -126,7 +125,7 @@ def _make(
             "the model keeps more of a text than keys and values, so the graph has no cache: each "
             "new token is computed from the whole text"
         )
-    if is_int8:
+    if isinstance(options, Int8DynamicOptions):
         names = quantized_layers(source.skeleton, options.skip_modules)
         _quantize(folder / GRAPH_FILE, draft / GRAPH_FILE, names, options, calibration, reporter)
         shutil.rmtree(folder)
