@@ -232,7 +232,7 @@ def _certificate(
         "passed": math.isfinite(kl) if max_kl is None else kl <= max_kl,
         "num_tokens": session.ledger.recorded.num_tokens,
         "ledger": as_json(chain),
-        "parity": asdict(parity),
+        "parity": {**asdict(parity), "refused": list(parity.refused)},
         "findings": dict(content.findings),
         "notes": list(content.notes),
     }

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -102,6 +104,20 @@ def _job(target: Target, request: ExportRequest, places: Places) -> Job:
         calibration = request.calibration
     base = request.merge.base if target.is_of_merge else None
     return Job(target, out, base, method, options, calibration)
+
+
+def make_way(request: ExportRequest, places: Places) -> None:
+    """Remove what an attempt that did not end has left where these exports go.
+
+    First out of sight, so that half an export never stands under its name.
+    """
+    taken = [places.exports / target.folder_name for target in request.targets]
+    taken += [places.merge(base) for base in ("dequantized", "original")]
+    for folder in taken:
+        if folder.exists():
+            aside = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.draft")
+            folder.rename(aside)
+            shutil.rmtree(aside)
 
 
 def placed(job: Job, trained: TrainedAdapter, reporter: Reporter) -> Job:

@@ -33,10 +33,10 @@ class Places:
         return self.merged if base == "auto" else self.folder / f"merged-{base}"
 
     def fitting_merge(self, base: str, adapter_sha256: str) -> Path | None:
-        """A merge of this very adapter that is there already, into that base (any for `auto`), and
-        whole.
+        """A merge of this very adapter that is there already, and whole: for `auto` the run's own,
+        whatever it was merged into.
         """
-        known = [self.merged, *(self.merge(kind) for kind in ("dequantized", "original"))]
+        known = dict.fromkeys((self.merged, self.merge(base)))
         return next((one for one in known if _fits(one, base, adapter_sha256)), None)
 
     def require_room_for_merge(self, base: str, adapter_sha256: str) -> None:
