@@ -105,7 +105,7 @@ def parse_target(name: str) -> Target:
     family, colon, variant = name.partition(":")
     if family not in _OWN and family not in METHODS:
         names = [*_OWN, *METHODS]
-        near = difflib.get_close_matches(name.lower(), names, n=1)
+        near = difflib.get_close_matches(family.lower(), names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}."
         raise ModelError(f"there is nothing called {name} to export to; {hint}")
     if colon and not variant:

@@ -16,6 +16,7 @@ from qlora_kit.artifact.verify import verify
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import AdapterError, DataError, ModelError, RunError
 from qlora_kit.export.export import export_reopened
+from qlora_kit.export.export_run import export_after_training
 from qlora_kit.export.jobs import ExportRequest, sound_jobs
 from qlora_kit.export.places import places_of
 from qlora_kit.export.reopen import reopen_adapter
@@ -48,10 +49,20 @@ class Exported:
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    tiny = make_run(tmp_path_factory.mktemp("exported"))
-    heard = Heard()
-    made = export(tiny.run.folder, "adapter:vllm", "nf4", "int8", "merged", reporter=heard)
-    names = ["adapter:vllm", "nf4", "int8"]
+    heard, names = Heard(), ["adapter:vllm", "nf4", "int8"]
+    tiny = make_run(tmp_path_factory.mktemp("exported"), to=(*names, "merged"))
+    half = tiny.run.exports / "nf4"
+    half.mkdir(parents=True)
+    (half / "half.safetensors").touch()  # as a killed attempt leaves it
+    made = export_after_training(
+        tiny.tuned.model,
+        tiny.tuned.base,
+        tiny.held_out,
+        tiny.recipe,
+        tiny.run,
+        probe_hardware(),
+        heard,
+    )
     certificates = {one["target"]: one for one in made[:3]}
     assert list(certificates) == names
     return Exported(tiny, {**certificates, "merged": made[3]}, heard)

@@ -57,7 +57,9 @@ class TinyRun:
         )
 
 
-def make_run(folder: Path, lora: LoraSpec | None = None, **merge_options: Any) -> TinyRun:
+def make_run(
+    folder: Path, lora: LoraSpec | None = None, to: Sequence[str] = (), **merge_options: Any
+) -> TinyRun:
     save_model(folder / "base", CONFIGS["llama-tied"]())
     rows = [
         {
@@ -77,7 +79,7 @@ def make_run(folder: Path, lora: LoraSpec | None = None, **merge_options: Any) -
                     "train": [{"path": str(folder / "more.jsonl")}],
                     "eval": [{"path": str(folder / "rows.jsonl")}],
                 },
-                "export": {"merge": True, "merge_options": merge_options},
+                "export": {"merge": True, "to": list(to), "merge_options": merge_options},
                 "run_dir": str(folder / "run"),
             }
         )
