@@ -1,7 +1,7 @@
 """Every way of quantizing on one model, through the command line, as a table for the docs.
 
 python scripts/bench_methods.py --out bench
-python scripts/bench_methods.py runs/quickstart/merged-original --methods nf4 gguf:Q4_K_M --out bench
+python scripts/bench_methods.py runs/NAME/merged-original --methods nf4 gguf:Q4_K_M --out bench
 
 Each method makes a folder in OUT (kept, so that a second call only measures), then `compare` opens
 all of them, each alone in a process, and measures them against the model that they were made from:

@@ -161,18 +161,27 @@ def test_the_adapter_for_vllm_says_how_it_is_served(exported: Exported) -> None:
 
 
 def test_merges_and_figures_that_are_there_are_used_again(exported: Exported) -> None:
-    merged = exported.tiny.run.folder / "merged-original"
+    merged = exported.tiny.run.merged
     before = read_record(merged).sha256
     heard = Heard()
-    (certificate,) = export(exported.tiny.run.folder, "fp4", reporter=heard)
+    static, out = ("activations=static",), exported.folder("static")
+    folder = exported.tiny.run.folder
+    (certificate,) = export(folder, "int8", reporter=heard, options=static, out=out)
     assert read_record(merged).sha256 == before
-    assert any("merged-original is there" in line for line in heard.lines)
+    assert any(f"{merged} is there" in line for line in heard.lines)
     assert [row["name"] for row in certificate["ledger"]][:3] == [
         "16-bit base",
         "nf4 base",
         "trained",
     ]
-    assert "int8" in [row[0] for row in heard.tables[-1]], "the table is the whole run's"
+    names = [row[0] for row in heard.tables[-1]]
+    assert names[-2:] == ["int8", "int8 (static)"], "the table is the whole run's"
+
+    calibration = read_record(out).calibration
+    assert calibration is not None
+    row = calibration.num_tokens // 5
+    assert calibration.source.startswith(f"{5 * row} of {5 * row} tokens of data.train of ")
+    assert certificate["settings"]["activations"] == "static"
 
 
 def test_a_damaged_merge_is_not_built_upon(tmp_path: Path) -> None:

@@ -60,7 +60,9 @@ class TinyRun:
 def make_run(
     folder: Path, lora: LoraSpec | None = None, to: Sequence[str] = (), **merge_options: Any
 ) -> TinyRun:
-    save_model(folder / "base", CONFIGS["llama-tied"]())
+    """Its last training row is a held-out one as well."""
+    if not (folder / "base").exists():
+        save_model(folder / "base", CONFIGS["llama-tied"]())
     rows = [
         {
             "messages": [
@@ -68,9 +70,10 @@ def make_run(
                 {"role": "assistant", "content": f"w{2 * i} w{i + 9} w7"},
             ]
         }
-        for i in range(6)
+        for i in range(11)
     ]
-    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows[:6])))
+    (folder / "more.jsonl").write_text("\n".join(map(json.dumps, rows[5:])))
     (folder / "recipe.yaml").write_text(
         yaml.safe_dump(
             {
