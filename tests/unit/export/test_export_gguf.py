@@ -20,7 +20,7 @@ from qlora_kit.model.demo import demo_model_folder
 from .tiny_runs import save_model
 from .whole_runs import Heard, TinyRun, make_run
 
-pytestmark = pytest.mark.demo
+pytestmark = [pytest.mark.demo, pytest.mark.slow]  # llama.cpp's scripts start nine times
 
 
 @pytest.fixture(scope="module")
