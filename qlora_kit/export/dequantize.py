@@ -12,6 +12,7 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from transformers import AutoModelForCausalLM
 
+from qlora_kit.artifact.record import BaseRef, made_from, write_record
 from qlora_kit.atomic import draft_beside
 from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.environment import Hardware
@@ -34,6 +35,7 @@ from qlora_kit.export.ties import resolve_ties
 from qlora_kit.model.base import prequantized_settings
 from qlora_kit.model.companions import copy_companions
 from qlora_kit.model.quantized import never_repacked
+from qlora_kit.model.scan import scan_weights
 from qlora_kit.model.skeleton import Skeleton, build_skeleton, load_config
 from qlora_kit.report.reporter import SILENT, Reporter
 from qlora_kit.runtime.forward import CausalScorer
@@ -117,6 +119,13 @@ def dequantize_checkpoint(
             divergence, faults = _compare(
                 folder, dense, draft, rounded, hardware, trust_remote_code, reporter
             )
+        write_record(
+            dense,
+            kind="dequantized",
+            made_from=made_from(folder, _as_base(folder, allow_pickle)),
+            settings={"dtype": str(rounded).removeprefix("torch."), "num_bits": num_bits},
+            home=out,
+        )
         dense.rename(out)
     return DequantizeResult(
         folder=out,
@@ -129,6 +138,10 @@ def dequantize_checkpoint(
         max_kl=MAX_KL[num_bits],
         seconds=time.monotonic() - started,
     )
+
+
+def _as_base(folder: Path, allow_pickle: bool) -> BaseRef:
+    return BaseRef(str(folder.resolve()), scan_weights(folder, allow_pickle).fingerprint)
 
 
 def _require_bitsandbytes(folder: Path, skeleton: Skeleton) -> int:

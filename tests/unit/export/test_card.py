@@ -53,6 +53,18 @@ def test_front_matter_and_figures() -> None:
         assert words in card
 
 
+def test_the_chain_is_a_table() -> None:
+    rows = [
+        {"name": "16-bit base", "note": "the base is stored quantized"},
+        {"name": "trained", "perplexity": 3.5, "kl_mean": 0.0, "top1_agreement": 1.0},
+    ]
+    card = model_card(certificate(ledger=rows))
+    assert "| 16-bit base (the base is stored quantized) | – | – | – | – | – |" in card
+    assert "| trained | 3.5 | 0 | 100.00% | – | – |" in card
+    assert "measured on 4096 held-out tokens" in card or "measured on 4,096 held-out tokens" in card
+    assert "Each step" not in model_card(certificate())
+
+
 def test_what_did_not_hold_is_said() -> None:
     card = model_card(
         certificate(passed=False, base="original", reload_faults=["the template is lost"])

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from qlora_kit.artifact.verify import verify
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import ModelError, RunError
 from qlora_kit.export.dequantize import DequantizeResult, dequantize_checkpoint
@@ -78,6 +79,12 @@ def test_the_dtype_is_what_was_asked(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
     assert "quantization_config" not in config
+    found = verify(tmp_path / "out")
+    assert found.holds
+    assert [(link.role, link.kind) for link in found.links] == [
+        ("itself", "dequantized"),
+        ("base", "base"),
+    ]
 
 
 def test_a_checkpoint_that_is_fused_on_loading_is_refused(tmp_path: Path) -> None:
