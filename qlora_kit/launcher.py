@@ -106,7 +106,7 @@ def _deepspeed_faults(asked: LauncherSettings, recipe: Recipe, device: str) -> I
     if recipe.train.save_strategy != "no":
         yield (
             "DeepSpeed with checkpoints: its optimizer's state is spread over the processes and "
-            "cannot be put back exactly yet; set train.save_strategy: 'no', or use DDP or FSDP"
+            "cannot be put back exactly yet; set train.save_strategy: no, or use DDP or FSDP"
         )
 
 
@@ -114,7 +114,7 @@ def _sharded_faults(recipe: Recipe) -> Iterator[str]:
     if recipe.train.eval_strategy != "no":
         yield (
             "a sharded model with train.eval_strategy: the held-out loss is taken by each process "
-            "alone; leave it on 'no' (the held-out rows are evaluated after training)"
+            "alone; leave it on no (the held-out rows are evaluated after training)"
         )
     if recipe.train.max_memory_mib is not None:
         yield "a sharded model with train.max_memory_mib; remove it"

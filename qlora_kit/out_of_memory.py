@@ -41,6 +41,24 @@ def first_line(error: BaseException) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
+@dataclass(frozen=True)
+class RanOut:
+    """Memory that ran out."""
+
+    reason: str
+    num_tokens: int
+    """Of the longest sequence at work."""
+
+
+def ran_out(error: BaseException, num_tokens: int) -> RanOut:
+    return RanOut(first_line(error), num_tokens)
+
+
+def first_of(found: Iterable[RanOut | None]) -> RanOut | None:
+    """What was found by the first process that found anything."""
+    return next((one for one in found if one is not None), None)
+
+
 def free_memory(device: str) -> None:
     """Give back what a failed attempt left behind."""
     gc.collect()

@@ -14,7 +14,8 @@ from typing import TypeVar
 
 from qlora_kit.data.demo import NUM_ROWS
 from qlora_kit.data.read import source_files
-from qlora_kit.errors import DataError, Fault, ModelError
+from qlora_kit.errors import DataError, Fault, ModelError, QloraKitError
+from qlora_kit.export.targets import parse_target, require_installed
 from qlora_kit.model.weights import inspect_weights
 from qlora_kit.recipe import ModelSpec, Recipe, SourceSpec
 from qlora_kit.templates import library
@@ -42,7 +43,7 @@ _PEEK_BYTES = 65536
 def preflight(recipe: Recipe) -> list[Fault]:
     """Every fault in what the recipe names; relative paths start in the working directory."""
     faults = _guarded("model.name_or_path", _base_faults, recipe.model)
-    return [*faults, *data_faults(recipe), *_tracker_faults(recipe)]
+    return [*faults, *data_faults(recipe), *_tracker_faults(recipe), *_export_faults(recipe)]
 
 
 def data_faults(recipe: Recipe) -> list[Fault]:
@@ -52,6 +53,17 @@ def data_faults(recipe: Recipe) -> list[Fault]:
     for part in ("train", "eval"):
         for number, source in enumerate(getattr(recipe.data, part)):
             faults += _guarded(f"data.{part}.{number}", _source_faults, source)
+    return faults
+
+
+def _export_faults(recipe: Recipe) -> list[Fault]:
+    """Targets that are none, or that something is missing for."""
+    faults = []
+    for number, name in enumerate(recipe.export.to):
+        try:
+            require_installed(parse_target(name))
+        except QloraKitError as error:
+            faults.append(Fault(f"export.to.{number}", str(error).rstrip(".")))
     return faults
 
 

@@ -192,6 +192,8 @@ def common_hardware(machines: Sequence[Hardware]) -> Hardware:
         device_memory_bytes=min(memory) if memory else None,
         host_memory_bytes=min(one.host_memory_bytes for one in machines),
         native_bf16=all(one.native_bf16 for one in machines),
+        slow_bf16=all(one.has_bf16 for one in machines)
+        and not all(one.native_bf16 for one in machines),
         native_fp16=all(one.native_fp16 for one in machines),
         native_tf32=all(one.native_tf32 for one in machines),
         reason=least[0].reason if least else first.reason,

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_kit.checkpoint.checkpoints import find_checkpoints
-from qlora_kit.checkpoint.run_directory import RunDirectory
+from qlora_kit.checkpoint.manifest import read_manifest
+from qlora_kit.checkpoint.run_directory import OPTIMIZER_FILE, RunDirectory
 from qlora_kit.errors import RunError
 from qlora_kit.recipe import EvaluateSpec, ExportSpec, Recipe, save_recipe
 from qlora_kit.report.reporter import SILENT, Reporter
@@ -36,7 +37,7 @@ class Trace:
     adapter: str
     """SHA-256 of the adapter's file."""
     optimizer: str
-    """Digest over the optimizer's state."""
+    """SHA-256 of the file that the newest checkpoint keeps of the optimizer and its schedule."""
     seconds: float
 
 
@@ -158,7 +159,7 @@ def _killed(recipe: Path) -> tuple[int, int]:
         _command(recipe), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     try:
-        while run.poll() is None and len(_losses(folder)) <= _SAVE_EVERY:
+        while run.poll() is None and not _is_past_a_checkpoint(folder):
             time.sleep(_POLL_SECONDS)
     finally:
         run.kill()
@@ -169,6 +170,11 @@ def _killed(recipe: Path) -> tuple[int, int]:
     if not kept:
         raise RunError(f"the run to be killed ended before its first checkpoint:\n{said[-2000:]}")
     return len(_losses(folder)), int(kept[0].name.rpartition("-")[2])
+
+
+def _is_past_a_checkpoint(folder: Path) -> bool:
+    """Whether one is there, and updates were made since that a kill takes away."""
+    return len(_losses(folder)) > _SAVE_EVERY and bool(find_checkpoints(folder))
 
 
 def _command(recipe: Path) -> list[str]:
@@ -193,6 +199,6 @@ def _trace(folder: Path, seconds: float) -> Trace:
         adapter=hashlib.sha256(
             (run.adapter / "adapter_model.safetensors").read_bytes()
         ).hexdigest(),
-        optimizer=progress["optimizer"],
+        optimizer=read_manifest(last).files[OPTIMIZER_FILE].sha256,
         seconds=seconds,
     )

@@ -17,6 +17,7 @@ from qlora_kit.checkpoint.entry import (
     FINGERPRINTS_FILE,
     RECIPE_RECORD,
     Entry,
+    as_it_was,
     enter,
     fingerprints_text,
     require_alike,
@@ -40,14 +41,14 @@ from qlora_kit.environment import (
     probe_hardware,
     resolve_compute_dtype,
 )
-from qlora_kit.errors import ProcessLost, RunStopped
+from qlora_kit.errors import HardwareError, ProcessLost, RunStopped
 from qlora_kit.evaluate.divergence import DEFAULT_MAX_TOKENS
 from qlora_kit.evaluate.evaluate import evaluate_model, evaluate_side_by_side, window_size
 from qlora_kit.export.merge_run import merge_after_training
 from qlora_kit.launcher import require_launch
 from qlora_kit.model.adapter import Adapted, attach_adapter
 from qlora_kit.model.base import Base, load_base, prepare_for_training
-from qlora_kit.model.saved import load_adapter, save_adapter, write_adapter
+from qlora_kit.model.saved import adapter_files, load_adapter, save_adapter
 from qlora_kit.model.shared import require_same_base, state_checksum
 from qlora_kit.model.tokenizer import template_hash, tokenizer_hash
 from qlora_kit.processes import Processes, common_hardware, join, leave
@@ -55,10 +56,11 @@ from qlora_kit.recipe import Recipe, recipe_hash, recipe_text
 from qlora_kit.report import narrate
 from qlora_kit.report.reporter import SILENT, Reporter
 from qlora_kit.runtime.forward import context_tokens
+from qlora_kit.runtime.protocol import Runtime
 from qlora_kit.runtime.transformers import TransformersRuntime
 from qlora_kit.train.arguments import require_tf32, resolve_precision
 from qlora_kit.train.batching import Batching, plan_batches
-from qlora_kit.train.continuation import Continuation
+from qlora_kit.train.continuation import Continuation, shape_for
 from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.requests import TRIGGER_FILE, listening
 from qlora_kit.train.sharded import gathered_trainables
@@ -68,7 +70,6 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from peft import PeftModel
-    from transformers import PreTrainedModel
 
     from qlora_kit.data.sequences import TokenSequence
     from qlora_kit.recipe import QuantizationSpec
@@ -134,11 +135,14 @@ def run_recipe(
         entry = processes.on_main(lambda: enter(recipe, allow_drift, held, disk))
         processes.together(lambda: require_visible(entry))
         narrate.entry(reporter, entry)
+        hardware = as_it_was(hardware, entry.checkpoint)
         memory.phase("loading")
         ready = prepare(recipe, hardware, processes, reporter)
         prints = fingerprints(recipe, ready, hardware)
         require_alike(processes.gathered(prints))
         continuation = continuation_of(entry, prints, allow_drift, processes, reporter)
+        shape = processes.together(lambda: shape_for(recipe.train, processes, continuation))
+        narrate.schedule(reporter, recipe.train, ready.batches, shape)
         needed = bytes_to_write(recipe, ready.adapted, ready.held_out.sequences)
         run = processes.on_main(lambda: open_folder(recipe, entry, needed))
         if processes.is_main:
@@ -150,7 +154,7 @@ def run_recipe(
             memory=memory,
             reporter=reporter,
             requests=requests,
-            write_adapter=partial(write_adapter, *ready.described(recipe)),
+            adapter_files=adapter_files(*ready.described(recipe)),
             keep_adapter=partial(save_adapter, *ready.described(recipe)),
             records={
                 RECIPE_RECORD: recipe_text(recipe),
@@ -195,8 +199,8 @@ def train(
         trained = train_adapter(
             model, ready.base, ready.batches, recipe.train, around, continuation
         )
-    except ProcessLost as lost:
-        lost.args = (f"{lost} {left_behind(recipe)}",)
+    except (ProcessLost, HardwareError) as ended:
+        ended.args = (f"{ended} {left_behind(recipe)}",)
         raise
     weights = gathered_trainables(model)
     leave(around.processes)
@@ -270,7 +274,6 @@ def prepare(
         lambda: plan_batches(adapted.model, base, train, held_out.sequences, recipe.data)
     )
     narrate.adapter(reporter, adapted, recipe)
-    narrate.schedule(reporter, recipe.train, batches, processes.count)
     return Prepared(base, train, held_out, adapted, batches, precision)
 
 
@@ -285,6 +288,8 @@ def fingerprints(recipe: Recipe, ready: Prepared, hardware: Hardware) -> Fingerp
         data_eval=fingerprint_of(ready.held_out, recipe.data.eval),
         packages=", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         hardware=hardware.device_name,
+        compute=str(ready.base.compute_dtype).removeprefix("torch."),
+        native_bf16="yes" if hardware.native_bf16 else "no",
     )
 
 
@@ -307,7 +312,8 @@ def finish(
     write_ledger(run, ready.train, held_out)
 
     memory.phase("evaluating")
-    evaluation = evaluate_held_out(model, base, held_out, recipe, reporter)
+    tuned = TransformersRuntime.on_base("tuned", model, base)
+    evaluation = evaluate_held_out(tuned, held_out, recipe, reporter)
     write_json(run.evaluation, evaluation)
 
     memory.phase("merging")
@@ -325,8 +331,7 @@ def write_ledger(run: RunDirectory, train: Part, held_out: Part) -> None:
 
 
 def evaluate_held_out(
-    model: PeftModel | PreTrainedModel,
-    base: Base,
+    runtime: Runtime,
     held_out: Part,
     recipe: Recipe,
     reporter: Reporter = SILENT,
@@ -337,12 +342,11 @@ def evaluate_held_out(
     """
     if not held_out.sequences:
         return {}
-    if model is base.model:
-        alone = TransformersRuntime.on_base(base.source.name, model, base)
-        measured = evaluate_model(alone, held_out, recipe.evaluate, recipe.data, reporter)
-        return {"model": measured.as_dict()}
-    tuned = TransformersRuntime.on_base("tuned", model, base)
-    return evaluate_side_by_side(tuned, held_out, recipe.evaluate, recipe.data, reporter).as_dict()
+    if isinstance(runtime, TransformersRuntime) and runtime.has_adapter:
+        both = evaluate_side_by_side(runtime, held_out, recipe.evaluate, recipe.data, reporter)
+        return both.as_dict()
+    measured = evaluate_model(runtime, held_out, recipe.evaluate, recipe.data, reporter)
+    return {"model": measured.as_dict()}
 
 
 def bytes_to_write(recipe: Recipe, adapted: Adapted, held_out: Sequence[TokenSequence] = ()) -> int:

@@ -112,7 +112,9 @@ def _read_alike(name: str, read_as: ModelSpec) -> ModelSpec:
 
 
 def _plain(spec: ModelSpec) -> Base:
-    """A model as it stands on disk: quantized if it is stored so, else in 16 or 32 bits."""
+    """A model as it stands on disk: quantized if it is stored so, by whatever library, else in 16
+    or 32 bits.
+    """
     return _load(spec, stored_quantization(spec) or QuantizationSpec(load_in_4bit=False))
 
 

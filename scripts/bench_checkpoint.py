@@ -1,15 +1,14 @@
-"""What a checkpoint costs beyond writing its bytes to the disk.
+"""What a checkpoint costs, beside writing its bytes to the disk.
 
 python scripts/bench_checkpoint.py
-python scripts/bench_checkpoint.py --checkpoint runs/quickstart/checkpoint-71 --repeats 30
+python scripts/bench_checkpoint.py --repeats 30 train.optim=adamw_torch
 python scripts/bench_checkpoint.py --folder /mnt/disk --json figures.json
 
-In turns, in one process: a checkpoint is published (written, flushed, hashed, renamed) and the
-oldest of three rotated away; the same bytes are written to plain files, each with fsync, and
-removed again. Printed are the times and the ratio of each pair, as median and range; the limit is
-for publishing against writing.
-Without --checkpoint the files are of the size and kind that the quickstart recipe's have: an
-adapter of rank 16 on every linear layer of SmolLM2-135M, its 8-bit optimizer state, a tokenizer.
+The recipe's model is trained by one update; then, in turns and in one process, a checkpoint is
+saved as training saves it, and the same bytes are written to plain files, each with fsync. `save`
+is how long training waits, `whole` how long until the checkpoint is whole on the disk (written,
+flushed, hashed, renamed) and an older one is gone. Printed are the times and the ratios of each
+pair, as median and range; the limit is for the median of save / write.
 """
 
 from __future__ import annotations
@@ -22,49 +21,105 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
-import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
-
-from qlora_kit.checkpoint.checkpoints import publish_checkpoint, rotate
-from qlora_kit.checkpoint.manifest import MANIFEST_FILE
-from qlora_kit.checkpoint.tensors import STRUCTURE, load_values, save_tensors, save_values
+from qlora_kit.checkpoint.checkpoints import find_checkpoints
+from qlora_kit.environment import quiet_upstream
+from qlora_kit.recipe import load_recipe
+from qlora_kit.run import run_recipe
+from qlora_kit.train.saving import Saver
 
 LIMIT = 1.5
-WARM_UPS = 2
-RANK, LAYERS, HIDDEN, KEYS, INNER = 16, 30, 576, 192, 1536
-# (in, out) of q, k, v, o, gate, up and down
-LINEAR = [(HIDDEN, HIDDEN), (HIDDEN, KEYS), (HIDDEN, KEYS), (HIDDEN, HIDDEN)]
-LINEAR += [(HIDDEN, INNER), (HIDDEN, INNER), (INNER, HIDDEN)]
-TOKENIZER_BYTES = 3_500_000
-QMAPS = {"qmap1": torch.randn(256), "qmap2": torch.randn(256)}
-
-Save = Callable[[Path], None]
+WARM_UPS = 3
+ONE_UPDATE = (
+    "train.max_steps=1",
+    "train.per_device_train_batch_size=1",
+    "train.gradient_accumulation_steps=1",
+    "train.save_strategy=steps",
+    "train.save_steps=1",
+    "train.save_total_limit=2",
+    "train.eval_strategy='no'",
+    "data.eval=[]",
+    "evaluate.perplexity=false",
+    "evaluate.generate=null",
+    "export.merge=false",
+)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, help="take the files of this one")
+    parser.add_argument("--recipe", type=Path, default=Path("recipes/quickstart.yaml"))
     parser.add_argument("--folder", type=Path, default=Path(), help="measure on this disk")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
-    files = read_files(arguments.checkpoint) if arguments.checkpoint else demo_files()
+    quiet_upstream()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bench-") as scratch:
-        figures = measure(files, Path(scratch), arguments.repeats)
+        figures = measure(arguments, Path(scratch))
     print(f"{figures['files']} files, {figures['bytes'] / 1e6:.1f} MB, {arguments.repeats} pairs")
-    for name in ("write", "publish", "remove", "rotate"):
+    for name in ("write", "save", "whole"):
         milliseconds = [1000 * seconds for seconds in figures[f"{name}_seconds"]]
-        print(f"{name:<18}{spread(milliseconds, '.1f')} ms")
-    print(f"{'publish / write':<18}{spread(figures['ratios'], '.2f')}, limit {LIMIT}")
+        print(f"{name:<14}{spread(milliseconds, '.1f')} ms")
+    print(f"{'save / write':<14}{spread(figures['ratios'], '.2f')}, limit {LIMIT}")
+    print(f"{'whole / write':<14}{spread(figures['whole_ratios'], '.2f')}")
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
     return 0 if statistics.median(figures["ratios"]) <= LIMIT else 1
+
+
+def measure(arguments: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    """Train by one update, and save that again and again under later numbers."""
+    run_folder = scratch / "run"
+    recipe = load_recipe(
+        arguments.recipe, [*ONE_UPDATE, *arguments.overrides, f"run_dir={run_folder}"]
+    )
+    times: list[tuple[float, float, float]] = []
+    contents: dict[str, bytes] = {}
+    save = Saver.save
+
+    def save_repeatedly(saver: Saver) -> None:
+        assert saver.trainer is not None
+        for _ in range(WARM_UPS + arguments.repeats):
+            started = time.perf_counter()
+            save(saver)
+            saved = time.perf_counter() - started
+            saver.settle()
+            whole = time.perf_counter() - started
+            if not contents:
+                (newest, *_) = find_checkpoints(run_folder)
+                contents.update((path.name, path.read_bytes()) for path in newest.iterdir())
+            times.append((write_plainly(contents, scratch / "plain"), saved, whole))
+            saver.trainer.progress.update += 1
+
+    with patch.object(Saver, "save", save_repeatedly):
+        run_recipe(recipe)
+    kept = times[WARM_UPS:]
+    return {
+        "files": len(contents),
+        "bytes": sum(map(len, contents.values())),
+        "write_seconds": [plain for plain, _, _ in kept],
+        "save_seconds": [saved for _, saved, _ in kept],
+        "whole_seconds": [whole for _, _, whole in kept],
+        "ratios": [saved / plain for plain, saved, _ in kept],
+        "whole_ratios": [whole / plain for plain, _, whole in kept],
+    }
+
+
+def write_plainly(contents: dict[str, bytes], folder: Path) -> float:
+    """Seconds."""
+    folder.mkdir()
+    started = time.perf_counter()
+    for name, content in contents.items():
+        with (folder / name).open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+    seconds = time.perf_counter() - started
+    shutil.rmtree(folder)
+    return seconds
 
 
 def spread(values: list[float], form: str) -> str:
@@ -73,119 +128,6 @@ def spread(values: list[float], form: str) -> str:
         f"{statistics.median(values):{form}} (half of them {quarters[0]:{form}} to "
         f"{quarters[2]:{form}}, all {min(values):{form}} to {max(values):{form}})"
     )
-
-
-def measure(files: dict[str, Save], scratch: Path, repeats: int) -> dict[str, Any]:
-    def write(draft: Path) -> Iterator[Path]:
-        for name, save in files.items():
-            save(draft / name)
-            yield draft / name
-
-    (scratch / "once").mkdir()
-    contents = {path.name: path.read_bytes() for path in write(scratch / "once")}
-    run_folder = scratch / "run"
-    run_folder.mkdir()
-    times: dict[str, list[float]] = {"write": [], "publish": [], "remove": [], "rotate": []}
-    plain = scratch / "plain"
-    for step in range(1, WARM_UPS + repeats + 1):
-        folder = run_folder / f"checkpoint-{step}"
-        works: list[tuple[str, Callable[[], object]]] = [
-            ("write", partial(write_plainly, contents, plain)),
-            ("publish", partial(publish_checkpoint, folder, write)),
-        ]
-        for name, work in works if step % 2 else reversed(works):
-            times[name].append(seconds(work))
-        times["remove"].append(seconds(partial(shutil.rmtree, plain)))
-        times["rotate"].append(seconds(partial(rotate, run_folder, 2, None)))
-    kept = {name: values[WARM_UPS:] for name, values in times.items()}
-    return {
-        "files": len(contents),
-        "bytes": sum(map(len, contents.values())),
-        **{f"{name}_seconds": values for name, values in kept.items()},
-        "ratios": [
-            ours / plainly for ours, plainly in zip(kept["publish"], kept["write"], strict=True)
-        ],
-    }
-
-
-def seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def write_plainly(contents: dict[str, bytes], folder: Path) -> None:
-    folder.mkdir()
-    for name, content in contents.items():
-        with (folder / name).open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-
-
-def read_files(checkpoint: Path) -> dict[str, Save]:
-    """Each file of a real checkpoint, to be written again by what wrote it."""
-    paths = [path for path in checkpoint.iterdir() if path.name != MANIFEST_FILE]
-    return {path.name: saver_of(path) for path in sorted(paths)}
-
-
-def saver_of(path: Path) -> Save:
-    if path.suffix == ".safetensors":
-        with safe_open(path, framework="pt") as file:
-            is_nested = STRUCTURE in (file.metadata() or {})
-        return saving_values(load_values(path)) if is_nested else saving_tensors(load_file(path))
-    if path.suffix in (".pt", ".pth", ".bin"):
-        return saving_objects(torch.load(path, weights_only=False))
-    return saving_bytes(path.read_bytes())
-
-
-def demo_files() -> dict[str, Save]:
-    shapes = [
-        shape
-        for _ in range(LAYERS)
-        for ins, outs in LINEAR
-        for shape in [(RANK, ins), (outs, RANK)]
-    ]
-    adapter = {f"weight.{number}": torch.randn(*shape) for number, shape in enumerate(shapes)}
-    state = {number: adam_state(shape) for number, shape in enumerate(shapes)}
-    return {
-        "adapter_model.safetensors": saving_tensors(adapter),
-        "optimizer.safetensors": saving_values({"state": state}),
-        "tokenizer.json": saving_bytes(os.urandom(TOKENIZER_BYTES)),
-        "scheduler.pt": saving_objects({"last_epoch": 1}),
-        "rng_state.pth": saving_objects({"cpu": torch.get_rng_state()}),
-        "trainer_state.json": saving_bytes(os.urandom(20_000)),
-        "adapter_config.json": saving_bytes(os.urandom(1_000)),
-        "recipe.yaml": saving_bytes(os.urandom(3_000)),
-    }
-
-
-def adam_state(shape: tuple[int, int]) -> dict[str, torch.Tensor]:
-    """Two bytes a parameter, and a scale for every 256, as bitsandbytes' 8-bit Adam has it."""
-    num_scales = -(-shape[0] * shape[1] // 256)
-    return {
-        **QMAPS,
-        "state1": torch.randint(256, shape, dtype=torch.uint8),
-        "state2": torch.randint(256, shape, dtype=torch.uint8),
-        "absmax1": torch.randn(num_scales),
-        "absmax2": torch.randn(num_scales),
-    }
-
-
-def saving_tensors(tensors: dict[str, torch.Tensor]) -> Save:
-    return lambda path: save_tensors(tensors, path)
-
-
-def saving_values(values: Any) -> Save:
-    return lambda path: save_values(values, path)
-
-
-def saving_objects(value: Any) -> Save:
-    return lambda path: torch.save(value, path)
-
-
-def saving_bytes(content: bytes) -> Save:
-    return lambda path: path.write_bytes(content) and None
 
 
 if __name__ == "__main__":

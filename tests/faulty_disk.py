@@ -20,6 +20,7 @@ from typing import Literal
 
 from qlora_kit.checkpoint.checkpoints import publish_checkpoint, rotate
 from qlora_kit.checkpoint.disk import Disk
+from qlora_kit.checkpoint.draft import Draft
 
 Fault = Literal[
     "none",
@@ -95,10 +96,10 @@ def content_of(step: int, version: str) -> dict[str, bytes]:
     }
 
 
-def writer(step: int, version: str) -> Callable[[Path], None]:
-    def write(draft: Path) -> None:
+def writer(step: int, version: str) -> Callable[[Draft], None]:
+    def write(draft: Draft) -> None:
         for name, content in content_of(step, version).items():
-            (draft / name).write_bytes(content)
+            (draft.folder / name).write_bytes(content)
 
     return write
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import sys
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,20 +15,20 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import ConstantLR
 
+from qlora_kit.checkpoint.checkpoints import publish_checkpoint
 from qlora_kit.environment import probe_hardware, quiet_upstream
 from qlora_kit.model.adapter import Adapted, attach_adapter
 from qlora_kit.model.base import Base, load_base, prepare_for_training
-from qlora_kit.model.saved import load_adapter, write_adapter
+from qlora_kit.model.saved import adapter_files, load_adapter
 from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec
 from qlora_kit.train.sharded import bytes_here
 from qlora_kit.train.snapshot import (
     Moving,
     Progress,
-    digest_of,
+    difference,
     read_snapshot,
+    snapshot,
     take,
-    trainables_of,
-    write_snapshot,
 )
 
 SHAPE = {"items_per_update": 4, "items_per_process": 2, "num_updates": 3, "num_processes": 2}
@@ -43,12 +42,13 @@ def build(
     )
     prepare_for_training(base.model)
     adapted = attach_adapter(base, LoraSpec(r=4, alpha=8, dropout=0.0), seed=1)
+    files = adapter_files(adapted.model, base, quantization, "0" * 64)
     if sharded:
         for layer in base.model.model.layers:
             fully_shard(layer)
         fully_shard(adapted.model)
     optimizer = AdamW([one for one in adapted.model.parameters() if one.requires_grad], lr=1e-2)
-    return base, adapted, Moving(adapted.model, optimizer, ConstantLR(optimizer), None)
+    return base, adapted, Moving(adapted.model, optimizer, ConstantLR(optimizer), None, files)
 
 
 def step(moving: Moving, ids: torch.Tensor) -> float:
@@ -65,7 +65,7 @@ def main(model: str, storage: str, folder: Path) -> None:
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     quantization = QuantizationSpec(quant_storage=storage)
-    base, _, shared = build(model, quantization, sharded=True)
+    _, _, shared = build(model, quantization, sharded=True)
     _, _, alone = build(model, quantization, sharded=False)
     draws = torch.Generator().manual_seed(3)
     batches = [torch.randint(3, 290, (4, 12), generator=draws) for _ in range(4)]
@@ -78,17 +78,12 @@ def main(model: str, storage: str, folder: Path) -> None:
 
     losses = [both(ids) for ids in batches[:3]]
     taken = take(shared)
-    described = (shared.model, base, quantization, "0" * 64)
     if rank == 0:
-        folder.mkdir()
-        written = write_snapshot(
-            folder, taken, Progress(3), SHAPE, [{}, {}], partial(write_adapter, *described)
-        )
-        assert len(list(written)) == 2
+        publish_checkpoint(folder, snapshot(taken, Progress(3), SHAPE, [{}, {}]).write)
     dist.barrier()
     _, _, again = build(model, quantization, sharded=True)
     read_snapshot(folder, again)
-    is_same = digest_of(trainables_of(again.model)) == digest_of(taken.trainables)
+    is_same = difference(again.weights(), taken.weights) is None
     reloaded = None
     if rank == 0:
         fresh = load_base(

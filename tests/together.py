@@ -11,9 +11,11 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 TIMEOUT_SECONDS = 400.0
 
@@ -24,6 +26,10 @@ class Job:
 
     recipe: str
     overrides: tuple[str, ...] = ()
+    short: tuple[int, int, int] | None = None
+    """Rank, sequences, forward passes: on that rank, more than so many sequences at a time are too
+    much for the memory, once so many passes have gone well.
+    """
 
 
 def free_port() -> int:
@@ -45,7 +51,7 @@ def environment_of_launch() -> dict[str, str]:
 def train_together(folder: Path, count: int, jobs: Sequence[Job]) -> list[list[str]]:
     """Train one after the other in `count` processes; what each raised, by job and rank.
 
-    An empty text where nothing was.
+    An empty text where nothing was. What was said is in said-0.txt, said-1.txt, … of `folder`.
     """
     plan = folder / "jobs.json"
     plan.write_text(json.dumps([{**asdict(job), "port": free_port()} for job in jobs]))
@@ -70,11 +76,42 @@ def train_together(folder: Path, count: int, jobs: Sequence[Job]) -> list[list[s
     return [list(raised) for raised in zip(*by_rank, strict=True)]
 
 
+@contextmanager
+def short_of_memory(short: tuple[int, int, int] | None) -> Iterator[None]:
+    """Forward passes that fail as an allocator lets them, where `Job.short` says so."""
+    import torch
+    from peft import PeftModelForCausalLM
+
+    if short is None or os.environ["RANK"] != str(short[0]):
+        yield
+        return
+    _, fits, after = short
+    forward = PeftModelForCausalLM.forward
+    passed = 0
+
+    def limited(model: PeftModelForCausalLM, *args: Any, **inputs: Any) -> Any:
+        nonlocal passed
+        outputs = forward(model, *args, **inputs)
+        if model.training:
+            passed += 1
+            if passed > after and len(inputs["input_ids"]) > fits:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+        return outputs
+
+    PeftModelForCausalLM.forward = limited  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PeftModelForCausalLM.forward = forward  # type: ignore[method-assign]
+
+
 def work(plan: Path) -> None:
     """What one rank does."""
     import torch
     from accelerate.state import AcceleratorState
+    from rich.console import Console
 
+    from qlora_kit.cli.console import ConsoleReporter
     from qlora_kit.environment import quiet_upstream
     from qlora_kit.errors import QloraKitError
     from qlora_kit.recipe import load_recipe
@@ -83,10 +120,14 @@ def work(plan: Path) -> None:
     quiet_upstream()
     torch.set_num_threads(1)
     raised = []
-    for job in json.loads(plan.read_text()):
+    is_main = os.environ["RANK"] == "0"
+    for number, job in enumerate(json.loads(plan.read_text())):
         os.environ["MASTER_PORT"] = str(job["port"])
+        said = plan.with_name(f"said-{number}.txt") if is_main else Path(os.devnull)
         try:
-            run_recipe(load_recipe(Path(job["recipe"]), job["overrides"]))
+            with said.open("w") as file, short_of_memory(job["short"]):
+                reporter = ConsoleReporter(Console(file=file, width=132))
+                run_recipe(load_recipe(Path(job["recipe"]), job["overrides"]), reporter)
             raised.append("")
         except QloraKitError as error:
             raised.append(f"{'(told elsewhere) ' * error.is_told_elsewhere}{error}")

@@ -10,18 +10,18 @@ from __future__ import annotations
 import contextlib
 import re
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from qlora_kit.checkpoint.disk import DISK, Disk
+from qlora_kit.checkpoint.draft import Draft
 from qlora_kit.checkpoint.manifest import (
     CHECKPOINT_NAME,
     MANIFEST_FILE,
     Manifest,
-    Recorder,
     faults_at_a_glance,
     faults_of,
     manifest_bytes,
@@ -30,7 +30,7 @@ from qlora_kit.checkpoint.manifest import (
 from qlora_kit.errors import CheckpointError
 from qlora_kit.model.reason import reason_of
 
-Write = Callable[[Path], Iterable[Path] | None]
+Fill = Callable[[Draft], None]
 
 _LEFTOVER = re.compile(
     r"\.(?P<name>checkpoint-[0-9]+|adapter|last-good)\.[0-9a-f]{32}"
@@ -56,40 +56,31 @@ class Found:
         return 0 if self.folder is None else step_of(self.folder)
 
 
-def publish_checkpoint(folder: Path, write: Write, disk: Disk = DISK) -> None:
-    """Make the checkpoint `folder` (`checkpoint-N`) of the flat files that `write` puts into a
+def publish_checkpoint(folder: Path, fill: Fill, disk: Disk = DISK) -> None:
+    """Make the checkpoint `folder` (`checkpoint-N`) of the flat files that `fill` puts into a
     draft; one of the same step that is there already is replaced.
 
-    A `write` that yields each file as it is finished is faster: one is flushed and hashed while
-    the next is written. Large files go first.
+    A file that goes through `Draft.put` is flushed and hashed while the next is written; one that
+    is written into the draft's folder by other means, afterwards. Large files go first.
 
     Raises:
         CheckpointError: the disk refused; what was there before is as it was.
     """
     step = step_of(folder)
-    draft = _hidden(folder, "draft")
+    place = _hidden(folder, "draft")
     with _told(f"{folder.name} could not be written", folder.parent, disk):
         try:
-            draft.mkdir()
-            with Recorder(disk.sync) as recorder:
-                for path in write(draft) or ():
-                    _finish(path, recorder)
-                for path in sorted(draft.iterdir()):
-                    _finish(path, recorder)
-                _seal(draft, Manifest(step, recorder.records()), disk)
-            aside = _put_in_place(draft, folder, disk)
+            place.mkdir()
+            with Draft(place, disk) as draft:
+                fill(draft)
+                draft.add_the_rest()
+                _seal(place, Manifest(step, draft.records()), disk)
+            aside = _put_in_place(place, folder, disk)
             disk.sync(folder.parent)
         finally:
-            _try_to_remove(draft, disk)
+            _try_to_remove(place, disk)
     if aside is not None:
         _try_to_remove(aside, disk)
-
-
-def _finish(path: Path, recorder: Recorder) -> None:
-    assert path.is_file(), f"a checkpoint has flat files only, {path.name} is none"
-    # safetensors writes files that only their owner may read; the others follow the umask.
-    path.chmod(path.parent.stat().st_mode & 0o666)
-    recorder.add(path)
 
 
 def _seal(draft: Path, manifest: Manifest, disk: Disk) -> None:

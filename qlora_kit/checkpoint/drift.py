@@ -218,6 +218,10 @@ class Fingerprints:
     data_eval: str
     packages: str
     hardware: str
+    compute: str = ""
+    """The dtype that the products are computed in. Empty in checkpoints of earlier versions."""
+    native_bf16: str = ""
+    """Yes or no: what the machine was found to be, which decides what `auto` is."""
 
 
 _FINGERPRINT_WORDS = {
@@ -228,8 +232,10 @@ _FINGERPRINT_WORDS = {
     "data_eval": "the eval rows are others: losses before and after cannot be compared",
     "packages": "the same recipe may come out otherwise in the last bits",
     "hardware": "the same recipe may come out otherwise in the last bits",
+    "compute": "the products are computed in another dtype, so all numbers are others",
+    "native_bf16": "auto may stand for another dtype",
 }
-_ACCEPTED_FINGERPRINTS = ("packages", "hardware")
+_ACCEPTED_FINGERPRINTS = ("packages", "hardware", "native_bf16")
 
 
 def differences(saved: Fingerprints, now: Fingerprints) -> Drift:
@@ -242,7 +248,7 @@ def differences(saved: Fingerprints, now: Fingerprints) -> Drift:
             _FINGERPRINT_WORDS[field.name],
         )
         for field in fields(Fingerprints)
-        if getattr(saved, field.name) != getattr(now, field.name)
+        if getattr(saved, field.name) not in ("", getattr(now, field.name))
     ]
     return Drift(
         tuple(one for one in changes if one.field in _ACCEPTED_FINGERPRINTS),

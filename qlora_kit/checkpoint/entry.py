@@ -6,7 +6,7 @@ import json
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from qlora_kit.checkpoint.checkpoints import clear_leftovers, newest_whole
@@ -21,6 +21,7 @@ from qlora_kit.checkpoint.drift import (
 )
 from qlora_kit.checkpoint.lock import hold
 from qlora_kit.checkpoint.run_directory import RunDirectory, require_free
+from qlora_kit.environment import Hardware
 from qlora_kit.errors import RunError
 from qlora_kit.recipe import Recipe, load_recipe, save_recipe
 
@@ -120,11 +121,33 @@ def require_same_work(checkpoint: Path, now: Fingerprints, allow_drift: bool) ->
     Raises:
         RunError: something has that makes it another run, and drift is not allowed.
     """
-    values = json.loads((checkpoint / FINGERPRINTS_FILE).read_text(encoding="utf-8"))
-    drift = differences(Fingerprints(**values), now)
+    drift = differences(_fingerprints_of(checkpoint), now)
     if drift.breaking and not allow_drift:
         raise RunError(refusal(drift, str(checkpoint.parent)))
     return drift
+
+
+def as_it_was(hardware: Hardware, checkpoint: Path | None) -> Hardware:
+    """The machine as the run found it that goes on on it: a timed probe may come out otherwise
+    beside other work, and `auto` would then stand for another dtype.
+    """
+    if checkpoint is None:
+        return hardware
+    saved = _fingerprints_of(checkpoint)
+    then, now = saved.native_bf16, "yes" if hardware.native_bf16 else "no"
+    if saved.hardware != hardware.device_name or then in ("", now):
+        return hardware
+    return replace(
+        hardware,
+        native_bf16=then == "yes",
+        slow_bf16=then == "no",
+        reason=f"as at the begin of the run (now {hardware.reason})",
+    )
+
+
+def _fingerprints_of(checkpoint: Path) -> Fingerprints:
+    values = json.loads((checkpoint / FINGERPRINTS_FILE).read_text(encoding="utf-8"))
+    return Fingerprints(**values)
 
 
 def _set_aside(folder: Path, disk: Disk) -> str:

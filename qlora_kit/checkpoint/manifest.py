@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from qlora_kit.records import (
     DamagedRecordError,
     FileRecord,
     file_fault,
-    file_record,
     files_as_json,
     files_from_json,
     read_sealed,
@@ -25,7 +23,6 @@ from qlora_kit.records import (
 MANIFEST_FILE = "manifest.json"
 CHECKPOINT_NAME = re.compile(r"checkpoint-(0|[1-9][0-9]*)")
 _FORMAT = 1
-_HASHING_THREADS = 2
 
 
 @dataclass(frozen=True)
@@ -58,45 +55,6 @@ def read_manifest(folder: Path) -> Manifest:
     """
     values = read_sealed(folder / MANIFEST_FILE, _FORMAT)
     return Manifest(values["step"], files_from_json(values["files"]))
-
-
-class Recorder:
-    """Flushes files to the disk and hashes them, beside whatever the caller does meanwhile."""
-
-    def __init__(self, sync: Callable[[Path], None]):
-        self._sync = sync
-        self._flusher = ThreadPoolExecutor(1, "sync")  # one by one, in the order they come
-        self._hasher = ThreadPoolExecutor(_HASHING_THREADS, "sha256")
-        self._pending: dict[Path, tuple[int, Future[None], Future[FileRecord]]] = {}
-
-    def __enter__(self) -> Recorder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._flusher.shutdown(cancel_futures=True)
-        self._hasher.shutdown(cancel_futures=True)
-
-    def add(self, path: Path) -> None:
-        """Take a file that is finished; one that was taken before is left alone."""
-        if path not in self._pending:
-            written = path.stat().st_mtime_ns
-            flushed = self._flusher.submit(self._sync, path)
-            self._pending[path] = written, flushed, self._hasher.submit(file_record, path)
-
-    def records(self) -> dict[str, FileRecord]:
-        """Wait for all of them.
-
-        Raises:
-            OSError: a file could not be flushed or read.
-        """
-        found = {}
-        for path, (written, flushed, hashed) in sorted(self._pending.items()):
-            flushed.result()
-            found[path.name] = hashed.result()
-            stat = path.stat()
-            is_same = (stat.st_mtime_ns, stat.st_size) == (written, found[path.name].num_bytes)
-            assert is_same, f"{path.name} was written to after it was finished"
-        return found
 
 
 def faults_of(folder: Path) -> tuple[str, ...]:

@@ -15,6 +15,8 @@ from qlora_kit.checkpoint.lock import LOCK_FILE
 from qlora_kit.errors import RunError
 from qlora_kit.recipe import Recipe, load_recipe, recipe_hash, save_recipe
 
+OPTIMIZER_FILE = "optimizer.safetensors"  # of a checkpoint
+
 
 @dataclass(frozen=True)
 class RunDirectory:
@@ -53,6 +55,10 @@ class RunDirectory:
     @property
     def merged(self) -> Path:
         return self.folder / "merged"
+
+    @property
+    def exports(self) -> Path:
+        return self.folder / "exports"
 
     @property
     def last_good(self) -> Path:
@@ -146,7 +152,8 @@ def left_behind(recipe: Recipe) -> str:
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / "recipe.yaml").is_file()
+    """llmcompressor leaves a recipe.yaml of its own, beside a model's config.json."""
+    return (folder / "recipe.yaml").is_file() and not (folder / "config.json").is_file()
 
 
 def fresh_folder(recipe: Recipe) -> str:

@@ -1,17 +1,17 @@
-"""Tensors, and nested values that hold many of them, written as fast as the disk takes them.
+"""Tensors, and nested values that hold many of them, as the bytes of files.
 
 The files are safetensors files, and any library can read them; reading one runs no code, as
-unpickling would. Written here, they need no copy in memory, and a disk that is full says so with
-an errno. An optimizer's state is thousands of tensors of a few kilobytes, for which `torch.save`
-takes several times as long as the disk: `save_values` joins those of one dtype end to end, and
-keeps the structure around them in the file's metadata.
+unpickling would. The bytes are copies, so that training may go on while they are written. An
+optimizer's state is thousands of tensors of a few kilobytes, for which `torch.save` takes several
+times as long as the disk: `value_parts` joins those of one dtype end to end, and keeps the
+structure around them in the file's metadata.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,10 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from qlora_kit.checkpoint.draft import Buffer
+
 STRUCTURE = "structure"
+_PART_BYTES = 1 << 25
 _PLAIN = frozenset({type(None), bool, int, float, str})
 _ALIGNMENT = 8
 # https://github.com/huggingface/safetensors#format
@@ -37,47 +40,43 @@ _DTYPES = {
 }
 
 
-def save_tensors(
-    tensors: Mapping[str, torch.Tensor], path: Path, metadata: Mapping[str, str] | None = None
-) -> None:
-    """Write a safetensors file; the tensors may be on any device.
+def tensor_parts(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> list[Buffer]:
+    """A safetensors file, part by part; the tensors may be on any device.
 
     Raises:
-        OSError: the disk refused.
         TypeError: a dtype that no checkpoint has.
     """
-    whole = {name: (list(one.shape), [one.detach()]) for name, one in tensors.items()}
-    _write(whole, dict(metadata or {}), path)
+    whole = {name: (list(one.shape), [one]) for name, one in tensors.items()}
+    return _parts(whole, dict(metadata or {}))
 
 
-def save_values(values: Any, path: Path) -> None:
-    """Write dicts, lists, tuples, numbers, texts, None and strided tensors, nested at will.
+def value_parts(values: Any) -> list[Buffer]:
+    """The same of dicts, lists, tuples, numbers, texts, None and strided tensors, nested at will.
 
     Tensors come back on the CPU and contiguous, one that stands in several places as one.
 
     Raises:
-        OSError: the disk refused.
         TypeError: a value of another type.
     """
     packer = _Packer()
     structure = json.dumps(packer.encode(values))
-    joined = {
-        name: ([sum(one.numel() for one in parts)], parts) for name, parts in packer.parts.items()
-    }
-    _write(joined, {STRUCTURE: structure}, path)
+    joined = {name: ([row.length], row.parts) for name, row in packer.rows.items()}
+    return _parts(joined, {STRUCTURE: structure})
 
 
 def load_values(path: Path) -> Any:
-    """What `save_values` wrote, to the bit."""
+    """What `value_parts` was given, to the bit."""
     with safe_open(path, framework="pt") as file:
         structure = json.loads(file.metadata()[STRUCTURE])
         joined = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return _Unpacker(joined).decode(structure)
 
 
-def _write(
-    entries: dict[str, tuple[list[int], list[torch.Tensor]]], metadata: dict[str, str], path: Path
-) -> None:
+def _parts(
+    entries: dict[str, tuple[list[int], list[torch.Tensor]]], metadata: dict[str, str]
+) -> list[Buffer]:
     """Each entry is a shape, and the tensors that one after the other make it up."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
     # The widest dtype first, so that every tensor is aligned.
@@ -85,40 +84,57 @@ def _write(
     end = 0
     for name in order:
         shape, parts = entries[name]
-        if parts[0].dtype not in _DTYPES:
-            raise TypeError(f"{name}: a tensor of {parts[0].dtype} cannot be written")
-        start, end = end, end + sum(part.numel() * part.element_size() for part in parts)
-        header[name] = {
-            "dtype": _DTYPES[parts[0].dtype],
-            "shape": shape,
-            "data_offsets": [start, end],
-        }
+        dtype = parts[0].dtype
+        if dtype not in _DTYPES:
+            raise TypeError(f"{name}: a tensor of {dtype} cannot be written")
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in order:
-            flat = [part.cpu().reshape(-1) for part in entries[name][1]]
-            joined = torch.cat(flat) if len(flat) > 1 else flat[0]
-            file.write(joined.view(torch.uint8).numpy().data)
+    tensors = [part for name in order for part in entries[name][1]]
+    return [len(text).to_bytes(8, "little") + text, *map(_bytes_of, _joined(tensors))]
+
+
+def _joined(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Copies on the CPU of neighbours of a dtype, end to end."""
+    group: list[torch.Tensor] = []
+    num_bytes = 0
+    for tensor in tensors:
+        if group and (tensor.dtype != group[0].dtype or num_bytes >= _PART_BYTES):
+            yield _copy_of(group)
+            group, num_bytes = [], 0
+        group.append(tensor.detach().reshape(-1))
+        num_bytes += tensor.nbytes
+    if group:
+        yield _copy_of(group)
+
+
+def _copy_of(group: list[torch.Tensor]) -> torch.Tensor:
+    """On its own device first, which for a GPU is one transfer instead of thousands."""
+    return torch.cat(group).cpu()
+
+
+def _bytes_of(flat: torch.Tensor) -> memoryview:
+    view: memoryview = flat.view(torch.uint8).numpy().data
+    return view
 
 
 class _Packer:
     """Tensors by dtype, and where in the row of its dtype each of them stands."""
 
     def __init__(self) -> None:
-        self.parts: dict[str, list[torch.Tensor]] = {}
-        self._rows: dict[torch.dtype, _Row] = {}
+        self.rows: dict[str, _Row] = {}
+        self._row_of: dict[torch.dtype, _Row] = {}
         self._known: dict[int, list[Any]] = {}
 
     def encode(self, value: Any) -> Any:
         """JSON in which a list is `["kind", ...]`, and so never mistaken for anything else."""
-        if isinstance(value, torch.Tensor):
-            place = self._known.get(id(value))
-            return self._place_of(value) if place is None else place
         kind = type(value)
         if kind in _PLAIN:
             return value
+        if isinstance(value, torch.Tensor):
+            place = self._known.get(id(value))
+            return self._place_of(value) if place is None else place
         if isinstance(value, dict):
             pairs = [[self.encode(key), self.encode(item)] for key, item in value.items()]
             return ["dict", *pairs]
@@ -127,13 +143,15 @@ class _Packer:
         raise TypeError(f"a {kind.__name__} cannot be written: {value!r}")
 
     def _place_of(self, tensor: torch.Tensor) -> list[Any]:
-        row = self._rows.get(tensor.dtype)
+        dtype = tensor.dtype
+        row = self._row_of.get(dtype)
         if row is None:
-            row = self._rows[tensor.dtype] = _Row(str(tensor.dtype).removeprefix("torch."))
-            self.parts[row.name] = row.parts
-        place = ["tensor", row.name, row.length, list(tensor.shape)]
-        row.length += tensor.numel()
-        row.parts.append(tensor.detach())
+            row = self._row_of[dtype] = _Row(str(dtype).removeprefix("torch."))
+            self.rows[row.name] = row
+        shape = list(tensor.shape)
+        place = ["tensor", row.name, row.length, shape]
+        row.length += math.prod(shape)
+        row.parts.append(tensor)
         self._known[id(tensor)] = place
         return place
 

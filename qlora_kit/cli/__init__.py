@@ -23,6 +23,7 @@ from qlora_kit.cli import (
     quantize,
     recipes,
     train,
+    verify,
 )
 from qlora_kit.environment import quiet_upstream, require_one_process
 from qlora_kit.errors import QloraKitError
@@ -77,6 +78,7 @@ for verb in (
     merge,
     quantize,
     dequantize,
+    verify,
     chat,
     recipes,
     doctor,

@@ -33,6 +33,9 @@ class _Bar(Progress):
         self._bar = bar
         self._task = task
 
+    def begin_at(self, done: int) -> None:
+        self._bar.reset(self._task, completed=done)
+
     def update(self, advance: int = 1, **fields: str) -> None:
         self._bar.update(self._task, advance=advance, figures="  ".join(fields.values()))
 
@@ -44,9 +47,13 @@ class _Lines(Progress):
         self._console = console
         self._name = name
         self._total = total
-        self._done = self._shown = 0
+        self._done = self._shown = self._before = 0
         self._fields: dict[str, str] = {}
         self._start = self._last = time.monotonic()
+
+    def begin_at(self, done: int) -> None:
+        self._done = self._shown = self._before = done
+        self._start = time.monotonic()
 
     def update(self, advance: int = 1, **fields: str) -> None:
         self._done += advance
@@ -65,7 +72,8 @@ class _Lines(Progress):
 
     def _show(self, now: float, fields: dict[str, str]) -> None:
         self._shown = self._done
-        seconds_left = (now - self._start) * max(self._total - self._done, 0) / max(self._done, 1)
+        rest, made = max(self._total - self._done, 0), max(self._done - self._before, 1)
+        seconds_left = (now - self._start) * rest / made
         figures = [*(value for value in fields.values() if value), f"{clock(seconds_left)} left"]
         line = f"{self._name}: {self._done:,} of {self._total:,}  {'  '.join(figures)}"
         self._console.print(Text(line), soft_wrap=True)

@@ -47,19 +47,19 @@ def command(
             str(path), [Fault("data.eval", "names no source to measure on", "add one")]
         )
 
-    from qlora_kit.checkpoint.run_directory import write_json
+    from qlora_kit.checkpoint.run_directory import RunDirectory, write_json
     from qlora_kit.cli.console import console_reporter
     from qlora_kit.data.prepare import prepare_eval
     from qlora_kit.report import narrate
     from qlora_kit.run import evaluate_held_out
-    from qlora_kit.subject import load_subject
+    from qlora_kit.runtime.open import open_runtime
 
     reporter = console_reporter(to_stderr=as_json)
-    tested = load_subject(subject, loaded.model if own is None else None, force, reporter)
-    part = prepare_eval(loaded.data, tested.base.tokenizer, tested.base.stop_ids)
-    values = evaluate_held_out(tested.model, tested.base, part, loaded, reporter)
-    if tested.run is not None and not overrides and recipe is None:
-        write_json(tested.run.evaluation, values)
+    tested = open_runtime(subject, loaded.model if own is None else None, force, reporter)
+    part = prepare_eval(loaded.data, tested.tokenizer, tested.stop_ids)
+    values = evaluate_held_out(tested, part, loaded, reporter)
+    if own is not None and not overrides and recipe is None:
+        write_json(RunDirectory(folder).evaluation, values)
     if as_json:
         print(json.dumps(values, indent=2, ensure_ascii=False))
     else:

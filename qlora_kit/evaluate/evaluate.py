@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.data.examples import Conversation, Example, PlainText, PromptCompletion
@@ -17,6 +17,7 @@ from qlora_kit.evaluate.generation import (
     exact_match,
     generate_answers,
 )
+from qlora_kit.evaluate.metrics import measure_metrics
 from qlora_kit.evaluate.perplexity import Perplexity, measure_perplexity
 from qlora_kit.report.reporter import SILENT, Reporter
 from qlora_kit.runtime.protocol import Runtime
@@ -47,7 +48,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class ModelEvaluation:
-    """The figures of one model; those that were not asked for are None.
+    """The figures of one model; those that were not asked for are None, or not in `metrics`.
 
     `num_rows` is how many prompts were answered; of those, `num_exact` as the reference has it,
     `num_unstopped` ran into the limit of new tokens, and `num_too_long` left no room to answer.
@@ -62,6 +63,8 @@ class ModelEvaluation:
     num_too_long: int
     samples: tuple[Sample, ...]
     seconds: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Besides exact match; see `metrics.measure_metrics`."""
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -101,6 +104,7 @@ def evaluate_model(
     answers: list[Answer] = []
     asks_exact = spec.generate is not None and "exact_match" in spec.generate.metrics
     samples: tuple[Sample, ...] = ()
+    metrics: dict[str, float] = {}
     if spec.generate is not None:
         examples, prompts = _prompts(part, runtime.tokenizer, spec.generate.max_rows)
         if not prompts and runtime.name != "base":  # said once of the two
@@ -114,6 +118,10 @@ def evaluate_model(
                 progress=progress,
             )
         samples = _samples(examples, answers)
+        if answers:
+            metrics, findings = measure_metrics(answers, spec.generate.metrics)
+            for finding in findings if runtime.name != "base" else ():
+                reporter.warn(finding)
     return ModelEvaluation(
         name=runtime.name,
         perplexity=perplexity,
@@ -124,6 +132,7 @@ def evaluate_model(
         num_too_long=sum(one.too_long for one in answers),
         samples=samples,
         seconds=time.perf_counter() - started,
+        metrics=metrics,
     )
 
 
@@ -139,6 +148,7 @@ def evaluate_side_by_side(
     if spec.baseline:
         with tuned.without_adapter("base") as base:
             before = evaluate_model(base, part, spec, data, reporter)
+    tuned = replace(tuned, name="tuned")
     return SideBySide(before, evaluate_model(tuned, part, spec, data, reporter))
 
 

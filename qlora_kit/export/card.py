@@ -37,7 +37,8 @@ def model_card(certificate: dict[str, Any]) -> str:
             _figures(certificate),
             "## How to load it\n",
             _loading(),
-            "`certificate.json` holds all figures, and the SHA-256 of every file.\n",
+            "`certificate.json` holds all figures, `artifact.json` what this was made from and the "
+            "SHA-256 of every file (`qlora-kit verify` checks them).\n",
         ]
     )
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 import qlora_kit
+from qlora_kit.artifact.record import AdapterRef, BaseRef, MadeFrom, write_record
 from qlora_kit.environment import Hardware, package_versions
 from qlora_kit.evaluate.divergence import Recorded, compare_to_recorded
 from qlora_kit.export.card import write_card
@@ -20,7 +21,7 @@ from qlora_kit.export.merge import MergeResult
 from qlora_kit.export.reload import load_plain, measuring_dtype, reload_faults
 from qlora_kit.export.trained import TrainedAdapter
 from qlora_kit.model.base import quantization_record
-from qlora_kit.model.manifest import MANIFEST_FILE, read_manifest
+from qlora_kit.model.manifest import MANIFEST_FILE, lasting_name, read_manifest
 from qlora_kit.model.source import ModelSource
 from qlora_kit.records import file_sha256
 from qlora_kit.report.reporter import SILENT, Reporter
@@ -60,8 +61,11 @@ def certify(
     trained: TrainedAdapter,
     max_kl: float,
     recipe_sha256: str | None,
+    home: Path,
 ) -> dict[str, Any]:
-    """Write the model card and certificate.json into the folder of `chosen`; returns the latter."""
+    """Write the model card, certificate.json and artifact.json into the folder of `chosen`, which
+    will be `home`; returns the certificate.
+    """
     folder = chosen.result.folder
     certificate: dict[str, Any] = {
         "format": _FORMAT,
@@ -82,12 +86,28 @@ def certify(
         "candidates": [one.as_dict() for one in candidates],
     }
     write_card(certificate, folder)
-    certificate["files"] = {
-        path.name: file_sha256(path) for path in sorted(folder.iterdir()) if path.is_file()
-    }
     text = json.dumps(certificate, indent=2, ensure_ascii=False)
     (folder / CERTIFICATE_FILE).write_text(text + "\n", encoding="utf-8")
+    write_record(
+        folder,
+        kind="merged",
+        made_from=origin_of(trained, recipe_sha256),
+        settings={"base": chosen.result.base, "dtype": chosen.result.dtype},
+        home=home,
+    )
     return certificate
+
+
+def origin_of(trained: TrainedAdapter, recipe_sha256: str | None) -> MadeFrom:
+    """What is made out of an adapter and its base comes from both."""
+    base = BaseRef(
+        lasting_name(trained.source),
+        _fingerprint(trained.folder),
+        trained.source.revision,
+        trained.source.gguf_file,
+    )
+    weights = file_sha256(trained.folder / WEIGHTS_FILE)
+    return MadeFrom(base, AdapterRef(str(trained.folder.absolute()), weights), recipe_sha256)
 
 
 def _public_name(source: ModelSource) -> str:

@@ -33,6 +33,7 @@ from qlora_kit.export.surroundings import save_config
 from qlora_kit.export.ties import resolve_ties
 from qlora_kit.model.base import prequantized_settings
 from qlora_kit.model.companions import copy_companions
+from qlora_kit.model.quantized import never_repacked
 from qlora_kit.model.skeleton import Skeleton, build_skeleton, load_config
 from qlora_kit.report.reporter import SILENT, Reporter
 from qlora_kit.runtime.forward import CausalScorer
@@ -188,6 +189,7 @@ def _load_quantized(folder: Path, hardware: Hardware, trust_remote_code: bool) -
         if isinstance(module, Linear4bit):
             module.compute_dtype = torch.float32
             module.compute_type_is_set = True
+    never_repacked(model)
     return model.eval()
 
 

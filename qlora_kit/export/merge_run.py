@@ -190,7 +190,7 @@ def merge_and_certify(
         show_candidates(candidates, chosen, options.max_kl, reporter)
         for fault in chosen.faults:
             reporter.warn(f"the merged model does not come back as it was: {fault}")
-        certificate = certify(chosen, candidates, trained, options.max_kl, recipe_sha256)
+        certificate = certify(chosen, candidates, trained, options.max_kl, recipe_sha256, out)
         flush_folder(chosen.result.folder)
         chosen.result.folder.rename(out)
     return certificate

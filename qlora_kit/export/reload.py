@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_kit.export.trained import TrainedAdapter
+from qlora_kit.model.quantized import never_repacked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -43,6 +44,7 @@ def load_plain(
         output_loading_info=True,
     )
     model, info = loaded
+    never_repacked(model)
     faults = [
         f"{len(found)} {kind.replace('_', ' ')}: {', '.join(sorted(map(str, found))[:3])}"
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")

@@ -15,6 +15,7 @@ from qlora_kit.model.quantized import (
     Quantized,
     four_bit_modules,
     is_four_bit,
+    never_repacked,
     require_quantized,
 )
 from qlora_kit.model.reason import reason_of
@@ -87,7 +88,8 @@ def load_base(
     different ones. Given `lora`, whatever would hinder that adapter is found before the weights
     are read. Given `adapter`, the tokenizer is the one saved with it, whose added tokens have no
     embeddings until the adapter is loaded. With `is_shared` the quantized base is kept in the cache
-    or read from there.
+    or read from there. A checkpoint that another library quantized is loaded as it is, unless it
+    is to be trained on.
 
     Raises:
         ModelError: see the checks below; each names the tensor or module at fault.
@@ -288,6 +290,7 @@ def load_model(
     require_none_missing(skeleton, found["missing_keys"])
     for module in four_bit_modules(model):
         _compute_in(module, compute_dtype)
+    never_repacked(model)
     model.requires_grad_(False)
     model.eval()
     return model
@@ -301,13 +304,10 @@ def place_of(device: str) -> str:
 def _compute_in(module: Any, compute_dtype: torch.dtype) -> None:
     """Forward computes in the module's dtype, backward dequantizes to its state's: make them one.
 
-    A checkpoint that was stored quantized brings its own of both. Repacking for AVX512-BF16,
-    which an evaluation would trigger and nothing undoes before the next training step or merge,
-    is turned off.
+    A checkpoint that was stored quantized brings its own of both.
     """
     module.compute_dtype = compute_dtype
     module.compute_type_is_set = True
-    module.support_avx512bf16_for_cpu = False
     if is_four_bit(module.weight):
         module.weight.quant_state.dtype = compute_dtype
 

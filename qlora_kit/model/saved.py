@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +18,10 @@ from qlora_kit.errors import AdapterError
 from qlora_kit.model.base import Base, num_embeddings
 from qlora_kit.model.manifest import (
     MANIFEST_FILE,
+    Manifest,
     changed_circumstances,
     manifest_for,
+    manifest_text,
     read_manifest,
     require_own_base,
     write_manifest,
@@ -74,6 +78,48 @@ def write_adapter(
     readme = folder / "README.md"
     readme.unlink(missing_ok=True)  # PEFT's is a form to fill in
     write_manifest(manifest_for(base, quantization, recipe_sha256, folder), folder)
+
+
+@dataclass(frozen=True)
+class AdapterFiles:
+    """The files of an adapter in training, which is written again and again: only its weights
+    change, and all the rest is made once.
+    """
+
+    unchanging: Mapping[str, bytes]
+    digests: Mapping[str, str]
+    """SHA-256 of each of those."""
+    names: Mapping[str, str]
+    """Of each tensor in the file of weights, the parameter or buffer of the model that it is."""
+    manifest: Manifest
+    """Without the file of weights."""
+
+    def manifest_with(self, weights_sha256: str) -> bytes:
+        files = dict(sorted({**self.manifest.files, WEIGHTS_FILE: weights_sha256}.items()))
+        return manifest_text(replace(self.manifest, files=files)).encode("utf-8")
+
+
+def adapter_files(
+    model: PeftModel, base: Base, quantization: QuantizationSpec, recipe_sha256: str
+) -> AdapterFiles:
+    """What `write_adapter` would write, but for the weights' values."""
+    from peft import get_peft_model_state_dict
+
+    held = {name: tensor.new_empty(0) for name, tensor in model.state_dict().items()}
+    name_of = {id(tensor): name for name, tensor in held.items()}
+    saved = get_peft_model_state_dict(model, state_dict=held, save_embedding_layers=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        write_adapter(model, base, quantization, recipe_sha256, folder, weights=held)
+        (folder / WEIGHTS_FILE).unlink()
+        manifest = manifest_for(base, quantization, recipe_sha256, folder)
+        unchanging = {name: (folder / name).read_bytes() for name in manifest.files}
+    return AdapterFiles(
+        unchanging=unchanging,
+        digests=manifest.files,
+        names={name: name_of[id(tensor)] for name, tensor in sorted(saved.items())},
+        manifest=manifest,
+    )
 
 
 def write_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -58,15 +58,15 @@ class WeightScan:
             )
 
 
-def scan_weights(folder: Path, allow_pickle: bool = False) -> WeightScan:
-    """Scan a checkpoint, or take the result of an earlier scan of the same files.
+def scan_weights(folder: Path, allow_pickle: bool = False, anew: bool = False) -> WeightScan:
+    """Scan a checkpoint, or take the result of an earlier scan of the same files; not if `anew`.
 
     Raises:
         ModelError: weights are missing, truncated or damaged.
     """
     files = weight_files(folder, allow_pickle)
     kept_at = _kept_at(files)
-    kept = _read_kept(kept_at)
+    kept = None if anew else _read_kept(kept_at)
     if kept is not None:
         return kept
     scan = _scan(iterate_tensors(files))

@@ -42,11 +42,12 @@ def resolve_source(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     with_weights: bool = True,
+    local_only: bool = False,
 ) -> ModelSource:
     """Find the model, fetching or converting it where that is needed.
 
     A local path makes no network call. Without weights, those of a hub model are not fetched; a
-    GGUF file is converted all the same.
+    GGUF file is converted all the same. With `local_only` the hub is not asked at all.
 
     Raises:
         ModelError: it is not there, or cannot be had.
@@ -68,7 +69,7 @@ def resolve_source(
     if looks_local(name_or_path):
         raise ModelError(f"{path} does not exist.")
     if gguf_file is not None:
-        fetched = _hub_file(name_or_path, gguf_file, revision)
+        fetched = _hub_file(name_or_path, gguf_file, revision, local_only)
         commit = fetched.parts[-len(Path(gguf_file).parts) - 1]
         return ModelSource(name_or_path, convert_cached(fetched), "gguf", commit, gguf_file)
     patterns = [
@@ -76,7 +77,7 @@ def resolve_source(
         *(["*.bin"] if allow_pickle and with_weights else []),
         *(["*.py"] if trust_remote_code else []),
     ]
-    folder = _hub_snapshot(name_or_path, revision, patterns)
+    folder = _hub_snapshot(name_or_path, revision, patterns, local_only)
     return ModelSource(name_or_path, folder, "hub", folder.name)
 
 
@@ -93,7 +94,7 @@ def _existing_file(path: Path) -> Path:
     return path
 
 
-def _hub_snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
+def _hub_snapshot(name: str, revision: str | None, patterns: list[str], local_only: bool) -> Path:
     from huggingface_hub import snapshot_download
 
     with _hub_errors(name, revision):
@@ -103,17 +104,22 @@ def _hub_snapshot(name: str, revision: str | None, patterns: list[str]) -> Path:
                 revision=revision,
                 allow_patterns=patterns,
                 ignore_patterns=list(_IGNORED),
-                local_files_only=hub_is_offline(),
+                local_files_only=local_only or hub_is_offline(),
             )
         )
 
 
-def _hub_file(name: str, file_name: str, revision: str | None) -> Path:
+def _hub_file(name: str, file_name: str, revision: str | None, local_only: bool) -> Path:
     from huggingface_hub import hf_hub_download
 
     with _hub_errors(name, revision):
         return Path(
-            hf_hub_download(name, file_name, revision=revision, local_files_only=hub_is_offline())
+            hf_hub_download(
+                name,
+                file_name,
+                revision=revision,
+                local_files_only=local_only or hub_is_offline(),
+            )
         )
 
 

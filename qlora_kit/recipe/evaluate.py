@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from pydantic import Field
 
 from qlora_kit.errors import Fault
 from qlora_kit.recipe.base import Spec
 
+MetricName: TypeAlias = Literal["exact_match", "accuracy", "macro_f1", "rouge", "bleu", "chrf"]
+
 
 class GenerateSpec(Spec):
     """Greedy answers to the eval prompts, compared with the reference."""
 
-    metrics: tuple[Literal["exact_match"], ...] = Field(default=("exact_match",), min_length=1)
-    """What to compute from the answers."""
+    metrics: tuple[MetricName, ...] = Field(default=("exact_match",), min_length=1)
+    """What to compute from the answers. `accuracy` and `macro_f1` take the reference answers for
+    labels, upper and lower case apart; an answer that is no label is wrong. `rouge` is ROUGE-1, -2
+    and -L by rouge-score, `bleu` and `chrf` are those of sacrebleu."""
 
     max_new_tokens: int = Field(default=128, gt=0)
     """Tokens an answer may have."""

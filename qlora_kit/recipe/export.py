@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterator
+from typing import Annotated, Literal
 
 from pydantic import Field
 
+from qlora_kit.errors import Fault
 from qlora_kit.recipe.base import Spec
 
 
@@ -30,6 +32,9 @@ class MergeSpec(Spec):
     """Size at which a new safetensors shard begins."""
 
 
+Target = Annotated[str, Field(min_length=1)]
+
+
 class ExportSpec(Spec):
     """Artifacts made at the end of `train`; each can also be made later by its own verb."""
 
@@ -38,3 +43,14 @@ class ExportSpec(Spec):
 
     merge_options: MergeSpec = MergeSpec()
     """How, when it is merged."""
+
+    to: tuple[Target, ...] = ()
+    """What else to make, each in a folder under `exports/`, as by `export RUN --to`: `adapter`,
+    `adapter:vllm`, `merged`, `gguf:Q4_K_M`, `lora-gguf`, `ollama`, `onnx`, `gptq`, `nf4`, `int8` …
+    What is calibrated sees the recipe's training rows. `adapter:vllm` also makes what vLLM refuses
+    in an adapter a fault of the recipe."""
+
+    def contradictions(self) -> Iterator[Fault]:
+        repeated = sorted({one for one in self.to if self.to.count(one) > 1})
+        if repeated:
+            yield Fault("to", f"named twice: {', '.join(repeated)}", "name each once")

@@ -164,8 +164,6 @@ def _wrong_choice(path: str, annotation: Any, got: Any) -> Fault:
     else:
         expected = f"must be one of {', '.join(choices)}"
     hint = f"did you mean '{near[0]}'?" if near else ""
-    if got is False and "no" in choices:
-        hint = "YAML reads no as false; write 'no'"
     return Fault(path, f"{expected}; got {show(got)}", hint)
 
 

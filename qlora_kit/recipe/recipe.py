@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from pydantic import Field
 
@@ -15,6 +16,7 @@ from qlora_kit.recipe.lora import LoraSpec
 from qlora_kit.recipe.model import ModelSpec
 from qlora_kit.recipe.quantization import QuantizationSpec
 from qlora_kit.recipe.train import TrainSpec
+from qlora_kit.recipe.vllm import vllm_faults
 
 
 class Recipe(Spec):
@@ -50,6 +52,9 @@ class Recipe(Spec):
             yield from self._faults_without_eval_rows()
         if self.data.streaming:
             yield from self._streaming_faults()
+        if "adapter:vllm" in self.export.to:
+            for fault in vllm_faults(self.lora):
+                yield replace(fault, path=f"lora.{fault.path}")
         if self.export.merge_options.base == "dequantized" and self.quantization.num_bits == 16:
             yield Fault(
                 "export.merge_options.base",
@@ -84,6 +89,9 @@ class Recipe(Spec):
         if self.export.merge:
             message = "a merge is certified on held-out rows, and data.eval names no source"
             yield Fault("export.merge", message, hint)
+        if self.export.to:
+            message = "an export is measured on held-out rows, and data.eval names no source"
+            yield Fault("export.to", message, hint)
 
     def _precision_contradictions(self) -> Iterator[Fault]:
         wanted = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

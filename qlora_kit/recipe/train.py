@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from qlora_kit.errors import Fault
 from qlora_kit.recipe.base import Spec, without_effect
@@ -142,6 +142,12 @@ class TrainSpec(Spec):
 
     report_to: tuple[Tracker, ...] = ()
     """Experiment trackers; none by default, and never any telemetry of our own."""
+
+    @field_validator("eval_strategy", "save_strategy", mode="before")
+    @classmethod
+    def _no_is_a_word(cls, value: Any) -> Any:
+        """YAML reads an unquoted `no` as false."""
+        return "no" if value is False else value
 
     def contradictions(self) -> Iterator[Fault]:
         if self.eval_strategy == "steps" and self.eval_steps is None:

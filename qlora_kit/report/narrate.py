@@ -24,6 +24,19 @@ if TYPE_CHECKING:
     from qlora_kit.model.base import Base
     from qlora_kit.recipe import QuantizationSpec, Recipe, TrainSpec
     from qlora_kit.train.batching import Batching
+    from qlora_kit.train.loader import BatchShape
+
+METRICS = {
+    "accuracy": "{:.1%}",
+    "macro_f1": "{:.3f}",
+    "unlabelled": "{:.1%}",
+    "rouge1": "{:.3f}",
+    "rouge2": "{:.3f}",
+    "rougeL": "{:.3f}",
+    "bleu": "{:.1f}",
+    "chrf": "{:.1f}",
+}
+"""Figures of answers besides exact match, and how they are written."""
 
 _MIB = 1024**2
 _GIB = 1024**3
@@ -132,19 +145,19 @@ def adapter(reporter: Reporter, adapted: Adapted, recipe: Recipe) -> None:
     )
 
 
-def schedule(
-    reporter: Reporter, spec: TrainSpec, batches: Batching, num_processes: int = 1
-) -> None:
-    from qlora_kit.train.continuation import items_per_update
+def schedule(reporter: Reporter, spec: TrainSpec, batches: Batching, shape: BatchShape) -> None:
+    """How many updates there will be, and what each is made of."""
     from qlora_kit.train.train import num_update_steps
 
-    global_batch = items_per_update(spec, num_processes)
-    shared = f" × {num_processes} processes" if num_processes > 1 else ""
+    whole, rows = shape.items_per_update, batches.num_items
+    shared = f" × {shape.num_processes} processes" if shape.num_processes > 1 else ""
+    product = f"{shape.per_device} × {shape.accumulation} accumulated{shared}"
+    if 0 < rows < whole:
+        product = f"all there are; room for {whole}: {product}"
     reporter.say(f"batches   {batches.description}")
     reporter.say(
-        f"schedule  {num_update_steps(batches.num_items, spec, global_batch)} steps of "
-        f"{global_batch} sequences ({spec.per_device_train_batch_size} × "
-        f"{spec.gradient_accumulation_steps} accumulated{shared}), {spec.optim}, learning rate "
+        f"schedule  {num_update_steps(rows, spec, whole)} steps of "
+        f"{min(rows, whole) or whole} sequences ({product}), {spec.optim}, learning rate "
         f"{spec.learning_rate:g} "
         f"{spec.lr_scheduler_type}"
     )
@@ -186,6 +199,9 @@ def evaluation(
         return
     rows = []
     kind = _kind_of(quantization)
+    shown = [
+        name for name in METRICS if any(name in one["metrics"] for one in values.values() if one)
+    ]
     for measured in values.values():
         if measured is None:
             continue
@@ -198,10 +214,11 @@ def evaluation(
                 f"{exact:.1%}" if exact is not None else "–",
                 f"{measured['num_exact']} of {measured['num_rows']}" if exact is not None else "–",
                 f"{measured['num_unstopped']}" if exact is not None else "–",
+                *(METRICS[name].format(measured["metrics"].get(name, 0.0)) for name in shown),
             )
         )
     columns = ("held-out rows", "perplexity", "exact match", "rows", "never stopped")
-    reporter.table("", columns, rows)
+    reporter.table("", (*columns, *(name.replace("_", " ") for name in shown)), rows)
 
 
 def _kind_of(quantization: QuantizationSpec) -> str:

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 class Progress:
     """One piece of work under way. This one shows nothing."""
 
+    def begin_at(self, done: int) -> None:
+        """So many parts were done before, and say nothing about how long the others take."""
+
     def update(self, advance: int = 1, **fields: str) -> None:
         """Go on by `advance`; `fields` are figures to show, such as loss="1.23"."""
 

@@ -50,7 +50,7 @@ def parameters_by_form(model: nn.Module) -> dict[str, int]:
             seen.add(id(tensor))
             if packed is not None and tensor is packed:
                 counted[_packed_form(module, tensor)] += _num_weights(module)
-            elif isinstance(tensor, nn.Parameter) and not (packed is not None and _is_scale(name)):
+            elif isinstance(tensor, nn.Parameter) and not (is_linear(module) and _is_scale(name)):
                 form, number = _form_of(tensor)
                 counted[form] += number
     return dict(counted.most_common())

@@ -24,7 +24,7 @@ def resolve_precision(asked: str, compute_dtype: str, hardware: Hardware) -> str
         HardwareError: the machine has no units for what was asked.
     """
     precision = _PRECISION_OF[compute_dtype] if asked == "auto" else asked
-    if precision == "bf16" and not hardware.native_bf16:
+    if precision == "bf16" and not hardware.has_bf16:
         raise HardwareError(f"train.precision is bf16, but {hardware.reason}; use auto or fp32.")
     if precision == "fp16" and not hardware.native_fp16:
         raise HardwareError(
@@ -87,7 +87,7 @@ def training_arguments(
         eval_strategy="no" if spec.eval_strategy == "no" else "steps",
         eval_steps=num_updates + 1,
         save_strategy="no",
-        report_to=list(spec.report_to) or "none",
+        report_to=[one for one in spec.report_to if one != "tensorboard"] or "none",
         use_cpu=hardware.device == "cpu",
         dataloader_pin_memory=hardware.device != "cpu",
         remove_unused_columns=False,
@@ -95,6 +95,7 @@ def training_arguments(
         disable_tqdm=True,
         log_level="error",
         ddp_find_unused_parameters=False,
+        ddp_broadcast_buffers=False,  # every process has made the same ones
     )
     # Beside a second GPU the Trainer would wrap the model in DataParallel and double the batch.
     arguments._n_gpu = 1

@@ -60,7 +60,7 @@ class StepCallback(TrainerCallback):
         self._last_tokens = self.trainer.progress.num_real_tokens
         if state.global_step:
             state.epoch = state.global_step / self.updates_per_pass
-            self.progress.update(state.global_step)
+            self.progress.begin_at(state.global_step)
 
     @property
     def seconds(self) -> float:
@@ -76,6 +76,7 @@ class StepCallback(TrainerCallback):
     ) -> None:
         assert self.trainer is not None
         self.trainer.progress.update = state.global_step
+        self.trainer.hooks.look()
         state.epoch = state.global_step / self.updates_per_pass
         host, device = self.memory.step()
         now = time.monotonic()

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qlora_kit.errors import RunError
+from qlora_kit.model.saved import AdapterFiles
 from qlora_kit.processes import Processes
 from qlora_kit.train.loader import BatchShape
 from qlora_kit.train.snapshot import (
@@ -88,8 +89,10 @@ class GoOn(TrainerCallback):
         continuation: Continuation | None,
         processes: Processes,
         log: Path,
+        adapter: AdapterFiles,
     ):
         self.log = log
+        self.adapter = adapter
         self.trainer = trainer
         self.continuation = continuation
         self.processes = processes
@@ -102,7 +105,7 @@ class GoOn(TrainerCallback):
                 cut_log(self.log, 0)
             return
         trainer, folder = self.trainer, self.continuation.folder
-        moving, allow_drift = moving_parts(trainer), self.continuation.allow_drift
+        moving, allow_drift = moving_parts(trainer, self.adapter), self.continuation.allow_drift
         trainer.progress = self.processes.together(
             lambda: read_snapshot(folder, moving, allow_drift)
         )
@@ -120,10 +123,12 @@ def cut_log(path: Path, num_bytes: int) -> None:
         os.truncate(path, num_bytes)
 
 
-def moving_parts(trainer: QloraTrainer) -> Moving:
+def moving_parts(trainer: QloraTrainer, adapter: AdapterFiles) -> Moving:
+    """Once the model is wrapped and the optimizer there."""
     return Moving(
         trainer.own_model,
         trainer.optimizer,
         trainer.lr_scheduler,
         trainer.accelerator.scaler,
+        adapter,
     )

@@ -1,16 +1,16 @@
 """Everything that decides how training goes on, written into a checkpoint and put back.
 
-The adapter is kept as PEFT keeps it, so that a checkpoint can be evaluated and merged; what
-`digest_of` says of the trainable weights proves that putting it back changed no bit of them.
+The adapter is kept as PEFT keeps it, so that a checkpoint can be evaluated and merged. What was put
+back is compared with what the checkpoint holds, bit for bit.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,13 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from qlora_kit.checkpoint.tensors import load_values, save_values
+from qlora_kit.checkpoint.draft import Buffer, Draft
+from qlora_kit.checkpoint.run_directory import OPTIMIZER_FILE
+from qlora_kit.checkpoint.tensors import load_values, tensor_parts, value_parts
 from qlora_kit.errors import RunError
+from qlora_kit.model.manifest import MANIFEST_FILE
 from qlora_kit.model.reason import reason_of
-from qlora_kit.model.saved import WEIGHTS_FILE
+from qlora_kit.model.saved import WEIGHTS_FILE, AdapterFiles
 from qlora_kit.train.sharded import (
     adapter_shared_out,
     is_sharded,
@@ -36,7 +39,6 @@ if TYPE_CHECKING:
     from torch.amp import GradScaler
 
 PROGRESS_FILE = "progress.json"
-OPTIMIZER_FILE = "optimizer.safetensors"
 RANDOM_FILE = "random.safetensors"
 # Tokenizer, configurations, random states.
 _OTHER_FILES_BYTES = 32 * 1024**2
@@ -61,6 +63,8 @@ class Progress:
     """Length of log.jsonl; what is behind it was logged by updates that will be made again."""
     best_loss: float | None = None
     best_update: int | None = None
+    fitted: dict[str, int | None] = field(default_factory=dict)
+    """What did not fit the memory as the recipe has it, and how it does: see `train.fitting`."""
     order_digest: str = ""
     """Chained over the origins of every row trained on, update by update."""
 
@@ -85,10 +89,6 @@ class Shared:
     num_updates: int
     num_processes: int
     optimizer_kind: str
-    trainables: str
-    """Digest of the trainable weights' names, shapes and values."""
-    optimizer: str
-    """Digest of the optimizer's state."""
 
 
 class Moving:
@@ -100,11 +100,31 @@ class Moving:
         optimizer: AcceleratedOptimizer | torch.optim.Optimizer,
         scheduler: Any,
         scaler: GradScaler | None,
+        adapter: AdapterFiles,
     ):
         self.model = model
         self.optimizer = optimizer
         self.scheduler = scheduler
         self.scaler = scaler
+        self.adapter = adapter
+        tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self.is_sharded = is_sharded(model)
+        self._saved = {name: tensors[held] for name, held in adapter.names.items()}
+        trainable = {id(one) for one in model.parameters() if one.requires_grad}
+        left_out = trainable - {id(one) for one in self._saved.values()}
+        assert not left_out, f"{len(left_out)} trainable tensors are not in the adapter's file"
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The tensors of the adapter's file by their names there, each whole: on every process,
+        where the model is sharded.
+        """
+        return {name: whole(one) for name, one in self._saved.items()}
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """What a checkpoint needs on the disk, nearly: the adapter and the optimizer's state."""
+        tensors = [*self._saved.values(), *_tensors_in(self.optimizer.state_dict()["state"])]
+        return sum(one.nbytes for one in tensors) + _OTHER_FILES_BYTES
 
     def state(self) -> dict[str, Any]:
         return {
@@ -123,62 +143,57 @@ class Moving:
 
 @dataclass(frozen=True)
 class Taken:
-    """What `take` has gathered of a training in progress."""
+    """What `take` has gathered of a training in progress; still the tensors that are trained."""
 
     state: dict[str, Any]
-    trainables: tuple[tuple[str, torch.Tensor], ...]
+    weights: dict[str, torch.Tensor]
     optimizer_kind: str
-    is_sharded: bool
-
-    @property
-    def num_bytes(self) -> int:
-        """What it needs on the disk, nearly: the adapter and the optimizer's state."""
-        tensors = [one for _, one in self.trainables]
-        tensors += [one for _, one in _tensors_in(self.state["optimizer"]["state"])]
-        return sum(one.numel() * one.element_size() for one in tensors) + _OTHER_FILES_BYTES
+    adapter: AdapterFiles
 
 
 def take(moving: Moving) -> Taken:
     """On every process: of a sharded model each holds a part."""
     return Taken(
-        whole_in(moving.state()),
-        tuple(trainables_of(moving.model)),
+        whole_in(moving.state()) if moving.is_sharded else moving.state(),
+        moving.weights(),
         kind_of(moving.optimizer),
-        is_sharded(moving.model),
+        moving.adapter,
     )
 
 
-def write_snapshot(
-    folder: Path,
-    taken: Taken,
-    progress: Progress,
-    shape: dict[str, int],
-    randoms: list[dict[str, Any]],
-    write_adapter: Callable[..., None],
-) -> Iterator[Path]:
-    """Fill an empty folder; the largest files are yielded as they are finished.
+@dataclass(frozen=True)
+class Snapshot:
+    """The bytes of a checkpoint's files, which no later update changes."""
+
+    files: Mapping[str, Sequence[Buffer]]
+    adapter: AdapterFiles
+
+    def write(self, draft: Draft) -> None:
+        for name, content in self.adapter.unchanging.items():
+            draft.put(name, [content], self.adapter.digests[name])
+        for name, parts in self.files.items():
+            draft.put(name, parts)
+        draft.put(MANIFEST_FILE, [self.adapter.manifest_with(draft.sha256_of(WEIGHTS_FILE))])
+
+
+def snapshot(
+    taken: Taken, progress: Progress, shape: dict[str, int], randoms: list[dict[str, Any]]
+) -> Snapshot:
+    """Copy what was taken.
 
     Args:
         shape: the numbers of `Shared`.
         randoms: `random_state()` of every process.
     """
-    state = taken.state
-    save_values(state, folder / OPTIMIZER_FILE)
-    yield folder / OPTIMIZER_FILE
-    if taken.is_sharded:
-        write_adapter(folder, weights=dict(taken.trainables))
-    else:
-        write_adapter(folder)
-    yield folder / WEIGHTS_FILE
-    save_values(randoms, folder / RANDOM_FILE)
-    shared = Shared(
-        **shape,
-        optimizer_kind=taken.optimizer_kind,
-        trainables=digest_of(taken.trainables),
-        optimizer=digest_of(_tensors_in(state["optimizer"]["state"])),
-    )
+    shared = Shared(**shape, optimizer_kind=taken.optimizer_kind)
     values = {**progress.as_dict(), **asdict(shared)}
-    (folder / PROGRESS_FILE).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    files: dict[str, Sequence[Buffer]] = {
+        WEIGHTS_FILE: tensor_parts(taken.weights, {"format": "pt"}),
+        OPTIMIZER_FILE: value_parts(taken.state),
+        RANDOM_FILE: value_parts(randoms),
+        PROGRESS_FILE: [(json.dumps(values, indent=1) + "\n").encode()],
+    }
+    return Snapshot(files, taken.adapter)
 
 
 def read_progress(folder: Path) -> tuple[Progress, Shared]:
@@ -209,15 +224,16 @@ def read_snapshot(folder: Path, moving: Moving, allow_drift: bool = False) -> Pr
     Raises:
         RunError: what is put back is not what was written, bit for bit.
     """
-    from peft import load_peft_weights, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
+    from safetensors.torch import load_file
 
     progress, shared = read_progress(folder)
     try:
-        weights = load_peft_weights(str(folder), device="cpu")
+        weights = load_file(folder / WEIGHTS_FILE)
         set_peft_model_state_dict(moving.model, adapter_shared_out(weights, moving.model))
     except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise _not_put_back("trainable weights", reason_of(error)) from error
-    _require_same("trainable weights", digest_of(trainables_of(moving.model)), shared.trainables)
+    _require_same("trainable weights", moving.weights(), weights)
     kind = kind_of(moving.optimizer)
     if kind != shared.optimizer_kind:
         if not allow_drift:
@@ -225,18 +241,20 @@ def read_snapshot(folder: Path, moving: Moving, allow_drift: bool = False) -> Pr
         return progress
     try:
         state = load_values(folder / OPTIMIZER_FILE)
-        state["optimizer"] = optimizer_shared_out(state["optimizer"], moving.optimizer)
-        moving.put_back(state)
-        now = digest_of(_tensors_in(whole_in(moving.optimizer.state_dict()["state"])))
+        shared_out = optimizer_shared_out(state["optimizer"], moving.optimizer)
+        moving.put_back({**state, "optimizer": shared_out})
+        now = whole_in(moving.optimizer.state_dict()["state"])
     except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise _not_put_back("optimizer's state", reason_of(error)) from error
-    _require_same("optimizer's state", now, shared.optimizer)
+    _require_same("optimizer's state", now, state["optimizer"]["state"])
     return progress
 
 
-def _require_same(what: str, now: str, then: str) -> None:
-    if now != then:
-        raise _not_put_back(what, f"digest {now[:12]}, written {then[:12]}")
+def _require_same(what: str, now: Any, then: Any) -> None:
+    """Raises RunError where two nested states are not alike to the bit."""
+    place = difference(now, then)
+    if place is not None:
+        raise _not_put_back(what, f"{place} differs")
 
 
 def _not_put_back(what: str, why: str) -> RunError:
@@ -246,33 +264,41 @@ def _not_put_back(what: str, why: str) -> RunError:
     )
 
 
-def trainables_of(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
-    """Each whole; on every process, where the model is sharded."""
-    return ((name, whole(one)) for name, one in model.named_parameters() if one.requires_grad)
+def difference(one: Any, other: Any, place: str = "") -> str | None:
+    """Where two nested states first differ in a bit, a shape or a dtype; None where nowhere."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return None if _form_of(one) == _form_of(other) and _equal(one, other) else place
+    if isinstance(one, dict) and isinstance(other, dict):
+        if one.keys() != other.keys():
+            return f"{place or 'what is in it'} (other names)"
+        keys = one.keys()
+    elif isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        if len(one) != len(other):
+            return f"{place} (another length)"
+        keys = range(len(one))  # type: ignore[assignment]
+    else:
+        is_same = type(one) is type(other) and (one == other or (one != one and other != other))
+        return None if is_same else place
+    places = (difference(one[key], other[key], f"{place}.{key}".strip(".")) for key in keys)
+    return next((found for found in places if found is not None), None)
 
 
-def digest_of(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in the given order."""
-    digest = hashlib.sha256()
-    for name, tensor in tensors:
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        flat = tensor.detach().cpu().contiguous().view(-1)
-        digest.update(flat.view(torch.uint8).numpy().data if flat.numel() else b"")
-    return digest.hexdigest()
+def _form_of(tensor: torch.Tensor) -> tuple[torch.dtype, torch.Size]:
+    return tensor.dtype, tensor.shape
 
 
-def _tensors_in(state: Any, name: str = "") -> Iterable[tuple[str, torch.Tensor]]:
-    """Every tensor of a nested state, and every number as one, with the way to it."""
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Bytes, so that NaN is itself and 0 is not -0."""
+    left, right = (each.detach().cpu().contiguous().view(-1) for each in (one, other))
+    return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+
+
+def _tensors_in(state: Any) -> Iterator[torch.Tensor]:
     if isinstance(state, torch.Tensor):
-        yield name, state
-    elif isinstance(state, dict):
-        for key in sorted(state, key=str):
-            yield from _tensors_in(state[key], f"{name}.{key}")
-    elif isinstance(state, list | tuple):
-        for number, one in enumerate(state):
-            yield from _tensors_in(one, f"{name}.{number}")
-    elif isinstance(state, int | float):
-        yield name, torch.tensor(float(state), dtype=torch.float64)
+        yield state
+    elif isinstance(state, dict | list | tuple):
+        for one in state.values() if isinstance(state, dict) else state:
+            yield from _tensors_in(one)
 
 
 def random_state() -> dict[str, Any]:

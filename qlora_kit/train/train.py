@@ -14,6 +14,7 @@ import transformers
 from qlora_kit.checkpoint.disk import DISK, Disk
 from qlora_kit.environment import Hardware
 from qlora_kit.model.base import Base
+from qlora_kit.model.saved import AdapterFiles
 from qlora_kit.out_of_memory import MemoryLimit, limited_memory
 from qlora_kit.processes import ALONE, Processes
 from qlora_kit.report.reporter import Reporter
@@ -22,12 +23,14 @@ from qlora_kit.train.batching import Batching
 from qlora_kit.train.cadence import Cadence
 from qlora_kit.train.callbacks import StepCallback
 from qlora_kit.train.continuation import Continuation, GoOn, items_per_update, shape_for
+from qlora_kit.train.fitting import put_back_what_fits
 from qlora_kit.train.held_out import HeldOutLoss
 from qlora_kit.train.loader import BatchShape, MicroBatches
 from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.requests import Requests
 from qlora_kit.train.saving import Saver
 from qlora_kit.train.snapshot import Progress
+from qlora_kit.train.trackers import tensorboard
 from qlora_kit.train.trainer import Hooks, QloraTrainer
 from qlora_kit.train.worst_batch import WorstBatch, what_would_help
 
@@ -73,10 +76,10 @@ class Surroundings:
     memory: MemoryWatch
     reporter: Reporter
     requests: Requests
-    write_adapter: Callable[..., None]
-    """Write the adapter's files into an empty folder; of a sharded one, the given `weights`."""
+    adapter_files: AdapterFiles
+    """What a checkpoint holds of the adapter, besides the values of its weights."""
     keep_adapter: Callable[..., None]
-    """The same into a folder that appears whole."""
+    """Write the adapter into a folder that appears whole; of a sharded one, the given `weights`."""
     records: Mapping[str, str]
     """Further text files of a checkpoint, by name."""
     processes: Processes = ALONE
@@ -126,12 +129,14 @@ def train_adapter(
             around.requests.deferred(),
             processes.noticing_loss(),
             warnings.catch_warnings(),
+            trainer.hooks.settled(),
         ):
             # On a CPU paged optimizers run unpaged, which is what is meant there.
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
             step.progress = progress
             trainer.train()
             stop_signal = cadence.stop_signal or _late_signal(trainer, around)
+            trainer.hooks.settle()
         if hardware.device == "cuda":
             torch.cuda.synchronize()
     if spec.gradient_checkpointing:
@@ -145,9 +150,8 @@ def train_adapter(
 def _late_signal(trainer: QloraTrainer, around: Surroundings) -> int | None:
     """One that came while the last update was evaluated or saved, when nobody looked any more."""
     late = around.requests.stop_signal
-    place = around.run.folder / f"checkpoint-{trainer.progress.update}"
-    if late is not None and around.processes.count == 1 and not place.exists():
-        trainer.hooks.save()
+    if late is not None and around.processes.count == 1:
+        trainer.hooks.save_last()
     return late
 
 
@@ -181,7 +185,7 @@ def _trainer(
     items = batches.items(spec, shape.items_per_update)
     updates_per_pass = batches.updates_per_pass(shape.items_per_update) or num_updates
     run, processes = around.run, around.processes
-    saver = Saver(around, shape, num_updates, spec)
+    saver = Saver(around, shape, num_updates, spec, is_beside=limit.data_bytes is None)
     trainer = QloraTrainer(
         model=model,
         args=training_arguments(
@@ -200,32 +204,39 @@ def _trainer(
             batches.held_out,
             batches.collator,
             spec.per_device_eval_batch_size,
-            processes.rank,
-            processes.count,
+            processes,
             limit,
         )
         if batches.held_out
         else None,
         hooks=Hooks(
             save=saver.save,
+            save_last=saver.save_last,
+            settle=lambda: processes.on_main(saver.settle),
+            settled=saver.settled,
+            look=saver.look if processes.count == 1 else lambda: None,
             keep_last_good=saver.keep_last_good,
             warn=around.reporter.warn,
             gathered=processes.gathered,
             limit=limit,
-            out_of_memory=lambda batch, reason: what_would_help(batch, reason, base, spec, around),
+            out_of_memory=lambda found, size: what_would_help(found, size, base, spec, around),
         ),
         progress=continuation.progress if continuation else Progress(),
         loraplus_lr_ratio=spec.loraplus_lr_ratio,
     )
+    if continuation is not None:
+        put_back_what_fits(trainer, continuation.progress, spec, around.reporter)
     saver.trainer = trainer
     step = StepCallback(run.log, around.memory, around.reporter, updates_per_pass)
     saver.step = step
     cadence = Cadence(spec, updates_per_pass, num_updates, around.requests)
     step.trainer = trainer
     trainer.remove_callback(transformers.PrinterCallback)
+    if "tensorboard" in spec.report_to and processes.is_main:
+        trainer.add_callback(tensorboard(run.folder, start))
     # In this order: the worst batch is tried, then what was saved is put back.
     trainer.add_callback(WorstBatch(trainer, batches, spec, around))
-    trainer.add_callback(GoOn(trainer, continuation, processes, run.log))
+    trainer.add_callback(GoOn(trainer, continuation, processes, run.log, around.adapter_files))
     trainer.add_callback(step)
     trainer.add_callback(cadence)
     return trainer, step, cadence

@@ -5,17 +5,28 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import DistributedType
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from qlora_kit.data.collate import NOT_FOR_THE_MODEL, Batch
 from qlora_kit.errors import HardwareError, TrainingError
 from qlora_kit.model.adapter import require_float32_trainables
-from qlora_kit.out_of_memory import MemoryLimit, first_line, free_memory, is_out_of_memory
+from qlora_kit.out_of_memory import (
+    MemoryLimit,
+    RanOut,
+    first_of,
+    free_memory,
+    is_out_of_memory,
+    ran_out,
+)
+from qlora_kit.train.exchange import average_gradients
 from qlora_kit.train.loader import AnyCollator, MicroBatches, data_loader, divided
 from qlora_kit.train.snapshot import Progress, put_random_state_back, random_state
 
@@ -29,6 +40,14 @@ class Hooks:
 
     save: Callable[[], None]
     """Write a checkpoint of the update just made."""
+    save_last: Callable[[], None]
+    """The same, unless there is none to save, or it is saved already."""
+    settle: Callable[[], None]
+    """Wait until checkpoints are on the disk."""
+    settled: Callable[[], AbstractContextManager[None]]
+    """The same however the block ends, and whatever hinders it."""
+    look: Callable[[], None]
+    """Raise what has hindered the one being written, without waiting for it."""
     keep_last_good: Callable[[int], str]
     """Keep the adapter as it was after an update; returns where, for people."""
     warn: Callable[[str], None]
@@ -36,8 +55,8 @@ class Hooks:
     """A value of every process."""
     limit: MemoryLimit
     """Enforced while the model computes."""
-    out_of_memory: Callable[[Batch, str], str]
-    """What would help when one sequence at a time is too much."""
+    out_of_memory: Callable[[RanOut, int], str]
+    """What would help when so many sequences at a time are too much and cannot be fewer."""
 
 
 class QloraTrainer(Trainer):
@@ -73,6 +92,8 @@ class QloraTrainer(Trainer):
         """Micro-batches of the update under way."""
         self._window_random: dict[str, Any] = {}
         self._window_loss = 0.0
+        self._ran_out: RanOut | None = None
+        """In the update under way, on this process."""
         self._faulty: tuple[str, ...] = ()
         """Rows whose loss was not finite; several processes stop together, after the update."""
         self._trainables_checked = False
@@ -89,36 +110,51 @@ class QloraTrainer(Trainer):
         if not self._window:
             self._window_random = random_state()
         self._window.append(inputs)
-        loss = self._fitting_step(model, inputs, num_items_in_batch)
-        self._window_loss += float(loss)
-        return loss
+        self._attempt(model, inputs, num_items_in_batch)
+        if self.accelerator.sync_gradients:
+            self._complete_update(model, num_items_in_batch)
+        return torch.zeros((), device=self.args.device)  # losses are booked in _window_loss
 
-    def _fitting_step(self, model: nn.Module, inputs: Batch, num_items: Any) -> torch.Tensor:
-        """Forward and backward, with a smaller micro-batch where memory runs out.
+    def _attempt(self, model: nn.Module, inputs: Batch, num_items: Any) -> None:
+        """Forward and backward, unless memory has run out in this update, which is then begun
+        again by all processes where they meet.
+
+        Raises:
+            HardwareError: it runs out, and the others already wait for this process.
+        """
+        if self._ran_out is not None:
+            return
+        try:
+            with _apart(model):
+                self._window_loss += float(self._divided_step(model, inputs, num_items))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._ran_out = ran_out(error, inputs["input_ids"].shape[-1])
+        # The error is gone by here, and with it the tensors that its frames held.
+        if self._ran_out is not None and self.waits_inside:
+            raise HardwareError(self.hooks.out_of_memory(self._ran_out, self.micro_batch))
+
+    def _complete_update(self, model: nn.Module, num_items: Any) -> None:
+        """See that every process has its gradients, with smaller micro-batches where memory ran
+        out, and average them.
 
         A backward pass that fails half-way leaves half a gradient, so the update is begun again.
-        """
-        begin_again = False
-        while True:
-            try:
-                if begin_again:
-                    self._begin_update_again(model, num_items)
-                return self._divided_step(model, inputs, num_items)
-            except (RuntimeError, MemoryError) as error:
-                if not is_out_of_memory(error):
-                    raise
-                reason = first_line(error)
-            # The error is gone by here, and with it the tensors that its frames held.
-            self.divide_further(inputs, reason)
-            begin_again = True
 
-    def _begin_update_again(self, model: nn.Module, num_items: Any) -> None:
-        """Up to the micro-batch that failed."""
-        model.zero_grad()
-        put_random_state_back(self._window_random)
-        self._window_loss = 0.0
-        for earlier in self._window[:-1]:
-            self._window_loss += float(self._divided_step(model, earlier, num_items))
+        Raises:
+            HardwareError: one sequence at a time is too much; there is a checkpoint.
+        """
+        while (found := first_of(self.hooks.gathered(self._ran_out))) is not None:
+            model.zero_grad()
+            put_random_state_back(self._window_random)
+            self._ran_out, self._window_loss, self._faulty = None, 0.0, ()
+            if self.micro_batch == 1:
+                self.hooks.save_last()
+            self.divide_further(found)
+            for inputs in self._window:
+                self._attempt(model, inputs, num_items)
+        if isinstance(model, DistributedDataParallel):
+            average_gradients(model.module, self.args.world_size, self.hooks.gathered)
 
     def _divided_step(self, model: nn.Module, inputs: Batch, num_items: Any) -> torch.Tensor:
         if not inputs["items"] and self.args.world_size == 1:
@@ -141,6 +177,21 @@ class QloraTrainer(Trainer):
         assert isinstance(model, nn.Module)
         return model
 
+    @property
+    def micro_batch(self) -> int:
+        """Sequences at a time."""
+        return -(-self.args.per_device_train_batch_size // self.divisor)
+
+    @property
+    def waits_inside(self) -> bool:
+        """Whether a process waits for the others within forward and backward, as with a sharded
+        model: one that runs out of memory there cannot agree on anything with them.
+        """
+        return self.accelerator.distributed_type in (
+            DistributedType.FSDP,
+            DistributedType.DEEPSPEED,
+        )
+
     def forward_and_backward(self, batch: Batch) -> None:
         """On this process alone; the gradient is for nobody."""
         model = self.own_model
@@ -148,23 +199,24 @@ class QloraTrainer(Trainer):
             with self.hooks.limit.enforced():
                 super().training_step(model, for_the_model(part), torch.ones(()))
 
-    def divide_further(self, inputs: Batch, reason: str, together: bool = False) -> None:
-        """Halve the micro-batch; `together` where all processes do so now.
+    def divide_further(self, found: RanOut) -> None:
+        """Halve the micro-batch; called by all processes.
 
         Raises:
-            HardwareError: it is down to one sequence, or other processes would not follow.
+            HardwareError: it is down to one sequence.
         """
         free_memory(self.args.device.type)
-        per_device = self.args.per_device_train_batch_size
-        alone = self.args.world_size == 1 or together
-        if -(-per_device // self.divisor) <= 1 or not alone:
-            raise HardwareError(self.hooks.out_of_memory(inputs, reason))
+        if self.micro_batch == 1:
+            error = HardwareError(self.hooks.out_of_memory(found, 1))
+            error.is_told_elsewhere = self.args.process_index > 0
+            raise error
         self.divisor *= 2
-        size = -(-per_device // self.divisor)
+        size = self.micro_batch
         self.hooks.warn(
-            f"out of memory at update {self.progress.update + 1} ({reason}). From here on "
-            f"{size} sequence{'s' * (size > 1)} at a time instead of {per_device}, and "
-            f"{self.divisor} times as often: every update still trains on the same rows."
+            f"out of memory at update {self.progress.update + 1} ({found.reason}). From here on "
+            f"{size} sequence{'s' * (size > 1)} at a time instead of "
+            f"{self.args.per_device_train_batch_size}, and {self.divisor} times as often: every "
+            "update still trains on the same rows."
         )
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
@@ -282,6 +334,11 @@ class QloraTrainer(Trainer):
         )
         error.is_told_elsewhere = self.args.process_index > 0
         raise error
+
+
+def _apart(model: nn.Module) -> AbstractContextManager[Any]:
+    """Without an exchange of gradients in the backward pass, which average_gradients does."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
 
 def for_the_model(inputs: Batch) -> Batch:

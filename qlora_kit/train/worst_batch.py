@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qlora_kit.data.collate import Batch
-from qlora_kit.out_of_memory import first_line, free_memory, is_out_of_memory
+from qlora_kit.errors import HardwareError
+from qlora_kit.out_of_memory import RanOut, first_of, free_memory, is_out_of_memory, ran_out
 from qlora_kit.train.loader import collate
 from qlora_kit.train.snapshot import put_random_state_back, random_state
 
@@ -68,31 +69,43 @@ class WorstBatch(TrainerCallback):
 
     def _fits(self, batch: Batch) -> bool:
         """Whether it does, on every process; if not, the micro-batch is halved on all of them."""
-        trainer, processes = self.trainer, self.around.processes
-        reason = ""
+        trainer = self.trainer
+        mine: RanOut | None = None
         try:
             trainer.forward_and_backward(batch)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            reason = first_line(error)
+            mine = ran_out(error, batch["input_ids"].shape[-1])
+        if mine is not None and trainer.waits_inside:
+            raise HardwareError(trainer.hooks.out_of_memory(mine, trainer.micro_batch))
         trainer.own_model.zero_grad()
         free_memory(self.around.hardware.device)
-        reasons = [one for one in processes.gathered(reason) if one]
-        if reasons:
-            trainer.divide_further(batch, reasons[0], together=True)
-        return not reasons
+        found = first_of(self.around.processes.gathered(mine))
+        if found is not None:
+            trainer.divide_further(found)
+        return found is None
 
 
 def what_would_help(
-    batch: Batch, reason: str, base: Base, spec: TrainSpec, around: Surroundings
+    found: RanOut, size: int, base: Base, spec: TrainSpec, around: Surroundings
 ) -> str:
-    """With the figures of this model and this batch."""
-    tokens = int(batch["input_ids"].shape[-1])
+    """With the figures of this model and this batch, where `size` sequences at a time were too
+    much and cannot be fewer.
+    """
+    tokens = found.num_tokens
     vocabulary = base.model.config.get_text_config().vocab_size
     logits = 4 * tokens * vocabulary / _MIB
     held = base.quantized.weight_bytes / _MIB
-    ways = [f"lower data.max_length (one sequence of {tokens:,} tokens is too much)"]
+    if size > 1:
+        accumulation = spec.gradient_accumulation_steps * size
+        ways = [
+            "train fewer at a time (train.per_device_train_batch_size: 1, "
+            f"train.gradient_accumulation_steps: {accumulation}, which is the same global batch; "
+            "processes that share a model cannot agree on it while they train)"
+        ]
+    else:
+        ways = [f"lower data.max_length (one sequence of {tokens:,} tokens is too much)"]
     if not spec.gradient_checkpointing:
         ways.append("set train.gradient_checkpointing: true")
     if base.quantized.num_quantized == 0:
@@ -102,8 +115,10 @@ def what_would_help(
     if spec.max_memory_mib is not None:
         ways.append(f"raise train.max_memory_mib (now {spec.max_memory_mib:,})")
     phase, peak = around.memory.peak
+    at_a_time = "one sequence" if size == 1 else f"{size} sequences"
     return (
-        f"out of memory with one sequence at a time ({reason}). The base takes {held:,.0f} MiB, "
+        f"out of memory with {at_a_time} at a time ({found.reason}). "
+        f"The base takes {held:,.0f} MiB, "
         f"the logits of one sequence {logits:,.0f} MiB, the peak so far was {peak / _MIB:,.0f} MiB "
         f"({phase}). What would help: {'; '.join(ways)}."
     )

@@ -59,7 +59,7 @@ def _names(run: Path) -> list[str]:
     return [
         str(path)
         for path in inside
-        if not path.parts[0].startswith(("checkpoint-", ".lock", "runs"))
+        if not path.parts[0].startswith(("checkpoint-", ".lock", "tensorboard"))
     ]
 
 

@@ -19,7 +19,7 @@ SCRIPT = Path(__file__).parents[1] / "shard.py"
 
 @pytest.fixture(scope="module")
 def told(tiny_llama_untied: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("sharded") / "checkpoint"
+    folder = tmp_path_factory.mktemp("sharded") / "checkpoint-3"
     torchrun = str(Path(sys.executable).with_name("torchrun"))
     done = subprocess.run(
         [

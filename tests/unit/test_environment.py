@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ from qlora_kit.environment import (
     resolve_compute_dtype,
 )
 from qlora_kit.errors import HardwareError
+from qlora_kit.train.arguments import resolve_precision
 
 PACKAGE = Path(qlora_kit.__file__).parent
 
@@ -118,18 +120,30 @@ class TestTheProbe:
 
     def test_a_cpu_that_claims_bf16_is_timed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(environment, "_onednn_has_bf16", lambda: True)
-        for ratio, native in ((0.4, True), (1.9, True), (70.0, False)):
+        for ratio, found in (
+            (0.4, (True, True)),
+            (1.9, (False, True)),  # AVX512-BF16 without AMX
+            (2.5, (False, True)),
+            (20.0, (False, False)),
+        ):
             times = {torch.bfloat16: ratio, torch.float32: 1.0}
             monkeypatch.setattr(environment, "_product_seconds", times.__getitem__)
-            assert environment._probe_cpu_bf16()[0] is native
+            assert environment._probe_cpu_bf16()[:2] == found
+
+    def test_slow_bf16_is_taken_where_it_is_asked_for(self) -> None:
+        slow = replace(machine("cpu"), slow_bf16=True)
+        assert resolve_compute_dtype("auto", slow)[0] != "bfloat16"
+        assert resolve_compute_dtype("bfloat16", slow)[0] == "bfloat16"
+        assert resolve_precision("auto", "bfloat16", slow) == "bf16"
 
     def test_the_timing_shows_what_is_emulated(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Where oneDNN has no bf16, the clock must say so even when nobody asks oneDNN."""
         if environment._onednn_has_bf16():
             pytest.skip("this CPU has native bfloat16")
         monkeypatch.setattr(environment, "_onednn_has_bf16", lambda: True)
-        native, reason = environment._probe_cpu_bf16()
+        native, usable, reason = environment._probe_cpu_bf16()
         assert not native
+        assert not usable
         assert "times a float32 one" in reason
 
     def test_a_torch_without_onednn_has_no_bf16(self, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -139,10 +139,13 @@ def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_all_decide_by_what_all_can_do() -> None:
-    one = replace(probe_hardware(), native_bf16=True, host_memory_bytes=8)
+    one = replace(probe_hardware(), native_bf16=True, slow_bf16=False, host_memory_bytes=8)
     two = replace(one, native_bf16=False, host_memory_bytes=4, reason="too slow")
     common = common_hardware([one, two])
     assert not common.native_bf16
+    assert not common.has_bf16
+    slow = replace(one, native_bf16=False, slow_bf16=True)
+    assert common_hardware([one, slow]) == slow
     assert common.reason == "too slow"
     assert common.host_memory_bytes == 4
     assert common_hardware([one, one]) == one

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from qlora_kit.checkpoint.checkpoints import (
     publish_checkpoint,
     rotate,
 )
+from qlora_kit.checkpoint.draft import Draft
 from qlora_kit.checkpoint.manifest import MANIFEST_FILE, faults_of
 
 
@@ -52,44 +54,63 @@ class TestPublishing:
         one, other = (tmp_path / run / "checkpoint-8" / MANIFEST_FILE for run in ("a", "b"))
         assert one.read_bytes() == other.read_bytes()
 
-    def test_files_that_are_yielded_are_flushed_while_others_are_written(
-        self, tmp_path: Path
-    ) -> None:
+    def test_files_that_are_put_are_flushed_while_others_are_written(self, tmp_path: Path) -> None:
         disk = FaultyDisk()
 
-        def write(draft: Path) -> Iterator[Path]:
+        def fill(draft: Draft) -> None:
             for name, content in content_of(8, "old").items():
-                (draft / name).write_bytes(content)
-                if name != "state.json":
-                    yield draft / name
-                    while f"sync {name}" not in disk.operations:
-                        time.sleep(0.01)
+                draft.put(name, [content[:10], memoryview(content)[10:]])
+                while f"sync {name}" not in disk.operations:
+                    time.sleep(0.01)
 
         (tmp_path / "one").mkdir()
         (tmp_path / "other").mkdir()
-        publish_checkpoint(tmp_path / "one" / "checkpoint-8", write, disk)
+        publish_checkpoint(tmp_path / "one" / "checkpoint-8", fill, disk)
         publish_checkpoint(tmp_path / "other" / "checkpoint-8", writer(8, "old"))
         one, other = (tmp_path / name / "checkpoint-8" / MANIFEST_FILE for name in ("one", "other"))
         assert one.read_bytes() == other.read_bytes()
+        assert faults_of(tmp_path / "one" / "checkpoint-8") == ()
 
     @pytest.mark.parametrize("size", [1000, 2000])
-    def test_a_file_must_not_change_once_it_was_yielded(self, tmp_path: Path, size: int) -> None:
-        def write(draft: Path) -> Iterator[Path]:
-            path = draft / "state.json"
-            path.write_bytes(bytes(1000))
-            yield path
+    def test_a_file_must_not_change_once_it_was_put(self, tmp_path: Path, size: int) -> None:
+        def fill(draft: Draft) -> None:
+            draft.put("state.json", [bytes(1000)])
+            draft.sha256_of("state.json")
+            path = draft.folder / "state.json"
             before = path.stat().st_mtime_ns
             while path.stat().st_mtime_ns == before:
                 path.write_bytes(b"x" * size)
 
         with pytest.raises(AssertionError, match="written to after it was finished"):
-            publish_checkpoint(tmp_path / "checkpoint-8", write)
+            publish_checkpoint(tmp_path / "checkpoint-8", fill)
         assert names_in(tmp_path) == []
 
+    def test_a_hash_that_is_known_is_taken_and_proved_wrong_on_reading(
+        self, tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "checkpoint-8"
+        known = hashlib.sha256(b"content").hexdigest()
+        publish_checkpoint(folder, lambda draft: draft.put("right", [b"content"], known))
+        assert faults_of(folder) == ()
+        publish_checkpoint(folder, lambda draft: draft.put("wrong", [b"another"], known))
+        assert faults_of(folder) == ("wrong is not what was written: its SHA-256 differs",)
+
+    def test_many_small_and_large_parts_are_one_file(self, tmp_path: Path) -> None:
+        parts = [bytes([number % 256]) * (number * 37 % 5000) for number in range(1500)]
+        parts.insert(700, os.urandom(3_000_000))
+
+        def fill(draft: Draft) -> None:
+            draft.put("all", parts)
+            assert draft.sha256_of("all") == hashlib.sha256(b"".join(parts)).hexdigest()
+
+        publish_checkpoint(tmp_path / "checkpoint-8", fill)
+        assert (tmp_path / "checkpoint-8" / "all").read_bytes() == b"".join(parts)
+
     def test_every_file_can_be_read_by_whom_the_umask_lets(self, tmp_path: Path) -> None:
-        def write(draft: Path) -> None:
-            (draft / "private").touch(mode=0o600)
-            (draft / "plain").touch()
+        def write(draft: Draft) -> None:
+            (draft.folder / "private").touch(mode=0o600)
+            (draft.folder / "plain").touch()
+            draft.put("put", [b""])
 
         publish_checkpoint(tmp_path / "checkpoint-8", write)
         modes = {path.stat().st_mode for path in (tmp_path / "checkpoint-8").iterdir()}
@@ -113,7 +134,7 @@ class TestPublishing:
     def test_a_fault_of_ours_stays_what_it_is(
         self, tmp_path: Path, fault: type[BaseException]
     ) -> None:
-        def write(draft: Path) -> None:
+        def write(draft: Draft) -> None:
             writer(12, "new")(draft)
             raise fault("of our own")
 
@@ -124,7 +145,9 @@ class TestPublishing:
 
     def test_folders_in_a_checkpoint_are_a_fault_of_ours(self, tmp_path: Path) -> None:
         with pytest.raises(AssertionError, match="flat files only"):
-            publish_checkpoint(tmp_path / "checkpoint-8", lambda draft: (draft / "x").mkdir())
+            publish_checkpoint(
+                tmp_path / "checkpoint-8", lambda draft: (draft.folder / "x").mkdir()
+            )
         assert names_in(tmp_path) == []
 
 

@@ -251,7 +251,10 @@ class TestFingerprints:
         (change,) = drift.accepted + drift.breaking
         assert (change.field, change.before, change.now) == (name, f"{name} 1", "2")
         assert change.consequence
-        assert bool(drift.accepted) == (name in ("packages", "hardware"))
+        assert bool(drift.accepted) == (name in ("packages", "hardware", "native_bf16"))
+
+    def test_what_an_earlier_version_did_not_write_is_not_compared(self) -> None:
+        assert differences(replace(self.SAVED, compute=""), self.SAVED) == Drift()
 
 
 class TestWords:

@@ -157,9 +157,9 @@ if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 tensors = {f"weight {number}": torch.zeros(100, 100) for number in range(10)}
 for write in (
-    lambda draft: torch.save(tensors, draft / "optimizer.pt"),
-    lambda draft: save_file(tensors, draft / "adapter_model.safetensors"),
-    lambda draft: (draft / "state.json").write_bytes(bytes(400_000)),
+    lambda draft: torch.save(tensors, draft.folder / "optimizer.pt"),
+    lambda draft: save_file(tensors, draft.folder / "adapter_model.safetensors"),
+    lambda draft: (draft.folder / "state.json").write_bytes(bytes(400_000)),
 ):
     try:
         publish_checkpoint(run_folder / "checkpoint-12", write)

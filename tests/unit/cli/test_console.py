@@ -42,3 +42,22 @@ def test_short_work_leaves_no_line(monkeypatch: pytest.MonkeyPatch) -> None:
         progress.update()
         progress.update()
     assert written.getvalue() == ""
+
+
+def test_what_was_done_before_says_nothing_about_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.StringIO()
+    now = iter([100.0, 100.0, 120.0, 121.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    with ConsoleReporter(Console(file=written, width=132)).progress("training", 100) as progress:
+        progress.begin_at(90)
+        progress.update(2)
+    assert written.getvalue() == "training: 92 of 100  1:20 left\n"
+
+
+def test_on_a_terminal_too() -> None:
+    written = io.StringIO()
+    shown = Console(file=written, width=132, force_terminal=True)
+    with ConsoleReporter(shown).progress("training", 100) as progress:
+        progress.begin_at(90)
+        progress.update(2)
+    assert "92/100" in written.getvalue()

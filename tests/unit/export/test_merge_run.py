@@ -16,6 +16,8 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlora_kit.artifact.record import read_record
+from qlora_kit.artifact.verify import verify
 from qlora_kit.checkpoint.run_directory import RunDirectory
 from qlora_kit.data.prepare import Part, prepare_eval
 from qlora_kit.environment import probe_hardware
@@ -24,7 +26,15 @@ from qlora_kit.export import merge_run
 from qlora_kit.export.merge_run import merge_after_training, merge_reopened
 from qlora_kit.export.reopen import reopen_adapter
 from qlora_kit.model.manifest import MANIFEST_FILE
-from qlora_kit.recipe import LoraSpec, MergeSpec, ModelSpec, Recipe, load_recipe, save_recipe
+from qlora_kit.recipe import (
+    LoraSpec,
+    MergeSpec,
+    ModelSpec,
+    Recipe,
+    load_recipe,
+    recipe_hash,
+    save_recipe,
+)
 from qlora_kit.records import file_sha256
 from qlora_kit.report.reporter import Reporter
 
@@ -95,9 +105,14 @@ def make_run(folder: Path, lora: LoraSpec | None = None, **merge_options: Any) -
     run = RunDirectory(folder / "run")
     run.folder.mkdir()
     save_recipe(recipe, run.recipe)
-    tuned = tune(folder / "base", run.adapter, lora)
+    tuned = tune(folder / "base", run.adapter, lora, recipe_sha256=recipe_hash(recipe))
     held_out = prepare_eval(recipe.data, tuned.base.tokenizer, tuned.base.stop_ids)
     return TinyRun(run, recipe, tuned, held_out)
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    weights = (read_record(folder).files["model.safetensors"] for folder in (one, other))
+    return len(set(weights)) == 1
 
 
 @pytest.fixture(scope="module")
@@ -145,10 +160,40 @@ def test_the_certificate_says_what_was_measured(finished: Finished) -> None:
 
 def test_every_file_has_its_hash(finished: Finished) -> None:
     tiny, certificate, _ = finished
-    found = {path.name for path in tiny.run.merged.iterdir()} - {"certificate.json"}
-    assert set(certificate["files"]) == found
-    for name, digest in certificate["files"].items():
-        assert file_sha256(tiny.run.merged / name) == digest
+    record = read_record(tiny.run.merged)
+    found = {path.name for path in tiny.run.merged.iterdir()} - {"artifact.json"}
+    assert set(record.files) == found
+    for name, file in record.files.items():
+        assert file_sha256(tiny.run.merged / name) == file.sha256
+    assert record.settings == {"base": "dequantized", "dtype": "float32"}
+    origin = record.made_from
+    assert origin.base is not None
+    assert origin.adapter is not None
+    assert origin.base.fingerprint == certificate["trained_on"]["fingerprint"]
+    assert origin.base.name == str(tiny.run.folder.parent / "base")
+    assert origin.adapter.sha256 == certificate["adapter_sha256"]
+    assert origin.recipe_sha256 == certificate["recipe_sha256"]
+
+
+def test_all_of_a_run_is_verified_and_a_change_to_any_of_it_is_named(tmp_path: Path) -> None:
+    tiny = make_run(tmp_path, base="dequantized")
+    tiny.merge()
+    found = verify(tiny.run.folder)
+    assert found.holds, [one.faults for one in found.links]
+    assert [(one.role, one.kind) for one in found.links] == [
+        ("itself", "adapter"),
+        ("recipe", "recipe"),
+        ("base", "base"),
+        ("itself", "merged"),
+    ]
+    model = save_model(tmp_path / "base", CONFIGS["llama-tied"]())
+    with torch.no_grad():
+        model.model.norm.weight += 1
+    model.save_pretrained(tmp_path / "base")
+    faults = [(one.kind, fault) for one in verify(tiny.run.folder).links for fault in one.faults]
+    (fault,) = faults
+    assert fault[0] == "base"
+    assert "its fingerprint is" in fault[1]
 
 
 def test_the_loser_and_the_scratch_are_gone(finished: Finished) -> None:
@@ -185,8 +230,7 @@ def test_a_run_is_merged_again_from_the_disk(finished: Finished, tmp_path: Path)
     again = merge_reopened(reopened, tmp_path / "again", MergeSpec(), probe_hardware())
     assert again["divergence"] == certificate["divergence"]
     assert again["recipe_sha256"] == certificate["recipe_sha256"]
-    weights = "model.safetensors"
-    assert again["files"][weights] == certificate["files"][weights]
+    assert same_weights(tmp_path / "again", tiny.run.merged)
 
 
 def test_an_adapter_alone_needs_rows(finished: Finished, tmp_path: Path) -> None:
@@ -246,7 +290,7 @@ def test_new_tokens_come_back_from_the_disk(tmp_path: Path) -> None:
     again = merge_reopened(reopened, tmp_path / "again", MergeSpec(), probe_hardware())
     assert certificate is not None
     assert again["passed"]
-    assert again["files"]["model.safetensors"] == certificate["files"]["model.safetensors"]
+    assert same_weights(tmp_path / "again", tiny.run.merged)
     assert len(AutoTokenizer.from_pretrained(tmp_path / "again")) == 130
 
 

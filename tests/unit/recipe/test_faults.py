@@ -119,7 +119,7 @@ IN_SECTIONS = [
     ("train: {seed: -1}", "train.seed", ["at least 0"]),
     ("train: {optim: adamw8bit}", "train.optim", ["18 known values", "did you mean 'adamw_8bit'"]),
     ("train: {optim: quux}", "train.optim", ["adamw_torch, ", "got 'quux'"]),
-    ("train: {eval_strategy: no}", "train.eval_strategy", ["YAML reads no as false"]),
+    ("train: {eval_strategy: yes}", "train.eval_strategy", ["must be one of no, steps, epoch"]),
     ("train: {report_to: wandb}", "train.report_to", ["must be a list", "write [wandb]"]),
     ("train: {report_to: [wandbb]}", "train.report_to.0", ["did you mean 'wandb'"]),
     ("train: {eval_strategy: steps}", "train.eval_steps", ["eval_strategy: steps needs it"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 
 from qlora_kit.checkpoint.checkpoints import find_checkpoints, newest_whole
 from qlora_kit.checkpoint.manifest import faults_of
-from qlora_kit.checkpoint.run_directory import RunDirectory
+from qlora_kit.checkpoint.run_directory import OPTIMIZER_FILE, RunDirectory
 from qlora_kit.data.collate import Collator, IsolatingCollator
 from qlora_kit.data.pack import PackedSequences, pack
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
@@ -22,7 +23,7 @@ from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import HardwareError, RunError
 from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.base import load_base, prepare_for_training
-from qlora_kit.model.saved import save_adapter, write_adapter
+from qlora_kit.model.saved import adapter_files, save_adapter
 from qlora_kit.processes import Processes
 from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec, TrainSpec
 from qlora_kit.report.reporter import Reporter
@@ -31,7 +32,6 @@ from qlora_kit.train.continuation import Continuation, shape_for
 from qlora_kit.train.loader import lengths_of
 from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.requests import TRIGGER_FILE, Requests
-from qlora_kit.train.snapshot import OPTIMIZER_FILE, digest_of, trainables_of
 from qlora_kit.train.train import Surroundings, TrainResult, train_adapter
 
 SIGTERM = 15
@@ -68,7 +68,11 @@ class StopAfter(Requests):
 
 class Heard(Reporter):
     def __init__(self) -> None:
+        self.said: list[str] = []
         self.warnings: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
@@ -80,6 +84,7 @@ class Outcome:
     folder: Path
     weights: str
     warnings: list[str]
+    said: list[str]
 
     @property
     def log(self) -> list[dict[str, Any]]:
@@ -128,7 +133,7 @@ def run(tiny_llama: Path, tmp_path: Path) -> Run:
             memory=MemoryWatch(),
             reporter=reporter,
             requests=requests,
-            write_adapter=partial(write_adapter, *described),
+            adapter_files=adapter_files(*described),
             keep_adapter=partial(save_adapter, *described),
             records={"note.txt": "kept"},
         )
@@ -156,9 +161,19 @@ def run(tiny_llama: Path, tmp_path: Path) -> Run:
         result = train_adapter(
             adapted.model, base, batching, TrainSpec(**values), around, continuation
         )
-        return Outcome(result, folder, digest_of(trainables_of(adapted.model)), reporter.warnings)
+        weights = digest_of_trainables(adapted.model)
+        return Outcome(result, folder, weights, reporter.warnings, reporter.said)
 
     return build
+
+
+def digest_of_trainables(model: torch.nn.Module) -> str:
+    """SHA-256 over the bytes of every trainable parameter, in order."""
+    digest = hashlib.sha256()
+    for name, one in model.named_parameters():
+        if one.requires_grad:
+            digest.update(name.encode() + one.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -339,7 +354,14 @@ class TestProcesses:
 
 
 class TestMemory:
-    def outcome(self, run: Run, monkeypatch: pytest.MonkeyPatch, fits: int, **spec: Any) -> Outcome:
+    def outcome(
+        self,
+        run: Run,
+        monkeypatch: pytest.MonkeyPatch,
+        fits: int,
+        name: str = "limited",
+        **spec: Any,
+    ) -> Outcome:
         """A run in which more than `fits` sequences at a time are too much for the memory."""
         from peft import PeftModelForCausalLM
 
@@ -347,13 +369,13 @@ class TestMemory:
 
         def limited(model: PeftModelForCausalLM, *args: Any, **inputs: Any) -> Any:
             outputs = forward(model, *args, **inputs)
-            if model.training and len(inputs["input_ids"]) > fits:
+            if len(inputs["input_ids"]) > fits:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
             return outputs
 
         with monkeypatch.context() as patch:
             patch.setattr(PeftModelForCausalLM, "forward", limited)
-            return run("limited", **spec)
+            return run(name, **spec)
 
     def test_smaller_micro_batches_train_the_same(
         self, run: Run, monkeypatch: pytest.MonkeyPatch
@@ -366,6 +388,33 @@ class TestMemory:
         losses = [[line["loss"] for line in one.log if "loss" in line] for one in (whole, limited)]
         assert losses[1] == pytest.approx(losses[0], rel=1e-4)
         assert limited.result.num_tokens == whole.result.num_tokens
+
+    def test_what_fits_is_kept_for_the_attempt_after(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """So that it trains on as the run would have that was not stopped, to the bit."""
+        spec = {"per_device_train_batch_size": 4, "eval_strategy": "steps", "eval_steps": 2}
+        spec |= {"per_device_eval_batch_size": 4, "logging_steps": 1}
+        whole = self.outcome(run, monkeypatch, 2, "whole", **spec)
+        assert sum("out of memory at" in one for one in whole.warnings) == 1
+        assert sum("out of memory in evaluation" in one for one in whole.warnings) == 1
+        self.outcome(run, monkeypatch, 2, "parts", stop_after=4, **spec)
+        again = self.outcome(run, monkeypatch, 2, "parts", again=True, **spec)
+        assert again.warnings == []
+        assert [one for one in again.said if one.startswith("memory")] == [
+            "memory    2 of 4 sequences and 2 of 4 held-out rows at a time from the start: memory "
+            "ran out with more before the checkpoint"
+        ]
+        assert (again.weights, again.log) == (whole.weights, whole.log)
+
+    def test_another_micro_batch_is_tried(self, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+        spec = {"lora": {"dropout": 0.0}, "gradient_accumulation_steps": 1}
+        self.outcome(
+            run, monkeypatch, 2, "parts", stop_after=4, per_device_train_batch_size=6, **spec
+        )
+        spec["gradient_accumulation_steps"] = 2
+        again = run("parts", again=True, per_device_train_batch_size=3, **spec)
+        assert again.said == again.warnings == []
 
     def test_one_sequence_too_many_is_the_end_with_advice(
         self, run: Run, monkeypatch: pytest.MonkeyPatch

@@ -19,7 +19,7 @@ from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import TrainingError
 from qlora_kit.model.adapter import Adapted, attach_adapter, require_float32_trainables
 from qlora_kit.model.base import Base, load_base, prepare_for_training
-from qlora_kit.model.saved import load_adapter, save_adapter, write_adapter
+from qlora_kit.model.saved import adapter_files, load_adapter, save_adapter
 from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec, TrainSpec
 from qlora_kit.report.reporter import SILENT
 from qlora_kit.train.batching import Batching
@@ -98,7 +98,7 @@ def train(
         memory=MemoryWatch(),
         reporter=SILENT,
         requests=Requests(folder / TRIGGER_FILE),
-        write_adapter=partial(write_adapter, *described),
+        adapter_files=adapter_files(*described),
         keep_adapter=partial(save_adapter, *described),
         records={},
     )

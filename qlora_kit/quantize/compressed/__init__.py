@@ -1,0 +1,1 @@
+"""`gptq` and `awq` by llmcompressor: checkpoints that stock transformers and vLLM load."""

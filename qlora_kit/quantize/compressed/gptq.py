@@ -1,0 +1,69 @@
+"""`gptq`: rounding errors of a weight are made up for by those after it, on calibration text.
+
+Frantar et al., https://arxiv.org/abs/2210.17323.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from qlora_kit.quantize.compressed.options import (
+    CompressedOptions,
+    predicted_bytes,
+    require_compressible,
+)
+from qlora_kit.quantize.method import Calibration, Made, Method, Source
+
+if TYPE_CHECKING:
+    from qlora_kit.report.reporter import Reporter
+
+
+class GptqOptions(CompressedOptions):
+    """Options of gptq."""
+
+    symmetric: bool = True
+    """Round to -8 … 7 times the scale; otherwise a zero point is kept beside each scale."""
+
+    act_order: bool = True
+    """Round the columns with the largest activations first. Costs nothing where it is used."""
+
+    dampening: float = Field(default=0.01, gt=0, lt=1)
+    """Added to the diagonal of the inputs' second moments, as a share of its mean."""
+
+
+def method(name: str) -> Method:
+    return Method(
+        name=name,
+        options=GptqOptions,
+        check=_check,
+        predict_bytes=predicted_bytes,
+        make=_make,
+        calibration=lambda options: "required",
+    )
+
+
+def _check(source: Source, options: GptqOptions) -> None:
+    require_compressible("gptq", source, options)
+
+
+def _make(
+    source: Source,
+    options: GptqOptions,
+    calibration: Calibration | None,
+    draft: Path,
+    reporter: Reporter,
+) -> Made:
+    assert calibration is not None
+    from llmcompressor.modifiers.gptq import GPTQModifier
+
+    from qlora_kit.quantize.compressed.make import layer_groups, make_compressed
+
+    modifier = GPTQModifier(
+        **layer_groups(source, options, options.symmetric),
+        actorder="weight" if options.act_order else None,
+        dampening_frac=options.dampening,
+    )
+    return make_compressed([modifier], source, options, calibration, draft, reporter, "gptq")

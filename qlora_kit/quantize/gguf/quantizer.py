@@ -1,0 +1,86 @@
+"""llama.cpp's own quantizer, in a process of its own: it ends its process where a rule is broken.
+
+The child runs `python -m qlora_kit.quantize.gguf.quantizer IN OUT NUMBER THREADS`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from qlora_kit.errors import ModelError
+from qlora_kit.quantize.gguf.scripts import LlamaCpp, last_line
+from qlora_kit.quantize.gguf.types import GgufType
+
+_FALLBACKS = re.compile(r"WARNING: (\d+) of +(\d+) tensor\(s\) required fallback")
+
+
+def require_quantizer(llama: LlamaCpp, kind: GgufType) -> None:
+    """Raises ModelError where nothing here can quantize to this type."""
+    if kind.is_converted or llama.quantizer is not None or find_spec("llama_cpp") is not None:
+        return
+    raise ModelError(
+        f"quantizing to {kind.name} needs llama.cpp's quantizer: pip install 'qlora-kit[gguf]', or "
+        "name a checkout in which llama-quantize was built (--llama-cpp). F32, F16, BF16 and Q8_0 "
+        "need neither."
+    )
+
+
+def quantize_file(
+    llama: LlamaCpp, source: Path, target: Path, kind: GgufType, threads: int
+) -> tuple[int, int] | None:
+    """Quantize one GGUF file to another.
+
+    Returns:
+        How many tensors, and of how many, took a neighbouring type because their rows do not
+        fit the blocks of this one; None where all did as asked.
+
+    Raises:
+        ModelError: llama.cpp would not.
+    """
+    if llama.quantizer is not None:
+        command = [str(llama.quantizer), str(source), str(target), kind.name, str(threads)]
+    else:
+        child = [sys.executable, "-m", "qlora_kit.quantize.gguf.quantizer"]
+        command = [*child, str(source), str(target), str(kind.number), str(threads)]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL
+    )
+    log = done.stdout + done.stderr
+    if done.returncode != 0:
+        raise ModelError(f"llama.cpp cannot quantize {source.name} to {kind.name}: {_fault(log)}.")
+    found = _FALLBACKS.search(log)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _fault(log: str) -> str:
+    said = [line for line in log.splitlines() if "failed to quantize" in line or "ERROR" in line]
+    return last_line("\n".join(said) or log)
+
+
+def main(source: str, target: str, number: str, threads: str) -> int:
+    """The child's work; everything that llama.cpp says goes to stderr."""
+    import llama_cpp
+
+    def write(_: int, text: bytes, __: object) -> None:
+        sys.stderr.write(text.decode("utf-8", errors="replace"))
+
+    callback = llama_cpp.llama_log_callback(write)
+    llama_cpp.llama_log_set(callback, ctypes.c_void_p(0))
+    llama_cpp.llama_backend_init()
+    settings = llama_cpp.llama_model_quantize_default_params()
+    settings.ftype = int(number)
+    settings.nthread = int(threads)
+    code = llama_cpp.llama_model_quantize(
+        source.encode(), target.encode(), ctypes.byref(settings)
+    )
+    sys.stderr.flush()
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

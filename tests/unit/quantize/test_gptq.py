@@ -1,0 +1,116 @@
+"""gptq and awq: what is made is read back by plain transformers, and is near its source."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_sources import Kept, build, check, logits_of, make, windows
+from transformers import AutoModelForCausalLM
+
+from qlora_kit import extras
+from qlora_kit.errors import HardwareError, ModelError, RecipeError
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With biases, a tied head, in 16 bits."""
+    folder = tmp_path_factory.mktemp("gptq-qwen") / "source"
+    return build(folder, "qwen2", dtype=torch.bfloat16, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def gptq(qwen: Path) -> Kept:
+    return make(qwen, qwen.parent / "gptq", "gptq", "group_size=32")
+
+
+@pytest.fixture(scope="module")
+def awq(qwen: Path) -> Kept:
+    return make(qwen, qwen.parent / "awq", "awq", "group_size=32", "grid=4")
+
+
+def error_of(kept: Kept, folder: Path | None = None) -> float:
+    """How far its logits are from its source's."""
+    model = AutoModelForCausalLM.from_pretrained(folder or kept.folder, dtype=torch.float32)
+    row = windows((40,))[0]
+    wanted = logits_of(kept.reference(), row)
+    return float((logits_of(model.eval(), row) - wanted).norm() / wanted.norm())
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_plain_transformers_loads_it(name: str, request: pytest.FixtureRequest) -> None:
+    kept: Kept = request.getfixturevalue(name)
+    config = json.loads((kept.folder / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert config["dtype"] == "bfloat16"
+    assert kept.made.findings["num_layers"] == 7
+    assert kept.made.findings["reload_logit_difference"] < 1e-4
+    assert 0.005 < error_of(kept) < 0.2
+    names = {path.name for path in kept.folder.iterdir()}
+    assert {"tokenizer.json", "generation_config.json"} <= names
+    assert "recipe.yaml" not in names, "it would be taken for a run's folder"
+
+
+def test_it_is_small(gptq: Kept, qwen: Path) -> None:
+    """7 layers of 16 bits become 4 bits and a scale for every 32."""
+    linear = 64 * (64 + 32 + 32 + 64 + 3 * 128)
+    saved = (qwen / "model.safetensors").stat().st_size
+    packed = (gptq.folder / "model.safetensors").stat().st_size
+    assert saved - packed == pytest.approx(linear * (2 - 0.5 - 2 / 32), rel=0.1)
+
+
+def test_nothing_is_left_behind(gptq: Kept, capfd: pytest.CaptureFixture[str]) -> None:
+    before = set(Path.cwd().iterdir())
+    kept = make(gptq.source.folder, gptq.folder.with_name("again"), "gptq", "group_size=null")
+    assert set(Path.cwd().iterdir()) == before
+    assert "llmcompressor" not in capfd.readouterr().out
+    assert error_of(kept) > error_of(gptq), "one scale for a whole row is coarser"
+
+
+def test_more_bits_are_nearer(qwen: Path, gptq: Kept, tmp_path: Path) -> None:
+    eight = make(qwen, tmp_path / "eight", "gptq", "group_size=32", "bits=8", "dtype=float32")
+    assert error_of(eight) < error_of(gptq) / 4
+
+
+def test_skipped_layers_stay(gptq: Kept, qwen: Path, tmp_path: Path) -> None:
+    kept = make(qwen, tmp_path / "some", "gptq", "group_size=32", "skip_modules=[down_proj]")
+    assert kept.made.findings["num_layers"] == 6
+    model = AutoModelForCausalLM.from_pretrained(kept.folder)
+    source = kept.reference().model.layers[0].mlp.down_proj.weight
+    assert torch.equal(model.model.layers[0].mlp.down_proj.weight.float(), source)
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_what_it_cannot_take_is_refused_before_any_work(name: str, tmp_path: Path) -> None:
+    odd = build(tmp_path / "odd", "llama", intermediate_size=72)
+    with pytest.raises(ModelError, match=r"group_size=64 does not divide .*down_proj has 72 .*=8 "):
+        check(odd, name)
+    gpt2 = build(tmp_path / "gpt2", "gpt2")
+    with pytest.raises(ModelError, match=r"Conv1D .*gguf:TYPE"):
+        check(gpt2, name)
+    experts = build(
+        tmp_path / "experts",
+        "qwen3_moe",
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=64,
+    )
+    with pytest.raises(ModelError, match="experts"):
+        check(experts, name)
+    with pytest.raises(RecipeError, match="group_size"):
+        check(odd, name, "group_size=0")
+
+
+def test_awq_must_know_the_architecture(tmp_path: Path) -> None:
+    olmo = build(tmp_path / "olmo", "olmo2")
+    check(olmo, "gptq")
+    with pytest.raises(ModelError, match=r"Olmo2ForCausalLM .*gptq takes"):
+        check(olmo, "awq")
+
+
+def test_a_missing_extra_is_told(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(extras.EXTRAS, "gptq", ("no_such_module_here",))
+    with pytest.raises(HardwareError, match=r"pip install 'qlora-kit\[gptq\]'"):
+        check(qwen, "gptq")

@@ -1,0 +1,205 @@
+"""Graphs are the models they were made of, in float32 and in 8 bits, step by step."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_sources import SMALL, Kept, build, check, logits_of, make, windows
+
+from qlora_kit.errors import ModelError, RecipeError
+from qlora_kit.model.companions import copy_companions
+from qlora_kit.quantize.onnx import int8
+from qlora_kit.runtime.onnx import OnnxRuntime
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("onnx-llama") / "source"
+    return build(folder, "llama", tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="module")
+def plain(llama: Path) -> Kept:
+    return make(llama, llama.parent / "onnx", "onnx")
+
+
+@pytest.fixture
+def runtime(plain: Kept) -> Iterator[OnnxRuntime]:
+    opened = OnnxRuntime.open(plain.folder)
+    yield opened
+    opened.close()
+
+
+def test_the_folder_is_whole(plain: Kept) -> None:
+    names = {path.name for path in plain.folder.iterdir()}
+    assert {"model.onnx", "model.onnx.data", "config.json", "tokenizer.json"} <= names
+    assert "generation_config.json" in names
+    assert not {name for name in names if name.endswith((".safetensors", ".py"))}
+    assert plain.made.findings["has_cache"] is True
+    assert plain.made.findings["max_logit_difference"] < 1e-4
+
+
+def test_scores_are_those_of_transformers(plain: Kept, runtime: OnnxRuntime) -> None:
+    rows = windows()
+    model = plain.reference()
+    scored = {one.index: one for one in runtime.score(rows, batch_size=2)}
+    assert sorted(scored) == [0, 1, 2]
+    for index, row in enumerate(rows):
+        torch.testing.assert_close(
+            scored[index].logits, logits_of(model, row), atol=1e-4, rtol=1e-4
+        )
+        assert scored[index].targets.tolist() == list(row.input_ids[1:])
+
+
+def test_answers_are_those_of_transformers(plain: Kept, runtime: OnnxRuntime) -> None:
+    """In batches, padded on the left, each alone, and up to the token that ends them."""
+    prompts = [row.input_ids for row in windows((7, 3, 11, 1))]
+    model = plain.reference()
+    wanted = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False
+        )
+        wanted.append(out[0, len(prompt) :].tolist())
+    assert runtime.generate(prompts, 12, batch_size=3) == wanted
+    assert runtime.generate(prompts, 12, batch_size=1) == wanted
+    end = wanted[0][4]
+    runtime.stop_ids = frozenset({end})
+    stopped = runtime.generate(prompts, 12, batch_size=4)
+    assert stopped[0] == wanted[0][: wanted[0].index(end) + 1]
+    assert all(end not in answer[:-1] for answer in stopped)
+
+
+def test_the_footprint_counts_what_is_stored(plain: Kept, runtime: OnnxRuntime) -> None:
+    counted = runtime.footprint()
+    wanted = sum(parameter.numel() for parameter in plain.reference().parameters())
+    assert counted.parameters == {"float32": wanted}
+    tied = 4 * SMALL["vocab_size"] * SMALL["hidden_size"]
+    assert counted.memory_bytes == pytest.approx(4 * wanted + tied, abs=2048)
+    assert counted.disk_bytes > 4 * wanted
+
+
+LINEAR = 64 * (64 + 32 + 32 + 64 + 3 * 128)
+
+
+def test_eight_bits_static(llama: Path, tmp_path: Path) -> None:
+    made = make(llama, tmp_path / "static", "onnx:int8-static")
+    assert made.made.findings["num_layers"] == 7
+    assert not (made.folder / "float32").exists()
+    assert near(made.folder, made) == LINEAR
+
+
+def test_eight_bits_dynamic_leave_out_what_is_skipped(plain: Kept, tmp_path: Path) -> None:
+    names = [f"model.layers.0.mlp.{leaf}_proj" for leaf in ("gate", "up")]
+    copy_companions(plain.source.folder, tmp_path)
+    shutil.copyfile(plain.source.folder / "config.json", tmp_path / "config.json")
+    graph = plain.folder / "model.onnx"
+    nodes = int8.linear_nodes(graph, names)
+    int8.quantize_dynamically(graph, tmp_path / "model.onnx", nodes, reduce_range=True)
+    assert near(tmp_path, plain) == 2 * 64 * 128
+
+
+def near(folder: Path, source: Kept) -> int:
+    """Rounded, but not much; returns how many of its parameters are integers."""
+    runtime = OnnxRuntime.open(folder)
+    model, rows = source.reference(), windows()
+    for one in runtime.score(rows, batch_size=4):
+        wanted = logits_of(model, rows[one.index])
+        assert 1e-5 < (one.logits - wanted).norm() / wanted.norm() < 0.1
+    counted = runtime.footprint()
+    assert counted.num_parameters == sum(one.numel() for one in model.parameters())
+    runtime.close()
+    return counted.parameters["int8"]
+
+
+def test_layers_that_are_no_stored_products_are_refused(plain: Kept) -> None:
+    with pytest.raises(ModelError, match=r"1 linear layers are no products .*lm_head"):
+        int8.linear_nodes(plain.folder / "model.onnx", ["lm_head"])
+
+
+def test_variants_and_options_are_checked(llama: Path) -> None:
+    with pytest.raises(ModelError, match="onnx:int8-dynamic"):
+        check(llama, "onnx:int4")
+    with pytest.raises(RecipeError, match="activation_range"):
+        check(llama, "onnx:int8-static", "activation_range=widest")
+    with pytest.raises(ModelError, match="skip_modules: nowhere"):
+        check(llama, "onnx:int8-dynamic", "skip_modules=[nowhere]")
+
+
+def test_fused_experts_stay_in_float32(tmp_path: Path) -> None:
+    experts = build(tmp_path / "experts", "qwen3_moe", **EXPERTS)
+    with pytest.raises(ModelError, match="experts"):
+        check(experts, "onnx:int8-dynamic")
+    check(experts, "onnx")
+
+
+def test_what_is_no_graph_is_told(tmp_path: Path, llama: Path) -> None:
+    with pytest.raises(ModelError, match=r"has no model\.onnx"):
+        OnnxRuntime.open(llama)
+    shutil.copytree(llama, tmp_path / "broken")
+    (tmp_path / "broken" / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        OnnxRuntime.open(tmp_path / "broken")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        ("qwen2", {"tie_word_embeddings": False}),
+        ("gemma3_text", {"sliding_window": 8, "num_hidden_layers": 2}),
+        ("gpt2", {}),
+        ("bloom", {}),
+        ("qwen3_moe", EXPERTS),
+        ("mixtral", {"num_local_experts": 4}),
+    ],
+)
+def test_other_architectures(kind: str, values: dict[str, Any], tmp_path: Path) -> None:
+    """Each is the model it was made of, over more tokens than a sliding window holds."""
+    made = make(build(tmp_path / "source", kind, **values), tmp_path / "made", "onnx")
+    assert made.made.findings["has_cache"]
+    runtime = OnnxRuntime.open(made.folder)
+    model = made.reference()
+    rows = windows((20, 7))
+    for one in runtime.score(rows, batch_size=2):
+        wanted = logits_of(model, rows[one.index])
+        torch.testing.assert_close(one.logits, wanted, atol=1e-4, rtol=1e-4)
+    prompts = [row.input_ids for row in rows]
+    wanted_ids = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False
+        )
+        wanted_ids.append(out[0, len(prompt) :].tolist())
+    assert runtime.generate(prompts, 6, batch_size=2) == wanted_ids
+    runtime.close()
+
+
+@pytest.mark.slow
+def test_a_model_without_a_plain_cache(tmp_path: Path) -> None:
+    """The graph computes each token from the whole text, and says so."""
+    folder = build(tmp_path / "source", "lfm2", layer_types=["conv"], num_hidden_layers=1)
+    made = make(folder, tmp_path / "made", "onnx")
+    assert made.made.findings["has_cache"] is False
+    assert any("no cache" in note for note in made.made.notes)
+    runtime = OnnxRuntime.open(made.folder)
+    model = made.reference()
+    (row,) = windows((9,))
+    (one,) = runtime.score([row], batch_size=1)
+    torch.testing.assert_close(one.logits, logits_of(model, row), atol=1e-4, rtol=1e-4)
+    answer = runtime.generate([row.input_ids], 5, batch_size=1)[0]
+    ids = list(row.input_ids)
+    for token in answer:
+        with torch.no_grad():
+            assert model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax() == token
+        ids.append(token)
+    runtime.close()
