@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
-from safetensors.torch import load_file
-from tiny_sources import (
+from opened_sources import (
     KINDS,
     MIXTURE,
     build,
@@ -20,6 +19,7 @@ from tiny_sources import (
     reloaded,
     source_of,
 )
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.errors import ModelError

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from tiny_sources import (
+from opened_sources import (
     KINDS,
     build,
     calibration,
@@ -19,6 +18,7 @@ from tiny_sources import (
     some_ids,
     source_of,
 )
+from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
