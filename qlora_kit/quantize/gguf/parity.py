@@ -132,9 +132,7 @@ def _require_template(
     )
 
 
-def _require_end(
-    trained: PreTrainedTokenizerBase, loaded: LoadedModel, gguf_file: Path
-) -> None:
+def _require_end(trained: PreTrainedTokenizerBase, loaded: LoadedModel, gguf_file: Path) -> None:
     """Whether llama.cpp ends an answer where training did."""
     if not trained.chat_template:
         return
@@ -147,9 +145,7 @@ def _require_end(
         )
 
 
-def _require_added(
-    trained: PreTrainedTokenizerBase, loaded: LoadedModel, gguf_file: Path
-) -> None:
+def _require_added(trained: PreTrainedTokenizerBase, loaded: LoadedModel, gguf_file: Path) -> None:
     """What each of them puts before and after a text that is given without a template."""
     text = "How are you?"
     expected: list[int] = trained(text).input_ids

@@ -75,9 +75,7 @@ def main(source: str, target: str, number: str, threads: str) -> int:
     settings = llama_cpp.llama_model_quantize_default_params()
     settings.ftype = int(number)
     settings.nthread = int(threads)
-    code = llama_cpp.llama_model_quantize(
-        source.encode(), target.encode(), ctypes.byref(settings)
-    )
+    code = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(settings))
     sys.stderr.flush()
     return int(code)
 
