@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_sources import Kept, build, check, logits_of, make, windows
+from one_layer import Kept, build, check, logits_of, make, windows
 from transformers import AutoModelForCausalLM
 
 from qlora_kit import extras

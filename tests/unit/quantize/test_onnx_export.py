@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_sources import SMALL, Kept, build, check, logits_of, make, windows
+from one_layer import SMALL, Kept, build, check, logits_of, make, windows
 
 from qlora_kit.errors import ModelError, RecipeError
 from qlora_kit.model.companions import copy_companions
