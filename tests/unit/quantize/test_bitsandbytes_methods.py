@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
-from opened_sources import (
+from safetensors.torch import load_file
+from tiny_sources import (
     KINDS,
     MIXTURE,
     build,
@@ -19,7 +20,6 @@ from opened_sources import (
     reloaded,
     source_of,
 )
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.errors import ModelError

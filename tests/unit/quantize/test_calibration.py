@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import build_tokenizer
-from opened_sources import text_file
+from tiny_sources import text_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_kit.data.sequences import TokenSequence

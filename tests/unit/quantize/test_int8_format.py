@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from opened_sources import (
+from safetensors.torch import load_file
+from tiny_sources import (
     KINDS,
     build,
     calibration,
@@ -18,7 +19,6 @@ from opened_sources import (
     some_ids,
     source_of,
 )
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from opened_sources import KINDS, build, logits, reloaded, source_of, text_file
 from safetensors.torch import load_file, save_file
+from tiny_sources import KINDS, build, logits, reloaded, source_of, text_file
 from typer.testing import CliRunner
 
 from qlora_kit.artifact.record import read_record, verify_artifact
