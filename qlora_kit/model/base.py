@@ -108,7 +108,8 @@ def load_base(
     stored = prequantized_settings(skeleton)
     if stored is not None:
         make_known(stored)
-        if lora is not None or adapter is not None or not is_foreign(stored):
+        as_it_stands = quantization.num_bits == 16 and lora is None and adapter is None
+        if not (as_it_stands and is_foreign(stored)):
             require_same_quantization(source, stored, quantization)
     refuse_unquantizable(skeleton, quantization)
     if lora is not None:
