@@ -69,7 +69,9 @@ def source_of(folder: Path) -> Source:
 
 def calibration() -> Calibration:
     generator = torch.Generator().manual_seed(3)
-    rows = [torch.randint(3, 300, (n,), generator=generator).tolist() for n in (24, 9, 17, 30)]
+    rows = [
+        torch.randint(3, 300, (n,), generator=generator).tolist() for n in (40, 9, 60, 31, 50, 64)
+    ]
     return Calibration(
         tuple(TokenSequence(tuple(r), tuple(r), f"text:{i}") for i, r in enumerate(rows)),
         sum(map(len, rows)),

@@ -78,6 +78,20 @@ def test_answers_are_those_of_transformers(plain: Kept, runtime: OnnxRuntime) ->
     assert all(end not in answer[:-1] for answer in stopped)
 
 
+def test_long_texts_are_read_in_pieces(
+    plain: Kept, runtime: OnnxRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the cache from piece to piece, padding on either side."""
+    rows = windows((40, 11, 26))
+    whole = {one.index: one.logits for one in runtime.score(rows, batch_size=2)}
+    answers = runtime.generate([row.input_ids for row in rows], 6, batch_size=3)
+    seven_tokens = 4 * runtime.vocab_size * 7
+    monkeypatch.setattr("qlora_kit.runtime.onnx.LOGITS_BYTES", 2 * seven_tokens)
+    for one in runtime.score(rows, batch_size=2):
+        torch.testing.assert_close(one.logits, whole[one.index], atol=1e-4, rtol=1e-4)
+    assert runtime.generate([row.input_ids for row in rows], 6, batch_size=3) == answers
+
+
 def test_the_footprint_counts_what_is_stored(plain: Kept, runtime: OnnxRuntime) -> None:
     counted = runtime.footprint()
     wanted = sum(parameter.numel() for parameter in plain.reference().parameters())
