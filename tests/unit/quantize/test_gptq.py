@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from one_layer import Kept, build, calibration, check, logits_of, make
+from one_layer import Kept, build, by_the_line, calibration, check, logits_of, make
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_kit import extras
@@ -92,8 +92,13 @@ def test_more_bits_are_nearer(qwen: Path, gptq: Kept, tmp_path: Path) -> None:
     assert error_of(reloaded(eight), gptq) < error_of(reloaded(gptq), gptq) / 4
 
 
-def test_skipped_layers_stay(gptq: Kept, qwen: Path, tmp_path: Path) -> None:
-    kept = make(qwen, tmp_path / "some", "gptq", "group_size=32", "skip_modules=[down_proj]")
+def test_by_the_line_with_layers_that_stay(qwen: Path, tmp_path: Path) -> None:
+    options = ("group_size=32", "skip_modules=[down_proj]")
+    kept, certificate = by_the_line(qwen, tmp_path / "some", "gptq", *options)
+    assert 1e-6 < certificate["divergence"]["kl_mean"] < 0.1
+    sizes = certificate["footprints"]
+    assert sizes["quantized"]["num_parameters"] == sizes["source"]["num_parameters"]
+    assert sizes["quantized"]["disk_bytes"] < sizes["source"]["disk_bytes"]
     assert kept.made.findings["num_layers"] == 6
     model = AutoModelForCausalLM.from_pretrained(kept.folder)
     source = kept.reference().model.layers[0].mlp.down_proj.weight
@@ -119,6 +124,17 @@ def test_what_it_cannot_take_is_refused_before_any_work(name: str, tmp_path: Pat
         check(experts, name)
     with pytest.raises(RecipeError, match="group_size"):
         check(odd, name, "group_size=0")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("gptq", "gemma3_text"), ("awq", "gemma3_text"), ("gptq", "olmo2"), ("awq", "qwen3")],
+)
+def test_other_architectures_are_quantized(name: str, kind: str, tmp_path: Path) -> None:
+    """Norms plus one, norms of queries: scaled back rightly where awq scales them."""
+    kept = make(build(tmp_path / "source", kind), tmp_path / "made", name, "group_size=16")
+    assert kept.made.findings["num_layers"] == 7
+    assert 0.001 < error_of(reloaded(kept), kept) < 1.1 * error_of(rounded(kept, 16), kept)
 
 
 def test_awq_must_know_the_architecture(tmp_path: Path) -> None:
