@@ -22,6 +22,7 @@ from qlora_kit.cli import (
     prove_resume,
     quantize,
     recipes,
+    sensitivity,
     train,
     verify,
 )
@@ -78,6 +79,7 @@ for verb in (
     merge,
     quantize,
     dequantize,
+    sensitivity,
     verify,
     chat,
     recipes,
