@@ -48,11 +48,17 @@ def _how_made(certificate: dict[str, Any]) -> str:
     settings = trained_on["quantization"]
     bits = 4 if settings["load_in_4bit"] else 8 if settings["load_in_8bit"] else 16
     kept = f"kept in {bits} bits" + (f" ({settings['quant_type']})" if bits == 4 else "")
+    overrides = settings.get("overrides") or {}
+    if overrides:
+        named = ", ".join(
+            f"`{pattern}` in {width}" for pattern, width in list(overrides.items())[:5]
+        )
+        kept += f" but for {named}{' …' if len(overrides) > 5 else ''}"
     revision = f" at revision `{trained_on['revision']}`" if trained_on["revision"] else ""
     base = {
         "dequantized": "the dequantized weights that it was trained on",
         "original": "the original weights, before quantization"
-        if bits < 16
+        if min([bits, *overrides.values()]) < 16
         else "the weights that it was trained on",
     }[certificate["base"]]
     dtype = certificate["dtype"]
