@@ -50,7 +50,7 @@ def _how_made(certificate: dict[str, Any]) -> str:
     base = {
         "dequantized": "the dequantized weights that it was trained on",
         "original": "the original weights, before quantization"
-        if _num_bits(trained_on) < 16
+        if _fewest_bits(trained_on) < 16
         else "the weights that it was trained on",
     }[certificate["base"]]
     dtype = certificate["dtype"]
@@ -62,9 +62,14 @@ def _how_made(certificate: dict[str, Any]) -> str:
 
 def trained_from(trained_on: dict[str, Any]) -> str:
     """One sentence: the adapter, and the base in the form that it was trained on."""
-    bits = _num_bits(trained_on)
+    bits, overrides = _num_bits(trained_on), _overrides(trained_on)
     kept = f"kept in {bits} bits"
     kept += f" ({trained_on['quantization']['quant_type']})" if bits == 4 else ""
+    if overrides:
+        named = ", ".join(
+            f"`{pattern}` in {width}" for pattern, width in list(overrides.items())[:5]
+        )
+        kept += f" but for {named}{' …' if len(overrides) > 5 else ''}"
     revision = f" at revision `{trained_on['revision']}`" if trained_on["revision"] else ""
     return f"A LoRA adapter was trained on `{trained_on['name']}`{revision}, {kept}."
 
@@ -72,6 +77,15 @@ def trained_from(trained_on: dict[str, Any]) -> str:
 def _num_bits(trained_on: dict[str, Any]) -> int:
     settings = trained_on["quantization"]
     return 4 if settings["load_in_4bit"] else 8 if settings["load_in_8bit"] else 16
+
+
+def _overrides(trained_on: dict[str, Any]) -> dict[str, int]:
+    """Of the quantization; a record of an earlier version has none."""
+    return trained_on["quantization"].get("overrides") or {}
+
+
+def _fewest_bits(trained_on: dict[str, Any]) -> int:
+    return min([_num_bits(trained_on), *_overrides(trained_on).values()])
 
 
 def ledger_section(rows: list[dict[str, Any]], num_tokens: int) -> str:
