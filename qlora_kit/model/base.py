@@ -11,6 +11,7 @@ import torch
 from qlora_kit.errors import ModelError
 from qlora_kit.model.prequantized import is_foreign, make_known, require_same_quantization
 from qlora_kit.model.prequantized import prequantized_settings as prequantized_settings
+from qlora_kit.model.qat.attach import refuse_unaware
 from qlora_kit.model.quantized import (
     Quantized,
     four_bit_modules,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     from qlora_kit.environment import Hardware
-    from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec
+    from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationAwareSpec, QuantizationSpec
 
 # Architectures whose forward pass scales linear weights in place.
 _REWRITES_ITS_WEIGHTS = ("rwkv",)
@@ -79,14 +80,15 @@ def load_base(
     hardware: Hardware,
     *,
     lora: LoraSpec | None = None,
+    aware: QuantizationAwareSpec | None = None,
     adapter: Path | None = None,
     is_shared: bool = False,
 ) -> Base:
     """Resolve, check, load and quantize a base model.
 
     Weights load in `compute_dtype`: forward and backward would otherwise dequantize to
-    different ones. Given `lora`, whatever would hinder that adapter is found before the weights
-    are read. Given `adapter`, the tokenizer is the one saved with it, whose added tokens have no
+    different ones. Given `lora` and `aware`, whatever would hinder that adapter, or quantizing as
+    it is trained, is found before the weights are read. Given `adapter`, the tokenizer is the one saved with it, whose added tokens have no
     embeddings until the adapter is loaded. With `is_shared` the quantized base is kept in the cache
     or read from there. A checkpoint that another library quantized is loaded as it is, unless it
     is to be trained on.
@@ -115,6 +117,8 @@ def load_base(
     if lora is not None:
         require_targets(skeleton, lora, quantization)
         refuse_dora(lora.use_dora, quantization.num_bits, hardware.device)
+    if aware is not None:
+        refuse_unaware(skeleton, aware)
     tokenizer = _load_tokenizer(source, spec, adapter)
     if adapter is None:
         check_vocabulary(skeleton.model, tokenizer)
