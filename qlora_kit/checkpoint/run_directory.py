@@ -61,6 +61,11 @@ class RunDirectory:
         return self.folder / "exports"
 
     @property
+    def quantized(self) -> Path:
+        """What a training that was aware of quantization is shipped as."""
+        return self.folder / "quantized"
+
+    @property
     def last_good(self) -> Path:
         return self.folder / "last-good"
 

@@ -30,8 +30,8 @@ class Integers:
         """weight: (out, in)."""
         groups = weight.float().reshape(weight.shape[0], -1, self.group_size or weight.shape[1])
         scale = (groups.abs().amax(dim=-1) / self.half_range).to(self.scale_dtype)
-        scale = scale.clamp(min=torch.finfo(self.scale_dtype).tiny)
-        codes = (groups * (1.0 / scale.float()).unsqueeze(-1)).round_()
+        scale = torch.where(scale > 0, scale, 1.0)  # where there is nothing but zeros
+        codes = (groups / scale.float().unsqueeze(-1)).round_()
         codes = codes.clamp_(self.lowest, self.highest).to(torch.int8)
         return IntegerCodes(codes.view(weight.shape), scale, self.num_bits)
 
