@@ -129,7 +129,8 @@ class QuantizedLora(lora.Linear):
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
 
         def make() -> Codes:
-            return self.shared.quantize(weight.float() + (b @ a) * self.scaling[adapter])
+            with torch.autocast(a.device.type, enabled=False):
+                return self.shared.quantize(weight.float() + (b @ a) * self.scaling[adapter])
 
         return self.held.get((a, b), make)
 
