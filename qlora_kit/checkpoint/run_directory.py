@@ -66,6 +66,11 @@ class RunDirectory:
         return self.folder / "quantized"
 
     @property
+    def shipped(self) -> Path:
+        """The model that was certified."""
+        return self.quantized if self.quantized.exists() else self.merged
+
+    @property
     def last_good(self) -> Path:
         return self.folder / "last-good"
 

@@ -197,9 +197,7 @@ def merge_and_certify(
                 requantize_to=requantize_to,
                 reporter=reporter,
             )
-            candidates.append(
-                measure(result, trained, recorded, max_kl, hardware, reporter)
-            )
+            candidates.append(measure(result, trained, recorded, max_kl, hardware, reporter))
         chosen = choose_base(candidates)
         show_candidates(candidates, chosen, max_kl, reporter)
         for fault in chosen.faults:

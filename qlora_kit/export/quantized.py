@@ -28,7 +28,13 @@ from qlora_kit.recipe import QuantizationSpec
 from qlora_kit.report.reporter import SILENT, Reporter
 
 # Of the merged folder, what is not of the quantized one.
-_OTHERS = ("certificate.json", "config.json", "README.md", "model.safetensors.index.json")
+_OTHERS = (
+    "artifact.json",
+    "certificate.json",
+    "config.json",
+    "README.md",
+    "model.safetensors.index.json",
+)
 
 
 @dataclass(frozen=True)

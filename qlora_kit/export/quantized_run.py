@@ -44,15 +44,11 @@ def quantize_and_certify(
     assert trained.aware is not None
     out = quantized_beside(merged)
     require_absent(out)
-    quantizer = Quantizer(
-        trained.skeleton, trained.aware, trained.compute_dtype, trained.device
-    )
+    quantizer = Quantizer(trained.skeleton, trained.aware, trained.compute_dtype, trained.device)
     with draft_beside(out) as draft:
         folder = draft / "quantized"
         folder.mkdir()
-        written = write_quantized(
-            merged, folder, quantizer, options.max_shard_bytes, reporter
-        )
+        written = write_quantized(merged, folder, quantizer, options.max_shard_bytes, reporter)
         result = MergeResult(
             folder=folder,
             base="original",
@@ -67,7 +63,7 @@ def quantize_and_certify(
         show_candidates([candidate], candidate, options.max_kl, reporter)
         for fault in candidate.faults:
             reporter.warn(f"the quantized model does not come back as it was: {fault}")
-        certificate = certify(candidate, [candidate], trained, options.max_kl, recipe_sha256)
+        certificate = certify(candidate, [candidate], trained, options.max_kl, recipe_sha256, out)
         flush_folder(folder)
         folder.rename(out)
     return certificate

@@ -88,10 +88,10 @@ def load_base(
 
     Weights load in `compute_dtype`: forward and backward would otherwise dequantize to
     different ones. Given `lora` and `aware`, whatever would hinder that adapter, or quantizing as
-    it is trained, is found before the weights are read. Given `adapter`, the tokenizer is the one saved with it, whose added tokens have no
-    embeddings until the adapter is loaded. With `is_shared` the quantized base is kept in the cache
-    or read from there. A checkpoint that another library quantized is loaded as it is, unless it
-    is to be trained on.
+    it is trained, is found before the weights are read. Given `adapter`, the tokenizer is the one
+    saved with it, whose added tokens have no embeddings until the adapter is loaded. With
+    `is_shared` the quantized base is kept in the cache or read from there. A checkpoint
+    that another library quantized is loaded as it is, unless it is to be trained on.
 
     Raises:
         ModelError: see the checks below; each names the tensor or module at fault.

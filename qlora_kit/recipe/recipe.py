@@ -108,14 +108,14 @@ class Recipe(Spec):
                 "a small update moves none to another",
                 f"set quantization.load_in_{bits}bit: false",
             )
-        if aware.start_after and self.train.max_steps is not None:
-            if aware.first_update(self.train.max_steps) >= self.train.max_steps:
-                yield Fault(
-                    "quantization_aware.start_after",
-                    f"{aware.start_after:g} is not below train.max_steps "
-                    f"({self.train.max_steps}), so nothing would be trained on quantized weights",
-                    "lower it",
-                )
+        num_updates = self.train.max_steps
+        if num_updates is not None and aware.first_update(num_updates) >= num_updates:
+            yield Fault(
+                "quantization_aware.start_after",
+                f"{aware.start_after:g} is not below train.max_steps ({num_updates}), so nothing "
+                "would be trained on quantized weights",
+                "lower it",
+            )
         if aware.train == "full":
             yield from self._full_faults()
             return

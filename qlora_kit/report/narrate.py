@@ -145,11 +145,11 @@ def adapter(reporter: Reporter, adapted: Adapted, recipe: Recipe) -> None:
     )
     aware = recipe.quantization_aware
     if aware is not None:
-        start = f" from update {aware.start_after:g} on" if aware.start_after >= 1 else ""
-        start = f" after {aware.start_after:.0%} of the updates" if 0 < aware.start_after < 1 else start
+        share = aware.start_after
+        start = f"{share:.0%} of the" if share < 1 else f"{share:g}"
         reporter.say(
-            f"aware     the merged weights are quantized to {aware.method} in every forward "
-            f"pass{start}; evaluation measures them so"
+            f"aware     merged weights are quantized to {aware.method} in every forward pass"
+            f"{f' after {start} updates' if share else ''}; what is measured is measured so"
         )
 
 
@@ -195,7 +195,7 @@ def summary(reporter: Reporter, run: RunDirectory, recipe: Recipe) -> None:
     else:
         reporter.say(
             f'  python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{run.merged if recipe.quantization_aware is None else run.quantized}')\""
+            f"M.from_pretrained('{run.shipped}')\""
         )
 
 

@@ -16,7 +16,7 @@ derivative through the scale is 0.93 and not the zero of a clipped estimator.)
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -111,10 +111,10 @@ class QuantizedLora(lora.Linear):
         (adapter,) = self.active_adapters
         bias = self.get_base_layer().bias
         if self.disable_adapters:
-            return _Product.apply(x, None, None, bias, self.codes(adapter), 0.0, self._dtype)
+            return product(x, None, None, bias, self.codes(adapter), 0.0, self._dtype)
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         scaling = float(self.scaling[adapter])
-        return _Product.apply(x, a, b, bias, self.codes(adapter), scaling, self._dtype)
+        return product(x, a, b, bias, self.codes(adapter), scaling, self._dtype)
 
     @property
     def _dtype(self) -> torch.dtype:
@@ -185,6 +185,20 @@ def multiply_by_own(
         made_of = (weight,) if weight.requires_grad else ()
         codes = held.get(made_of, lambda: shared.quantize(weight.float()))
     result: torch.Tensor = _OwnProduct.apply(x, weight, layer.bias, codes, shared.compute_dtype)
+    return result
+
+
+def product(
+    x: torch.Tensor,
+    a: torch.Tensor | None,
+    b: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    codes: Codes,
+    scaling: float,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """x · Qᵀ + b, with the gradients of A and B."""
+    result: torch.Tensor = _Product.apply(x, a, b, bias, codes, scaling, dtype)
     return result
 
 

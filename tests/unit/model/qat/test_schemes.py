@@ -75,7 +75,9 @@ class TestNf4:
     def test_a_weight_that_lies_otherwise_in_memory(self) -> None:
         weight = weights()
         turned = weight.T.contiguous().T
-        assert torch.equal(Nf4(64, True).quantize(turned).packed, Nf4(64, True).quantize(weight).packed)
+        assert torch.equal(
+            Nf4(64, True).quantize(turned).packed, Nf4(64, True).quantize(weight).packed
+        )
 
 
 class TestIntegers:
@@ -121,7 +123,9 @@ class TestIntegers:
         weight = weights(dtype=torch.bfloat16)
         codes = int4_group(64, torch.bfloat16).quantize(weight)
         assert codes.scale.dtype == torch.bfloat16
-        nearest = (weight.float().view(len(weight), -1, 64) / codes.scale.float().unsqueeze(-1)).round()
+        nearest = (
+            weight.float().view(len(weight), -1, 64) / codes.scale.float().unsqueeze(-1)
+        ).round()
         assert torch.equal(codes.codes.float(), nearest.clamp(-8, 7).view(weight.shape))
         assert codes.dense(torch.bfloat16).dtype == torch.bfloat16
 
