@@ -13,6 +13,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qlora_kit.artifact.record import read_record
 from qlora_kit.checkpoint.run_directory import RunDirectory
 from qlora_kit.data.prepare import Part, prepare_eval
 from qlora_kit.environment import probe_hardware
@@ -22,12 +23,12 @@ from qlora_kit.export.quantized import Quantizer, write_quantized
 from qlora_kit.export.reopen import reopen_adapter
 from qlora_kit.export.trained import trained_adapter
 from qlora_kit.model.adapter import attach_adapter
-from qlora_kit.model.base import Base, compute_in
-from qlora_kit.model.manifest import file_sha256
+from qlora_kit.model.base import Base
 from qlora_kit.model.qat.attach import aware_of, fake_quantization_of
-from qlora_kit.model.quantized import four_bit_modules
+from qlora_kit.model.quantized import never_repacked
 from qlora_kit.model.saved import load_adapter, save_adapter
 from qlora_kit.recipe import MergeSpec, Recipe, load_recipe, save_recipe
+from qlora_kit.records import file_sha256
 
 from .tiny_runs import CONFIGS, load, save_model, shake, some_ids
 
@@ -69,8 +70,7 @@ def logits_of(model: Any) -> torch.Tensor:
 def reloaded(folder: Path, **options: Any) -> torch.Tensor:
     """As plain transformers has it, but for bitsandbytes' products in bfloat16."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-    for module in four_bit_modules(model):
-        compute_in(module, torch.float32)
+    never_repacked(model)
     return logits_of(model)
 
 
@@ -130,8 +130,11 @@ def test_the_quantized_model_is_the_trained_graph(tmp_path: Path, method: str) -
     assert certificate["divergence"]["max_abs_delta_logp"] == 0.0
     assert torch.equal(reloaded(made.run.quantized), made.logits())
     assert not torch.allclose(reloaded(made.run.merged), made.logits(), atol=1e-3)
-    for name, digest in certificate["files"].items():
-        assert file_sha256(made.run.quantized / name) == digest
+    record = read_record(made.run.quantized)
+    assert record.settings == {"base": "original", "dtype": METHODS[method]["method"]}
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(record.files)
+    for name, digest in record.files.items():
+        assert file_sha256(made.run.quantized / name) == digest.sha256
     beside = json.loads((made.run.merged / "certificate.json").read_text())
     assert (beside["passed"], beside["max_kl"], beside["dtype"]) == (True, None, "float32")
     assert beside["divergence"]["kl_mean"] > 1e-5
@@ -207,7 +210,9 @@ def test_it_is_merged_again_from_the_disk(tmp_path: Path) -> None:
     second = merge_reopened(reopened, out, MergeSpec(max_kl=1e-6), probe_hardware())
     assert second["divergence"] == first["divergence"]
     name = "model.safetensors"
-    assert file_sha256(tmp_path / "again-quantized" / name) == first["files"][name]
+    assert file_sha256(tmp_path / "again-quantized" / name) == file_sha256(
+        made.run.quantized / name
+    )
     assert (out / name).is_file()
 
 
