@@ -114,7 +114,7 @@ def adapter_files(
         folder = Path(scratch)
         write_adapter(model, base, quantization, recipe_sha256, folder, weights=held)
         (folder / WEIGHTS_FILE).unlink()
-        manifest = manifest_for(base, quantization, recipe_sha256, folder)
+        manifest = manifest_for(base, quantization, recipe_sha256, folder, aware_record(model))
         unchanging = {name: (folder / name).read_bytes() for name in manifest.files}
     return AdapterFiles(
         unchanging=unchanging,

@@ -23,10 +23,6 @@ class QuantizationAwareSpec(Spec):
     a scale per output channel; `int4-group` symmetric, a scale per group of inputs (W4A16 of
     compressed-tensors)."""
 
-    train: Literal["adapter", "full"] = "adapter"
-    """`adapter` trains low-rank updates of frozen weights; `full` every weight of a small model,
-    without an adapter."""
-
     start_after: float = Field(default=0.0, ge=0)
     """Updates before quantization sets in; below 1, a share of all updates."""
 

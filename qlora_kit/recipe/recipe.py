@@ -116,9 +116,6 @@ class Recipe(Spec):
                 "would be trained on quantized weights",
                 "lower it",
             )
-        if aware.train == "full":
-            yield from self._full_faults()
-            return
         if self.lora.dropout:
             yield Fault(
                 "lora.dropout",
@@ -132,13 +129,6 @@ class Recipe(Spec):
                 "with quantization_aware the gradient is computed for a plain low-rank update",
                 "remove one of the two",
             )
-
-    def _full_faults(self) -> Iterator[Fault]:
-        why = "with quantization_aware.train: full, which trains no adapter"
-        if self.lora != LoraSpec():
-            yield Fault("lora", f"has no effect {why}", "remove it")
-        if self.train.loraplus_lr_ratio is not None:
-            yield Fault("train.loraplus_lr_ratio", f"has no effect {why}", "remove it")
 
     def _precision_contradictions(self) -> Iterator[Fault]:
         wanted = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

@@ -136,7 +136,7 @@ class QuantizedLora(lora.Linear):
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer without an adapter, computing with Q(W); W may be frozen or trained."""
+    """A frozen linear layer without an adapter, computing with Q(W)."""
 
     def __init__(self, layer: nn.Linear, shared: FakeQuantization):
         nn.Module.__init__(self)
@@ -147,7 +147,7 @@ class QuantizedLinear(nn.Linear):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.shared.is_on:
             return super().forward(x)
-        return multiply_by_own(x, self, self.shared, self.held)
+        return multiply_by_frozen(x, self, self.shared, self.held)
 
 
 class QuantizedConv1D(Conv1D):
@@ -163,7 +163,7 @@ class QuantizedConv1D(Conv1D):
         if not self.shared.is_on:
             result: torch.Tensor = super().forward(x)
             return result
-        return multiply_by_own(x, self, self.shared, self.held)
+        return multiply_by_frozen(x, self, self.shared, self.held)
 
 
 QuantizedLayer = QuantizedLora | QuantizedLinear | QuantizedConv1D
@@ -176,16 +176,13 @@ def turned_weight(layer: nn.Module) -> torch.Tensor:
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
-def multiply_by_own(
+def multiply_by_frozen(
     x: torch.Tensor, layer: nn.Linear | Conv1D, shared: FakeQuantization, held: Held
 ) -> torch.Tensor:
-    """x · Q(W)ᵀ + b, with the gradient of W where it is trained."""
-    weight = turned_weight(layer)
+    """x · Q(W)ᵀ + b."""
     with torch.no_grad():
-        made_of = (weight,) if weight.requires_grad else ()
-        codes = held.get(made_of, lambda: shared.quantize(weight.float()))
-    result: torch.Tensor = _OwnProduct.apply(x, weight, layer.bias, codes, shared.compute_dtype)
-    return result
+        codes = held.get((), lambda: shared.quantize(turned_weight(layer).float()))
+    return product(x, None, None, layer.bias, codes, 0.0, shared.compute_dtype)
 
 
 def product(
@@ -197,7 +194,7 @@ def product(
     scaling: float,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    """x · Qᵀ + b, with the gradients of A and B."""
+    """x · Qᵀ + b, with the gradients of A and B where there are any."""
     result: torch.Tensor = _Product.apply(x, a, b, bias, codes, scaling, dtype)
     return result
 
@@ -239,39 +236,6 @@ class _Product(torch.autograd.Function):
             d_a = ctx.scaling * ((g @ low_b).T @ inputs).to(a.dtype)
             d_b = ctx.scaling * (g.T @ (inputs @ low_a.T)).to(b.dtype)
         return d_x, d_a, d_b, None, None, None, None
-
-
-class _OwnProduct(torch.autograd.Function):
-    """x · Qᵀ + b with the gradients of W and b, Q being Q(W)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        codes: Codes,
-        dtype: torch.dtype,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x if weight.requires_grad else None)
-        ctx.codes, ctx.dtype, ctx.x_dtype = codes, dtype, x.dtype
-        ctx.weight_dtype = weight.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return _times(x, codes, bias, dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        (gradient,) = gradients
-        (x,) = ctx.saved_tensors
-        g = gradient.to(ctx.dtype)
-        d_x = d_weight = d_bias = None
-        if ctx.needs_input_grad[0]:
-            d_x = (g @ ctx.codes.dense(ctx.dtype)).to(ctx.x_dtype)
-        if ctx.needs_input_grad[1]:
-            d_weight = (_rows(g).T @ _rows(x).to(ctx.dtype)).to(ctx.weight_dtype)
-        if ctx.needs_input_grad[2]:
-            d_bias = _rows(gradient).sum(dim=0, dtype=torch.float32).to(ctx.bias_dtype)
-        return d_x, d_weight, d_bias, None, None
 
 
 def _times(

@@ -184,12 +184,6 @@ IN_SECTIONS = [
     (AWARE.format("nf4, skip_modules: ['']"), "quantization_aware.skip_modules", ["empty text"]),
     (AWARE.format("nf4") + "lora: {dropout: 0.1}", "lora.dropout", ["set it to 0"]),
     (AWARE.format("nf4") + "lora: {use_dora: true}", "lora.use_dora", ["remove one of the two"]),
-    (AWARE.format("nf4, train: full") + "lora: {r: 8}", "lora", ["no adapter", "remove it"]),
-    (
-        AWARE.format("nf4, train: full") + "train: {loraplus_lr_ratio: 2}",
-        "train.loraplus_lr_ratio",
-        ["no adapter", "remove it"],
-    ),
 ]
 
 IN_DATA = [
@@ -338,7 +332,7 @@ def test_what_other_tools_call_it_exists_here() -> None:
         "quantization: {quant_type: fp4, double_quant: false, quant_storage: bfloat16}",
         AWARE.format("nf4, block_size: 32, double_quant: false, start_after: 0.1"),
         AWARE.format("int4-group, group_size: 32, start_after: 20, skip_modules: [q_proj]"),
-        AWARE.format("int8, train: full"),
+        AWARE.format("int8"),
     ],
 )
 def test_an_option_that_is_read_is_no_fault(text: str, tmp_path: Path) -> None:

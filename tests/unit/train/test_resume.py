@@ -23,6 +23,7 @@ from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import HardwareError, RunError
 from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.base import load_base, prepare_for_training
+from qlora_kit.model.manifest import read_manifest
 from qlora_kit.model.qat.attach import Aware
 from qlora_kit.model.saved import adapter_files, save_adapter
 from qlora_kit.processes import Processes
@@ -235,6 +236,8 @@ def test_stopped_and_gone_on_with_is_the_run_that_was_not_stopped(run: Run, case
     resumed = run("parts", again=True, seed_of_adapter=1 if case == "loftq" else 2, **values)
     assert resumed.weights == whole.weights
     assert resumed.log == whole.log
+    seen = read_manifest(find_checkpoints(stopped.folder)[0]).quantization_aware
+    assert (seen is not None) == ("aware" in values)
     for name in ("num_steps", "first_loss", "last_loss", "num_tokens", "num_padding_tokens"):
         assert getattr(resumed.result, name) == getattr(whole.result, name), name
 
