@@ -13,6 +13,7 @@ from torchao.quantization.qat.fake_quantizer import FakeQuantizerBase
 
 from qlora_kit.model.qat.integers import int4_group, int8
 from qlora_kit.model.qat.nf4 import Nf4, quantize_on_cpu
+from qlora_kit.quantize.int8.numbers import dequantize_weight, quantize_weight, weight_scales
 
 
 def weights(rows: int = 96, columns: int = 128, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -117,6 +118,15 @@ class TestIntegers:
             assert (integers - torch.tensor(wanted)).abs().max() <= 1  # halves, in float64 here
         assert (codes.dense(torch.float32) - weight).abs().max() <= codes.scale.max() / 2 * 1.001
         assert codes.codes.abs().max() == 127
+
+    def test_eight_bits_are_those_of_the_method_int8(self) -> None:
+        """`qlora-kit quantize --method int8` on the merged model makes the trained one too."""
+        weight = weights()
+        codes = int8(torch.float32).quantize(weight)
+        scales = weight_scales(weight, "channel", 128)
+        integers = quantize_weight(weight, scales)
+        assert torch.equal(codes.codes, integers)
+        assert torch.equal(codes.dense(torch.float32), dequantize_weight(integers, scales))
 
     def test_scales_are_rounded_before_they_are_used(self) -> None:
         """As a 16-bit checkpoint holds them."""
