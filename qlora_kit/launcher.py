@@ -118,3 +118,8 @@ def _sharded_faults(recipe: Recipe) -> Iterator[str]:
         )
     if recipe.train.max_memory_mib is not None:
         yield "a sharded model with train.max_memory_mib; remove it"
+    if recipe.quantization_aware is not None:
+        yield (
+            "a sharded model with quantization_aware, which quantizes whole weights; launch with "
+            "torchrun instead"
+        )

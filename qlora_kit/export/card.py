@@ -54,9 +54,13 @@ def _how_made(certificate: dict[str, Any]) -> str:
         else "the weights that it was trained on",
     }[certificate["base"]]
     dtype = certificate["dtype"]
-    stored = (
-        f"quantized again, to {dtype}" if dtype in ("nf4", "fp4") else f"rounded once, to {dtype}"
-    )
+    aware = trained_on.get("quantization_aware")
+    if dtype in ("float32", "float16", "bfloat16"):
+        stored = f"rounded once, to {dtype}"
+    elif aware is None:
+        stored = f"quantized again, to {dtype}"
+    else:
+        stored = f"quantized to {dtype}, as it was at every step of the training"
     return f"{trained_from(trained_on)} It was added in float32 to {base}. The sum was {stored}.\n"
 
 
@@ -98,6 +102,13 @@ def ledger_section(rows: list[dict[str, Any]], num_tokens: int) -> str:
 
 
 def _verdict(certificate: dict[str, Any]) -> str:
+    if certificate["max_kl"] is None:
+        method = certificate["trained_on"]["quantization_aware"]["method"]
+        return (
+            f"It was trained to be quantized to {method}, and is kept for that: what was trained "
+            "and evaluated is the quantized model made from it. The figures say how far this one "
+            f"is from that, on {certificate['divergence']['num_tokens']} held-out tokens.\n"
+        )
     found = "within" if certificate["passed"] else "**not within**"
     lines = [
         "Measured against the adapter on its base, which is the model that was trained and "

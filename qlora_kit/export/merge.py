@@ -190,7 +190,8 @@ def _merged(
     progress: Progress,
 ) -> Iterator[MergedTensor]:
     if plan.streams:
-        as_trained = trained.as_trained if base == "dequantized" else None
+        is_as_trained = base == "dequantized" or trained.aware is not None
+        as_trained = trained.as_trained if is_as_trained else None
         tensors = iterate_dense(checkpoint, plan.names, trained.skeleton, as_trained)
     else:
         tensors = iterate_in_memory(trained, base)

@@ -17,6 +17,7 @@ from qlora_kit.model.prequantized import (
     stored_bits,
 )
 from qlora_kit.model.prequantized import prequantized_settings as prequantized_settings
+from qlora_kit.model.qat.attach import refuse_unaware
 from qlora_kit.model.quantized import (
     Quantized,
     four_bit_modules,
@@ -56,7 +57,7 @@ if TYPE_CHECKING:
 
     from qlora_kit.environment import Hardware
     from qlora_kit.model.mixed_bits import MixedBitsConfig
-    from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec
+    from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationAwareSpec, QuantizationSpec
 
 # Architectures whose forward pass scales linear weights in place.
 _REWRITES_ITS_WEIGHTS = ("rwkv",)
@@ -86,17 +87,18 @@ def load_base(
     hardware: Hardware,
     *,
     lora: LoraSpec | None = None,
+    aware: QuantizationAwareSpec | None = None,
     adapter: Path | None = None,
     is_shared: bool = False,
 ) -> Base:
     """Resolve, check, load and quantize a base model.
 
     Weights load in `compute_dtype`: forward and backward would otherwise dequantize to
-    different ones. Given `lora`, whatever would hinder that adapter is found before the weights
-    are read. Given `adapter`, the tokenizer is the one saved with it, whose added tokens have no
-    embeddings until the adapter is loaded. With `is_shared` the quantized base is kept in the cache
-    or read from there. A checkpoint that another library quantized is loaded as it is, unless it
-    is to be trained on.
+    different ones. Given `lora` and `aware`, whatever would hinder that adapter, or quantizing as
+    it is trained, is found before the weights are read. Given `adapter`, the tokenizer is the one
+    saved with it, whose added tokens have no embeddings until the adapter is loaded. With
+    `is_shared` the quantized base is kept in the cache or read from there. A checkpoint
+    that another library quantized is loaded as it is, unless it is to be trained on.
 
     Raises:
         ModelError: see the checks below; each names the tensor or module at fault.
@@ -123,6 +125,8 @@ def load_base(
     if lora is not None:
         require_targets(skeleton, lora, quantization)
         refuse_dora(lora.use_dora, quantization, hardware.device)
+    if aware is not None:
+        refuse_unaware(skeleton, aware)
     tokenizer = _load_tokenizer(source, spec, adapter)
     if adapter is None:
         check_vocabulary(skeleton.model, tokenizer)
