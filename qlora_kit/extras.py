@@ -14,7 +14,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),
     "gptq": ("llmcompressor", "compressed_tensors"),
     "lm-eval": ("lm_eval",),
-    "qat": ("torchao",),
+    "qat": ("compressed_tensors",),
 }
 """The modules that each extra makes importable, by its name in `pyproject.toml`."""
 

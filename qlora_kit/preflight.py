@@ -16,6 +16,7 @@ from qlora_kit.data.demo import NUM_ROWS
 from qlora_kit.data.read import source_files
 from qlora_kit.errors import DataError, Fault, ModelError, QloraKitError
 from qlora_kit.export.targets import parse_target, require_installed
+from qlora_kit.extras import has_extra
 from qlora_kit.model.weights import inspect_weights
 from qlora_kit.recipe import ModelSpec, Recipe, SourceSpec
 from qlora_kit.templates import library
@@ -43,7 +44,8 @@ _PEEK_BYTES = 65536
 def preflight(recipe: Recipe) -> list[Fault]:
     """Every fault in what the recipe names; relative paths start in the working directory."""
     faults = _guarded("model.name_or_path", _base_faults, recipe.model)
-    return [*faults, *data_faults(recipe), *_tracker_faults(recipe), *_export_faults(recipe)]
+    faults += [*data_faults(recipe), *_tracker_faults(recipe)]
+    return [*faults, *_export_faults(recipe), *_aware_faults(recipe)]
 
 
 def data_faults(recipe: Recipe) -> list[Fault]:
@@ -77,6 +79,15 @@ def _tracker_faults(recipe: Recipe) -> list[Fault]:
         for tracker in recipe.train.report_to
         if find_spec(tracker) is None
     ]
+
+
+def _aware_faults(recipe: Recipe) -> list[Fault]:
+    """What stores the integers of a training that is aware of them."""
+    aware = recipe.quantization_aware
+    if aware is None or aware.method == "nf4" or has_extra("qat"):
+        return []
+    message = f"{aware.method} is stored by compressed-tensors, which is not installed"
+    return [Fault("quantization_aware.method", message, "pip install 'qlora-kit[qat]'")]
 
 
 def looks_local(name: str) -> bool:

@@ -49,6 +49,7 @@ from qlora_kit.export.merge_run import merge_after_training
 from qlora_kit.launcher import require_launch
 from qlora_kit.model.adapter import Adapted, attach_adapter
 from qlora_kit.model.base import Base, load_base, prepare_for_training
+from qlora_kit.model.qat.attach import aware_of
 from qlora_kit.model.saved import adapter_files, load_adapter, save_adapter
 from qlora_kit.model.shared import require_same_base, state_checksum
 from qlora_kit.model.tokenizer import template_hash, tokenizer_hash
@@ -242,7 +243,7 @@ def prepare(
     )
     narrate.hardware(reporter, hardware, compute_dtype, why, precision)
 
-    is_shared = processes.count > 1 and recipe.quantization.num_bits < 16
+    is_shared = processes.count > 1 and recipe.quantization.is_quantized
     base = (processes.first_here if is_shared else processes.together)(
         lambda: load_base(
             recipe.model,
@@ -251,6 +252,7 @@ def prepare(
             why,
             hardware,
             lora=recipe.lora,
+            aware=recipe.quantization_aware,
             is_shared=is_shared,
         )
     )
@@ -272,7 +274,11 @@ def prepare(
     )
     narrate.data(reporter, train, held_out, base.tokenizer)
 
-    adapted = processes.together(lambda: attach_adapter(base, recipe.lora, recipe.train.seed))
+    merged_dtype = recipe.export.merge_options.dtype
+    aware = aware_of(recipe.quantization_aware, merged_dtype, base.compute_dtype)
+    adapted = processes.together(
+        lambda: attach_adapter(base, recipe.lora, recipe.train.seed, aware)
+    )
     batches = processes.together(
         lambda: plan_batches(adapted.model, base, train, held_out.sequences, recipe.data)
     )
@@ -363,7 +369,8 @@ def bytes_to_write(recipe: Recipe, adapted: Adapted, held_out: Sequence[TokenSeq
     """
     adapter = 4 * adapted.num_trainable
     kept = 0 if recipe.train.save_strategy == "no" else (recipe.train.save_total_limit or 20) + 1
-    merges = {True: 2 if recipe.export.merge_options.base == "auto" else 1, False: 0}
+    is_twice = recipe.export.merge_options.base == "auto" or recipe.quantization_aware is not None
+    merges = {True: 2 if is_twice else 1, False: 0}
     merged = 4 * adapted.num_parameters * merges[recipe.export.merge]
     vocabulary = adapted.model.config.get_text_config().vocab_size
     measured = sum(one.num_supervised for one in held_out[: recipe.export.merge_options.max_rows])

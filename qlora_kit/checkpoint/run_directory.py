@@ -61,6 +61,16 @@ class RunDirectory:
         return self.folder / "exports"
 
     @property
+    def quantized(self) -> Path:
+        """What a training that was aware of quantization is shipped as."""
+        return self.folder / "quantized"
+
+    @property
+    def shipped(self) -> Path:
+        """The model that was certified."""
+        return self.quantized if self.quantized.exists() else self.merged
+
+    @property
     def last_good(self) -> Path:
         return self.folder / "last-good"
 

@@ -57,16 +57,16 @@ def command(
         typer.Option(help="Text to calibrate on: a recipe, a file, wikitext2, c4, a hub data set."),
     ] = None,
     calibration_tokens: Annotated[
-        int | None, typer.Option(help="How much of it; unset: up to 16384 tokens.")
+        int | None, typer.Option(min=2, help="How much of it; unset: up to 16384 tokens.")
     ] = None,
     calibration_length: Annotated[
-        int, typer.Option(help="Tokens that are read at once; longer rows are cut.")
+        int, typer.Option(min=8, help="Tokens that are read at once; longer rows are cut.")
     ] = 512,
     sampling: Annotated[
         Literal["whole", "random", "by-source", "by-length"],
         typer.Option(help="From the start, at random, or evenly over sources or lengths."),
     ] = "random",
-    seed: Annotated[int, typer.Option(help="Seeds the drawing.")] = 42,
+    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seeds the drawing.")] = 42,
     data: Annotated[
         str | None,
         typer.Option(help="Held-out text to compare on: a recipe (its eval rows), a file …"),
@@ -76,7 +76,9 @@ def command(
     ] = 4096,
     max_kl: Annotated[
         float | None,
-        typer.Option(help="Budget: mean KL in nats per token from the source; exit 1 above it."),
+        typer.Option(
+            min=0, help="Budget: mean KL in nats per token from the source; exit 1 above it."
+        ),
     ] = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,

@@ -50,21 +50,30 @@ def _how_made(certificate: dict[str, Any]) -> str:
     base = {
         "dequantized": "the dequantized weights that it was trained on",
         "original": "the original weights, before quantization"
-        if _num_bits(trained_on) < 16
+        if _fewest_bits(trained_on) < 16
         else "the weights that it was trained on",
     }[certificate["base"]]
     dtype = certificate["dtype"]
-    stored = (
-        f"quantized again, to {dtype}" if dtype in ("nf4", "fp4") else f"rounded once, to {dtype}"
-    )
+    aware = trained_on.get("quantization_aware")
+    if dtype in ("float32", "float16", "bfloat16"):
+        stored = f"rounded once, to {dtype}"
+    elif aware is None:
+        stored = f"quantized again, to {dtype}"
+    else:
+        stored = f"quantized to {dtype}, as it was at every step of the training"
     return f"{trained_from(trained_on)} It was added in float32 to {base}. The sum was {stored}.\n"
 
 
 def trained_from(trained_on: dict[str, Any]) -> str:
     """One sentence: the adapter, and the base in the form that it was trained on."""
-    bits = _num_bits(trained_on)
+    bits, overrides = _num_bits(trained_on), _overrides(trained_on)
     kept = f"kept in {bits} bits"
     kept += f" ({trained_on['quantization']['quant_type']})" if bits == 4 else ""
+    if overrides:
+        named = ", ".join(
+            f"`{pattern}` in {width}" for pattern, width in list(overrides.items())[:5]
+        )
+        kept += f" but for {named}{' …' if len(overrides) > 5 else ''}"
     revision = f" at revision `{trained_on['revision']}`" if trained_on["revision"] else ""
     return f"A LoRA adapter was trained on `{trained_on['name']}`{revision}, {kept}."
 
@@ -72,6 +81,15 @@ def trained_from(trained_on: dict[str, Any]) -> str:
 def _num_bits(trained_on: dict[str, Any]) -> int:
     settings = trained_on["quantization"]
     return 4 if settings["load_in_4bit"] else 8 if settings["load_in_8bit"] else 16
+
+
+def _overrides(trained_on: dict[str, Any]) -> dict[str, int]:
+    """Of the quantization; a record of an earlier version has none."""
+    return trained_on["quantization"].get("overrides") or {}
+
+
+def _fewest_bits(trained_on: dict[str, Any]) -> int:
+    return min([_num_bits(trained_on), *_overrides(trained_on).values()])
 
 
 def ledger_section(rows: list[dict[str, Any]], num_tokens: int) -> str:
@@ -84,6 +102,13 @@ def ledger_section(rows: list[dict[str, Any]], num_tokens: int) -> str:
 
 
 def _verdict(certificate: dict[str, Any]) -> str:
+    if certificate["max_kl"] is None:
+        method = certificate["trained_on"]["quantization_aware"]["method"]
+        return (
+            f"It was trained to be quantized to {method}, and is kept for that: what was trained "
+            "and evaluated is the quantized model made from it. The figures say how far this one "
+            f"is from that, on {certificate['divergence']['num_tokens']} held-out tokens.\n"
+        )
     found = "within" if certificate["passed"] else "**not within**"
     lines = [
         "Measured against the adapter on its base, which is the model that was trained and "

@@ -38,12 +38,13 @@ def measure(
     result: MergeResult,
     trained: TrainedAdapter,
     recorded: Recorded,
-    max_kl: float,
+    max_kl: float | None,
     hardware: Hardware,
     reporter: Reporter = SILENT,
 ) -> Candidate:
     """Load the folder as anybody would, and compare it with what the trained graph said."""
-    stored = getattr(torch, result.dtype, trained.compute_dtype)
+    is_float = result.dtype in ("float32", "float16", "bfloat16")
+    stored = getattr(torch, result.dtype) if is_float else trained.compute_dtype
     dtype = measuring_dtype(stored, hardware)
     model, faults = load_plain(result.folder, dtype, hardware, trained.trust_remote_code)
     faults += reload_faults(model, result.folder, trained, result.tied)
@@ -61,7 +62,7 @@ def certify(
     chosen: Candidate,
     candidates: Sequence[Candidate],
     trained: TrainedAdapter,
-    max_kl: float,
+    max_kl: float | None,
     recipe_sha256: str | None,
     home: Path,
     chain: Sequence[Mapping[str, Any]] = (),
@@ -83,6 +84,7 @@ def certify(
             "revision": trained.source.revision,
             "fingerprint": _fingerprint(trained.folder),
             "quantization": quantization_record(trained.quantization, trained.compute_dtype),
+            "quantization_aware": None if trained.aware is None else trained.aware.record(),
         },
         "adapter_sha256": file_sha256(trained.folder / WEIGHTS_FILE),
         "recipe_sha256": recipe_sha256,

@@ -20,11 +20,13 @@ class Candidate:
     divergence: Divergence
     faults: tuple[str, ...]
     """What does not come back when its folder is loaded."""
-    max_kl: float
+    max_kl: float | None
+    """None where it need not be what was trained: training has quantized it."""
 
     @property
     def passed(self) -> bool:
-        return self.divergence.kl_mean <= self.max_kl and not self.faults
+        is_near = self.max_kl is None or self.divergence.kl_mean <= self.max_kl
+        return is_near and not self.faults
 
     def as_dict(self) -> dict[str, Any]:
         survival = self.result.survival
@@ -56,7 +58,7 @@ def better_beyond_budget(candidates: Sequence[Candidate], chosen: Candidate) -> 
 
 
 def show_candidates(
-    candidates: Sequence[Candidate], chosen: Candidate, max_kl: float, reporter: Reporter
+    candidates: Sequence[Candidate], chosen: Candidate, max_kl: float | None, reporter: Reporter
 ) -> None:
     """Figures of every candidate, the trained graph first."""
     reference = candidates[0].divergence
@@ -64,8 +66,9 @@ def show_candidates(
         ["adapter on its base", f"{reference.reference_perplexity:.4g}", "", "", "", ""],
         *(_row(one, one is chosen) for one in candidates),
     ]
+    budget = "before it is quantized" if max_kl is None else f"budget: KL {max_kl:g}"
     reporter.table(
-        f"Merge, on {reference.num_tokens} held-out tokens (budget: KL {max_kl:g})",
+        f"Merge, on {reference.num_tokens} held-out tokens ({budget})",
         ["model", "perplexity", "KL", "same top token", "max |Δ log p|", "ΔW kept"],
         rows,
     )

@@ -18,11 +18,12 @@ from qlora_kit.atomic import draft_beside, flush_folder
 from qlora_kit.checkpoint.run_directory import RunDirectory
 from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.environment import Hardware
-from qlora_kit.errors import DataError
+from qlora_kit.errors import DataError, RunError
 from qlora_kit.evaluate.divergence import Recorded, record_logprobs
 from qlora_kit.export.certify import BATCH_SIZE, certify, measure
 from qlora_kit.export.choose import choose_base, show_candidates
 from qlora_kit.export.merge import QuantType, merge_adapter, predict_bytes, require_absent
+from qlora_kit.export.quantized_run import quantize_and_certify, quantized_beside
 from qlora_kit.export.reopen import Reopened
 from qlora_kit.export.shards import require_room
 from qlora_kit.export.trained import BaseKind, TrainedAdapter, trained_adapter
@@ -51,7 +52,8 @@ def merge_after_training(
     """Merge what is in memory into `run.merged`, where the recipe asks for it.
 
     The adapter must be saved in `run.adapter`. Returns the certificate; its `passed` says
-    whether the budget was met.
+    whether the budget was met. After a training that was aware of quantization it is that of the
+    quantized model beside.
 
     Raises:
         QloraKitError: what `merge_adapter` raises; nothing is half-written.
@@ -61,6 +63,7 @@ def merge_after_training(
     options = recipe.export.merge_options
     trained = trained_adapter(run.adapter, base, recipe.quantization, recipe.model)
     _make_way(run.merged)
+    _make_way(quantized_beside(run.merged))
     with draft_beside(run.merged) as draft:
         recorded = record_reference(
             model, trained, held_out.sequences[: options.max_rows], draft, reporter
@@ -104,6 +107,14 @@ def merge_reopened(
     into memory together.
     """
     require_absent(out)
+    if reopened.trained.aware is not None:
+        require_absent(quantized_beside(out))
+        if requantize_to is not None:
+            raise RunError(
+                f"--requantize {requantize_to}: it was trained quantized to "
+                f"{reopened.trained.aware.spec.method}, and that model is written beside the "
+                "merged one; leave it out."
+            )
     with draft_beside(out) as draft:
         rows = reopened.held_out[: options.max_rows]
         recorded = record_reference(reopened.take_model(), reopened.trained, rows, draft, reporter)
@@ -163,15 +174,17 @@ def merge_and_certify(
 ) -> dict[str, Any]:
     """Merge into each base that `options` allows, measure, keep one in `out`.
 
-    Returns its certificate. `chain` are the rows of an export ledger that lead to it.
+    Returns its certificate; after a training that was aware of quantization that of the quantized
+    model, which is put beside. `chain` are the rows of an export ledger that lead to it.
 
     Raises:
         RunError, ModelError, AdapterError, HardwareError: as `merge_adapter`; `out` is not there.
     """
     require_absent(out)
     bases: tuple[BaseKind, ...] = trained.bases if options.base == "auto" else (options.base,)
+    max_kl = options.max_kl if trained.aware is None else None
     needed = sum(predict_bytes(trained, base, options.dtype) for base in bases)
-    require_room(out, needed)
+    require_room(out, needed * (1 if trained.aware is None else 2))
     with draft_beside(out) as draft:
         candidates = []
         for base in bases:
@@ -184,16 +197,22 @@ def merge_and_certify(
                 requantize_to=requantize_to,
                 reporter=reporter,
             )
-            candidates.append(
-                measure(result, trained, recorded, options.max_kl, hardware, reporter)
-            )
+            candidates.append(measure(result, trained, recorded, max_kl, hardware, reporter))
         chosen = choose_base(candidates)
-        show_candidates(candidates, chosen, options.max_kl, reporter)
+        show_candidates(candidates, chosen, max_kl, reporter)
         for fault in chosen.faults:
             reporter.warn(f"the merged model does not come back as it was: {fault}")
-        certificate = certify(
-            chosen, candidates, trained, options.max_kl, recipe_sha256, out, chain
-        )
+        certificate = certify(chosen, candidates, trained, max_kl, recipe_sha256, out, chain)
         flush_folder(chosen.result.folder)
         chosen.result.folder.rename(out)
-    return certificate
+    if trained.aware is None:
+        return certificate
+    return quantize_and_certify(
+        trained,
+        recorded,
+        out,
+        options,
+        hardware,
+        recipe_sha256=recipe_sha256,
+        reporter=reporter,
+    )

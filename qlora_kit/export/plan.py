@@ -11,9 +11,10 @@ from qlora_kit.errors import ModelError
 from qlora_kit.export.checkpoint import Checkpoint
 from qlora_kit.export.delta import SavedAdapter
 from qlora_kit.export.dense import loaded_dtype, stored_dtype
-from qlora_kit.export.names import NameMap, map_names, quantized_modules
+from qlora_kit.export.names import NameMap, map_names
 from qlora_kit.export.ties import Ties, Vocabulary, resolve_ties, resolve_vocabulary
 from qlora_kit.export.trained import BaseKind, TrainedAdapter
+from qlora_kit.model.bits import quantized_bits
 from qlora_kit.report.reporter import Reporter
 
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
@@ -66,18 +67,34 @@ def plan_merge(
 
     Raises:
         AdapterError: the vocabulary grew in a way that cannot be merged.
-        ModelError: the checkpoint lacks parameters of the model.
+        ModelError: the checkpoint lacks parameters of the model, or training has quantized what
+            was rounded to another dtype.
     """
     skeleton = trained.skeleton
     changed = set(adapter.modules)
     if base == "dequantized":
-        changed |= quantized_modules(skeleton, trained.quantization)
+        changed |= quantized_bits(skeleton, trained.quantization).keys()
     names = map_names(skeleton, checkpoint.names(), changed)
-    rounded = stored_dtype(checkpoint, names) if dtype == "auto" else getattr(torch, dtype)
+    rounded = _rounded(trained, dtype, checkpoint, names)
     ties = resolve_ties(skeleton, checkpoint, names, adapter)
     _require_complete(trained, names, ties)
     vocabulary = resolve_vocabulary(skeleton, adapter, len(trained.tokenizer))
     return MergePlan(names, rounded, ties, vocabulary, _num_bytes(trained, rounded, ties))
+
+
+def _rounded(
+    trained: TrainedAdapter, dtype: DtypeName, checkpoint: Checkpoint, names: NameMap
+) -> torch.dtype:
+    asked = None if dtype == "auto" else getattr(torch, dtype)
+    if trained.aware is None:
+        return asked or stored_dtype(checkpoint, names)
+    seen = trained.aware.merged_dtype
+    if asked not in (None, seen):
+        raise ModelError(
+            f"the merged weights were rounded to {str(seen).removeprefix('torch.')} and quantized "
+            f"in training, so in {dtype} they would be quantized otherwise; leave dtype on auto."
+        )
+    return seen
 
 
 def _require_complete(trained: TrainedAdapter, names: NameMap, ties: Ties) -> None:

@@ -11,6 +11,8 @@ import torch
 from qlora_kit.errors import ModelError
 from qlora_kit.export.dense import AsTrained
 from qlora_kit.model.base import prequantized_settings
+from qlora_kit.model.manifest import MANIFEST_FILE, read_manifest
+from qlora_kit.model.qat.attach import Aware
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,6 +40,8 @@ class TrainedAdapter:
     """The kind of device that training quantized the base on."""
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    aware: Aware | None = None
+    """How the merged weights were quantized in training, where they were."""
 
     @property
     def as_trained(self) -> AsTrained:
@@ -50,7 +54,7 @@ class TrainedAdapter:
         """
         if prequantized_settings(self.skeleton) is not None:
             return ("dequantized",)
-        return ("dequantized", "original") if self.quantization.num_bits < 16 else ("original",)
+        return ("dequantized", "original") if self.quantization.is_quantized else ("original",)
 
     def require_base(self, base: BaseKind) -> None:
         """Raises ModelError where there is no such base."""
@@ -70,6 +74,8 @@ def trained_adapter(
     folder: Path, base: Base, quantization: QuantizationSpec, spec: ModelSpec
 ) -> TrainedAdapter:
     """The adapter saved in `folder`, for a base that is loaded."""
+    has_manifest = (folder / MANIFEST_FILE).is_file()
+    record = read_manifest(folder).quantization_aware if has_manifest else None
     return TrainedAdapter(
         folder=folder,
         source=base.source,
@@ -80,4 +86,5 @@ def trained_adapter(
         device=base.model.device.type,
         allow_pickle=spec.allow_pickle,
         trust_remote_code=spec.trust_remote_code,
+        aware=Aware.from_record(record),
     )

@@ -12,6 +12,7 @@ from torch import nn
 from qlora_kit.errors import AdapterError
 from qlora_kit.model.base import Base, num_embeddings
 from qlora_kit.model.loftq import fit_to_quantization_error
+from qlora_kit.model.qat.attach import Aware, make_aware
 from qlora_kit.model.quantized import count_quantized
 from qlora_kit.model.reason import reason_of
 from qlora_kit.model.targets import Targets, find_targets
@@ -34,8 +35,9 @@ class Adapted:
     """Kind of module → how many carry an adapter."""
 
 
-def attach_adapter(base: Base, spec: LoraSpec, seed: int) -> Adapted:
-    """Add a fresh adapter; the same seed gives the same one.
+def attach_adapter(base: Base, spec: LoraSpec, seed: int, aware: Aware | None = None) -> Adapted:
+    """Add a fresh adapter; the same seed gives the same one. With `aware` the merged weights are
+    quantized whenever the model computes.
 
     Raises:
         AdapterError: targets, patterns or modules_to_save that match nothing or cannot be trained.
@@ -56,6 +58,7 @@ def attach_adapter(base: Base, spec: LoraSpec, seed: int) -> Adapted:
     _train_in_float32(model)
     if spec.init == "loftq":
         fit_to_quantization_error(model, base)
+    make_aware(base.model, base.skeleton, aware, base.compute_dtype)
     return describe_adapted(model)
 
 

@@ -9,8 +9,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_kit.errors import ModelError
-from qlora_kit.model.prequantized import is_foreign, make_known, require_same_quantization
+from qlora_kit.model.bits import quantized_bits
+from qlora_kit.model.prequantized import (
+    is_foreign,
+    make_known,
+    require_same_quantization,
+    stored_bits,
+)
 from qlora_kit.model.prequantized import prequantized_settings as prequantized_settings
+from qlora_kit.model.qat.attach import refuse_unaware
 from qlora_kit.model.quantized import (
     Quantized,
     four_bit_modules,
@@ -49,7 +56,8 @@ if TYPE_CHECKING:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     from qlora_kit.environment import Hardware
-    from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec
+    from qlora_kit.model.mixed_bits import MixedBitsConfig
+    from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationAwareSpec, QuantizationSpec
 
 # Architectures whose forward pass scales linear weights in place.
 _REWRITES_ITS_WEIGHTS = ("rwkv",)
@@ -79,17 +87,18 @@ def load_base(
     hardware: Hardware,
     *,
     lora: LoraSpec | None = None,
+    aware: QuantizationAwareSpec | None = None,
     adapter: Path | None = None,
     is_shared: bool = False,
 ) -> Base:
     """Resolve, check, load and quantize a base model.
 
     Weights load in `compute_dtype`: forward and backward would otherwise dequantize to
-    different ones. Given `lora`, whatever would hinder that adapter is found before the weights
-    are read. Given `adapter`, the tokenizer is the one saved with it, whose added tokens have no
-    embeddings until the adapter is loaded. With `is_shared` the quantized base is kept in the cache
-    or read from there. A checkpoint that another library quantized is loaded as it is, unless it
-    is to be trained on.
+    different ones. Given `lora` and `aware`, whatever would hinder that adapter, or quantizing as
+    it is trained, is found before the weights are read. Given `adapter`, the tokenizer is the one
+    saved with it, whose added tokens have no embeddings until the adapter is loaded. With
+    `is_shared` the quantized base is kept in the cache or read from there. A checkpoint
+    that another library quantized is loaded as it is, unless it is to be trained on.
 
     Raises:
         ModelError: see the checks below; each names the tensor or module at fault.
@@ -106,14 +115,18 @@ def load_base(
         load_config(source.folder, spec.trust_remote_code), spec.trust_remote_code
     )
     stored = prequantized_settings(skeleton)
+    bits = quantized_bits(skeleton, quantization)
     if stored is not None:
         make_known(stored)
-        if lora is not None or adapter is not None or not is_foreign(stored):
-            require_same_quantization(source, stored, quantization)
+        as_it_stands = quantization.num_bits == 16 and lora is None and adapter is None
+        if not (as_it_stands and is_foreign(stored)):
+            require_same_quantization(source, skeleton, stored, quantization, bits)
     refuse_unquantizable(skeleton, quantization)
     if lora is not None:
         require_targets(skeleton, lora, quantization)
-        refuse_dora(lora.use_dora, quantization.num_bits, hardware.device)
+        refuse_dora(lora.use_dora, quantization, hardware.device)
+    if aware is not None:
+        refuse_unaware(skeleton, aware)
     tokenizer = _load_tokenizer(source, spec, adapter)
     if adapter is None:
         check_vocabulary(skeleton.model, tokenizer)
@@ -123,7 +136,7 @@ def load_base(
     scan = scan_weights(source.folder, spec.allow_pickle)
     scan.require_finite()
     pad = ensure_padding(tokenizer, num_embeddings(skeleton.model))
-    bnb = None if stored else bitsandbytes_config(quantization, skeleton, compute_dtype)
+    bnb = None if stored else loading_config(quantization, skeleton, compute_dtype)
 
     def load(quantized: Path | None) -> PreTrainedModel:
         return load_model(source, spec, bnb, skeleton, compute_dtype, hardware, quantized)
@@ -133,7 +146,9 @@ def load_base(
         model = load_shared(folder, load)
     else:
         model = load(None)
-    stored_skips = (stored or {}).get("llm_int8_skip_modules") or ()
+    if stored is not None and not is_foreign(stored):
+        on_disk = stored_bits(skeleton, stored)
+        bits = {name: width for name, width in bits.items() if name in on_disk}
     return Base(
         model=model,
         tokenizer=tokenizer,
@@ -143,24 +158,41 @@ def load_base(
         compute_dtype=compute_dtype,
         compute_reason=compute_reason,
         pad=pad,
-        quantized=require_quantized(model, skeleton, quantization, stored_skips),
+        quantized=require_quantized(model, quantization, bits),
         stop_ids=stop_ids(model, tokenizer),
     )
+
+
+def loading_config(
+    quantization: QuantizationSpec, skeleton: Skeleton, compute_dtype: torch.dtype
+) -> BitsAndBytesConfig | MixedBitsConfig | None:
+    """What a base is loaded with; None for a 16- or 32-bit one.
+
+    Overrides that no skip list can say, 8 bits beside 4 above all, take a quantizer of our own.
+    """
+    bits = quantized_bits(skeleton, quantization)
+    skips = _skips(quantization, skeleton, bits)
+    is_plain = len(set(bits.values())) < 2 and not any(name_matches(name, skips) for name in bits)
+    if quantization.overrides and not is_plain:
+        return _mixed_config(quantization, bits, compute_dtype)
+    return bitsandbytes_config(quantization, skeleton, compute_dtype)
 
 
 def bitsandbytes_config(
     quantization: QuantizationSpec, skeleton: Skeleton, compute_dtype: torch.dtype
 ) -> BitsAndBytesConfig | None:
-    """The one place that builds it; None for a 16- or 32-bit base.
+    """The one place that builds it; None where nothing is quantized. All of one width.
 
     A skip list of one's own turns the library's off, so the two are united here.
     """
     from transformers import BitsAndBytesConfig
 
-    if quantization.num_bits == 16:
+    bits = quantized_bits(skeleton, quantization)
+    if not bits and quantization.num_bits == 16:
         return None
-    skips = sorted({*quantization.skip_modules, *skeleton.default_skips})
-    if quantization.load_in_8bit:
+    width: int = min(bits.values(), default=quantization.num_bits)
+    skips = _skips(quantization, skeleton, bits)
+    if width == 8:
         return BitsAndBytesConfig(
             load_in_8bit=True,
             llm_int8_threshold=quantization.int8_threshold,
@@ -176,15 +208,40 @@ def bitsandbytes_config(
     )
 
 
+def _skips(quantization: QuantizationSpec, skeleton: Skeleton, bits: dict[str, int]) -> list[str]:
+    """Modules that are not quantized, in the words of the recipe where it has no overrides."""
+    if quantization.overrides:
+        plain = (name for name in skeleton.linear_modules if name not in bits)
+        return sorted({*plain, *skeleton.default_skips})
+    return sorted({*quantization.skip_modules, *skeleton.default_skips})
+
+
+def _mixed_config(
+    quantization: QuantizationSpec, bits: dict[str, int], compute_dtype: torch.dtype
+) -> MixedBitsConfig:
+    from qlora_kit.model.mixed_bits import MixedBitsConfig
+
+    return MixedBitsConfig(
+        bits,
+        quant_type=quantization.quant_type,
+        double_quant=quantization.double_quant,
+        quant_storage=quantization.quant_storage,
+        compute_dtype=str(compute_dtype).removeprefix("torch."),
+        int8_threshold=quantization.int8_threshold,
+    )
+
+
 def refuse_unquantizable(skeleton: Skeleton, quantization: QuantizationSpec) -> None:
     """What bitsandbytes would pass over without a word is an error instead.
 
     Raises:
         ModelError: fused experts, linear layers of a foreign class, or a skip that skips nothing.
     """
-    if quantization.num_bits == 16:
+    if not quantization.is_quantized:
         return
-    _refuse_experts(skeleton)
+    if quantization.num_bits < 16:
+        _refuse_experts(skeleton)
+    bits = quantized_bits(skeleton, quantization)
     kind = skeleton.model.config.model_type
     if kind in _REWRITES_ITS_WEIGHTS:
         raise ModelError(
@@ -192,7 +249,7 @@ def refuse_unquantizable(skeleton: Skeleton, quantization: QuantizationSpec) -> 
             "not survive; load it in 16 bits (quantization.load_in_4bit: false)."
         )
     skips = quantization.skip_modules
-    missed = [name for name in skeleton.foreign_linear_modules if not name_matches(name, skips)]
+    missed = [name for name in skeleton.foreign_linear_modules if name in bits]
     if missed:
         layer = type(skeleton.model.get_submodule(missed[0])).__name__
         raise ModelError(
@@ -201,7 +258,7 @@ def refuse_unquantizable(skeleton: Skeleton, quantization: QuantizationSpec) -> 
             "16 bits (quantization.load_in_4bit: false), or name them in "
             "quantization.skip_modules."
         )
-    read = [name for name in skeleton.read_directly if not name_matches(name, skips)]
+    read = [name for name in skeleton.read_directly if name in bits]
     if read:
         layers = ", ".join(sorted({name.rpartition(".")[2] for name in read}))
         raise ModelError(

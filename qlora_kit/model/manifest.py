@@ -31,7 +31,10 @@ _DECISIVE = (
     "double_quant",
     "skip_modules",
     "int8_threshold",
+    "overrides",
 )
+# What a manifest that was written before there was such a key stands for.
+_BEFORE: dict[str, Any] = {"overrides": {}}
 # Packages whose arithmetic an adapter has learned with.
 _NUMERIC_PACKAGES = ("torch", "transformers", "bitsandbytes", "peft")
 
@@ -54,11 +57,17 @@ class Manifest:
     """File → SHA-256."""
     base_gguf_file: str | None = None
     """Where `base_name` holds several GGUF files, the one that was taken."""
+    quantization_aware: dict[str, Any] | None = None
+    """How the merged weights were quantized in training, where they were."""
     format: int = _FORMAT
 
 
 def manifest_for(
-    base: Base, quantization: QuantizationSpec, recipe_sha256: str, folder: Path
+    base: Base,
+    quantization: QuantizationSpec,
+    recipe_sha256: str,
+    folder: Path,
+    quantization_aware: dict[str, Any] | None = None,
 ) -> Manifest:
     """Describe a saved adapter folder; its files must be in place."""
     return Manifest(
@@ -77,6 +86,7 @@ def manifest_for(
             if path.is_file() and path.name != MANIFEST_FILE
         },
         base_gguf_file=base.source.gguf_file,
+        quantization_aware=quantization_aware,
     )
 
 
@@ -141,6 +151,8 @@ def _manifest(path: Path, values: object) -> Manifest:
         for name in ("quantization", "versions", "files")
         if not isinstance(values.get(name), dict)
     ]
+    if not isinstance(values.get("quantization_aware"), dict | None):
+        wrong += ["quantization_aware"]
     if wrong:
         raise AdapterError(f"{path} is damaged: {', '.join(wrong)} is missing or no such thing.")
     for name, digest in values["files"].items():
@@ -193,7 +205,7 @@ def differences(manifest: Manifest, base: Base, quantization: QuantizationSpec) 
         )
     now = quantization_record(quantization, base.compute_dtype)
     for key in _DECISIVE:
-        was = manifest.quantization.get(key)
+        was = manifest.quantization.get(key, _BEFORE.get(key))
         if was != now[key]:
             found.append(f"quantization.{key}: trained with {was}, now {now[key]}")
     if manifest.tokenizer_sha256 != tokenizer_hash(base.tokenizer):

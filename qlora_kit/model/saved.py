@@ -26,6 +26,7 @@ from qlora_kit.model.manifest import (
     require_own_base,
     write_manifest,
 )
+from qlora_kit.model.qat.attach import Aware, aware_record, make_aware
 from qlora_kit.model.reason import reason_of
 from qlora_kit.model.targets import refuse_dora
 
@@ -77,7 +78,8 @@ def write_adapter(
         base.model.generation_config.save_pretrained(folder)
     readme = folder / "README.md"
     readme.unlink(missing_ok=True)  # PEFT's is a form to fill in
-    write_manifest(manifest_for(base, quantization, recipe_sha256, folder), folder)
+    manifest = manifest_for(base, quantization, recipe_sha256, folder, aware_record(model))
+    write_manifest(manifest, folder)
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def adapter_files(
         folder = Path(scratch)
         write_adapter(model, base, quantization, recipe_sha256, folder, weights=held)
         (folder / WEIGHTS_FILE).unlink()
-        manifest = manifest_for(base, quantization, recipe_sha256, folder)
+        manifest = manifest_for(base, quantization, recipe_sha256, folder, aware_record(model))
         unchanging = {name: (folder / name).read_bytes() for name in manifest.files}
     return AdapterFiles(
         unchanging=unchanging,
@@ -145,7 +147,8 @@ def _in_order(config: PeftConfig) -> None:
 def load_adapter(
     base: Base, quantization: QuantizationSpec, folder: Path, force: bool = False
 ) -> tuple[PeftModel, list[str]]:
-    """Put a saved adapter on a base that it belongs to.
+    """Put a saved adapter on a base that it belongs to, quantized as in training where that was
+    aware of it.
 
     Returns it with what a user should know: precision or versions other than in training, and
     under `force` what makes this another base.
@@ -162,8 +165,11 @@ def load_adapter(
             raise AdapterError(f"{folder} holds no adapter (no {name}).")
     differing = require_own_base(folder, base, quantization, force)
     findings = [f"forced onto another base: {one}" for one in differing]
+    aware = None
     if (folder / MANIFEST_FILE).is_file():
-        findings += changed_circumstances(read_manifest(folder), base)
+        manifest = read_manifest(folder)
+        findings += changed_circumstances(manifest, base)
+        aware = Aware.from_record(manifest.quantization_aware)
     if len(base.tokenizer) > num_embeddings(base.model):
         base.model.resize_token_embeddings(len(base.tokenizer), mean_resizing=False)
     try:
@@ -173,9 +179,8 @@ def load_adapter(
         raise AdapterError(
             f"{folder} cannot be loaded onto {base.source.name}: {reason_of(error)}"
         ) from error
-    refuse_dora(
-        model.peft_config["default"].use_dora, quantization.num_bits, base.model.device.type
-    )
+    refuse_dora(model.peft_config["default"].use_dora, quantization, base.model.device.type)
+    make_aware(base.model, base.skeleton, aware, base.compute_dtype)
     model.eval()
     return model, findings
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from qlora_kit.errors import ModelError
 from qlora_kit.extras import require_extra
-from qlora_kit.quantize.method import Method
+
+if TYPE_CHECKING:
+    from qlora_kit.quantize.method import Method
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
@@ -76,7 +77,7 @@ def _fault(options: type[MethodOptions], details: ErrorDetails) -> Fault:
     if details["type"] in ("greater_than", "greater_than_equal", "less_than", "less_than_equal"):
         said = details["msg"].removeprefix("Input should be ")
         return Fault(key, f"must be {said}, got {got}", f"the default is {_default(field)}")
-    expected = words(field.annotation)
+    expected = "a path" if Path in members(field.annotation) else words(field.annotation)
     return Fault(key, f"must be {expected}, got {got}", f"the default is {_default(field)}")
 
 

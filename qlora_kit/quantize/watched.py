@@ -44,8 +44,10 @@ class WatchedConfig(BitsAndBytesConfig):
 class FourBitQuantizer(Bnb4BitHfQuantizer):
     """4 bits, in blocks of another size than 64."""
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
-        super()._process_model_before_weight_loading(model, **kwargs)
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, device_map: Any = None, **kwargs: Any
+    ) -> None:
+        super()._process_model_before_weight_loading(model, device_map, **kwargs)
         assert isinstance(self.quantization_config, WatchedConfig)
         for module in four_bit_modules(model):
             module.weight.blocksize = self.quantization_config.block_size

@@ -13,6 +13,7 @@ from qlora_kit.recipe.load import (
 from qlora_kit.recipe.lora import LoraSpec
 from qlora_kit.recipe.model import ModelSpec
 from qlora_kit.recipe.quantization import QuantizationSpec
+from qlora_kit.recipe.quantization_aware import QuantizationAwareSpec
 from qlora_kit.recipe.recipe import Recipe
 from qlora_kit.recipe.train import TrainSpec
 
@@ -24,6 +25,7 @@ __all__ = [
     "LoraSpec",
     "MergeSpec",
     "ModelSpec",
+    "QuantizationAwareSpec",
     "QuantizationSpec",
     "Recipe",
     "SourceSpec",

@@ -19,7 +19,7 @@ from qlora_kit.recipe.faults import field_faults, show_kind
 from qlora_kit.recipe.model import ModelSpec
 from qlora_kit.recipe.overrides import apply_overrides
 from qlora_kit.recipe.recipe import Recipe
-from qlora_kit.recipe.shape import section_at
+from qlora_kit.recipe.shape import optional_section_at, section_at
 from qlora_kit.recipe.yaml import dump_yaml, parse_yaml
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
@@ -137,7 +137,7 @@ def _contradictions(values: dict[str, Any]) -> Iterator[Fault]:
 def _valid_sections(values: dict[str, Any]) -> dict[str, Spec]:
     sections = {}
     for name, value in values.items():
-        section = section_at(Recipe, name)
+        section = section_at(Recipe, name) or optional_section_at(Recipe, name)
         if section is not None:
             try:
                 sections[name] = _validate(section, value)

@@ -15,6 +15,7 @@ from qlora_kit.recipe.export import ExportSpec
 from qlora_kit.recipe.lora import LoraSpec
 from qlora_kit.recipe.model import ModelSpec
 from qlora_kit.recipe.quantization import QuantizationSpec
+from qlora_kit.recipe.quantization_aware import QuantizationAwareSpec
 from qlora_kit.recipe.train import TrainSpec
 from qlora_kit.recipe.vllm import vllm_faults
 
@@ -27,6 +28,9 @@ class Recipe(Spec):
 
     quantization: QuantizationSpec = QuantizationSpec()
     """Precision of the frozen base."""
+
+    quantization_aware: QuantizationAwareSpec | None = None
+    """Train on the quantized weights that will be shipped; unset: quantization comes after."""
 
     lora: LoraSpec = LoraSpec()
     """The adapter that is trained."""
@@ -55,7 +59,7 @@ class Recipe(Spec):
         if "adapter:vllm" in self.export.to:
             for fault in vllm_faults(self.lora):
                 yield replace(fault, path=f"lora.{fault.path}")
-        if self.export.merge_options.base == "dequantized" and self.quantization.num_bits == 16:
+        if self.export.merge_options.base == "dequantized" and not self.quantization.is_quantized:
             yield Fault(
                 "export.merge_options.base",
                 "dequantized names a quantized base, and this one is not quantized",
@@ -65,6 +69,8 @@ class Recipe(Spec):
         if stride and self.evaluate.window_tokens is None and stride > longest:
             yield stride_fault("evaluate.", stride, f"the window, data.max_length ({longest})")
         yield from self._precision_contradictions()
+        if self.quantization_aware is not None:
+            yield from self._aware_faults(self.quantization_aware)
 
     def _streaming_faults(self) -> Iterator[Fault]:
         if self.train.max_steps is None:
@@ -93,6 +99,37 @@ class Recipe(Spec):
             message = "an export is measured on held-out rows, and data.eval names no source"
             yield Fault("export.to", message, hint)
 
+    def _aware_faults(self, aware: QuantizationAwareSpec) -> Iterator[Fault]:
+        if self.quantization.num_bits < 16:
+            bits = self.quantization.num_bits
+            yield Fault(
+                "quantization_aware",
+                f"the base is kept in {bits} bits, where every weight stands on a code already and "
+                "a small update moves none to another",
+                f"set quantization.load_in_{bits}bit: false",
+            )
+        num_updates = self.train.max_steps
+        if num_updates is not None and aware.first_update(num_updates) >= num_updates:
+            yield Fault(
+                "quantization_aware.start_after",
+                f"{aware.start_after:g} is not below train.max_steps ({num_updates}), so nothing "
+                "would be trained on quantized weights",
+                "lower it",
+            )
+        if self.lora.dropout:
+            yield Fault(
+                "lora.dropout",
+                "with quantization_aware the update is inside the weight that is quantized, where "
+                "no input of its own can be dropped",
+                "set it to 0",
+            )
+        if self.lora.use_dora:
+            yield Fault(
+                "lora.use_dora",
+                "with quantization_aware the gradient is computed for a plain low-rank update",
+                "remove one of the two",
+            )
+
     def _precision_contradictions(self) -> Iterator[Fault]:
         wanted = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
         precision, compute = self.train.precision, self.quantization.compute_dtype
@@ -102,7 +139,7 @@ class Recipe(Spec):
                 f"{precision} contradicts quantization.compute_dtype: {compute}",
                 "leave one of them on auto",
             )
-        if self.quantization.num_bits == 16 and self.lora.init == "loftq":
+        if not self.quantization.is_quantized and self.lora.init == "loftq":
             yield Fault(
                 "lora.init",
                 "loftq corrects a quantization error, and this base is not quantized",

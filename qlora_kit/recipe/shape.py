@@ -48,6 +48,13 @@ def section_at(spec: type[Spec], name: str) -> type[Spec] | None:
     return annotation if is_spec(annotation) else None
 
 
+def optional_section_at(spec: type[Spec], name: str) -> type[Spec] | None:
+    """The spec of a section that may lack; None for any other field."""
+    field = spec.model_fields.get(name)
+    found = () if field is None else members(field.annotation)
+    return found[0] if len(found) == 1 and is_spec(found[0]) else None
+
+
 def child(annotation: Any, key: str | int) -> Any:
     """The annotation of what stands at `key` inside a value of this one; None where unknown."""
     for member in members(annotation):

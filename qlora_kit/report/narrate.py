@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.checkpoint.drift import Drift, lines_of
 from qlora_kit.data.pieces import runs, token_pieces
+from qlora_kit.model.bits import module_bits
 from qlora_kit.model.tokenizer import writes_the_date
 from qlora_kit.report import data_text
 from qlora_kit.report.reporter import Reporter
@@ -22,7 +24,7 @@ if TYPE_CHECKING:
     from qlora_kit.environment import Hardware
     from qlora_kit.model.adapter import Adapted
     from qlora_kit.model.base import Base
-    from qlora_kit.recipe import QuantizationSpec, Recipe, TrainSpec
+    from qlora_kit.recipe import QuantizationAwareSpec, QuantizationSpec, Recipe, TrainSpec
     from qlora_kit.train.batching import Batching
     from qlora_kit.train.loader import BatchShape
 
@@ -72,11 +74,16 @@ def drift(reporter: Reporter, found: Drift) -> None:
 def base(reporter: Reporter, loaded: Base, quantization: QuantizationSpec) -> None:
     counted = loaded.quantized
     double = " with double quantization" if quantization.double_quant else ""
-    how = {
+    names = {
         4: quantization.quant_type.upper() + double,
         8: "LLM.int8()",
         16: f"{str(loaded.compute_dtype).removeprefix('torch.')}, not quantized",
-    }[quantization.num_bits]
+    }
+    how = names[quantization.num_bits]
+    if quantization.overrides:
+        bits = module_bits(loaded.skeleton, quantization)
+        counts = Counter(bits[name] for name in loaded.skeleton.linear_modules)
+        how = ", ".join(f"{count} layers in {names[n]}" for n, count in sorted(counts.items()))
     share = f", {counted.share:.1%} of the parameters quantized" if counted.num_quantized else ""
     if 0 < counted.share < _SMALL_SHARE:
         reporter.warn(
@@ -143,6 +150,14 @@ def adapter(reporter: Reporter, adapted: Adapted, recipe: Recipe) -> None:
         f"adapter   r={recipe.lora.r}, {adapted.num_trainable:,} of {adapted.num_parameters:,} "
         f"parameters trained ({share:.2%}), on {kinds}"
     )
+    aware = recipe.quantization_aware
+    if aware is not None:
+        share = aware.start_after
+        start = f"{share:.0%} of the" if share < 1 else f"{share:g}"
+        reporter.say(
+            f"aware     merged weights are quantized to {aware.method} in every forward pass"
+            f"{f' after {start} updates' if share else ''}; what is measured is measured so"
+        )
 
 
 def schedule(reporter: Reporter, spec: TrainSpec, batches: Batching, shape: BatchShape) -> None:
@@ -174,7 +189,7 @@ def summary(reporter: Reporter, run: RunDirectory, recipe: Recipe) -> None:
         f"{training['last_loss']:.3f}; peak memory {memory['peak_bytes'] / _MIB:,.0f} MiB "
         f"({memory['peak_phase']})"
     )
-    evaluation(reporter, values["evaluation"], recipe.quantization)
+    evaluation(reporter, values["evaluation"], recipe.quantization, recipe.quantization_aware)
     if values["certificate"] is not None:
         certificate(reporter, values["certificate"])
     reporter.say("")
@@ -187,18 +202,21 @@ def summary(reporter: Reporter, run: RunDirectory, recipe: Recipe) -> None:
     else:
         reporter.say(
             f'  python -c "from transformers import AutoModelForCausalLM as M; '
-            f"M.from_pretrained('{run.merged}')\""
+            f"M.from_pretrained('{run.shipped}')\""
         )
 
 
 def evaluation(
-    reporter: Reporter, values: dict[str, Any] | None, quantization: QuantizationSpec
+    reporter: Reporter,
+    values: dict[str, Any] | None,
+    quantization: QuantizationSpec,
+    aware: QuantizationAwareSpec | None = None,
 ) -> None:
     """Base and tuned model side by side, or one model alone."""
     if not values:
         return
     rows = []
-    kind = _kind_of(quantization)
+    kind = _kind_of(quantization) if aware is None else f"quantized to {aware.method}"
     shown = [
         name for name in METRICS if any(name in one["metrics"] for one in values.values() if one)
     ]
@@ -206,6 +224,8 @@ def evaluation(
         if measured is None:
             continue
         name = f"base ({kind})" if measured["name"] == "base" else measured["name"]
+        if measured["name"] == "tuned" and aware is not None:
+            name = f"tuned ({kind})"
         perplexity, exact = measured["perplexity"], measured["exact_match"]
         rows.append(
             (
@@ -223,6 +243,8 @@ def evaluation(
 
 def _kind_of(quantization: QuantizationSpec) -> str:
     names = {4: quantization.quant_type.upper(), 8: "LLM.int8()", 16: "not quantized"}
+    if len(quantization.all_bits) > 1:
+        return "mixed: " + " + ".join(names[bits] for bits in sorted(quantization.all_bits))
     return names[quantization.num_bits]
 
 

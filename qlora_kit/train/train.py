@@ -14,6 +14,7 @@ import transformers
 from qlora_kit.checkpoint.disk import DISK, Disk
 from qlora_kit.environment import Hardware
 from qlora_kit.model.base import Base
+from qlora_kit.model.qat.attach import fake_quantization_of
 from qlora_kit.model.saved import AdapterFiles
 from qlora_kit.out_of_memory import MemoryLimit, limited_memory
 from qlora_kit.processes import ALONE, Processes
@@ -27,6 +28,7 @@ from qlora_kit.train.fitting import put_back_what_fits
 from qlora_kit.train.held_out import HeldOutLoss
 from qlora_kit.train.loader import BatchShape, MicroBatches
 from qlora_kit.train.memory import MemoryWatch
+from qlora_kit.train.quantization import QuantizationStart
 from qlora_kit.train.requests import Requests
 from qlora_kit.train.saving import Saver
 from qlora_kit.train.snapshot import Progress
@@ -107,7 +109,8 @@ def train_adapter(
     """Train in place.
 
     Raises:
-        TrainingError: a loss or gradient was not finite; the last good adapter is kept.
+        TrainingError: a loss or gradient was not finite; the last good adapter is kept. Or
+            quantization would set in after the last update.
         RunError: the checkpoint does not fit this model, these data or these processes.
         CheckpointError: a checkpoint could not be written.
         HardwareError: not even one sequence at a time fits the memory.
@@ -237,6 +240,9 @@ def _trainer(
     # In this order: the worst batch is tried, then what was saved is put back.
     trainer.add_callback(WorstBatch(trainer, batches, spec, around))
     trainer.add_callback(GoOn(trainer, continuation, processes, run.log, around.adapter_files))
+    quantization = fake_quantization_of(model)
+    if quantization is not None:
+        trainer.add_callback(QuantizationStart(quantization, num_updates))
     trainer.add_callback(step)
     trainer.add_callback(cadence)
     return trainer, step, cadence

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from qlora_kit import extras
 from qlora_kit.errors import Fault
 from qlora_kit.preflight import DEMO_MODELS, looks_local, preflight
 from qlora_kit.recipe import recipe_from_dict
@@ -226,3 +227,23 @@ def test_it_agrees_with_what_loads_the_model() -> None:
 def test_it_imports_no_torch() -> None:
     code = "import sys, qlora_kit.preflight; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("method", "num_faults"), [("nf4", 0), ("int8", 1), ("int4-group", 1)])
+def test_what_stores_the_integers(
+    method: str, num_faults: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {
+        "model": {"name_or_path": DEMO_MODELS[0]},
+        "quantization": {"load_in_4bit": False},
+        "quantization_aware": {"method": method},
+        "data": {"train": [{"path": "demo/commands"}]},
+    }
+    recipe = recipe_from_dict(values, "x")
+    assert preflight(recipe) == []
+    monkeypatch.setitem(extras.EXTRAS, "qat", ("no_such_module_here",))
+    faults = preflight(recipe)
+    assert len(faults) == num_faults
+    for fault in faults:
+        assert fault.path == "quantization_aware.method"
+        assert "pip install 'qlora-kit[qat]'" in str(fault)

@@ -286,7 +286,7 @@ class TestDora:
     ) -> None:
         from qlora_kit.model import base as base_module
 
-        monkeypatch.setattr(base_module, "_load_model", lambda *_: pytest.fail("it was loaded"))
+        monkeypatch.setattr(base_module, "load_model", lambda *_: pytest.fail("it was loaded"))
         with pytest.raises(AdapterError, match="DoRA on an 8-bit base on a CPU"):
             loaded(tiny_llama, EIGHT, use_dora=True)
 

@@ -146,7 +146,7 @@ def test_mixtures_train_in_sixteen_bits_without_their_routers(name: str, tmp_pat
 
 def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on, a test fails where weights are read."""
-    for name in ("scan_weights", "_load_model"):
+    for name in ("scan_weights", "load_model"):
         monkeypatch.setattr(base_module, name, lambda *_: pytest.fail("the weights were read"))
 
 

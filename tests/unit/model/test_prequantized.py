@@ -91,7 +91,7 @@ def settings_of(folder: Path) -> dict[str, Any]:
 
 
 def nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("scan_weights", "_load_model"):
+    for name in ("scan_weights", "load_model"):
         monkeypatch.setattr(base_module, name, lambda *_: pytest.fail("the weights were read"))
 
 

@@ -9,6 +9,7 @@ import torch
 from bitsandbytes.functional import int8_vectorwise_quant
 
 from qlora_kit.quantize.int8.numbers import (
+    _whole_number_product,
     dequantize_weight,
     integer_product,
     quantize_weight,
@@ -104,11 +105,14 @@ def test_product_of_integers_is_exact(groups: int, num_in: int) -> None:
     made = integer_product(inputs, input_scales, weight, scales)
     # Sums of groups are rounded to float32 each, relative to the largest.
     assert torch.allclose(made.double(), wanted, rtol=1e-6, atol=1e-7 * float(wanted.max()))
-    ones = torch.ones(7, 1)
-    whole = integer_product(inputs, torch.ones(()), weight, ones).double()
-    if num_in == 3072 and groups == 1:
-        # 3072 · 127² has 26 bits, so a sum in float32 would have lost the last two.
-        assert int(whole[0, 0]) == 3072 * 127 * 127
+
+
+def test_sums_are_over_whole_numbers() -> None:
+    """An odd sum of 26 bits, of which float32 would lose the last ones."""
+    inputs = torch.full((1, 3072), 127, dtype=torch.int8)
+    weight = inputs.clone()
+    weight[0, -1] = 126
+    assert int(_whole_number_product(inputs, weight)) == 3072 * 127 * 127 - 127
 
 
 def test_zeros_stay_zeros() -> None:

@@ -1,8 +1,8 @@
-"""Tiny random models as sources of a method, and what they become."""
+"""Tiny random models on disk, opened as `quantize` opens them, and text in their vocabulary."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
 from pathlib import Path
 from typing import Any
 
@@ -19,90 +19,100 @@ from qlora_kit.quantize.source import open_source
 from qlora_kit.recipe import ModelSpec
 from qlora_kit.report.reporter import SILENT
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 384,
+NEW: dict[str, Any] = {
     "hidden_size": 64,
     "intermediate_size": 128,
-    "num_hidden_layers": 1,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 16,
     "max_position_embeddings": 128,
-    "initializer_range": 0.1,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-    "pad_token_id": 0,
 }
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {**NEW, "tie_word_embeddings": False}),
+    "qwen2: biases, tied": ("qwen2", {**NEW, "tie_word_embeddings": True}),
+    "gemma3": ("gemma3_text", {**NEW, "head_dim": 16, "sliding_window": 8}),
+    "gpt2: Conv1D": ("gpt2", {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}),
+}
+MIXTURE = (
+    "qwen3_moe",
+    {
+        **NEW,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+    },
+)
+WORDS = ["turn", "the", "kitchen", "lamp", "percent", "please", "quick", "brown", "fox", "hello"]
 
 
 def build(
-    folder: Path, model_type: str, dtype: torch.dtype = torch.float32, **values: object
+    folder: Path, model_type: str, values: dict[str, Any], dtype: torch.dtype = torch.float32
 ) -> Path:
-    """A model of one layer, whose biases and norms are not the trivial ones of a fresh one."""
+    """A random model whose biases and norms are not the trivial ones of a fresh one."""
     folder.mkdir(parents=True, exist_ok=True)
     build_tokenizer(folder)
     torch.manual_seed(0)
-    config = AutoConfig.for_model(model_type, **{**SMALL, **values})
+    config = AutoConfig.for_model(
+        model_type, vocab_size=384, bos_token_id=1, eos_token_id=2, pad_token_id=0, **values
+    )
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
+            parameter.add_(torch.randn_like(parameter) * 0.02)
     model.to(dtype).save_pretrained(folder)
     return folder
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What a method made of a source."""
-
-    source: Source
-    folder: Path
-    made: Made
-
-    def reference(self) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_pretrained(self.source.folder, dtype=torch.float32).eval()
 
 
 def source_of(folder: Path) -> Source:
     return open_source(ModelSpec(name_or_path=str(folder)), probe_hardware())
 
 
-def calibration() -> Calibration:
-    generator = torch.Generator().manual_seed(3)
-    rows = [torch.randint(3, 300, (n,), generator=generator).tolist() for n in (24, 9, 17, 30)]
-    return Calibration(
-        tuple(TokenSequence(tuple(r), tuple(r), f"text:{i}") for i, r in enumerate(rows)),
-        sum(map(len, rows)),
-        "random tokens",
+def made_by(
+    name: str, source: Source, draft: Path, *options: str, calibration: Calibration | None = None
+) -> Made:
+    """What a method makes of a source, after its own check."""
+    method = resolve_method(name)
+    parsed = parse_options(method, options)
+    method.check(source, parsed)
+    draft.mkdir()
+    return method.make(source, parsed, calibration, draft, SILENT)
+
+
+def reloaded(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """By transformers alone."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    return model.eval()
+
+
+def some_ids(rows: int = 2, length: int = 12) -> torch.Tensor:
+    return torch.randint(3, 300, (rows, length), generator=torch.Generator().manual_seed(2))
+
+
+def logits(model: PreTrainedModel, ids: torch.Tensor | None = None) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=some_ids() if ids is None else ids, use_cache=False).logits
+
+
+def sequences(count: int, length: int = 12, seed: int = 0) -> tuple[TokenSequence, ...]:
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randint(3, 300, (count, length), generator=generator).tolist()
+    return tuple(
+        TokenSequence(tuple(row), tuple(row), f"rows:{number}") for number, row in enumerate(rows)
     )
 
 
-def make(folder: Path, draft: Path, name: str, *options: str) -> Kept:
-    """By the steps of the straight line, without its measuring."""
-    source = source_of(folder)
-    method = resolve_method(name)
-    chosen = parse_options(method, options)
-    method.check(source, chosen)
-    needs = method.calibration(chosen) == "required"
-    draft.mkdir()
-    made = method.make(source, chosen, calibration() if needs else None, draft, SILENT)
-    size = sum(path.stat().st_size for path in draft.iterdir())
-    assert size <= method.predict_bytes(source, chosen) + 2**20
-    return Kept(source, draft, made)
+def calibration(count: int = 4, seed: int = 0) -> Calibration:
+    rows = sequences(count, seed=seed)
+    return Calibration(rows, sum(row.num_tokens for row in rows), "random rows")
 
 
-def check(folder: Path, name: str, *options: str) -> None:
-    """What is refused before any work."""
-    method = resolve_method(name)
-    method.check(source_of(folder), parse_options(method, options))
-
-
-def windows(lengths: tuple[int, ...] = (12, 5, 9)) -> list[TokenSequence]:
-    generator = torch.Generator().manual_seed(4)
-    rows = [torch.randint(3, 300, (n,), generator=generator).tolist() for n in lengths]
-    return [TokenSequence(tuple(r), tuple(r), f"row {i}") for i, r in enumerate(rows)]
-
-
-def logits_of(model: PreTrainedModel, row: TokenSequence) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=torch.tensor([row.input_ids]), use_cache=False).logits[0, :-1]
+def text_file(path: Path, rows: int, seed: int = 0) -> Path:
+    """A .jsonl file of plain texts that all differ."""
+    generator = torch.Generator().manual_seed(seed)
+    with path.open("w", encoding="utf-8") as file:
+        for number in range(rows):
+            picks = torch.randint(len(WORDS), (10 + number % 7,), generator=generator).tolist()
+            text = f"{number} " + " ".join(WORDS[pick] for pick in picks)
+            file.write(json.dumps({"text": text}) + "\n")
+    return path

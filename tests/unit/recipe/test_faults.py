@@ -11,6 +11,7 @@ from qlora_kit.recipe import load_recipe, shape
 from qlora_kit.recipe.faults import OTHER_NAMES
 
 MODEL = "model: {name_or_path: some/model}\n"
+AWARE = "quantization: {{load_in_4bit: false}}\nquantization_aware: {{method: {}}}\n"
 DATA = "data: {train: [{path: a.jsonl}], eval: [{path: b.jsonl}]}\n"
 
 
@@ -168,6 +169,21 @@ IN_SECTIONS = [
         ["not quantized", "use original or auto"],
     ),
     ("export: {merge_options: {max_kl: 0}}", "export.merge_options.max_kl", ["greater than 0"]),
+    ("quantization_aware: {}", "quantization_aware.method", ["is required"]),
+    (AWARE.format("int4"), "quantization_aware.method", ["one of", "int4-group", "got 'int4'"]),
+    ("quantization_aware: {method: nf4}", "quantization_aware", ["4 bits", "load_in_4bit: false"]),
+    (AWARE.format("int8, block_size: 32"), "quantization_aware.block_size", ["no effect", "int8"]),
+    (AWARE.format("nf4, group_size: 32"), "quantization_aware.group_size", ["no effect", "nf4"]),
+    (AWARE.format("nf4, start_after: 2.5"), "quantization_aware.start_after", ["whole", "2.5"]),
+    (AWARE.format("nf4, start_after: -1"), "quantization_aware.start_after", ["at least 0"]),
+    (
+        AWARE.format("nf4, start_after: 50") + "train: {max_steps: 50}",
+        "quantization_aware.start_after",
+        ["not below train.max_steps", "lower it"],
+    ),
+    (AWARE.format("nf4, skip_modules: ['']"), "quantization_aware.skip_modules", ["empty text"]),
+    (AWARE.format("nf4") + "lora: {dropout: 0.1}", "lora.dropout", ["set it to 0"]),
+    (AWARE.format("nf4") + "lora: {use_dora: true}", "lora.use_dora", ["remove one of the two"]),
 ]
 
 IN_DATA = [
@@ -314,6 +330,9 @@ def test_what_other_tools_call_it_exists_here() -> None:
         "train: {save_strategy: epoch, save_total_limit: 5}",
         "quantization: {load_in_8bit: true, int8_threshold: 5, skip_modules: [a]}",
         "quantization: {quant_type: fp4, double_quant: false, quant_storage: bfloat16}",
+        AWARE.format("nf4, block_size: 32, double_quant: false, start_after: 0.1"),
+        AWARE.format("int4-group, group_size: 32, start_after: 20, skip_modules: [q_proj]"),
+        AWARE.format("int8"),
     ],
 )
 def test_an_option_that_is_read_is_no_fault(text: str, tmp_path: Path) -> None:

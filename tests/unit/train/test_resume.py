@@ -23,9 +23,17 @@ from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import HardwareError, RunError
 from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.base import load_base, prepare_for_training
+from qlora_kit.model.manifest import read_manifest
+from qlora_kit.model.qat.attach import Aware
 from qlora_kit.model.saved import adapter_files, save_adapter
 from qlora_kit.processes import Processes
-from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec, TrainSpec
+from qlora_kit.recipe import (
+    LoraSpec,
+    ModelSpec,
+    QuantizationAwareSpec,
+    QuantizationSpec,
+    TrainSpec,
+)
 from qlora_kit.report.reporter import Reporter
 from qlora_kit.train.batching import Batching
 from qlora_kit.train.continuation import Continuation, shape_for
@@ -106,6 +114,7 @@ def run(tiny_llama: Path, tmp_path: Path) -> Run:
         packed: bool = False,
         lora: dict[str, Any] | None = None,
         bits: int = 4,
+        aware: dict[str, Any] | None = None,
         seed_of_adapter: int = 1,
         processes: Processes | None = None,
         **spec: Any,
@@ -120,7 +129,8 @@ def run(tiny_llama: Path, tmp_path: Path) -> Run:
         )
         prepare_for_training(base.model)
         options = {"r": 4, "alpha": 8, "dropout": 0.1, **(lora or {})}
-        adapted = attach_adapter(base, LoraSpec(**options), seed_of_adapter)
+        seen = Aware(QuantizationAwareSpec(**aware), torch.float32) if aware else None
+        adapted = attach_adapter(base, LoraSpec(**options), seed_of_adapter, seen)
         folder = tmp_path / name
         folder.mkdir(exist_ok=True)
         described = (adapted.model, base, quantization, "0" * 64)
@@ -206,6 +216,12 @@ CASES: dict[str, dict[str, Any]] = {
     "loftq": {"lora": {"init": "loftq"}},
     "8 bits": {"bits": 8},
     "16 bits": {"bits": 16},
+    "aware of nf4": {"bits": 16, "aware": {"method": "nf4"}, "lora": {"dropout": 0.0}},
+    "aware of int4 after a while": {
+        "bits": 16,
+        "aware": {"method": "int4-group", "group_size": 32, "start_after": 7},
+        "lora": {"dropout": 0.0, "target_modules": ("q_proj", "down_proj")},
+    },
 }
 
 
@@ -220,6 +236,8 @@ def test_stopped_and_gone_on_with_is_the_run_that_was_not_stopped(run: Run, case
     resumed = run("parts", again=True, seed_of_adapter=1 if case == "loftq" else 2, **values)
     assert resumed.weights == whole.weights
     assert resumed.log == whole.log
+    seen = read_manifest(find_checkpoints(stopped.folder)[0]).quantization_aware
+    assert (seen is not None) == ("aware" in values)
     for name in ("num_steps", "first_loss", "last_loss", "num_tokens", "num_padding_tokens"):
         assert getattr(resumed.result, name) == getattr(whole.result, name), name
 
