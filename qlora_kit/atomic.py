@@ -32,7 +32,14 @@ def draft_beside(folder: Path) -> Iterator[Path]:
     try:
         yield draft
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        _remove(draft)
+
+
+def _remove(draft: Path) -> None:
+    """Once more where a disk has refused a part of it; what then is left, a later use removes."""
+    for _ in range(2):
+        if draft.exists():
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def _make(folder: Path, meant: Path) -> None:

@@ -44,6 +44,7 @@ from qlora_kit.environment import (
 from qlora_kit.errors import HardwareError, ProcessLost, RunStopped
 from qlora_kit.evaluate.divergence import DEFAULT_MAX_TOKENS
 from qlora_kit.evaluate.evaluate import evaluate_model, evaluate_side_by_side, window_size
+from qlora_kit.export.export_run import export_after_training
 from qlora_kit.export.merge_run import merge_after_training
 from qlora_kit.launcher import require_launch
 from qlora_kit.model.adapter import Adapted, attach_adapter
@@ -83,11 +84,13 @@ class RunResult:
     trained: TrainResult
     evaluation: dict[str, Any]
     certificate: dict[str, Any] | None
+    exports: Sequence[dict[str, Any]] = ()
 
     @property
     def holds(self) -> bool:
         """Whether every budget of the recipe was met."""
-        return self.certificate is None or bool(self.certificate["passed"])
+        made = [*self.exports, *([] if self.certificate is None else [self.certificate])]
+        return all(one["passed"] for one in made)
 
 
 @dataclass(frozen=True)
@@ -320,7 +323,9 @@ def finish(
     certificate = merge_after_training(
         model, base, held_out, recipe, run, around.hardware, reporter
     )
-    result = RunResult(run, trained, evaluation, certificate)
+    memory.phase("exporting")
+    exports = export_after_training(model, base, held_out, recipe, run, around.hardware, reporter)
+    result = RunResult(run, trained, evaluation, certificate, exports)
     write_json(run.summary, summary_of(result, memory))
     narrate.summary(reporter, run, recipe)
     return result
@@ -373,5 +378,6 @@ def summary_of(result: RunResult, memory: MemoryWatch) -> dict[str, Any]:
         "memory": memory.as_dict(),
         "evaluation": result.evaluation,
         "certificate": result.certificate,
+        "exports": list(result.exports),
         "holds": result.holds,
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.export.ledger import Row, markdown
 from qlora_kit.recipe.yaml import dump_yaml
 
 CARD_FILE = "README.md"
@@ -35,6 +36,7 @@ def model_card(certificate: dict[str, Any]) -> str:
             "## What it is worth\n",
             _verdict(certificate),
             _figures(certificate),
+            *_chain(certificate),
             "## How to load it\n",
             _loading(),
             "`certificate.json` holds all figures, `artifact.json` what this was made from and the "
@@ -45,23 +47,39 @@ def model_card(certificate: dict[str, Any]) -> str:
 
 def _how_made(certificate: dict[str, Any]) -> str:
     trained_on = certificate["trained_on"]
-    settings = trained_on["quantization"]
-    bits = 4 if settings["load_in_4bit"] else 8 if settings["load_in_8bit"] else 16
-    kept = f"kept in {bits} bits" + (f" ({settings['quant_type']})" if bits == 4 else "")
-    revision = f" at revision `{trained_on['revision']}`" if trained_on["revision"] else ""
     base = {
         "dequantized": "the dequantized weights that it was trained on",
         "original": "the original weights, before quantization"
-        if bits < 16
+        if _num_bits(trained_on) < 16
         else "the weights that it was trained on",
     }[certificate["base"]]
     dtype = certificate["dtype"]
     stored = (
         f"quantized again, to {dtype}" if dtype in ("nf4", "fp4") else f"rounded once, to {dtype}"
     )
+    return f"{trained_from(trained_on)} It was added in float32 to {base}. The sum was {stored}.\n"
+
+
+def trained_from(trained_on: dict[str, Any]) -> str:
+    """One sentence: the adapter, and the base in the form that it was trained on."""
+    bits = _num_bits(trained_on)
+    kept = f"kept in {bits} bits"
+    kept += f" ({trained_on['quantization']['quant_type']})" if bits == 4 else ""
+    revision = f" at revision `{trained_on['revision']}`" if trained_on["revision"] else ""
+    return f"A LoRA adapter was trained on `{trained_on['name']}`{revision}, {kept}."
+
+
+def _num_bits(trained_on: dict[str, Any]) -> int:
+    settings = trained_on["quantization"]
+    return 4 if settings["load_in_4bit"] else 8 if settings["load_in_8bit"] else 16
+
+
+def ledger_section(rows: list[dict[str, Any]], num_tokens: int) -> str:
+    """The chain from the base to what the card is of."""
     return (
-        f"A LoRA adapter was trained on `{trained_on['name']}`{revision}, {kept}, and added in "
-        f"float32 to {base}. The sum was {stored}.\n"
+        f"Each step, measured on {num_tokens:,} held-out tokens. KL is the mean divergence per "
+        "token from the trained model (adapter on its base), in nats.\n\n"
+        + markdown([Row(**row) for row in rows])
     )
 
 
@@ -94,6 +112,12 @@ def _figures(certificate: dict[str, Any]) -> str:
         ]
     lines = ["| figure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)]
     return "\n".join(lines) + "\n"
+
+
+def _chain(certificate: dict[str, Any]) -> list[str]:
+    if "ledger" not in certificate:
+        return []
+    return [ledger_section(certificate["ledger"], certificate["divergence"]["num_tokens"])]
 
 
 def _loading() -> str:

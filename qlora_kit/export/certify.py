@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from qlora_kit.evaluate.divergence import Recorded, compare_to_recorded
 from qlora_kit.export.card import write_card
 from qlora_kit.export.choose import Candidate
 from qlora_kit.export.delta import WEIGHTS_FILE
+from qlora_kit.export.ledger import Row
 from qlora_kit.export.merge import MergeResult
 from qlora_kit.export.reload import load_plain, measuring_dtype, reload_faults
 from qlora_kit.export.trained import TrainedAdapter
@@ -62,9 +64,10 @@ def certify(
     max_kl: float,
     recipe_sha256: str | None,
     home: Path,
+    chain: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Write the model card, certificate.json and artifact.json into the folder of `chosen`, which
-    will be `home`; returns the certificate.
+    will be `home`; returns the certificate. `chain` are the ledger's rows before the merge.
     """
     folder = chosen.result.folder
     certificate: dict[str, Any] = {
@@ -75,7 +78,7 @@ def certify(
         "max_kl": max_kl,
         **chosen.as_dict(),
         "trained_on": {
-            "name": _public_name(trained.source),
+            "name": public_name(trained.source),
             "kind": trained.source.kind,
             "revision": trained.source.revision,
             "fingerprint": _fingerprint(trained.folder),
@@ -85,6 +88,8 @@ def certify(
         "recipe_sha256": recipe_sha256,
         "candidates": [one.as_dict() for one in candidates],
     }
+    if chain:
+        certificate["ledger"] = [*chain, asdict(_row_of(chosen))]
     write_card(certificate, folder)
     text = json.dumps(certificate, indent=2, ensure_ascii=False)
     (folder / CERTIFICATE_FILE).write_text(text + "\n", encoding="utf-8")
@@ -96,6 +101,17 @@ def certify(
         home=home,
     )
     return certificate
+
+
+def _row_of(chosen: Candidate) -> Row:
+    result, divergence = chosen.result, chosen.divergence
+    return Row(
+        f"merged, {result.base} base in {result.dtype}",
+        divergence.candidate_perplexity,
+        divergence.kl_mean,
+        divergence.top1_agreement,
+        disk_bytes=result.num_bytes,
+    )
 
 
 def origin_of(trained: TrainedAdapter, recipe_sha256: str | None) -> MadeFrom:
@@ -110,7 +126,7 @@ def origin_of(trained: TrainedAdapter, recipe_sha256: str | None) -> MadeFrom:
     return MadeFrom(base, AdapterRef(str(trained.folder.absolute()), weights), recipe_sha256)
 
 
-def _public_name(source: ModelSource) -> str:
+def public_name(source: ModelSource) -> str:
     """What the base is called elsewhere: no path of this machine is published."""
     return source.name if source.kind in ("hub", "demo") else Path(source.name).name
 

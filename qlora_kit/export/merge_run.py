@@ -31,7 +31,7 @@ from qlora_kit.report.reporter import SILENT, Reporter
 from qlora_kit.runtime.forward import CausalScorer
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from peft import PeftModel
 
@@ -158,11 +158,12 @@ def merge_and_certify(
     *,
     recipe_sha256: str | None = None,
     requantize_to: QuantType | None = None,
+    chain: Sequence[Mapping[str, Any]] = (),
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Merge into each base that `options` allows, measure, keep one in `out`.
 
-    Returns its certificate.
+    Returns its certificate. `chain` are the rows of an export ledger that lead to it.
 
     Raises:
         RunError, ModelError, AdapterError, HardwareError: as `merge_adapter`; `out` is not there.
@@ -190,7 +191,9 @@ def merge_and_certify(
         show_candidates(candidates, chosen, options.max_kl, reporter)
         for fault in chosen.faults:
             reporter.warn(f"the merged model does not come back as it was: {fault}")
-        certificate = certify(chosen, candidates, trained, options.max_kl, recipe_sha256, out)
+        certificate = certify(
+            chosen, candidates, trained, options.max_kl, recipe_sha256, out, chain
+        )
         flush_folder(chosen.result.folder)
         chosen.result.folder.rename(out)
     return certificate

@@ -13,6 +13,7 @@ from qlora_kit.quantize.methods import METHODS, entry_of
 if TYPE_CHECKING:
     from qlora_kit.export.trained import BaseKind
 
+MergeBase = Literal["auto", "dequantized", "original"]
 Maker = Literal["adapter", "merged", "method", "lora-gguf", "ollama"]
 
 ADAPTER_FOR_VLLM = "adapter:vllm"
@@ -79,7 +80,7 @@ class Target:
             return gguf_type(self.variant).has_few_bits
         return self.family in _FEW_BITS
 
-    def base_of_merge(self, available: tuple[BaseKind, ...], asked: str) -> str:
+    def base_of_merge(self, available: tuple[BaseKind, ...], asked: MergeBase) -> MergeBase:
         """`original`, `dequantized`, or `auto` where either serves."""
         if asked != "auto" or not self.wants_original or "original" not in available:
             return asked
@@ -104,7 +105,7 @@ def parse_target(name: str) -> Target:
     family, colon, variant = name.partition(":")
     if family not in _OWN and family not in METHODS:
         names = [*_OWN, *METHODS]
-        near = difflib.get_close_matches(name.lower(), names, n=1)
+        near = difflib.get_close_matches(family.lower(), names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(names)}."
         raise ModelError(f"there is nothing called {name} to export to; {hint}")
     if colon and not variant:

@@ -11,10 +11,10 @@ import numpy as np
 import torch
 
 from qlora_kit.errors import ModelError
-from qlora_kit.runtime.batches import batch_windows, scored_positions
+from qlora_kit.runtime.batches import LOGITS_BYTES, batch_windows, scored_positions
 from qlora_kit.runtime.footprint import disk_bytes
 from qlora_kit.runtime.forward import require_numbers
-from qlora_kit.runtime.onnx_session import OnnxSession
+from qlora_kit.runtime.onnx_session import OnnxSession, Step
 from qlora_kit.runtime.onnx_weights import stored_weights
 from qlora_kit.runtime.protocol import Footprint, Scored
 
@@ -79,13 +79,18 @@ class OnnxRuntime:
         """Longest windows first, padded on the right, where earlier tokens do not see it."""
         for batch in batch_windows(windows, batch_size, self.vocab_size, logits_everywhere=True):
             ids, mask = self._padded([windows[i].input_ids for i in batch], on_the_left=False)
-            logits = self.session.run(ids, mask=mask).logits
+            positions = [scored_positions(windows[i]) for i in batch]
+            found: list[list[torch.Tensor]] = [[] for _ in batch]
+            for start, step in self._pieces(ids, mask):
+                end = start + step.logits.shape[1]
+                for row, places in enumerate(positions):
+                    here = [p - 1 - start for p in places if start <= p - 1 < end]
+                    found[row].append(torch.from_numpy(step.logits[row, here]))
             for row, index in enumerate(batch):
-                positions = scored_positions(windows[index])
-                own = torch.from_numpy(logits[row, [p - 1 for p in positions]])
-                require_numbers(own, windows[index].origin)
-                targets = torch.tensor([windows[index].labels[p] for p in positions])
-                yield Scored(index, own, targets)
+                logits = torch.cat(found[row])
+                require_numbers(logits, windows[index].origin)
+                targets = torch.tensor([windows[index].labels[p] for p in positions[row]])
+                yield Scored(index, logits, targets)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, batch_size: int
@@ -112,24 +117,36 @@ class OnnxRuntime:
         """Every row goes on until the last has ended; what follows a row's end is dropped."""
         answers: list[list[int]] = [[] for _ in prompts]
         ids, mask = self._padded(prompts, on_the_left=True)
-        fresh, fresh_mask, past = ids, mask, None
-        for _ in range(max_new_tokens):
-            step = self.session.run(fresh, past, fresh_mask)
+        *_, (_, step) = self._pieces(ids, mask)
+        for number in range(1, max_new_tokens + 1):
             chosen = step.logits[:, -1].argmax(axis=-1)
             running = False
             for answer, token in zip(answers, chosen.tolist(), strict=True):
                 if not answer or answer[-1] not in self.stop_ids:
                     answer.append(token)
                     running = running or token not in self.stop_ids
-            if not running:
+            if not running or number == max_new_tokens:
                 break
-            fresh, fresh_mask = chosen[:, None], np.ones((len(answers), 1), dtype=np.int64)
             if self.session.has_cache:
-                past = step.past
+                step = self.session.run(chosen[:, None], step.past)
             else:
-                fresh = ids = np.concatenate([ids, fresh], axis=1)
-                fresh_mask = mask = np.concatenate([mask, fresh_mask], axis=1)
+                ids = np.concatenate([ids, chosen[:, None]], axis=1)
+                mask = np.concatenate([mask, np.ones_like(chosen[:, None])], axis=1)
+                *_, (_, step) = self._pieces(ids, mask)
         return answers
+
+    def _pieces(self, ids: np.ndarray, mask: np.ndarray) -> Iterator[tuple[int, Step]]:
+        """So many tokens at a time that their logits fit, each piece with where it starts; all at
+        once where the graph has no cache.
+        """
+        length = ids.shape[1]
+        size = max(1, LOGITS_BYTES // (4 * self.vocab_size * len(ids)))
+        past = None
+        for start in range(0, length, size if self.session.has_cache else length):
+            here = slice(start, start + size) if self.session.has_cache else slice(None)
+            step = self.session.run(ids[:, here], past, mask[:, here])
+            past = step.past
+            yield start, step
 
     def _padded(
         self, rows: Sequence[Sequence[int]], on_the_left: bool

@@ -138,3 +138,21 @@ def test_a_replacement_that_fails_leaves_what_was_there(
             raise OSError("refused")
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
     assert [path.name for path in folder.iterdir()] == ["old"]
+
+
+def test_a_draft_is_gone_where_the_disk_refuses_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unlink, refused = os.unlink, []
+
+    def refusing(path: str, **options: int) -> None:
+        if not refused:
+            refused.append(path)
+            raise OSError(5, "input/output error")
+        unlink(path, **options)
+
+    monkeypatch.setattr(os, "unlink", refusing)
+    with draft_beside(tmp_path / "made") as draft:
+        (draft / "file").touch()
+    assert refused
+    assert list(tmp_path.iterdir()) == []

@@ -100,7 +100,9 @@ def _save(model: PreTrainedModel, dtype: torch.dtype, draft: Path) -> None:
     compressor.compress_model(model)
     # Saving prepares the model to unpack itself at its next pass, which can happen only once.
     compressor.remove_decompression_hook(model)
-    torch.nn.Module.to(model, dtype)
+    for parameter in model.parameters():  # not buffers: rotary frequencies stay in float32
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
         model.save_pretrained(draft)

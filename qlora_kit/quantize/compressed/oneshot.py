@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from qlora_kit.report.reporter import Progress
 
 _WARNING = "WARNING"
+# What the user knows: `doctor` and the reporter tell which device it is.
+_KNOWN = "No accelerator available"
 
 
 def quantize_with(
@@ -102,7 +104,7 @@ def _heard() -> Iterator[list[str]]:
 
     def keep(message: Any) -> None:
         text = str(message.record["message"])
-        if text not in told:
+        if text not in told and not text.startswith(_KNOWN):
             told.append(text)
 
     configure_logger(LoggerConfig(console_log_level=None))

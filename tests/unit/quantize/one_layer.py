@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from conftest import build_tokenizer
+from tiny_sources import text_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.environment import probe_hardware
+from qlora_kit.quantize.held_out import Named
 from qlora_kit.quantize.method import Calibration, Made, Source
 from qlora_kit.quantize.methods import resolve_method
 from qlora_kit.quantize.options import parse_options
+from qlora_kit.quantize.quantize import Request, quantize
 from qlora_kit.quantize.source import open_source
 from qlora_kit.recipe import ModelSpec
 from qlora_kit.report.reporter import SILENT
@@ -69,7 +73,9 @@ def source_of(folder: Path) -> Source:
 
 def calibration() -> Calibration:
     generator = torch.Generator().manual_seed(3)
-    rows = [torch.randint(3, 300, (n,), generator=generator).tolist() for n in (24, 9, 17, 30)]
+    rows = [
+        torch.randint(3, 300, (n,), generator=generator).tolist() for n in (40, 9, 60, 31, 50, 64)
+    ]
     return Calibration(
         tuple(TokenSequence(tuple(r), tuple(r), f"text:{i}") for i, r in enumerate(rows)),
         sum(map(len, rows)),
@@ -89,6 +95,18 @@ def make(folder: Path, draft: Path, name: str, *options: str) -> Kept:
     size = sum(path.stat().st_size for path in draft.iterdir())
     assert size <= method.predict_bytes(source, chosen) + 2**20
     return Kept(source, draft, made)
+
+
+def by_the_line(folder: Path, out: Path, name: str, *options: str) -> tuple[Kept, dict[str, Any]]:
+    """What `qlora-kit quantize` publishes, and its certificate."""
+    text = str(text_file(out.with_suffix(".jsonl"), 24))
+    needs = "static" in name or name in ("gptq", "awq")
+    named = Named(text, None) if needs else Named(None, text)
+    request = Request(ModelSpec(name_or_path=str(folder)), name, out, options, texts=named)
+    certificate = quantize(request)
+    assert json.loads((out / "certificate.json").read_text()) == certificate
+    made = Made(findings=certificate["findings"], notes=tuple(certificate["notes"]))
+    return Kept(source_of(folder), out, made), certificate
 
 
 def check(folder: Path, name: str, *options: str) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from one_layer import Kept, build, check, logits_of, make, windows
-from transformers import AutoModelForCausalLM
+from one_layer import Kept, build, by_the_line, calibration, check, logits_of, make
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_kit import extras
 from qlora_kit.errors import HardwareError, ModelError, RecipeError
@@ -31,12 +31,29 @@ def awq(qwen: Path) -> Kept:
     return make(qwen, qwen.parent / "awq", "awq", "group_size=32", "grid=4")
 
 
-def error_of(kept: Kept, folder: Path | None = None) -> float:
-    """How far its logits are from its source's."""
-    model = AutoModelForCausalLM.from_pretrained(folder or kept.folder, dtype=torch.float32)
-    row = windows((40,))[0]
-    wanted = logits_of(kept.reference(), row)
-    return float((logits_of(model.eval(), row) - wanted).norm() / wanted.norm())
+def error_of(model: PreTrainedModel, kept: Kept) -> float:
+    """How far its logits are from the source's, on the text that was calibrated on."""
+    reference = kept.reference()
+    rows = calibration().sequences
+    wanted = torch.cat([logits_of(reference, row) for row in rows])
+    found = torch.cat([logits_of(model.eval(), row) for row in rows])
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def reloaded(kept: Kept) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(kept.folder, dtype=torch.float32)
+
+
+def rounded(kept: Kept, group_size: int = 32, bits: int = 4) -> PreTrainedModel:
+    """Each weight by itself to the nearest of 16 numbers: what both methods must beat."""
+    model = kept.reference()
+    for module in model.model.modules():
+        if isinstance(module, torch.nn.Linear):
+            groups = module.weight.data.view(-1, group_size)
+            scale = groups.abs().amax(dim=1, keepdim=True) * 2 / (2**bits - 1)
+            low = -(2 ** (bits - 1))
+            groups.copy_((groups / scale).round().clamp(low, -low - 1) * scale)
+    return model
 
 
 @pytest.mark.parametrize("name", ["gptq", "awq"])
@@ -47,7 +64,7 @@ def test_plain_transformers_loads_it(name: str, request: pytest.FixtureRequest) 
     assert config["dtype"] == "bfloat16"
     assert kept.made.findings["num_layers"] == 7
     assert kept.made.findings["reload_logit_difference"] < 1e-4
-    assert 0.005 < error_of(kept) < 0.2
+    assert 0.005 < error_of(reloaded(kept), kept) < error_of(rounded(kept), kept)
     names = {path.name for path in kept.folder.iterdir()}
     assert {"tokenizer.json", "generation_config.json"} <= names
     assert "recipe.yaml" not in names, "it would be taken for a run's folder"
@@ -66,16 +83,22 @@ def test_nothing_is_left_behind(gptq: Kept, capfd: pytest.CaptureFixture[str]) -
     kept = make(gptq.source.folder, gptq.folder.with_name("again"), "gptq", "group_size=null")
     assert set(Path.cwd().iterdir()) == before
     assert "llmcompressor" not in capfd.readouterr().out
-    assert error_of(kept) > error_of(gptq), "one scale for a whole row is coarser"
+    coarse, fine = error_of(reloaded(kept), gptq), error_of(reloaded(gptq), gptq)
+    assert coarse > fine, "one scale for a whole row is coarser than one for each 32"
 
 
 def test_more_bits_are_nearer(qwen: Path, gptq: Kept, tmp_path: Path) -> None:
     eight = make(qwen, tmp_path / "eight", "gptq", "group_size=32", "bits=8", "dtype=float32")
-    assert error_of(eight) < error_of(gptq) / 4
+    assert error_of(reloaded(eight), gptq) < error_of(reloaded(gptq), gptq) / 4
 
 
-def test_skipped_layers_stay(gptq: Kept, qwen: Path, tmp_path: Path) -> None:
-    kept = make(qwen, tmp_path / "some", "gptq", "group_size=32", "skip_modules=[down_proj]")
+def test_by_the_line_with_layers_that_stay(qwen: Path, tmp_path: Path) -> None:
+    options = ("group_size=32", "skip_modules=[down_proj]")
+    kept, certificate = by_the_line(qwen, tmp_path / "some", "gptq", *options)
+    assert 1e-6 < certificate["divergence"]["kl_mean"] < 0.1
+    sizes = certificate["footprints"]
+    assert sizes["quantized"]["num_parameters"] == sizes["source"]["num_parameters"]
+    assert sizes["quantized"]["disk_bytes"] < sizes["source"]["disk_bytes"]
     assert kept.made.findings["num_layers"] == 6
     model = AutoModelForCausalLM.from_pretrained(kept.folder)
     source = kept.reference().model.layers[0].mlp.down_proj.weight
@@ -101,6 +124,17 @@ def test_what_it_cannot_take_is_refused_before_any_work(name: str, tmp_path: Pat
         check(experts, name)
     with pytest.raises(RecipeError, match="group_size"):
         check(odd, name, "group_size=0")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("gptq", "gemma3_text"), ("awq", "gemma3_text"), ("gptq", "olmo2"), ("awq", "qwen3")],
+)
+def test_other_architectures_are_quantized(name: str, kind: str, tmp_path: Path) -> None:
+    """Norms plus one, norms of queries: scaled back rightly where awq scales them."""
+    kept = make(build(tmp_path / "source", kind), tmp_path / "made", name, "group_size=16")
+    assert kept.made.findings["num_layers"] == 7
+    assert 0.001 < error_of(reloaded(kept), kept) < 1.1 * error_of(rounded(kept, 16), kept)
 
 
 def test_awq_must_know_the_architecture(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from one_layer import SMALL, Kept, build, check, logits_of, make, windows
+from one_layer import SMALL, Kept, build, by_the_line, check, logits_of, make, windows
 
 from qlora_kit.errors import ModelError, RecipeError
 from qlora_kit.model.companions import copy_companions
+from qlora_kit.quantize.layers import quantized_layers
 from qlora_kit.quantize.onnx import int8
 from qlora_kit.runtime.onnx import OnnxRuntime
 
@@ -27,7 +28,10 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(llama: Path) -> Kept:
-    return make(llama, llama.parent / "onnx", "onnx")
+    kept, certificate = by_the_line(llama, llama.parent / "onnx", "onnx")
+    assert certificate["divergence"]["kl_mean"] < 1e-6
+    assert certificate["divergence"]["top1_agreement"] == 1
+    return kept
 
 
 @pytest.fixture
@@ -78,6 +82,20 @@ def test_answers_are_those_of_transformers(plain: Kept, runtime: OnnxRuntime) ->
     assert all(end not in answer[:-1] for answer in stopped)
 
 
+def test_long_texts_are_read_in_pieces(
+    plain: Kept, runtime: OnnxRuntime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the cache from piece to piece, padding on either side."""
+    rows = windows((40, 11, 26))
+    whole = {one.index: one.logits for one in runtime.score(rows, batch_size=2)}
+    answers = runtime.generate([row.input_ids for row in rows], 6, batch_size=3)
+    seven_tokens = 4 * runtime.vocab_size * 7
+    monkeypatch.setattr("qlora_kit.runtime.onnx.LOGITS_BYTES", 2 * seven_tokens)
+    for one in runtime.score(rows, batch_size=2):
+        torch.testing.assert_close(one.logits, whole[one.index], atol=1e-4, rtol=1e-4)
+    assert runtime.generate([row.input_ids for row in rows], 6, batch_size=3) == answers
+
+
 def test_the_footprint_counts_what_is_stored(plain: Kept, runtime: OnnxRuntime) -> None:
     counted = runtime.footprint()
     wanted = sum(parameter.numel() for parameter in plain.reference().parameters())
@@ -91,7 +109,10 @@ LINEAR = 64 * (64 + 32 + 32 + 64 + 3 * 128)
 
 
 def test_eight_bits_static(llama: Path, tmp_path: Path) -> None:
-    made = make(llama, tmp_path / "static", "onnx:int8-static")
+    made, certificate = by_the_line(llama, tmp_path / "static", "onnx:int8-static")
+    assert 1e-9 < certificate["divergence"]["kl_mean"] < 0.1
+    sizes = certificate["footprints"]
+    assert sizes["quantized"]["num_parameters"] == sizes["source"]["num_parameters"]
     assert made.made.findings["num_layers"] == 7
     assert not (made.folder / "float32").exists()
     assert near(made.folder, made) == LINEAR
@@ -182,6 +203,13 @@ def test_other_architectures(kind: str, values: dict[str, Any], tmp_path: Path) 
         wanted_ids.append(out[0, len(prompt) :].tolist())
     assert runtime.generate(prompts, 6, batch_size=2) == wanted_ids
     runtime.close()
+    skeleton = made.source.skeleton
+    if not skeleton.expert_parameters:
+        graph = made.folder / "model.onnx"
+        nodes = int8.linear_nodes(graph, quantized_layers(skeleton, ()))
+        shutil.copytree(made.folder, tmp_path / "int8", ignore=shutil.ignore_patterns("*.onnx*"))
+        int8.quantize_dynamically(graph, tmp_path / "int8" / "model.onnx", nodes, False)
+        assert near(tmp_path / "int8", made) > 0
 
 
 @pytest.mark.slow

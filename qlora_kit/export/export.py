@@ -1,0 +1,238 @@
+"""The straight line of `qlora-kit export`: from a trained adapter to measured, recorded folders."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import qlora_kit
+from qlora_kit.artifact.record import read_record, write_record
+from qlora_kit.atomic import draft_beside, flush_folder, require_disk
+from qlora_kit.environment import package_versions
+from qlora_kit.export.certify import CERTIFICATE_FILE, origin_of, public_name
+from qlora_kit.export.chain import SIXTEEN_BIT, base_name, begin_ledger, free_memory
+from qlora_kit.export.export_card import write_export_card
+from qlora_kit.export.jobs import ExportRequest, Job, placed, sound_jobs
+from qlora_kit.export.ledger import TRAINED, Ledger, Row, as_json, show
+from qlora_kit.export.makers import MAKERS, Content, Ingredients
+from qlora_kit.export.merge import predict_bytes
+from qlora_kit.export.merge_run import merge_and_certify
+from qlora_kit.export.rehearsal import rehearse
+from qlora_kit.model.base import quantization_record
+from qlora_kit.quantize.gguf.parity import Parity, require_parity
+from qlora_kit.records import file_sha256
+from qlora_kit.report.reporter import SILENT, Reporter
+from qlora_kit.runtime.open import open_runtime
+
+if TYPE_CHECKING:
+    from qlora_kit.environment import Hardware
+    from qlora_kit.export.places import Places
+    from qlora_kit.export.reopen import Reopened
+    from qlora_kit.export.trained import TrainedAdapter
+
+_FORMAT = 1
+_LOGITS_BYTES = 4 * 4096
+
+
+@dataclass
+class _Session:
+    """One call: what is exported, where to, and what has been measured so far."""
+
+    trained: TrainedAdapter
+    request: ExportRequest
+    places: Places
+    given: Ingredients
+    ledger: Ledger
+    recipe_sha256: str | None
+    reporter: Reporter
+
+
+def export_reopened(
+    reopened: Reopened,
+    request: ExportRequest,
+    places: Places,
+    hardware: Hardware,
+    reporter: Reporter = SILENT,
+) -> list[dict[str, Any]]:
+    """Export an adapter to every target of the request; returns their certificates.
+
+    The `passed` of each says whether its budget was met; the folder is there either way.
+
+    Raises:
+        QloraKitError: what is at fault, before the work where it can be known then. Of targets
+            that were finished before, the folders stay; the one at fault leaves nothing.
+    """
+    trained = reopened.trained
+    jobs = [placed(job, trained, reporter) for job in sound_jobs(request, places)]
+    adapter_sha256 = file_sha256(trained.folder / "adapter_model.safetensors")
+    for job in jobs:
+        if job.base is not None:
+            places.require_room_for_merge(job.base, adapter_sha256)
+    with draft_beside(places.exports) as scratch:
+        needed = rehearse(jobs, trained, scratch / "rehearsal", hardware)
+        needed += _merge_bytes(jobs, trained, places, adapter_sha256)
+        needed += _LOGITS_BYTES * trained.skeleton.model.config.get_text_config().vocab_size
+        require_disk(places.exports, needed, "these exports", "remove what is not needed")
+        rows = reopened.held_out[: request.merge.max_rows]
+        ledger = begin_ledger(reopened, request.merge.max_rows, scratch, places.ledger, reporter)
+        free_memory(hardware.device)
+        given = Ingredients(
+            trained=trained,
+            origin=origin_of(trained, reopened.recipe_sha256),
+            held_out=frozenset(row.input_ids for row in rows),
+            calibration_spec=request.calibration_spec,
+            hardware=hardware,
+            scratch=scratch,
+            reporter=reporter,
+        )
+        session = _Session(
+            trained, request, places, given, ledger, reopened.recipe_sha256, reporter
+        )
+        certificates = [_export(job, session) for job in jobs]
+    show(ledger.rows, ledger.recorded.num_tokens, reporter)
+    return certificates
+
+
+def _merge_bytes(
+    jobs: Sequence[Job], trained: TrainedAdapter, places: Places, adapter_sha256: str
+) -> int:
+    """Of the merges that have to be made; where the base is chosen, both are there for a while."""
+    wanted = {job.base for job in jobs if job.base is not None}
+    missing = [base for base in wanted if places.fitting_merge(base, adapter_sha256) is None]
+    kinds = [kind for base in missing for kind in (trained.bases if base == "auto" else (base,))]
+    return sum(predict_bytes(trained, kind) for kind in kinds)
+
+
+def _export(job: Job, session: _Session) -> dict[str, Any]:
+    merged = None if job.base is None else _merge(job, session)
+    if job.target.maker == "merged":
+        assert merged is not None
+        return _certificate_of(merged)
+    reporter, ledger = session.reporter, session.ledger
+    reporter.say(f"export    {job.target.name} → {job.out}")
+    with draft_beside(job.out) as scratch:
+        draft = scratch / "export"
+        draft.mkdir()
+        content = MAKERS[job.target.maker](job, session.given, merged, draft)
+        parity = require_parity(
+            session.trained.tokenizer,
+            draft,
+            None if content.gguf_file is None else draft / content.gguf_file,
+        )
+        row = _measured(job, content, session)
+        if content.finish is not None:
+            content.finish(draft)
+        names = [SIXTEEN_BIT, base_name(session.trained), TRAINED]
+        names += [] if merged is None else [_merge_name(merged)]
+        chain = [*ledger.chain(*names), row]
+        certificate = _certificate(job, content, parity, chain, session)
+        write_export_card(certificate, draft)
+        text = json.dumps(certificate, indent=2, ensure_ascii=False)
+        (draft / CERTIFICATE_FILE).write_text(text + "\n", encoding="utf-8")
+        record = write_record(
+            draft,
+            kind=job.target.name,
+            made_from=content.origin,
+            settings=content.settings,
+            calibration=content.calibration,
+            home=job.out,
+        )
+        flush_folder(draft)
+        draft.rename(job.out)
+    ledger.add(Row(**{**asdict(row), "artifact": record.sha256}))
+    ledger.keep(session.places.ledger)
+    for note in content.notes:
+        reporter.say(f"          {note}")
+    return certificate
+
+
+def _measured(job: Job, content: Content, session: _Session) -> Row:
+    """Loaded as its user will, and compared with what the trained model said."""
+    own = session.places.exports / job.target.folder_name
+    name = job.target.name if job.out == own else f"{job.target.name} ({job.out.name})"
+    runtime = content.open()
+    try:
+        row = session.ledger.measure(name, runtime, reporter=session.reporter)
+    finally:
+        runtime.close()
+    return Row(**{**asdict(row), "note": content.measured_as})
+
+
+def _merge(job: Job, session: _Session) -> Path:
+    """The merge that a job is made from: one that is there, or a new one that stays."""
+    assert job.base is not None
+    places, reporter, ledger = session.places, session.reporter, session.ledger
+    is_target = job.target.maker == "merged"
+    own = job.out if is_target and job.out != places.merged else None
+    folder = None if own else places.fitting_merge(job.base, ledger.adapter_sha256)
+    if folder is None:
+        folder = own or places.merge(job.base)
+        options = session.request.merge.model_copy(update={"base": job.base})
+        merge_and_certify(
+            session.trained,
+            ledger.recorded,
+            folder,
+            options,
+            session.given.hardware,
+            recipe_sha256=session.recipe_sha256,
+            chain=as_json(ledger.chain(SIXTEEN_BIT, base_name(session.trained), TRAINED)),
+            reporter=reporter,
+        )
+    else:
+        reporter.say(f"merge     {folder} is there, and is of this adapter")
+    name, sha256 = _merge_name(folder), read_record(folder).sha256
+    if ledger.find(name, sha256) is None:
+        runtime = open_runtime(str(folder))
+        try:
+            ledger.add(ledger.measure(name, runtime, sha256, reporter))
+        finally:
+            runtime.close()
+        ledger.keep(places.ledger)
+    return folder
+
+
+def _merge_name(folder: Path) -> str:
+    settings = read_record(folder).settings
+    return f"merged, {settings['base']} base in {settings['dtype']}"
+
+
+def _certificate_of(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / CERTIFICATE_FILE).read_text(encoding="utf-8"))
+    return values
+
+
+def _certificate(
+    job: Job, content: Content, parity: Parity, chain: Sequence[Row], session: _Session
+) -> dict[str, Any]:
+    trained, row, max_kl = session.trained, chain[-1], session.request.max_kl
+    kl = row.kl_mean
+    assert kl is not None
+    return {
+        "format": _FORMAT,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "qlora_kit_version": qlora_kit.__version__,
+        "versions": package_versions(),
+        "target": job.target.name,
+        "base": job.base and read_record(Path(content.origin.parent.path)).settings["base"]
+        if content.origin.parent
+        else None,
+        "settings": dict(content.settings),
+        "calibration": content.calibration and asdict(content.calibration),
+        "trained_on": {
+            "name": public_name(trained.source),
+            "revision": trained.source.revision,
+            "quantization": quantization_record(trained.quantization, trained.compute_dtype),
+        },
+        "max_kl": max_kl,
+        "passed": math.isfinite(kl) if max_kl is None else kl <= max_kl,
+        "num_tokens": session.ledger.recorded.num_tokens,
+        "ledger": as_json(chain),
+        "parity": {**asdict(parity), "refused": list(parity.refused)},
+        "findings": dict(content.findings),
+        "notes": list(content.notes),
+    }

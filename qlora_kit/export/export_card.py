@@ -1,0 +1,108 @@
+"""The model card of an export, from its certificate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qlora_kit.export.card import CARD_FILE, ledger_section, trained_from
+from qlora_kit.recipe.yaml import dump_yaml
+
+_LIBRARIES = {"adapter": "peft", "gguf": "gguf", "lora-gguf": "gguf", "ollama": "gguf"}
+_TRANSFORMERS = (
+    "```python\n"
+    "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+    'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
+    'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
+    "```\n"
+)
+
+
+def write_export_card(certificate: dict[str, Any], folder: Path) -> None:
+    names = sorted(path.name for path in folder.iterdir() if path.suffix == ".gguf")
+    text = export_card(certificate, names)
+    (folder / CARD_FILE).write_text(text, encoding="utf-8")
+
+
+def export_card(certificate: dict[str, Any], gguf_files: list[str]) -> str:
+    """Markdown with the front matter that the hub reads."""
+    target, name = certificate["target"], certificate["trained_on"]["name"]
+    family = target.partition(":")[0]
+    front = dump_yaml(
+        {
+            "base_model": name,
+            "base_model_relation": "adapter" if family == "adapter" else "quantized",
+            "library_name": _LIBRARIES.get(family, "transformers"),
+            "pipeline_tag": "text-generation",
+            "tags": ["qlora", "lora", family, "qlora-kit"],
+        }
+    )
+    return "\n".join(
+        [
+            f"---\n{front}---\n",
+            f"# {name.rpartition('/')[2]}, fine-tuned, as {target}\n",
+            _how_made(certificate),
+            "## What it is worth\n",
+            ledger_section(certificate["ledger"], certificate["num_tokens"]),
+            _parity(certificate["parity"]),
+            "## How to load it\n",
+            loading(certificate, gguf_files),
+            "`certificate.json` holds all figures, `artifact.json` what this was made from and the "
+            "SHA-256 of every file (`qlora-kit verify` checks them).\n",
+        ]
+    )
+
+
+def _how_made(certificate: dict[str, Any]) -> str:
+    target, base = certificate["target"], certificate["base"]
+    text = trained_from(certificate["trained_on"])
+    if base is not None:
+        whose = "original" if base == "original" else "dequantized"
+        text += f" It was merged into the {whose} weights, and the sum was exported to {target}."
+    elif target.startswith("lora-gguf"):
+        text += " It stands here as GGUF beside its base, which is not changed."
+    calibration = certificate["calibration"]
+    if calibration is not None:
+        text += f" Calibrated on {calibration['source']}."
+    options = {key: value for key, value in certificate["settings"].items() if key != "method"}
+    if options:
+        text += " Settings: " + ", ".join(f"{key} {value}" for key, value in options.items()) + "."
+    return text + "\n"
+
+
+def _parity(parity: dict[str, Any]) -> str:
+    return (
+        f"Template and tokenizer: {parity['num_conversations']} conversations and "
+        f"{parity['num_texts']} texts ({parity['num_tokens']:,} tokens) give the same token ids as "
+        "in training.\n"
+    )
+
+
+def loading(certificate: dict[str, Any], gguf_files: list[str]) -> str:
+    """Commands that load it, for what it is."""
+    target, name = certificate["target"], certificate["trained_on"]["name"]
+    family = target.partition(":")[0]
+    models = [one for one in gguf_files if not one.startswith("adapter")]
+    if family == "gguf":
+        return f"```bash\nllama-cli -m {models[0]} -cnv\n```\n"
+    if family == "lora-gguf":
+        return f"```bash\nllama-cli -m {models[0]} --lora adapter.gguf -cnv\n```\n"
+    if family == "ollama":
+        return "```bash\nollama create my-model -f Modelfile && ollama run my-model\n```\n"
+    if target == "adapter:vllm":
+        rank = certificate["settings"]["max_lora_rank"]
+        return (
+            f"```bash\nvllm serve {name} --enable-lora --max-lora-rank {rank} "
+            "--lora-modules tuned=path/to/this/folder\n```\n"
+        )
+    if family == "adapter":
+        return "```bash\nqlora-kit chat path/to/this/folder\n```\n"
+    if family == "onnx":
+        return (
+            "```python\nimport onnxruntime\n\n"
+            'session = onnxruntime.InferenceSession("path/to/this/folder/model.onnx")\n```\n\n'
+            "`qlora-kit chat path/to/this/folder` talks to it.\n"
+        )
+    if family == "int8":
+        return _TRANSFORMERS.replace("\n", "\nimport qlora_kit.quantize.int8  # registers it\n", 1)
+    return _TRANSFORMERS

@@ -1,0 +1,79 @@
+"""Where the merges and exports of a run lie, and which merge serves a new export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from qlora_kit.artifact.record import is_artifact, read_record, verify_artifact
+from qlora_kit.checkpoint.run_directory import RunDirectory, is_run
+from qlora_kit.errors import ArtifactError, RunError
+
+LEDGER_FILE = "ledger.json"
+
+
+@dataclass(frozen=True)
+class Places:
+    """Folders of a run, or of what is made out of an adapter that belongs to none."""
+
+    folder: Path
+    exports: Path
+    recipe: Path | None
+
+    @property
+    def ledger(self) -> Path:
+        return self.exports / LEDGER_FILE
+
+    @property
+    def merged(self) -> Path:
+        return RunDirectory(self.folder).merged
+
+    def merge(self, base: str) -> Path:
+        """Where the merge into a base goes: `auto` is the run's own."""
+        return self.merged if base == "auto" else self.folder / f"merged-{base}"
+
+    def fitting_merge(self, base: str, adapter_sha256: str) -> Path | None:
+        """A merge of this very adapter that is there already, and whole: for `auto` the run's own,
+        whatever it was merged into.
+        """
+        known = dict.fromkeys((self.merged, self.merge(base)))
+        return next((one for one in known if _fits(one, base, adapter_sha256)), None)
+
+    def require_room_for_merge(self, base: str, adapter_sha256: str) -> None:
+        """Raises RunError where a merge would have to be made in a folder that is taken."""
+        folder = self.merge(base)
+        if folder.exists() and self.fitting_merge(base, adapter_sha256) is None:
+            raise RunError(
+                f"{folder} is there, but is not a whole merge of this adapter into the base that "
+                f"is needed (qlora-kit verify {folder} says more); remove it."
+            )
+
+
+def places_of(folder: Path) -> Places:
+    """Of a run, of the adapter in a run, or of an adapter anywhere else."""
+    if is_run(folder):
+        return Places(folder, RunDirectory(folder).exports, folder / "recipe.yaml")
+    if folder.name == "adapter" and is_run(folder.parent):
+        return places_of(folder.parent)
+    home = folder.with_name(f"{folder.name}-exports")
+    return Places(home, home, None)
+
+
+def _fits(folder: Path, base: str, adapter_sha256: str) -> bool:
+    if not is_artifact(folder):
+        return False
+    try:
+        record = read_record(folder)
+    except ArtifactError:
+        return False
+    adapter = record.made_from.adapter
+    of_base = base in ("auto", record.settings.get("base"))
+    is_quantized_again = record.settings.get("dtype") in ("nf4", "fp4")
+    return (
+        record.kind == "merged"
+        and of_base
+        and not is_quantized_again
+        and adapter is not None
+        and adapter.sha256 == adapter_sha256
+        and not verify_artifact(folder)
+    )
