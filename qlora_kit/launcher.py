@@ -76,13 +76,13 @@ def _fsdp_faults(
             "fsdp_activation_checkpointing beside the recipe's train.gradient_checkpointing; set "
             "one of them to false"
         )
-    if quantization.num_bits == 4 and quantization.quant_storage == "uint8":
+    if 4 in quantization.all_bits and quantization.quant_storage == "uint8":
         yield (
             "FSDP of 4-bit weights packed in uint8, which every GPU would hold whole; set "
             "quantization.quant_storage: bfloat16"
         )
-    if quantization.num_bits == 8:
-        yield "FSDP of an 8-bit base, which cannot be sharded; use 4 or 16 bits"
+    if 8 in quantization.all_bits:
+        yield "FSDP of 8-bit layers, which cannot be sharded; use 4 or 16 bits"
     if train.optim not in _TORCH_OPTIMIZERS:
         yield (
             f"FSDP with train.optim: {train.optim}, which does not know sharded parameters; set "

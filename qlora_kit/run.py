@@ -242,7 +242,7 @@ def prepare(
     )
     narrate.hardware(reporter, hardware, compute_dtype, why, precision)
 
-    is_shared = processes.count > 1 and recipe.quantization.num_bits < 16
+    is_shared = processes.count > 1 and recipe.quantization.is_quantized
     base = (processes.first_here if is_shared else processes.together)(
         lambda: load_base(
             recipe.model,

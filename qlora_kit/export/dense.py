@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import bitsandbytes as bnb
@@ -15,7 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.errors import ModelError
 from qlora_kit.export.checkpoint import Checkpoint
-from qlora_kit.export.names import NameMap, module_of, quantized_modules
+from qlora_kit.export.names import NameMap, module_of
+from qlora_kit.model.bits import quantized_bits
 from qlora_kit.model.skeleton import Skeleton
 from qlora_kit.model.weight import dequantized_weight
 from qlora_kit.recipe import QuantizationSpec
@@ -70,9 +71,9 @@ def iterate_dense(
             f"{checkpoint.folder}: {names.fused[0]} is fused with others when it is loaded, so it "
             "cannot be changed on its own."
         )
-    quantized: Collection[str] = ()
+    bits: dict[str, int] = {}
     if as_trained is not None:
-        quantized = quantized_modules(skeleton, as_trained.quantization)
+        bits = quantized_bits(skeleton, as_trained.quantization)
     for name in names.passed:
         tensor = checkpoint.tensor(name)
         yield DenseTensor(name, None, _widen(tensor), tensor.dtype)
@@ -88,13 +89,16 @@ def iterate_dense(
         dtype = value.dtype
         if as_trained is not None and value.is_floating_point():
             value = value.to(loaded_dtype(skeleton, parameter, as_trained.compute_dtype))
-            if parameter.endswith(".weight") and module_of(parameter) in quantized:
-                value = requantize(value, transposed, as_trained)
+            if parameter.endswith(".weight") and module_of(parameter) in bits:
+                value = requantize(value, transposed, as_trained, bits[module_of(parameter)])
         yield DenseTensor(name, parameter, _widen(value), dtype)
 
 
-def requantize(weight: torch.Tensor, transposed: bool, as_trained: AsTrained) -> torch.Tensor:
-    """Quantize as loading does, and dequantize in float32; shape and orientation stay.
+def requantize(
+    weight: torch.Tensor, transposed: bool, as_trained: AsTrained, num_bits: int
+) -> torch.Tensor:
+    """Quantize to 4 or 8 bits as loading does, and dequantize in float32; shape and orientation
+    stay.
 
     weight: (out, in), or (in, out) where `transposed`: bitsandbytes quantizes GPT-2's Conv1D
     the other way round.
@@ -103,7 +107,7 @@ def requantize(weight: torch.Tensor, transposed: bool, as_trained: AsTrained) ->
     num_out, num_in = turned.shape
     settings = as_trained.quantization
     layer: nn.Module
-    if settings.load_in_8bit:
+    if num_bits == 8:
         layer = bnb.nn.Linear8bitLt(
             num_in, num_out, bias=False, has_fp16_weights=False, device="meta"
         )

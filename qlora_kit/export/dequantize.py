@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,9 @@ from qlora_kit.export.reload import load_plain, measuring_dtype
 from qlora_kit.export.shards import ShardWriter, require_room
 from qlora_kit.export.surroundings import save_config
 from qlora_kit.export.ties import resolve_ties
-from qlora_kit.model.base import prequantized_settings
+from qlora_kit.model import mixed_bits as mixed_bits  # a stored base may be of this kind
 from qlora_kit.model.companions import copy_companions
+from qlora_kit.model.prequantized import MIXED_METHOD, prequantized_settings, stored_bits
 from qlora_kit.model.quantized import never_repacked
 from qlora_kit.model.skeleton import Skeleton, build_skeleton, load_config
 from qlora_kit.report.reporter import SILENT, Reporter
@@ -52,7 +54,7 @@ class DequantizeResult:
 
     folder: Path
     num_bits: int
-    """What it was stored in."""
+    """What most of its quantized modules were stored in."""
     dtype: str
     num_modules: int
     """Weights that were quantized."""
@@ -94,7 +96,8 @@ def dequantize_checkpoint(
     started = time.monotonic()
     require_absent(out)
     skeleton = build_skeleton(load_config(folder, trust_remote_code), trust_remote_code)
-    num_bits = _require_bitsandbytes(folder, skeleton)
+    bits = _require_bitsandbytes(folder, skeleton)
+    num_bits, max_kl = _most(bits), max(MAX_KL[one] for one in bits.values())
     with Checkpoint(folder, allow_pickle) as checkpoint, draft_beside(out) as draft:
         names = _map_names(checkpoint, skeleton)
         num_modules = sum(is_stored_quantized(checkpoint, name) for name in names.parameters)
@@ -126,13 +129,13 @@ def dequantize_checkpoint(
         num_bytes=writer.num_bytes,
         divergence=divergence,
         faults=faults,
-        max_kl=MAX_KL[num_bits],
+        max_kl=max_kl,
         seconds=time.monotonic() - started,
     )
 
 
-def _require_bitsandbytes(folder: Path, skeleton: Skeleton) -> int:
-    """Bits that it is stored in."""
+def _require_bitsandbytes(folder: Path, skeleton: Skeleton) -> dict[str, int]:
+    """Bits that its modules are stored in."""
     settings = prequantized_settings(skeleton)
     if settings is None:
         raise ModelError(
@@ -140,11 +143,18 @@ def _require_bitsandbytes(folder: Path, skeleton: Skeleton) -> int:
             "nothing to do."
         )
     method = settings.get("quant_method")
-    if method != "bitsandbytes":
+    if method not in ("bitsandbytes", MIXED_METHOD):
         raise ModelError(
             f"{folder} is quantized with {method}; only bitsandbytes checkpoints are dequantized."
         )
-    return 8 if settings.get("load_in_8bit") or settings.get("_load_in_8bit") else 4
+    bits = stored_bits(skeleton, settings)
+    if not bits:
+        raise ModelError(f"{folder} calls itself quantized, but all its layers are left out.")
+    return bits
+
+
+def _most(bits: Mapping[str, int]) -> int:
+    return Counter(bits.values()).most_common(1)[0][0]
 
 
 def _map_names(checkpoint: Checkpoint, skeleton: Skeleton) -> NameMap:

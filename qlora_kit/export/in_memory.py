@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.export.dense import DenseTensor
 from qlora_kit.export.names import is_quantization_state, module_of
+from qlora_kit.model import mixed_bits as mixed_bits  # a stored base may be of this kind
 from qlora_kit.model.base import bitsandbytes_config, prequantized_settings
 from qlora_kit.model.weight import dequantized_weight
 

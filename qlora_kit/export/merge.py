@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +22,7 @@ from qlora_kit.export.checkpoint import Checkpoint
 from qlora_kit.export.delta import SavedAdapter, read_adapter, survival
 from qlora_kit.export.dense import AsTrained, iterate_dense, loaded_dtype, requantize
 from qlora_kit.export.in_memory import iterate_in_memory
-from qlora_kit.export.names import module_of, quantized_modules
+from qlora_kit.export.names import module_of
 from qlora_kit.export.plan import DtypeName, MergePlan, plan_merge
 from qlora_kit.export.shards import ShardWriter, require_room
 from qlora_kit.export.surroundings import (
@@ -32,6 +33,7 @@ from qlora_kit.export.surroundings import (
 )
 from qlora_kit.export.trained import BaseKind, TrainedAdapter
 from qlora_kit.model.base import bitsandbytes_config
+from qlora_kit.model.bits import quantized_bits
 from qlora_kit.recipe import QuantizationSpec
 from qlora_kit.report.reporter import SILENT, Progress, Reporter
 
@@ -153,16 +155,20 @@ class _Survivals:
     trained: TrainedAdapter
     shares: dict[str, float] = field(default_factory=dict)
 
+    @cached_property
+    def bits(self) -> dict[str, int]:
+        """Of the modules that are quantized again."""
+        assert self.again is not None
+        return quantized_bits(self.trained.skeleton, self.again.quantization)
+
     def note(self, merged: MergedTensor, rounded: torch.Tensor) -> None:
         if merged.base is None or merged.parameter is None:
             return
         module = module_of(merged.parameter)
         stored = rounded.float()
-        if self.again is not None and module in quantized_modules(
-            self.trained.skeleton, self.again.quantization
-        ):
+        if self.again is not None and module in self.bits:
             transposed = isinstance(self.trained.skeleton.model.get_submodule(module), Conv1D)
-            stored = requantize(rounded, transposed, self.again)
+            stored = requantize(rounded, transposed, self.again, self.bits[module])
         rows = merged.base.shape[0]
         self.shares[module] = survival(
             merged.value[:rows] - merged.base, stored[:rows], merged.base
@@ -253,7 +259,13 @@ def _save_surroundings(trained: TrainedAdapter, plan: MergePlan, folder: Path) -
 
 def _again(trained: TrainedAdapter, quant_type: QuantType) -> AsTrained:
     settings = QuantizationSpec(
-        quant_type=quant_type, skip_modules=trained.quantization.skip_modules
+        quant_type=quant_type,
+        skip_modules=trained.quantization.skip_modules,
+        # What was in 8 bits stays in 16: plain transformers reads no mixture of 4 and 8.
+        overrides={
+            pattern: 4 if bits == 4 else 16
+            for pattern, bits in trained.quantization.overrides.items()
+        },
     )
     return AsTrained(settings, trained.compute_dtype, trained.device)
 

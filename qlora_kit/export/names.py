@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-from qlora_kit.model.skeleton import Skeleton, name_matches
-from qlora_kit.recipe import QuantizationSpec
+from qlora_kit.model.skeleton import Skeleton
 
 # What bitsandbytes keeps beside a quantized weight: `X.weight.absmax`, `X.SCB` and so on.
 _QUANTIZATION_STATE = re.compile(
@@ -80,11 +79,3 @@ def module_of(parameter: str) -> str:
 
 def is_quantization_state(name: str) -> bool:
     return _QUANTIZATION_STATE.search(name) is not None
-
-
-def quantized_modules(skeleton: Skeleton, quantization: QuantizationSpec) -> frozenset[str]:
-    """The linear modules that training kept in 4 or 8 bits."""
-    if quantization.num_bits == 16:
-        return frozenset()
-    skips = (*quantization.skip_modules, *(skeleton.model._keep_in_fp32_modules or ()))
-    return frozenset(name for name in skeleton.linear_modules if not name_matches(name, skips))

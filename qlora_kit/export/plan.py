@@ -11,9 +11,10 @@ from qlora_kit.errors import ModelError
 from qlora_kit.export.checkpoint import Checkpoint
 from qlora_kit.export.delta import SavedAdapter
 from qlora_kit.export.dense import loaded_dtype, stored_dtype
-from qlora_kit.export.names import NameMap, map_names, quantized_modules
+from qlora_kit.export.names import NameMap, map_names
 from qlora_kit.export.ties import Ties, Vocabulary, resolve_ties, resolve_vocabulary
 from qlora_kit.export.trained import BaseKind, TrainedAdapter
+from qlora_kit.model.bits import quantized_bits
 from qlora_kit.report.reporter import Reporter
 
 DtypeName = Literal["auto", "float32", "float16", "bfloat16"]
@@ -71,7 +72,7 @@ def plan_merge(
     skeleton = trained.skeleton
     changed = set(adapter.modules)
     if base == "dequantized":
-        changed |= quantized_modules(skeleton, trained.quantization)
+        changed |= quantized_bits(skeleton, trained.quantization).keys()
     names = map_names(skeleton, checkpoint.names(), changed)
     rounded = stored_dtype(checkpoint, names) if dtype == "auto" else getattr(torch, dtype)
     ties = resolve_ties(skeleton, checkpoint, names, adapter)

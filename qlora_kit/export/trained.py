@@ -50,7 +50,7 @@ class TrainedAdapter:
         """
         if prequantized_settings(self.skeleton) is not None:
             return ("dequantized",)
-        return ("dequantized", "original") if self.quantization.num_bits < 16 else ("original",)
+        return ("dequantized", "original") if self.quantization.is_quantized else ("original",)
 
     def require_base(self, base: BaseKind) -> None:
         """Raises ModelError where there is no such base."""

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_kit.errors import ModelError
-from qlora_kit.model.prequantized import is_foreign, make_known, require_same_quantization
+from qlora_kit.model.bits import quantized_bits
+from qlora_kit.model.prequantized import (
+    is_foreign,
+    make_known,
+    require_same_quantization,
+    stored_bits,
+)
 from qlora_kit.model.prequantized import prequantized_settings as prequantized_settings
 from qlora_kit.model.quantized import (
     Quantized,
@@ -49,6 +55,7 @@ if TYPE_CHECKING:
     from transformers.utils.quantization_config import QuantizationConfigMixin
 
     from qlora_kit.environment import Hardware
+    from qlora_kit.model.mixed_bits import MixedBitsConfig
     from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec
 
 # Architectures whose forward pass scales linear weights in place.
@@ -106,15 +113,16 @@ def load_base(
         load_config(source.folder, spec.trust_remote_code), spec.trust_remote_code
     )
     stored = prequantized_settings(skeleton)
+    bits = quantized_bits(skeleton, quantization)
     if stored is not None:
         make_known(stored)
-        as_it_stands = quantization.num_bits == 16 and lora is None and adapter is None
+        as_it_stands = not quantization.is_quantized and lora is None and adapter is None
         if not (as_it_stands and is_foreign(stored)):
-            require_same_quantization(source, stored, quantization)
+            require_same_quantization(source, skeleton, stored, quantization, bits)
     refuse_unquantizable(skeleton, quantization)
     if lora is not None:
         require_targets(skeleton, lora, quantization)
-        refuse_dora(lora.use_dora, quantization.num_bits, hardware.device)
+        refuse_dora(lora.use_dora, quantization, hardware.device)
     tokenizer = _load_tokenizer(source, spec, adapter)
     if adapter is None:
         check_vocabulary(skeleton.model, tokenizer)
@@ -134,7 +142,9 @@ def load_base(
         model = load_shared(folder, load)
     else:
         model = load(None)
-    stored_skips = (stored or {}).get("llm_int8_skip_modules") or ()
+    if stored is not None and not is_foreign(stored):
+        on_disk = stored_bits(skeleton, stored)
+        bits = {name: width for name, width in bits.items() if name in on_disk}
     return Base(
         model=model,
         tokenizer=tokenizer,
@@ -144,24 +154,33 @@ def load_base(
         compute_dtype=compute_dtype,
         compute_reason=compute_reason,
         pad=pad,
-        quantized=require_quantized(model, skeleton, quantization, stored_skips),
+        quantized=require_quantized(model, quantization, bits),
         stop_ids=stop_ids(model, tokenizer),
     )
 
 
 def bitsandbytes_config(
     quantization: QuantizationSpec, skeleton: Skeleton, compute_dtype: torch.dtype
-) -> BitsAndBytesConfig | None:
+) -> BitsAndBytesConfig | MixedBitsConfig | None:
     """The one place that builds it; None for a 16- or 32-bit base.
 
-    A skip list of one's own turns the library's off, so the two are united here.
+    A skip list of one's own turns the library's off, so the two are united here. Overrides that
+    no skip list can say, 8 bits beside 4 above all, take a quantizer of our own.
     """
     from transformers import BitsAndBytesConfig
 
-    if quantization.num_bits == 16:
+    bits = quantized_bits(skeleton, quantization)
+    if not bits and quantization.num_bits == 16:
         return None
+    width: int = quantization.num_bits
     skips = sorted({*quantization.skip_modules, *skeleton.default_skips})
-    if quantization.load_in_8bit:
+    if quantization.overrides:
+        plain = [name for name in skeleton.linear_modules if name not in bits]
+        skips = sorted({*plain, *skeleton.default_skips})
+        width = min(bits.values(), default=width)
+        if set(bits.values()) != {width} or any(name_matches(name, skips) for name in bits):
+            return _mixed_config(quantization, bits, compute_dtype)
+    if width == 8:
         return BitsAndBytesConfig(
             load_in_8bit=True,
             llm_int8_threshold=quantization.int8_threshold,
@@ -177,15 +196,32 @@ def bitsandbytes_config(
     )
 
 
+def _mixed_config(
+    quantization: QuantizationSpec, bits: dict[str, int], compute_dtype: torch.dtype
+) -> MixedBitsConfig:
+    from qlora_kit.model.mixed_bits import MixedBitsConfig
+
+    return MixedBitsConfig(
+        bits,
+        quant_type=quantization.quant_type,
+        double_quant=quantization.double_quant,
+        quant_storage=quantization.quant_storage,
+        compute_dtype=str(compute_dtype).removeprefix("torch."),
+        int8_threshold=quantization.int8_threshold,
+    )
+
+
 def refuse_unquantizable(skeleton: Skeleton, quantization: QuantizationSpec) -> None:
     """What bitsandbytes would pass over without a word is an error instead.
 
     Raises:
         ModelError: fused experts, linear layers of a foreign class, or a skip that skips nothing.
     """
-    if quantization.num_bits == 16:
+    if not quantization.is_quantized:
         return
-    _refuse_experts(skeleton)
+    if quantization.num_bits < 16:
+        _refuse_experts(skeleton)
+    bits = quantized_bits(skeleton, quantization)
     kind = skeleton.model.config.model_type
     if kind in _REWRITES_ITS_WEIGHTS:
         raise ModelError(
@@ -193,7 +229,7 @@ def refuse_unquantizable(skeleton: Skeleton, quantization: QuantizationSpec) -> 
             "not survive; load it in 16 bits (quantization.load_in_4bit: false)."
         )
     skips = quantization.skip_modules
-    missed = [name for name in skeleton.foreign_linear_modules if not name_matches(name, skips)]
+    missed = [name for name in skeleton.foreign_linear_modules if name in bits]
     if missed:
         layer = type(skeleton.model.get_submodule(missed[0])).__name__
         raise ModelError(
@@ -202,7 +238,7 @@ def refuse_unquantizable(skeleton: Skeleton, quantization: QuantizationSpec) -> 
             "16 bits (quantization.load_in_4bit: false), or name them in "
             "quantization.skip_modules."
         )
-    read = [name for name in skeleton.read_directly if not name_matches(name, skips)]
+    read = [name for name in skeleton.read_directly if name in bits]
     if read:
         layers = ", ".join(sorted({name.rpartition(".")[2] for name in read}))
         raise ModelError(

@@ -31,7 +31,10 @@ _DECISIVE = (
     "double_quant",
     "skip_modules",
     "int8_threshold",
+    "overrides",
 )
+# What a manifest that was written before there was such a key stands for.
+_BEFORE: dict[str, Any] = {"overrides": {}}
 # Packages whose arithmetic an adapter has learned with.
 _NUMERIC_PACKAGES = ("torch", "transformers", "bitsandbytes", "peft")
 
@@ -193,7 +196,7 @@ def differences(manifest: Manifest, base: Base, quantization: QuantizationSpec) 
         )
     now = quantization_record(quantization, base.compute_dtype)
     for key in _DECISIVE:
-        was = manifest.quantization.get(key)
+        was = manifest.quantization.get(key, _BEFORE.get(key))
         if was != now[key]:
             found.append(f"quantization.{key}: trained with {was}, now {now[key]}")
     if manifest.tokenizer_sha256 != tokenizer_hash(base.tokenizer):

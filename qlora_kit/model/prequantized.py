@@ -11,14 +11,22 @@ from qlora_kit.model.source import resolve_source
 from qlora_kit.recipe import QuantizationSpec
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import PreTrainedConfig
 
     from qlora_kit.model.skeleton import Skeleton
     from qlora_kit.model.source import ModelSource
     from qlora_kit.recipe import ModelSpec
 
-# By name: the format stands further down, and is imported where a checkpoint asks for it.
-_OWN_FORMATS = {"qlora-kit-int8": "qlora_kit.quantize.int8"}
+MIXED_METHOD = "qlora-kit-mixed"
+"""What config.json says of a checkpoint whose layers are kept in 4 and in 8 bits."""
+
+# By name: a format may stand further down, and is imported where a checkpoint asks for it.
+_OWN_FORMATS = {
+    "qlora-kit-int8": "qlora_kit.quantize.int8",
+    MIXED_METHOD: "qlora_kit.model.mixed_bits",
+}
 
 
 def prequantized_settings(skeleton: Skeleton) -> dict[str, Any] | None:
@@ -28,7 +36,7 @@ def prequantized_settings(skeleton: Skeleton) -> dict[str, Any] | None:
 
 def is_foreign(stored: dict[str, Any]) -> bool:
     """Whether another than bitsandbytes quantized it: it can be run as it stands, not trained."""
-    return stored.get("quant_method") != "bitsandbytes"
+    return stored.get("quant_method") not in ("bitsandbytes", MIXED_METHOD)
 
 
 def make_known(stored: dict[str, Any]) -> None:
@@ -50,6 +58,8 @@ def stored_quantization(spec: ModelSpec) -> QuantizationSpec | None:
     stored = _settings(load_config(source.folder, spec.trust_remote_code))
     if stored is None or is_foreign(stored):
         return None
+    if stored.get("quant_method") == MIXED_METHOD:
+        return _mixed(stored)
     skips = tuple(stored.get("llm_int8_skip_modules") or ())
     if _num_bits(stored) == 8:
         return QuantizationSpec(
@@ -60,14 +70,44 @@ def stored_quantization(spec: ModelSpec) -> QuantizationSpec | None:
     return QuantizationSpec(**_four_bit(stored), skip_modules=skips)
 
 
+def _mixed(stored: dict[str, Any]) -> QuantizationSpec:
+    return QuantizationSpec(
+        load_in_4bit=False,
+        quant_type=stored["quant_type"],
+        double_quant=stored["double_quant"],
+        quant_storage=stored["quant_storage"],
+        int8_threshold=stored["int8_threshold"],
+        overrides=stored["bits"],
+    )
+
+
+def stored_bits(skeleton: Skeleton, stored: dict[str, Any]) -> dict[str, int]:
+    """In how many bits a quantized checkpoint keeps each linear module that is quantized."""
+    if stored.get("quant_method") == MIXED_METHOD:
+        return dict(stored["bits"])
+    skips = stored.get("llm_int8_skip_modules") or ()
+    bits = _num_bits(stored)
+    return {name: bits for name in skeleton.linear_modules if not name_matches(name, list(skips))}
+
+
 def require_same_quantization(
-    source: ModelSource, stored: dict[str, Any], quantization: QuantizationSpec
+    source: ModelSource,
+    skeleton: Skeleton,
+    stored: dict[str, Any],
+    quantization: QuantizationSpec,
+    wanted: Mapping[str, int],
 ) -> None:
     """A checkpoint that is quantized already ignores the recipe; say so instead.
+
+    `wanted` are the bits of each module that the recipe would have quantized.
 
     Raises:
         ModelError: names the first setting that differs, and what to write.
     """
+    if stored.get("quant_method") == MIXED_METHOD:
+        _require_same_settings(source, _mixed_settings(stored), quantization)
+        _require_same_bits(source, stored_bits(skeleton, stored), wanted)
+        return
     if is_foreign(stored):
         raise ModelError(
             f"{source.name} is already quantized with {stored.get('quant_method')}, which cannot "
@@ -85,13 +125,9 @@ def require_same_quantization(
         if bits == 4
         else {"int8_threshold": stored.get("llm_int8_threshold", 6.0)}
     )
-    for name, value in on_disk.items():
-        wanted = getattr(quantization, name)
-        if value != wanted:
-            raise ModelError(
-                f"{source.name} is already quantized with {name}: {_yaml(value)}, but the recipe "
-                f"says {_yaml(wanted)}; set quantization.{name}: {_yaml(value)}."
-            )
+    _require_same_settings(source, on_disk, quantization)
+    if quantization.overrides:
+        _require_same_bits(source, stored_bits(skeleton, stored), wanted)
     skips = stored.get("llm_int8_skip_modules") or ()
     extra = [name for name in quantization.skip_modules if not name_matches(name, list(skips))]
     if extra:
@@ -99,6 +135,37 @@ def require_same_quantization(
             f"{source.name} is already quantized, without regard to quantization.skip_modules: "
             f"{', '.join(extra)}; remove it, or take the 16-bit model."
         )
+
+
+def _mixed_settings(stored: dict[str, Any]) -> dict[str, Any]:
+    return {name: stored[name] for name in ("quant_type", "double_quant", "quant_storage")} | {
+        "int8_threshold": stored["int8_threshold"]
+    }
+
+
+def _require_same_settings(
+    source: ModelSource, on_disk: Mapping[str, Any], quantization: QuantizationSpec
+) -> None:
+    for name, value in on_disk.items():
+        wanted = getattr(quantization, name)
+        if value != wanted:
+            raise ModelError(
+                f"{source.name} is already quantized with {name}: {_yaml(value)}, but the recipe "
+                f"says {_yaml(wanted)}; set quantization.{name}: {_yaml(value)}."
+            )
+
+
+def _require_same_bits(
+    source: ModelSource, on_disk: Mapping[str, int], wanted: Mapping[str, int]
+) -> None:
+    for name in {**on_disk, **wanted}:
+        is_in, asked = on_disk.get(name, 16), wanted.get(name, 16)
+        if is_in != asked:
+            raise ModelError(
+                f"{source.name} is already quantized, {name} to {is_in} bits, but the recipe's "
+                f"quantization.overrides keep it in {asked}; take the 16-bit model, or override "
+                "what is so on disk."
+            )
 
 
 def _settings(config: PreTrainedConfig) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +10,10 @@ import torch
 from torch import nn
 
 from qlora_kit.errors import ModelError
-from qlora_kit.model.skeleton import is_linear, name_matches
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qlora_kit.model.skeleton import Skeleton
     from qlora_kit.recipe import QuantizationSpec
 
 # By name: importing bitsandbytes takes seconds, and an unquantized model does without.
@@ -78,31 +76,27 @@ def never_repacked(model: nn.Module) -> None:
 
 
 def require_quantized(
-    model: PreTrainedModel,
-    skeleton: Skeleton,
-    quantization: QuantizationSpec,
-    stored_skips: Iterable[str] = (),
+    model: PreTrainedModel, quantization: QuantizationSpec, bits: Mapping[str, int]
 ) -> Quantized:
-    """Fail when a linear layer that should be quantized is not, or has another shape.
+    """Fail when a linear layer is not in the bits it should be in, or has another shape.
 
-    `stored_skips` are those of a checkpoint that is stored quantized.
+    `bits` are 4 or 8 by the name of every module that should be quantized, and of no other.
 
     Raises:
         ModelError: names the layers.
     """
     counted = count_quantized(model)
-    if quantization.num_bits == 16:
+    if not quantization.is_quantized:
         return counted
-    skips = (*quantization.skip_modules, *skeleton.default_skips, *stored_skips)
     missed = []
-    for name, module in model.named_modules():
-        if not is_linear(module) or name_matches(name, skips):
-            continue
+    for name, wanted in bits.items():
+        module = model.get_submodule(name)
         if not is_quantized(module):
             missed.append(name)
-        else:
-            _require_shape(name, module)
-            _require_kind(name, module, quantization)
+            continue
+        _require_bits(name, module, wanted)
+        _require_shape(name, module)
+        _require_kind(name, module, quantization)
     if missed:
         more = " …" if len(missed) > 3 else ""
         raise ModelError(
@@ -114,7 +108,17 @@ def require_quantized(
             "nothing was quantized: the model has no linear layer that bitsandbytes handles. "
             "Load it in 16 bits with quantization.load_in_4bit: false."
         )
+    quantized = [name for name, module in model.named_modules() if is_quantized(module)]
+    extra = [name for name in quantized if name not in bits]
+    if extra and quantization.overrides:
+        raise ModelError(f"{', '.join(extra[:3])} was quantized, and should not be.")
     return counted
+
+
+def _require_bits(name: str, module: Any, wanted: int) -> None:
+    found = 4 if is_four_bit(module.weight) else 8
+    if found != wanted:
+        raise ModelError(f"{name} was loaded in {found} bits, and {wanted} were asked for.")
 
 
 def _require_shape(name: str, module: Any) -> None:

@@ -173,9 +173,7 @@ def load_adapter(
         raise AdapterError(
             f"{folder} cannot be loaded onto {base.source.name}: {reason_of(error)}"
         ) from error
-    refuse_dora(
-        model.peft_config["default"].use_dora, quantization.num_bits, base.model.device.type
-    )
+    refuse_dora(model.peft_config["default"].use_dora, quantization, base.model.device.type)
     model.eval()
     return model, findings
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from qlora_kit.errors import AdapterError
-from qlora_kit.model.skeleton import is_linear, name_matches, text_modules
+from qlora_kit.model.bits import quantized_bits
+from qlora_kit.model.skeleton import is_linear, text_modules
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,7 +49,7 @@ def require_targets(skeleton: Skeleton, spec: LoraSpec, quantization: Quantizati
     _refuse_quantized(skeleton, quantization, targets.modules_to_save)
     if spec.init == "loftq":
         prequantized = getattr(model.config, "quantization_config", None) is not None
-        if quantization.num_bits == 16 or prequantized:
+        if not quantization.is_quantized or prequantized:
             why = "is stored quantized" if prequantized else "is not quantized"
             raise AdapterError(
                 "lora.init: loftq fits the adapter to the error of quantizing 16-bit weights, and "
@@ -58,7 +59,7 @@ def require_targets(skeleton: Skeleton, spec: LoraSpec, quantization: Quantizati
         _refuse_wrapped_embeddings(model, targets)
 
 
-def refuse_dora(use_dora: bool, num_bits: int, device: str) -> None:
+def refuse_dora(use_dora: bool, quantization: QuantizationSpec, device: str) -> None:
     """Refuse what loses the scales of 8-bit weights after one forward pass.
 
     Reading a weight for DoRA, PEFT moves it to the CPU again, by then without its scales.
@@ -66,7 +67,7 @@ def refuse_dora(use_dora: bool, num_bits: int, device: str) -> None:
     Raises:
         AdapterError: DoRA on an 8-bit base, on a CPU.
     """
-    if use_dora and num_bits == 8 and device == "cpu":
+    if use_dora and 8 in quantization.all_bits and device == "cpu":
         raise AdapterError(
             "lora.use_dora: PEFT cannot compute DoRA on an 8-bit base on a CPU; take a 4-bit base "
             "(quantization.load_in_4bit: true), a GPU, or no DoRA."
@@ -181,12 +182,10 @@ def _refuse_quantized(
     skeleton: Skeleton, quantization: QuantizationSpec, saved: tuple[str, ...]
 ) -> None:
     """Packed numbers have no gradient, so what is trained in full must stay unquantized."""
-    if quantization.num_bits == 16:
-        return
-    for name in skeleton.linear_modules:
-        if _is_inside(name, saved) and not name_matches(name, quantization.skip_modules):
+    for name, bits in quantized_bits(skeleton, quantization).items():
+        if _is_inside(name, saved):
             raise AdapterError(
-                f"lora.modules_to_save: {name} is quantized to {quantization.num_bits} bits, and "
+                f"lora.modules_to_save: {name} is quantized to {bits} bits, and "
                 "only unquantized modules can be trained in full; name it in "
                 "quantization.skip_modules too, or in lora.target_modules instead."
             )

@@ -131,7 +131,8 @@ def _int8(weight: torch.Tensor) -> torch.Tensor:
     from bitsandbytes import functional
 
     rows, scale, _ = functional.int8_vectorwise_quant(weight.to(torch.float16))
-    return (rows.float() * (scale.float().view(-1, 1) / 127.0)).to(weight.dtype)
+    image: torch.Tensor = (rows.float() * (scale.float().view(-1, 1) / 127.0)).to(weight.dtype)
+    return image
 
 
 def _int4(weight: torch.Tensor, block_size: int) -> torch.Tensor:

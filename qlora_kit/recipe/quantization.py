@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from qlora_kit.errors import Fault
 from qlora_kit.recipe.base import Spec, without_effect
+
+Name = Annotated[str, Field(min_length=1)]
+Bits = Literal[4, 8, 16]
 
 
 class QuantizationSpec(Spec):
@@ -44,20 +47,50 @@ class QuantizationSpec(Spec):
     int8_threshold: float = Field(default=6.0, ge=0)
     """LLM.int8(): activations above this magnitude are multiplied in 16 bits."""
 
+    overrides: dict[Name, Bits] = Field(default_factory=dict)
+    """Bits (4, 8 or 16) of the linear layers that a pattern names, where they differ from the
+    rest: `{layers.0.mlp.down_proj: 16, v_proj: 8}`. A pattern is any whole parts of a layer's
+    name; `*` stands for anything. Of several that match, the one with most letters holds."""
+
     @property
-    def num_bits(self) -> int:
-        """Bits a quantized weight is kept in; 16 stands for an unquantized base."""
+    def num_bits(self) -> Bits:
+        """Bits that a linear layer is kept in where no override names it; 16 stands for an
+        unquantized base."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else 16
+
+    @property
+    def all_bits(self) -> frozenset[Bits]:
+        """Every number of bits that some layer may be kept in."""
+        return frozenset({self.num_bits, *self.overrides.values()})
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether any layer is kept in fewer than 16 bits."""
+        return min(self.all_bits) < 16
 
     def contradictions(self) -> Iterator[Fault]:
         if self.load_in_4bit and self.load_in_8bit:
             yield Fault("load_in_8bit", "load_in_4bit is on as well", "choose one of them")
         only_four = ("quant_type", "double_quant", "quant_storage")
-        if self.num_bits == 8:
-            yield from without_effect(self, only_four, "on an 8-bit base", "remove it")
-        if self.num_bits == 16:
+        if not self.is_quantized:
             why = "on a base that is not quantized"
             yield from without_effect(self, ("skip_modules", *only_four), why, "remove it")
-        if self.num_bits != 8:
+        elif 4 not in self.all_bits:
+            why = "on an 8-bit base" if self.num_bits == 8 else "where no layer is kept in 4 bits"
+            yield from without_effect(self, only_four, why, "remove it")
+        if self.is_quantized and self.num_bits == 16:
+            why = "where only what overrides names is quantized"
+            yield from without_effect(self, ("skip_modules",), why, "remove it")
+        if 8 not in self.all_bits:
             hint = "set load_in_8bit: true, or remove it"
             yield from without_effect(self, ("int8_threshold",), "on a base not in 8 bits", hint)
+        yield from self._override_faults()
+
+    def _override_faults(self) -> Iterator[Fault]:
+        for pattern in self.overrides:
+            if not pattern.strip("*."):
+                hint = "set load_in_4bit or load_in_8bit instead"
+                yield Fault(f"overrides.{pattern}", "names every layer, and not some", hint)
+        if self.overrides and all(bits == self.num_bits for bits in self.overrides.values()):
+            message = f"every layer it names has {self.num_bits} bits without it"
+            yield Fault("overrides", message, "remove it")

@@ -55,7 +55,7 @@ class Recipe(Spec):
         if "adapter:vllm" in self.export.to:
             for fault in vllm_faults(self.lora):
                 yield replace(fault, path=f"lora.{fault.path}")
-        if self.export.merge_options.base == "dequantized" and self.quantization.num_bits == 16:
+        if self.export.merge_options.base == "dequantized" and not self.quantization.is_quantized:
             yield Fault(
                 "export.merge_options.base",
                 "dequantized names a quantized base, and this one is not quantized",
@@ -102,7 +102,7 @@ class Recipe(Spec):
                 f"{precision} contradicts quantization.compute_dtype: {compute}",
                 "leave one of them on auto",
             )
-        if self.quantization.num_bits == 16 and self.lora.init == "loftq":
+        if not self.quantization.is_quantized and self.lora.init == "loftq":
             yield Fault(
                 "lora.init",
                 "loftq corrects a quantization error, and this base is not quantized",

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.checkpoint.drift import Drift, lines_of
 from qlora_kit.data.pieces import runs, token_pieces
+from qlora_kit.model.bits import module_bits
 from qlora_kit.model.tokenizer import writes_the_date
 from qlora_kit.report import data_text
 from qlora_kit.report.reporter import Reporter
@@ -72,11 +74,16 @@ def drift(reporter: Reporter, found: Drift) -> None:
 def base(reporter: Reporter, loaded: Base, quantization: QuantizationSpec) -> None:
     counted = loaded.quantized
     double = " with double quantization" if quantization.double_quant else ""
-    how = {
+    names = {
         4: quantization.quant_type.upper() + double,
         8: "LLM.int8()",
         16: f"{str(loaded.compute_dtype).removeprefix('torch.')}, not quantized",
-    }[quantization.num_bits]
+    }
+    how = names[quantization.num_bits]
+    if quantization.overrides:
+        bits = module_bits(loaded.skeleton, quantization)
+        counts = Counter(bits[name] for name in loaded.skeleton.linear_modules)
+        how = ", ".join(f"{count} layers in {names[n]}" for n, count in sorted(counts.items()))
     share = f", {counted.share:.1%} of the parameters quantized" if counted.num_quantized else ""
     if 0 < counted.share < _SMALL_SHARE:
         reporter.warn(
@@ -223,6 +230,8 @@ def evaluation(
 
 def _kind_of(quantization: QuantizationSpec) -> str:
     names = {4: quantization.quant_type.upper(), 8: "LLM.int8()", 16: "not quantized"}
+    if len(quantization.all_bits) > 1:
+        return "mixed: " + " + ".join(names[bits] for bits in sorted(quantization.all_bits))
     return names[quantization.num_bits]
 
 

@@ -110,7 +110,8 @@ def _change(module: nn.Module, rounding: Rounding, x: torch.Tensor) -> torch.Ten
 
     weight: Any = module.weight
     delta = (image_of(module, rounding) - weight.detach()).float()
-    return x.float() @ (delta if isinstance(module, Conv1D) else delta.T)
+    change: torch.Tensor = x.float() @ (delta if isinstance(module, Conv1D) else delta.T)
+    return change
 
 
 def _add(found: dict[Estimate, float], change: torch.Tensor, gradient: torch.Tensor) -> None:

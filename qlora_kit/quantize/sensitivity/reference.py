@@ -222,6 +222,8 @@ class _Recalled(nn.Module):
 def _find_blocks(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     """The longest list of modules, and its name; an empty one where there is none."""
     lists = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList)
     ]
     return max(lists, key=lambda found: len(found[1]), default=("", nn.ModuleList()))

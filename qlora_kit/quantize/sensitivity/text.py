@@ -35,7 +35,7 @@ def read_rows(
     if Path(source).suffix in (".yaml", ".yml"):
         spec = load_recipe(Path(source)).data
     else:
-        one = SourceSpec(path=source, **({} if split is None else {"split": split}))
+        one = SourceSpec(path=source, split=split or "train")
         spec = DataSpec(train=(one,), max_length=window_tokens, overlength="truncate")
     return prepare_train(spec, tokenizer, stop_ids).sequences
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,7 +21,12 @@ class Unit:
 
 def units_of(modules: Sequence[str], by: By) -> tuple[Unit, ...]:
     """The units of a model, in the order in which its modules stand."""
-    key = {"layer": str, "kind": kind_of, "block": block_of}[by]
+    keys: dict[By, Callable[[str], str]] = {
+        "layer": lambda module: module,
+        "kind": kind_of,
+        "block": block_of,
+    }
+    key = keys[by]
     grouped: dict[str, list[str]] = {}
     for module in modules:
         grouped.setdefault(key(module), []).append(module)

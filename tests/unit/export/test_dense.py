@@ -13,7 +13,8 @@ from transformers.pytorch_utils import Conv1D
 from qlora_kit.errors import ModelError
 from qlora_kit.export.checkpoint import Checkpoint
 from qlora_kit.export.dense import AsTrained, iterate_dense, loaded_dtype, stored_dtype
-from qlora_kit.export.names import map_names, quantized_modules
+from qlora_kit.export.names import map_names
+from qlora_kit.model.bits import quantized_bits
 from qlora_kit.model.skeleton import Skeleton, build_skeleton, load_config
 from qlora_kit.model.weight import dequantized_weight
 from qlora_kit.recipe import QuantizationSpec
@@ -34,7 +35,7 @@ def read_dense(
 ) -> dict[str, torch.Tensor]:
     """Parameter → value."""
     with Checkpoint(folder) as checkpoint:
-        changed = () if as_trained is None else quantized_modules(skeleton, as_trained.quantization)
+        changed = () if as_trained is None else quantized_bits(skeleton, as_trained.quantization)
         names = map_names(skeleton, checkpoint.names(), changed)
         tensors = list(iterate_dense(checkpoint, names, skeleton, as_trained))
     return {str(one.parameter): one.value for one in tensors}

@@ -9,7 +9,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from qlora_kit.export.checkpoint import Checkpoint
-from qlora_kit.export.names import is_quantization_state, map_names, quantized_modules
+from qlora_kit.export.names import is_quantization_state, map_names
+from qlora_kit.model.bits import quantized_bits
 from qlora_kit.model.skeleton import Skeleton, build_skeleton, load_config
 from qlora_kit.recipe import QuantizationSpec
 
@@ -29,7 +30,7 @@ def test_a_missing_base_prefix_is_added(tmp_path: Path) -> None:
     tensors["h.0.attn.masked_bias"] = torch.zeros(())
     save_file(tensors, path, metadata={"format": "pt"})
     skeleton, names = names_of(tmp_path)
-    found = map_names(skeleton, names, quantized_modules(skeleton, QuantizationSpec()))
+    found = map_names(skeleton, names, quantized_bits(skeleton, QuantizationSpec()))
     assert found.parameters["h.0.attn.c_attn.weight"] == "transformer.h.0.attn.c_attn.weight"
     assert found.parameters["wte.weight"] == "transformer.wte.weight"
     assert found.unused == ("h.0.attn.masked_bias",)
@@ -82,8 +83,8 @@ def test_what_a_quantized_weight_is_stored_with_is_no_tensor_of_the_model() -> N
         assert not is_quantization_state(name)
 
 
-def test_an_unquantized_base_has_no_quantized_modules(tmp_path: Path) -> None:
+def test_an_unquantized_base_has_no_quantized_bits(tmp_path: Path) -> None:
     save_model(tmp_path, CONFIGS["llama"]())
     skeleton = build_skeleton(load_config(tmp_path))
-    assert not quantized_modules(skeleton, QuantizationSpec(load_in_4bit=False))
-    assert "lm_head" not in quantized_modules(skeleton, QuantizationSpec())
+    assert not quantized_bits(skeleton, QuantizationSpec(load_in_4bit=False))
+    assert "lm_head" not in quantized_bits(skeleton, QuantizationSpec())

@@ -13,6 +13,7 @@ from zoo import load, skeleton_of
 
 from qlora_kit.errors import ModelError
 from qlora_kit.model.base import Base
+from qlora_kit.model.bits import quantized_bits
 from qlora_kit.model.quantized import (
     Quantized,
     count_quantized,
@@ -39,6 +40,13 @@ def packed(outputs: int, inputs: int, **options: Any) -> bnb.nn.Linear4bit:
     layer = bnb.nn.Linear4bit(inputs, outputs, bias=False, quant_type="nf4", **options)
     layer.load_state_dict({"weight": torch.randn(outputs, inputs)})
     return layer.to("cpu")
+
+
+def required(
+    base: Base, quantization: QuantizationSpec, expected: QuantizationSpec | None = None
+) -> Quantized:
+    bits = quantized_bits(base.skeleton, expected or quantization)
+    return require_quantized(base.model, quantization, bits)
 
 
 class TestTheCount:
@@ -134,7 +142,7 @@ class TestWhatWasMissed:
         loaded = base if quantization is FOUR else eight
         self.replace(loaded.model, "model.layers.1.mlp.up_proj")
         with pytest.raises(ModelError) as caught:
-            require_quantized(loaded.model, loaded.skeleton, quantization)
+            required(loaded, quantization)
         assert "1 linear layers were left unquantized (model.layers.1.mlp.up_proj)" in str(
             caught.value
         )
@@ -143,24 +151,24 @@ class TestWhatWasMissed:
     def test_is_counted_where_there_is_much(self, base: Base) -> None:
         self.replace(base.model, *(f"model.layers.0.self_attn.{kind}_proj" for kind in "qkvo"))
         with pytest.raises(ModelError, match=r"4 linear layers .*q_proj, .*k_proj, .*v_proj …\)"):
-            require_quantized(base.model, base.skeleton, FOUR)
+            required(base, FOUR)
 
     def test_is_no_fault_where_it_is_meant(self, base: Base) -> None:
         """By the recipe, or by what a stored checkpoint says of itself."""
         self.replace(base.model, "model.layers.1.mlp.up_proj")
         skipping = QuantizationSpec(skip_modules=("layers.1.mlp.up_proj",))
-        found = require_quantized(base.model, base.skeleton, skipping)
+        found = required(base, skipping)
         assert found.num_quantized == LINEAR - 64 * 128
-        stored = require_quantized(base.model, base.skeleton, FOUR, ["up_proj"])
+        stored = required(base, FOUR, skipping)
         assert stored == found
 
     def test_is_not_the_head(self, base: Base) -> None:
         assert not is_quantized(base.model.lm_head)
-        require_quantized(base.model, base.skeleton, FOUR)
+        required(base, FOUR)
 
     def test_is_nothing_in_sixteen_bits(self, base: Base) -> None:
         self.replace(base.model, "model.layers.1.mlp.up_proj")
-        require_quantized(base.model, base.skeleton, SIXTEEN)
+        required(base, SIXTEEN)
 
     @pytest.mark.parametrize("load_in_8bit", [False, True])
     def test_is_everything(self, tiny_llama: Path, load_in_8bit: bool) -> None:
@@ -173,19 +181,19 @@ class TestWhatWasMissed:
         layer.out_features = 96
         words = r"layers\.1\.mlp\.up_proj was loaded in shape \[128, 64\].*describes \[96, 64\]"
         with pytest.raises(ModelError, match=words):
-            require_quantized(base.model, base.skeleton, FOUR)
+            required(base, FOUR)
 
     def test_is_another_shape_in_eight_bits(self, eight: Base) -> None:
         eight.model.model.layers[1].mlp.up_proj.in_features = 48
         with pytest.raises(ModelError, match=r"in shape \[128, 64\].*describes \[128, 48\]"):
-            require_quantized(eight.model, eight.skeleton, EIGHT)
+            required(eight, EIGHT)
 
     @pytest.mark.parametrize(
         "quantization", [QuantizationSpec(double_quant=False), QuantizationSpec(quant_type="fp4")]
     )
     def test_is_another_kind(self, base: Base, quantization: QuantizationSpec) -> None:
         with pytest.raises(ModelError, match=r"q_proj was loaded as nf4 with double quantization"):
-            require_quantized(base.model, base.skeleton, quantization)
+            required(base, quantization)
 
 
 def test_conv1d_has_its_shape_once_it_is_packed(tmp_path: Path) -> None:

@@ -283,9 +283,12 @@ class TestLoftq:
 class TestDora:
     def test_is_refused_only_where_peft_loses_the_scales(self) -> None:
         with pytest.raises(AdapterError, match=r"DoRA on an 8-bit base on a CPU.*load_in_4bit"):
-            refuse_dora(True, 8, "cpu")
-        for use_dora, num_bits, device in ((False, 8, "cpu"), (True, 4, "cpu"), (True, 8, "cuda")):
-            refuse_dora(use_dora, num_bits, device)
+            refuse_dora(True, EIGHT, "cpu")
+        with pytest.raises(AdapterError, match="8-bit base"):
+            refuse_dora(True, QuantizationSpec(overrides={"v_proj": 8}), "cpu")
+        for use_dora, base, device in ((False, EIGHT, "cpu"), (True, FOUR, "cpu")):
+            refuse_dora(use_dora, base, device)
+        refuse_dora(True, EIGHT, "cuda")
 
 
 def test_nothing_of_this_needs_weights() -> None:
