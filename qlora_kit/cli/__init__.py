@@ -23,6 +23,7 @@ from qlora_kit.cli import (
     prove_resume,
     quantize,
     recipes,
+    sensitivity,
     train,
     verify,
 )
@@ -80,6 +81,7 @@ for verb in (
     export,
     quantize,
     dequantize,
+    sensitivity,
     verify,
     chat,
     recipes,

@@ -105,18 +105,20 @@ def image_of(module: nn.Module, rounding: Rounding) -> torch.Tensor:
 
     bitsandbytes quantizes GPT-2's Conv1D, stored (in, out), the other way round.
     """
+    image = rounding.image(turned_weight(module))
+    return image.T.contiguous() if _is_turned(module) else image
+
+
+def turned_weight(module: nn.Module) -> torch.Tensor:
+    """A linear module's weight as (out, in)."""
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
-    if _is_turned(module):
-        return rounding.image(weight.detach().T).T.contiguous()
-    return rounding.image(weight.detach())
+    return weight.detach().T if _is_turned(module) else weight.detach()
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a linear module."""
-    weight = module.weight
-    assert isinstance(weight, torch.Tensor)
-    num_out, num_in = weight.T.shape if _is_turned(module) else weight.shape
+    num_out, num_in = turned_weight(module).shape
     return num_out, num_in
 
 

@@ -33,6 +33,9 @@ ESTIMATES: dict[Estimate, str] = {
     "token": "½ Σ (g·δ)²: each token on its own",
     "row": "½ Σ (Σ g·δ)²: the tokens of a row together",
 }
+# The one whose order is closest to the measured one and stays the same on other rows
+# (docs/sensitivity.md).
+BEST: Estimate = "diagonal"
 # Backward passes keep several copies of the logits.
 _COPIES = 4
 
