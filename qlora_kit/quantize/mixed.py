@@ -14,6 +14,7 @@ from itertools import pairwise
 from qlora_kit.errors import ModelError
 from qlora_kit.quantize.rounding import Rounding
 
+_MIB = 1024**2
 _GIB = 1024**3
 
 
@@ -96,7 +97,7 @@ def within_bytes(units: Sequence[Options], other_bytes: int, budget: int) -> Mix
     mixture = narrowest(units, other_bytes)
     if mixture.num_bytes > budget:
         raise ModelError(
-            f"a budget of {in_gib(budget)} is less than the {in_gib(mixture.num_bytes)} that the "
+            f"a budget of {size_text(budget)} is less than the {size_text(mixture.num_bytes)} that the "
             "model takes with every layer at its narrowest (embeddings and norms stay in 16 bits); "
             "raise it."
         )
@@ -144,8 +145,11 @@ def overrides_of(mixture: Mixture, units: Iterable[Options], num_bits: int) -> d
     return patterns
 
 
-def in_gib(num_bytes: int) -> str:
-    return f"{num_bytes / _GIB:.3f} GiB"
+def size_text(num_bytes: int) -> str:
+    """In GiB, or in MiB where it is less than one."""
+    if num_bytes < _GIB:
+        return f"{num_bytes / _MIB:,.2f} MiB"
+    return f"{num_bytes / _GIB:,.3f} GiB"
 
 
 def widths_of(

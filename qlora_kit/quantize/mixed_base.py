@@ -11,6 +11,7 @@ from qlora_kit.quantize.mixed import (
     Mixture,
     Options,
     overrides_of,
+    size_text,
     widenings,
     widths_of,
     within_bytes,
@@ -118,7 +119,7 @@ def choose_mixture(
 
             def kl_of(one: Mixture) -> float:
                 kl = trial.of(one).kl_mean
-                bar.update(1, kl=f"{one.num_bytes / 1024**3:.3f} GiB: KL {kl:.3g}")
+                bar.update(1, kl=f"{size_text(one.num_bytes)}: KL {kl:.3g}")
                 return kl
 
             mixture = within_kl(ladder, kl_of, max_kl)

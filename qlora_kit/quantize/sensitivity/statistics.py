@@ -12,7 +12,7 @@ from qlora_kit.quantize.rounding import Rounding
 # A column (what one input feature is multiplied by) this many times the median one is an outlier.
 _OUTLIER_RATIO = 4.0
 # A row's error counts as damage where double quantization makes it this many times what it was.
-_DAMAGE_RATIO = 1.5
+_DAMAGE_RATIO = 1.2
 _SATURATED_SHARE = 1e-3
 
 
@@ -35,7 +35,7 @@ class LayerStatistics:
     error: float
     """Median over the rows."""
     num_damaged_rows: int
-    """Rows whose error double quantization raises by half or more: they share scales with an
+    """Rows whose error double quantization raises by a fifth or more: they share scales with an
     outlier."""
     damaged_error: tuple[float, float] | None
     """Without and with double quantization, in the row that it harms most."""

@@ -1,0 +1,139 @@
+"""`qlora-kit sensitivity` from the outside, and a recipe made of what it wrote."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import build_llama
+
+from qlora_kit.recipe import load_recipe
+
+from .conftest import Call, task_rows, write_recipe, write_rows
+
+FEW = ("--num-tokens", "96", "--window-tokens", "32")
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_llama(tmp_path_factory.mktemp("wide"), initializer_range=0.3)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.jsonl", task_rows())
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    words = [f"The {n} lamps are painted in {n * 7 % 13} colours.\n" for n in range(80)]
+    path.write_text("".join(words))
+    return path
+
+
+def test_ranks_and_draws_and_chooses(
+    wide: Path, text: Path, tmp_path: Path, call: Call, tiny_llama: Path
+) -> None:
+    out = tmp_path / "out"
+    arguments = (str(wide), "--data", str(text), *FEW, "--no-double-quant", "--max-kl", "0.2")
+    said = call("sensitivity", *arguments, "--stability", "--out", str(out))
+    assert said.code == 0, said.err
+    for part in ("What each layer costs in nf4", "Spearman", "outlier columns", "The mixture ("):
+        assert part in said.out
+    values = json.loads((out / "sensitivity.json").read_text())
+    kls = [entry["kl"] for entry in values["ranking"]]
+    assert len(kls) == 14
+    assert kls == sorted(kls, reverse=True)
+    assert values["stability"]["num_units"] == 14
+    assert len(values["statistics"]) == 14
+    assert values["mixture"]["measured"]["kl_mean"] <= 0.2
+    width, height = struct.unpack(">II", (out / "heat-map.png").read_bytes()[16:24])
+    assert min(width, height) > 300
+    fragment = yaml.safe_load((out / "recipe.yaml").read_text())
+    recipe = load_recipe(write_recipe(tmp_path / "recipe", tiny_llama, **fragment))
+    assert recipe.quantization.overrides
+    again = call("sensitivity", *arguments, "--out", str(out))
+    assert again.code == 1
+    assert "exists already" in again.err
+
+
+def test_estimates_in_one_pass(wide: Path, rows: Path, call: Call) -> None:
+    said = call(
+        "sensitivity", str(wide), "--data", str(rows), *FEW, "--cheap", "--check", "5", "--json"
+    )
+    assert said.code == 0, said.err
+    values = json.loads(said.out)
+    assert values["mode"] == "cheap"
+    assert values["check"]["num_units"] == 5
+    assert sum(entry["measured"] is not None for entry in values["ranking"]) == 5
+
+
+def test_takes_the_rows_of_a_recipe(wide: Path, tmp_path: Path, call: Call) -> None:
+    recipe = write_recipe(tmp_path, wide)
+    said = call("sensitivity", str(wide), "--data", str(recipe), *FEW, "--by", "kind", "--json")
+    assert said.code == 0, said.err
+    names = {entry["name"] for entry in json.loads(said.out)["ranking"]}
+    assert "mlp.down_proj" in names
+    assert len(names) == 7
+
+
+def test_steps_down(wide: Path, text: Path, call: Call) -> None:
+    said = call(
+        "sensitivity",
+        str(wide),
+        "--data",
+        str(text),
+        *FEW,
+        "--cheap",
+        "--progressive",
+        "--max-kl",
+        "0.1",
+        "--steps",
+        "2",
+    )
+    assert said.code == 0, said.err
+    assert "From 16 bits down to a KL of 0.1" in said.out
+    assert "← kept" in said.out
+    assert "quantization:" in said.out
+
+
+def test_looks_at_weights_alone(wide: Path, call: Call) -> None:
+    said = call("sensitivity", str(wide), "--statistics", "--json")
+    assert said.code == 0, said.err
+    assert len(json.loads(said.out)) == 14
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        ((), 2, "--data"),
+        (("--data", "x.txt", "--budget", "1GiB", "--max-kl", "1"), 2, "give one of them"),
+        (("--data", "x.txt", "--budget", "5 apples"), 2, "5.0GiB"),
+        (("--data", "x.txt", "--check", "3"), 2, "--cheap"),
+        (("--data", "x.txt", "--progressive"), 2, "--max-kl"),
+        (("--data", "x.txt", "--block-size", "48"), 1, "got 48"),
+        (("--data", "x.txt", "--method", "int4", "--max-kl", "1"), 1, "cannot be loaded as int4"),
+        (("--data", "nowhere.txt"), 1, "nowhere.txt"),
+    ],
+)
+def test_says_what_is_wrong_before_the_work(
+    wide: Path, call: Call, options: tuple[str, ...], code: int, words: str
+) -> None:
+    said = call("sensitivity", str(wide), *options)
+    assert said.code == code
+    assert words in said.err
+
+
+def test_says_what_is_too_little_or_too_long(wide: Path, text: Path, call: Call) -> None:
+    little = call("sensitivity", str(wide), "--data", str(text), "--num-tokens", "99999")
+    assert little.code == 1
+    assert "the rows have" in little.err
+    long = call("sensitivity", str(wide), "--data", str(text), "--window-tokens", "1000")
+    assert "attends to 256 tokens at most" in long.err
+    small = call("sensitivity", str(wide), "--data", str(text), *FEW, "--cheap", "--budget", "9KB")
+    assert small.code == 1
+    assert "at its narrowest" in small.err
