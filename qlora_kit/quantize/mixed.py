@@ -97,9 +97,9 @@ def within_bytes(units: Sequence[Options], other_bytes: int, budget: int) -> Mix
     mixture = narrowest(units, other_bytes)
     if mixture.num_bytes > budget:
         raise ModelError(
-            f"a budget of {size_text(budget)} is less than the {size_text(mixture.num_bytes)} that the "
-            "model takes with every layer at its narrowest (embeddings and norms stay in 16 bits); "
-            "raise it."
+            f"a budget of {size_text(budget)} is less than the {size_text(mixture.num_bytes)} that "
+            "the model takes with every layer at its narrowest (embeddings and norms stay in 16 "
+            "bits); raise it."
         )
     stuck: set[str] = set()
     for step in _steps(units):

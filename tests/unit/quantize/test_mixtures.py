@@ -95,7 +95,7 @@ class TestTheChoice:
         assert [one.bits["u"] for one in widenings([unit], 0)] == [4, 16]
 
     def test_is_refused_where_nothing_fits(self) -> None:
-        with pytest.raises(ModelError, match=r"budget of .* GiB is less than the .* GiB that"):
+        with pytest.raises(ModelError, match=r"budget of 953.67 MiB is less than the .* MiB that"):
             within_bytes(random_units(3, 0), 10**9, 10**9)
 
     def test_of_a_quality_is_the_smallest_that_has_it(self) -> None:
