@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from qlora_kit.export.dense import DenseTensor
 from qlora_kit.export.names import is_quantization_state, module_of
 from qlora_kit.model import mixed_bits as mixed_bits  # a stored base may be of this kind
-from qlora_kit.model.base import bitsandbytes_config, prequantized_settings
+from qlora_kit.model.base import loading_config, prequantized_settings
 from qlora_kit.model.weight import dequantized_weight
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def iterate_in_memory(trained: TrainedAdapter, base: BaseKind) -> Iterator[Dense
     skeleton = trained.skeleton
     options = {}
     if base == "dequantized" and prequantized_settings(skeleton) is None:
-        options["quantization_config"] = bitsandbytes_config(
+        options["quantization_config"] = loading_config(
             trained.quantization, skeleton, trained.compute_dtype
         )
     model = AutoModelForCausalLM.from_pretrained(

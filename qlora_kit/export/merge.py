@@ -32,7 +32,7 @@ from qlora_kit.export.surroundings import (
     save_tokenizer,
 )
 from qlora_kit.export.trained import BaseKind, TrainedAdapter
-from qlora_kit.model.base import bitsandbytes_config
+from qlora_kit.model.base import loading_config
 from qlora_kit.model.bits import quantized_bits
 from qlora_kit.recipe import QuantizationSpec
 from qlora_kit.report.reporter import SILENT, Progress, Reporter
@@ -277,7 +277,7 @@ def _quantize_again(
     model = AutoModelForCausalLM.from_pretrained(
         dense,
         dtype=again.compute_dtype,
-        quantization_config=bitsandbytes_config(
+        quantization_config=loading_config(
             again.quantization, trained.skeleton, again.compute_dtype
         ),
         device_map={"": again.device},

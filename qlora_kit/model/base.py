@@ -132,7 +132,7 @@ def load_base(
     scan = scan_weights(source.folder, spec.allow_pickle)
     scan.require_finite()
     pad = ensure_padding(tokenizer, num_embeddings(skeleton.model))
-    bnb = None if stored else bitsandbytes_config(quantization, skeleton, compute_dtype)
+    bnb = None if stored else loading_config(quantization, skeleton, compute_dtype)
 
     def load(quantized: Path | None) -> PreTrainedModel:
         return load_model(source, spec, bnb, skeleton, compute_dtype, hardware, quantized)
@@ -159,27 +159,35 @@ def load_base(
     )
 
 
-def bitsandbytes_config(
+def loading_config(
     quantization: QuantizationSpec, skeleton: Skeleton, compute_dtype: torch.dtype
 ) -> BitsAndBytesConfig | MixedBitsConfig | None:
-    """The one place that builds it; None for a 16- or 32-bit base.
+    """What a base is loaded with; None for a 16- or 32-bit one.
 
-    A skip list of one's own turns the library's off, so the two are united here. Overrides that
-    no skip list can say, 8 bits beside 4 above all, take a quantizer of our own.
+    Overrides that no skip list can say, 8 bits beside 4 above all, take a quantizer of our own.
+    """
+    bits = quantized_bits(skeleton, quantization)
+    skips = _skips(quantization, skeleton, bits)
+    is_plain = len(set(bits.values())) < 2 and not any(name_matches(name, skips) for name in bits)
+    if quantization.overrides and not is_plain:
+        return _mixed_config(quantization, bits, compute_dtype)
+    return bitsandbytes_config(quantization, skeleton, compute_dtype)
+
+
+def bitsandbytes_config(
+    quantization: QuantizationSpec, skeleton: Skeleton, compute_dtype: torch.dtype
+) -> BitsAndBytesConfig | None:
+    """The one place that builds it; None where nothing is quantized. All of one width.
+
+    A skip list of one's own turns the library's off, so the two are united here.
     """
     from transformers import BitsAndBytesConfig
 
     bits = quantized_bits(skeleton, quantization)
     if not bits and quantization.num_bits == 16:
         return None
-    width: int = quantization.num_bits
-    skips = sorted({*quantization.skip_modules, *skeleton.default_skips})
-    if quantization.overrides:
-        plain = [name for name in skeleton.linear_modules if name not in bits]
-        skips = sorted({*plain, *skeleton.default_skips})
-        width = min(bits.values(), default=width)
-        if set(bits.values()) != {width} or any(name_matches(name, skips) for name in bits):
-            return _mixed_config(quantization, bits, compute_dtype)
+    width: int = min(bits.values(), default=quantization.num_bits)
+    skips = _skips(quantization, skeleton, bits)
     if width == 8:
         return BitsAndBytesConfig(
             load_in_8bit=True,
@@ -194,6 +202,14 @@ def bitsandbytes_config(
         bnb_4bit_quant_storage=getattr(torch, quantization.quant_storage),
         llm_int8_skip_modules=skips,
     )
+
+
+def _skips(quantization: QuantizationSpec, skeleton: Skeleton, bits: dict[str, int]) -> list[str]:
+    """Modules that are not quantized, in the words of the recipe where it has no overrides."""
+    if quantization.overrides:
+        plain = (name for name in skeleton.linear_modules if name not in bits)
+        return sorted({*plain, *skeleton.default_skips})
+    return sorted({*quantization.skip_modules, *skeleton.default_skips})
 
 
 def _mixed_config(

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from qlora_kit.data.sequences import TokenSequence
-from qlora_kit.evaluate.forward import evaluation_mode
-from qlora_kit.evaluate.windows import LOGITS_BYTES, scored_positions
 from qlora_kit.quantize.rounding import Rounding, image_of
 from qlora_kit.report.reporter import Progress
+from qlora_kit.runtime.batches import LOGITS_BYTES, scored_positions
+from qlora_kit.runtime.forward import evaluation_mode
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,10 +17,10 @@ from qlora_kit.evaluate.divergence import (
     compare_to_recorded,
     record_logprobs,
 )
-from qlora_kit.evaluate.forward import NO_PROGRESS
 from qlora_kit.quantize.rounding import Rounding, image_of
 from qlora_kit.quantize.sensitivity.units import NO_BLOCK, block_of
 from qlora_kit.report.reporter import Progress
+from qlora_kit.runtime.forward import NO_PROGRESS, CausalScorer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,16 +48,17 @@ class Reference:
     ):
         """Record what `model` says into `folder`; about 4 bytes a token and vocabulary entry."""
         self.model = model
-        self._options: dict[str, Any] = {
-            "pad_token_id": pad_token_id,
-            "batch_size": BATCH_SIZE,
-            "compute_dtype": compute_dtype,
-        }
+        self._scorer = CausalScorer(model, pad_token_id, compute_dtype)
         self._blocks = _Blocks(model, windows)
         num_tokens = sum(window.num_supervised for window in windows)
         with self._blocks.recording():
             self.recorded: Recorded = record_logprobs(
-                model, windows, folder, max_tokens=num_tokens, progress=progress, **self._options
+                self._scorer,
+                windows,
+                folder,
+                batch_size=BATCH_SIZE,
+                max_tokens=num_tokens,
+                progress=progress,
             )
         self._trust_blocks()
 
@@ -72,7 +73,7 @@ class Reference:
         Every weight is put back as it was, the very tensor.
         """
         with replaced(self.model, images), self._blocks.beginning_at(images):
-            return compare_to_recorded(self.model, self.recorded, **self._options)
+            return compare_to_recorded(self._scorer, self.recorded, batch_size=BATCH_SIZE)
 
     def measure_rounded(self, roundings: Mapping[str, Rounding]) -> Divergence:
         """The same with every module's weight rounded as said, an image at a time in memory only
@@ -90,7 +91,7 @@ class Reference:
         """Architectures may hand on more than a block's output; then the whole model is run."""
         if self._blocks.are_reused:
             with self._blocks.beginning_at_last():
-                again = compare_to_recorded(self.model, self.recorded, **self._options)
+                again = compare_to_recorded(self._scorer, self.recorded, batch_size=BATCH_SIZE)
             if again.kl_max > 0 or again.max_abs_delta_logp > 0:
                 self._blocks.forget()
 

@@ -133,6 +133,6 @@ def read_sets(
             f"{base.source.name} attends to {context} tokens at most; set --window-tokens "
             f"{context} or less."
         )
-    rows = read_rows(request.data, base.tokenizer, base.stop_ids, request.window_tokens)
+    rows = read_rows(request.data, base.tokenizer)
     sets = deal(rows, num_sets, request.num_tokens, request.window_tokens, request.seed)
     return sets[0], sets[1] if num_sets > 1 else None

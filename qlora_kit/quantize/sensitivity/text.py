@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.data.prepare import prepare_train
 from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.errors import DataError
 from qlora_kit.evaluate.windows import keep_first_tokens, split_windows
-from qlora_kit.recipe import DataSpec, SourceSpec, load_recipe
+from qlora_kit.quantize.texts import find_texts, render_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def read_rows(
-    source: str,
-    tokenizer: PreTrainedTokenizerBase,
-    stop_ids: frozenset[int],
-    window_tokens: int,
-    split: str | None = None,
-) -> Sequence[TokenSequence]:
-    """The rows of a recipe's `data.train`, or of a file, rendered as they would be trained on.
+def read_rows(source: str, tokenizer: PreTrainedTokenizerBase) -> list[TokenSequence]:
+    """Every row that `source` names: the training rows of a recipe, a file, wikitext2 or c4, or
+    anything else that a recipe's source may be.
 
-    Plain text is cut into windows, every token of which counts; of conversations it is what the
-    recipe's `data.loss_on` says, or what the assistant says.
+    Of plain text every token counts, of conversations what the assistant says, or what a recipe's
+    `data.loss_on` says.
 
     Raises:
         DataError: nothing can be read. RecipeError: the recipe has faults.
     """
-    if Path(source).suffix in (".yaml", ".yml"):
-        spec = load_recipe(Path(source)).data
-    else:
-        one = SourceSpec(path=source, split=split or "train")
-        spec = DataSpec(train=(one,), max_length=window_tokens, overlength="truncate")
-    return prepare_train(spec, tokenizer, stop_ids).sequences
+    found = render_texts(find_texts(source, "train"), tokenizer)
+    return [row for rows in found for row in rows]
 
 
 def deal(

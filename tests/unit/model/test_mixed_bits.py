@@ -14,7 +14,7 @@ from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import AdapterError, ModelError
 from qlora_kit.export.dequantize import dequantize_checkpoint
 from qlora_kit.model.adapter import attach_adapter
-from qlora_kit.model.base import bitsandbytes_config
+from qlora_kit.model.base import loading_config
 from qlora_kit.model.bits import module_bits, override_matches, quantized_bits
 from qlora_kit.model.manifest import differences, manifest_for
 from qlora_kit.model.prequantized import stored_quantization
@@ -140,11 +140,9 @@ class TestWhatIsLoaded:
     def test_needs_no_quantizer_of_our_own_without_a_mixture(self) -> None:
         skeleton = skeleton_of(UNTIED)
         for overrides in ({"v_proj": 16}, {"layers.0.mlp": 16, "q_proj": 16}):
-            config = bitsandbytes_config(
-                QuantizationSpec(overrides=overrides), skeleton, torch.float32
-            )
+            config = loading_config(QuantizationSpec(overrides=overrides), skeleton, torch.float32)
             assert type(config).__name__ == "BitsAndBytesConfig"
-        mixed = bitsandbytes_config(MIXED, skeleton, torch.float32)
+        mixed = loading_config(MIXED, skeleton, torch.float32)
         assert type(mixed).__name__ == "MixedBitsConfig"
 
     def test_is_turned_where_the_library_turns_it(self, tmp_path: Path) -> None:
