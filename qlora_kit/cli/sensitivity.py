@@ -120,8 +120,6 @@ def command(
     from qlora_kit.quantize.sensitivity.run import Request, run_sensitivity
 
     assert data is not None
-    if out is not None:
-        report.require_plots()
     found, chosen = run_sensitivity(
         spec,
         Request(

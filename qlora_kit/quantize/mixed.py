@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from qlora_kit.errors import ModelError
+from qlora_kit.model.bits import override_matches
 from qlora_kit.quantize.rounding import Rounding
+from qlora_kit.quantize.sensitivity.units import kind_of
 
 _MIB = 1024**2
 _GIB = 1024**3
@@ -136,13 +138,22 @@ def within_kl(
 
 
 def overrides_of(mixture: Mixture, units: Iterable[Options], num_bits: int) -> dict[str, int]:
-    """`quantization.overrides` of a recipe whose layers have `num_bits` otherwise."""
+    """`quantization.overrides` of a recipe whose layers have `num_bits` otherwise.
+
+    By full names; a kind of module that is kept in one width throughout is named once.
+    """
+    bits = {name: mixture.bits[unit.name] for unit in units for name in unit.modules}
+    kinds: dict[str, list[str]] = {}
+    for name in bits:
+        kinds.setdefault(kind_of(name), []).append(name)
     patterns: dict[str, int] = {}
-    for unit in units:
-        bits = mixture.bits[unit.name]
-        if bits != num_bits:
-            patterns |= dict.fromkeys(unit.modules, bits)
-    return patterns
+    for kind, names in kinds.items():
+        is_one = len({bits[name] for name in names}) == 1 < len(names)
+        if is_one and names == [name for name in bits if override_matches(name, kind)]:
+            patterns[kind] = bits[names[0]]
+        else:
+            patterns |= {name: bits[name] for name in names}
+    return {pattern: width for pattern, width in patterns.items() if width != num_bits}
 
 
 def size_text(num_bytes: int) -> str:

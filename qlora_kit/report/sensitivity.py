@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.errors import ModelError
 from qlora_kit.quantize.progressive import Descent
 from qlora_kit.quantize.sensitivity.units import NO_BLOCK, block_of, kind_of
 from qlora_kit.report.reporter import Reporter
@@ -139,15 +137,6 @@ def _measured_row(one: Measured) -> tuple[str, ...]:
         f"{one.divergence.candidate_perplexity:.4f}",
         f"{one.divergence.top1_agreement:.2%}",
     )
-
-
-def require_plots() -> None:
-    """Raises ModelError where no picture can be drawn."""
-    if find_spec("matplotlib") is None:
-        raise ModelError(
-            "the heat map is drawn with matplotlib, which is not installed; pip install "
-            "matplotlib, or leave --out away."
-        )
 
 
 def heat_map(found: Sensitivity, path: Path) -> None:

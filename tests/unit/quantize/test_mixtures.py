@@ -114,11 +114,13 @@ class TestTheChoice:
 
     def test_is_written_as_overrides(self) -> None:
         units = [
-            Options("mlp.up", ("l.0.up", "l.1.up"), random_units(1, 0)[0].widths),
-            Options("q", ("l.0.q",), random_units(1, 0)[0].widths),
+            Options(name, (name,), random_units(1, 0)[0].widths)
+            for name in ("l.0.up", "l.0.q", "l.0.v", "l.1.up", "l.1.q", "l.1.v")
         ]
-        mixture = Mixture({"mlp.up": 8, "q": 4}, 0, 0.0)
-        assert overrides_of(mixture, units, 4) == {"l.0.up": 8, "l.1.up": 8}
+        bits = {"l.0.up": 8, "l.1.up": 8, "l.0.q": 4, "l.1.q": 16, "l.0.v": 4, "l.1.v": 4}
+        assert overrides_of(Mixture(bits, 0, 0.0), units, 4) == {"up": 8, "l.1.q": 16}
+        blocks = [Options("l.0", ("l.0.up", "l.0.q"), random_units(1, 0)[0].widths)]
+        assert overrides_of(Mixture({"l.0": 8}, 0, 0.0), blocks, 4) == {"l.0.up": 8, "l.0.q": 8}
 
 
 @pytest.fixture(scope="module")
