@@ -47,10 +47,11 @@ def model_card(certificate: dict[str, Any]) -> str:
 
 def _how_made(certificate: dict[str, Any]) -> str:
     trained_on = certificate["trained_on"]
+    widths = [_num_bits(trained_on), *_overrides(trained_on).values()]
     base = {
         "dequantized": "the dequantized weights that it was trained on",
         "original": "the original weights, before quantization"
-        if _num_bits(trained_on) < 16
+        if min(widths) < 16
         else "the weights that it was trained on",
     }[certificate["base"]]
     dtype = certificate["dtype"]
@@ -65,6 +66,11 @@ def trained_from(trained_on: dict[str, Any]) -> str:
     bits = _num_bits(trained_on)
     kept = f"kept in {bits} bits"
     kept += f" ({trained_on['quantization']['quant_type']})" if bits == 4 else ""
+    overrides = _overrides(trained_on)
+    if overrides:
+        first = list(overrides.items())[:5]
+        named = ", ".join(f"`{pattern}` in {width}" for pattern, width in first)
+        kept += f" but for {named}{' …' if len(overrides) > 5 else ''}"
     revision = f" at revision `{trained_on['revision']}`" if trained_on["revision"] else ""
     return f"A LoRA adapter was trained on `{trained_on['name']}`{revision}, {kept}."
 
@@ -72,6 +78,12 @@ def trained_from(trained_on: dict[str, Any]) -> str:
 def _num_bits(trained_on: dict[str, Any]) -> int:
     settings = trained_on["quantization"]
     return 4 if settings["load_in_4bit"] else 8 if settings["load_in_8bit"] else 16
+
+
+def _overrides(trained_on: dict[str, Any]) -> dict[str, int]:
+    """Bits of the layers that differ; adapters from before there were any say nothing."""
+    overrides: dict[str, int] = trained_on["quantization"].get("overrides") or {}
+    return overrides
 
 
 def ledger_section(rows: list[dict[str, Any]], num_tokens: int) -> str:

@@ -34,6 +34,8 @@ def test_the_whole_line(trained: Path) -> None:
     # In evaluation LLM.int8() rounds activations as well, which the merged weights do not.
     assert certificate["divergence"]["kl_mean"] < 1e-4
     assert certificate["reload_faults"] == []
+    card = (trained / "merged" / "README.md").read_text()
+    assert "kept in 4 bits (nf4) but for `down_proj` in 8" in card
     manifest = json.loads((trained / "adapter" / "qlora_kit.json").read_text())
     assert manifest["quantization"]["overrides"] == MIXED["overrides"]
 

@@ -14,12 +14,13 @@ from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import AdapterError, ModelError
 from qlora_kit.export.dequantize import dequantize_checkpoint
 from qlora_kit.model.adapter import attach_adapter
-from qlora_kit.model.base import loading_config
+from qlora_kit.model.base import Base, load_base, loading_config
 from qlora_kit.model.bits import module_bits, override_matches, quantized_bits
 from qlora_kit.model.manifest import differences, manifest_for
 from qlora_kit.model.prequantized import stored_quantization
 from qlora_kit.model.quantized import count_quantized
 from qlora_kit.model.saved import load_adapter, save_adapter
+from qlora_kit.model.shared import state_checksum
 from qlora_kit.model.weight import dequantized_weight
 from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec
 
@@ -255,3 +256,19 @@ def test_a_stored_four_bit_base_keeps_its_own_widths(tiny_llama: Path, tmp_path:
     load(tmp_path / "four", QuantizationSpec(overrides={"v_proj": 16}))
     with pytest.raises(ModelError, match=r"down_proj to 4 bits, but .* keep it in 8"):
         load(tmp_path / "four", QuantizationSpec(overrides={"down_proj": 8, "v_proj": 16}))
+
+
+def test_the_cache_of_quantized_bases_keeps_mixtures(tiny_llama: Path) -> None:
+    """What one process leaves there, another reads."""
+
+    def load_it(quantization: QuantizationSpec) -> Base:
+        spec = ModelSpec(name_or_path=str(tiny_llama))
+        hardware = probe_hardware()
+        return load_base(spec, quantization, torch.float32, "a test", hardware, is_shared=True)
+
+    first, again, plain = load_it(MIXED), load_it(MIXED), load_it(QuantizationSpec())
+    assert state_checksum(first.model) == state_checksum(again.model)
+    assert torch.equal(logits(first.model), logits(again.model))
+    expected = module_bits(again.skeleton, MIXED)
+    assert widths(again.model, expected) == expected
+    assert state_checksum(plain.model) != state_checksum(first.model)
