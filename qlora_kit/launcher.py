@@ -82,7 +82,7 @@ def _fsdp_faults(
             "quantization.quant_storage: bfloat16"
         )
     if 8 in quantization.all_bits:
-        yield "FSDP of 8-bit layers, which cannot be sharded; use 4 or 16 bits"
+        yield "FSDP of an 8-bit base or of single 8-bit layers cannot be; use 4 or 16 bits"
     if train.optim not in _TORCH_OPTIMIZERS:
         yield (
             f"FSDP with train.optim: {train.optim}, which does not know sharded parameters; set "
