@@ -25,6 +25,7 @@ from qlora_kit.environment import probe_hardware
 from qlora_kit.export.trained import TrainedAdapter, trained_adapter
 from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.base import Base, load_base, prepare_for_training
+from qlora_kit.model.quantized import never_repacked
 from qlora_kit.model.saved import save_adapter
 from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec
 
@@ -178,8 +179,9 @@ def tune(
 
 
 def reload_logits(folder: Path, input_ids: torch.Tensor) -> torch.Tensor:
-    """What plain transformers makes of a folder, in float32."""
+    """What plain transformers makes of a folder, in float32 on every processor."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    never_repacked(model)
     with torch.no_grad():
         return model(input_ids=input_ids).logits
 

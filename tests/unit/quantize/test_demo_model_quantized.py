@@ -13,7 +13,7 @@ from qlora_kit.quantize.held_out import Named
 from qlora_kit.quantize.quantize import Request, quantize
 from qlora_kit.recipe import ModelSpec
 
-# The largest KL in nats per token, about twice what docs/quantize-methods.md has, and megabytes.
+# The largest KL in nats per token, with room above docs/quantize-methods.md, and megabytes.
 EXPECTED = {
     "nf4": ((), 0.9, 180),
     "fp4": ((), 2.0, 180),
