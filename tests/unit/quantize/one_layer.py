@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.environment import probe_hardware
+from qlora_kit.quantize.calibration import CalibrationSpec
 from qlora_kit.quantize.held_out import Named
 from qlora_kit.quantize.method import Calibration, Made, Source
 from qlora_kit.quantize.methods import resolve_method
@@ -102,7 +103,10 @@ def by_the_line(folder: Path, out: Path, name: str, *options: str) -> tuple[Kept
     text = str(text_file(out.with_suffix(".jsonl"), 24))
     needs = "static" in name or name in ("gptq", "awq")
     named = Named(text, None) if needs else Named(None, text)
-    request = Request(ModelSpec(name_or_path=str(folder)), name, out, options, texts=named)
+    spec = CalibrationSpec(num_tokens=300 if needs else None, max_length=64)
+    request = Request(
+        ModelSpec(name_or_path=str(folder)), name, out, options, texts=named, calibration=spec
+    )
     certificate = quantize(request)
     assert json.loads((out / "certificate.json").read_text()) == certificate
     made = Made(findings=certificate["findings"], notes=tuple(certificate["notes"]))
