@@ -202,9 +202,7 @@ def merge_and_certify(
         show_candidates(candidates, chosen, max_kl, reporter)
         for fault in chosen.faults:
             reporter.warn(f"the merged model does not come back as it was: {fault}")
-        certificate = certify(
-            chosen, candidates, trained, max_kl, recipe_sha256, out, chain
-        )
+        certificate = certify(chosen, candidates, trained, max_kl, recipe_sha256, out, chain)
         flush_folder(chosen.result.folder)
         chosen.result.folder.rename(out)
     if trained.aware is None:
@@ -216,5 +214,6 @@ def merge_and_certify(
         options,
         hardware,
         recipe_sha256=recipe_sha256,
+        chain=certificate.get("ledger", ()),
         reporter=reporter,
     )
