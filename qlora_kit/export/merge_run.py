@@ -214,5 +214,6 @@ def merge_and_certify(
         options,
         hardware,
         recipe_sha256=recipe_sha256,
+        chain=certificate.get("ledger", ()),
         reporter=reporter,
     )

@@ -13,6 +13,8 @@ from qlora_kit.export.quantized import Quantizer, write_quantized
 from qlora_kit.report.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
     from qlora_kit.environment import Hardware
     from qlora_kit.evaluate.divergence import Recorded
     from qlora_kit.export.trained import TrainedAdapter
@@ -32,11 +34,12 @@ def quantize_and_certify(
     hardware: Hardware,
     *,
     recipe_sha256: str | None = None,
+    chain: Sequence[Mapping[str, Any]] = (),
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Quantize the model in `merged` as training did, measure it, and put it beside.
 
-    Returns its certificate.
+    Returns its certificate. `chain` are the rows of an export ledger that lead to `merged`.
 
     Raises:
         RunError: something is there already. ModelError: it cannot be stored so.
@@ -63,7 +66,9 @@ def quantize_and_certify(
         show_candidates([candidate], candidate, options.max_kl, reporter)
         for fault in candidate.faults:
             reporter.warn(f"the quantized model does not come back as it was: {fault}")
-        certificate = certify(candidate, [candidate], trained, options.max_kl, recipe_sha256, out)
+        certificate = certify(
+            candidate, [candidate], trained, options.max_kl, recipe_sha256, out, chain
+        )
         flush_folder(folder)
         folder.rename(out)
     return certificate

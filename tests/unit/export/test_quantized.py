@@ -18,6 +18,7 @@ from qlora_kit.checkpoint.run_directory import RunDirectory
 from qlora_kit.data.prepare import Part, prepare_eval
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import ModelError, RunError
+from qlora_kit.export.chain import base_name
 from qlora_kit.export.merge_run import merge_after_training, merge_reopened
 from qlora_kit.export.quantized import Quantizer, write_quantized
 from qlora_kit.export.reopen import reopen_adapter
@@ -270,6 +271,7 @@ def test_a_plain_merge_quantized_again_is_not_what_was_trained(tmp_path: Path) -
         made.run.adapter, made.base, made.recipe.quantization, made.recipe.model
     )
     assert trained.aware is not None
+    assert base_name(trained) == "nf4 base", "with its adapter off it is quantized as well"
     quantizer = Quantizer(trained.skeleton, trained.aware, torch.float32, "cpu")
     write_quantized(made.run.merged, out, quantizer, 10**9)
     assert not torch.allclose(reloaded(out), unaware, atol=0.05)
