@@ -45,6 +45,7 @@ HARMLESS: dict[str, str] = {
     "evaluate.generate.max_new_tokens": _AFTER_TRAINING,
     "evaluate.generate.batch_size": _AFTER_TRAINING,
     "evaluate.generate.max_rows": _AFTER_TRAINING,
+    "export.to": _AFTER_TRAINING,
     "export.merge": _AFTER_TRAINING,
     "export.merge_options.base": _AFTER_TRAINING,
     "export.merge_options.dtype": _AFTER_TRAINING,

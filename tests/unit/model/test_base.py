@@ -274,8 +274,8 @@ class TestPreparation:
         losses = []
         for _ in range(8):  # one context each: it keeps its casts of the weights
             with torch.autocast("cpu", torch.bfloat16):
-                losses.append(train_a_step(model, rate=2))
-        assert losses[-1] < losses[0] - 0.01
+                losses.append(train_a_step(model))
+        assert losses[-1] < losses[0] - 0.1
         assert all(torch.isfinite(torch.tensor(losses)))
         ids = some_ids()
         with torch.autocast("cpu", torch.bfloat16):
