@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit.checkpoint.checkpoints import publish_checkpoint
+from qlora_kit.checkpoint.draft import Draft
 from qlora_kit.checkpoint.manifest import MANIFEST_FILE
-from qlora_kit.checkpoint.tensors import load_values, save_values
+from qlora_kit.checkpoint.tensors import load_values, value_parts
 from qlora_kit.environment import quiet_upstream
 from qlora_kit.errors import RunStopped
 from qlora_kit.model.source import resolve_source
@@ -181,19 +182,19 @@ def go_on(recipe: Recipe, updates: int) -> float:
 def say_it_is_of(checkpoint: Path, then: int, now: int) -> None:
     """Publish a checkpoint of update `then` again, as one of update `now`."""
 
-    def write(draft: Path) -> None:
+    def fill(draft: Draft) -> None:
         for path in checkpoint.iterdir():
             if path.name not in (MANIFEST_FILE, OPTIMIZER_FILE, PROGRESS_FILE):
-                shutil.copyfile(path, draft / path.name)
+                draft.put(path.name, [path.read_bytes()])
         progress = json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
         assert progress["update"] == then
-        (draft / PROGRESS_FILE).write_text(json.dumps({**progress, "update": now}))
+        draft.put(PROGRESS_FILE, [json.dumps({**progress, "update": now}).encode()])
         state = load_values(checkpoint / OPTIMIZER_FILE)
         state["scheduler"]["last_epoch"] += now - then
         state["scheduler"]["_step_count"] += now - then
-        save_values(state, draft / OPTIMIZER_FILE)
+        draft.put(OPTIMIZER_FILE, value_parts(state))
 
-    publish_checkpoint(checkpoint.with_name(f"checkpoint-{now}"), write)
+    publish_checkpoint(checkpoint.with_name(f"checkpoint-{now}"), fill)
     shutil.rmtree(checkpoint)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora_kit.model.quantized import never_repacked
 from qlora_kit.recipe import load_recipe
 from qlora_kit.records import file_sha256
 
@@ -210,6 +211,7 @@ def test_dequantize_gives_what_the_quantized_model_computes(
 
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
     quantized = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=nf4)
+    never_repacked(quantized)
     quantized.save_pretrained(tmp_path / "nf4")
     out = tmp_path / "dense"
     said = call("dequantize", str(tmp_path / "nf4"), "--out", str(out), "--dtype", "float32")

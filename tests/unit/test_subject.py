@@ -21,6 +21,7 @@ from qlora_kit.errors import AdapterError, ModelError, QloraKitError, RunError
 from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.base import load_base, prepare_for_training
 from qlora_kit.model.manifest import MANIFEST_FILE, read_manifest, write_manifest
+from qlora_kit.model.quantized import never_repacked
 from qlora_kit.model.saved import save_adapter
 from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec, recipe_from_dict, save_recipe
 from qlora_kit.report.reporter import Reporter
@@ -141,6 +142,7 @@ class TestWhatLoads:
         (folder / "model.safetensors").unlink()
         model = AutoModelForCausalLM.from_pretrained(trained.model, quantization_config=stored)
         model.save_pretrained(folder)
+        never_repacked(model)
         loaded = load_subject(str(folder))
         assert loaded.base.quantized.num_quantized > 0
         torch.testing.assert_close(logits_of(loaded), logits(model.eval()), rtol=1e-4, atol=1e-4)
@@ -259,7 +261,9 @@ class TestAnotherMachine:
 
     @pytest.fixture(autouse=True)
     def _without_bf16(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        here = replace(probe_hardware(), device="cpu", native_bf16=False, native_fp16=False)
+        here = replace(
+            probe_hardware(), device="cpu", native_bf16=False, slow_bf16=False, native_fp16=False
+        )
         monkeypatch.setattr(subject, "probe_hardware", lambda: here)
         with pytest.raises(QloraKitError):
             resolve_compute_dtype("bfloat16", here)
