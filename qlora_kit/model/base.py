@@ -10,6 +10,7 @@ import torch
 
 from qlora_kit.errors import ModelError
 from qlora_kit.model.bits import quantized_bits
+from qlora_kit.model.blocks import refuse_misread
 from qlora_kit.model.prequantized import (
     is_foreign,
     make_known,
@@ -122,6 +123,7 @@ def load_base(
         if not (as_it_stands and is_foreign(stored)):
             require_same_quantization(source, skeleton, stored, quantization, bits)
     refuse_unquantizable(skeleton, quantization)
+    refuse_misread(skeleton, bits, quantization, hardware.device)
     if lora is not None:
         require_targets(skeleton, lora, quantization)
         refuse_dora(lora.use_dora, quantization, hardware.device)

@@ -241,7 +241,7 @@ def test_a_decoder_made_of_an_encoder_is_taken(tmp_path: Path) -> None:
 def test_images_are_left_alone(tmp_path: Path) -> None:
     """A model that sees: adapters go on what text passes through."""
     vision = {
-        "hidden_size": 32,
+        "hidden_size": 64,
         "intermediate_size": 64,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,

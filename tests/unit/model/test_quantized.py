@@ -8,10 +8,12 @@ from typing import Any
 import bitsandbytes as bnb
 import pytest
 import torch
+from conftest import build_llama
 from torch import nn
 from zoo import load, skeleton_of
 
 from qlora_kit.errors import ModelError
+from qlora_kit.model import blocks
 from qlora_kit.model.base import Base
 from qlora_kit.model.bits import quantized_bits
 from qlora_kit.model.quantized import (
@@ -220,3 +222,25 @@ def test_an_evaluation_repacks_no_weight(monkeypatch: pytest.MonkeyPatch) -> Non
     with torch.no_grad():
         model(torch.ones(2, 64))
     assert torch.equal(layer.weight.data, packed)
+
+
+class TestBlocksThatDoNotFit:
+    """Layers whose inputs are no whole number of blocks."""
+
+    def test_what_this_machine_misreads_is_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = tmp_path / "odd"
+        build_llama(folder, tied=False, intermediate_size=96)
+        monkeypatch.setattr(blocks, "reads_right", lambda *asked: False)
+        with pytest.raises(ModelError, match=r"has 96 inputs.*skip_modules: \[down_proj\]"):
+            load(folder)
+        assert load(folder, QuantizationSpec(skip_modules=("down_proj",))).model is not None
+        monkeypatch.setattr(blocks, "reads_right", lambda *asked: True)
+        assert load(folder).model is not None
+
+    def test_blocks_that_fit_are_not_tried(
+        self, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(blocks, "reads_right", lambda *asked: pytest.fail("was tried"))
+        load(tiny_llama)

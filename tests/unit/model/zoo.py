@@ -67,7 +67,7 @@ DENSE: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "opt, projected embeddings": (
         "opt",
-        {**without(NO_GROUPS, "intermediate_size"), "ffn_dim": 128, "word_embed_proj_dim": 32},
+        {**without(NO_GROUPS, "intermediate_size"), "ffn_dim": 128, "word_embed_proj_dim": 128},
     ),
     "phi": ("phi", NO_GROUPS),
     "phi3: fused QKV and gate": ("phi3", NEW),

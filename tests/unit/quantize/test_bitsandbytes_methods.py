@@ -23,9 +23,9 @@ from tiny_sources import (
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.errors import ModelError
+from qlora_kit.model.blocks import by_formula, reads_right
 from qlora_kit.model.shared import state_checksum
 from qlora_kit.quantize import blocks
-from qlora_kit.quantize.blocks import by_formula, reads_right
 from qlora_kit.quantize.methods import resolve_method
 from qlora_kit.quantize.options import parse_options
 
