@@ -16,6 +16,7 @@ from qlora_kit.model.companions import copy_companions
 from qlora_kit.quantize.layers import quantized_layers
 from qlora_kit.quantize.onnx import int8
 from qlora_kit.runtime.onnx import OnnxRuntime
+from qlora_kit.runtime.onnx_weights import stored_weights
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 
@@ -138,7 +139,20 @@ def near(folder: Path, source: Kept) -> int:
     counted = runtime.footprint()
     assert counted.num_parameters == sum(one.numel() for one in model.parameters())
     runtime.close()
+    if source.folder != folder:
+        whole = stored_weights(source.folder / "model.onnx").memory_bytes
+        saved = whole - counted.memory_bytes
+        assert 2.5 * counted.parameters["int8"] < saved, "float32 weights are left behind"
     return counted.parameters["int8"]
+
+
+def test_layers_that_the_quantizer_passes_over_are_told(plain: Kept, tmp_path: Path) -> None:
+    graph = plain.folder / "model.onnx"
+    (node,) = int8.linear_nodes(graph, ["model.layers.0.mlp.up_proj"])
+    (another,) = int8.linear_nodes(graph, ["model.layers.0.mlp.gate_proj"])
+    int8.quantize_dynamically(graph, tmp_path / "model.onnx", [node], True)
+    with pytest.raises(ModelError, match="took 1 of the 2 linear layers"):
+        int8.require_quantized(graph, tmp_path / "model.onnx", [node, another])
 
 
 def test_layers_that_are_no_stored_products_are_refused(plain: Kept) -> None:
@@ -209,7 +223,8 @@ def test_other_architectures(kind: str, values: dict[str, Any], tmp_path: Path) 
         nodes = int8.linear_nodes(graph, quantized_layers(skeleton, ()))
         shutil.copytree(made.folder, tmp_path / "int8", ignore=shutil.ignore_patterns("*.onnx*"))
         int8.quantize_dynamically(graph, tmp_path / "int8" / "model.onnx", nodes, False)
-        assert near(tmp_path / "int8", made) > 0
+        linear = [skeleton.model.get_submodule(name) for name in skeleton.linear_modules]
+        assert near(tmp_path / "int8", made) == sum(one.weight.numel() for one in linear)
 
 
 @pytest.mark.slow
