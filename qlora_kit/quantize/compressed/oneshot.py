@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -96,7 +97,10 @@ def _once(module: torch.nn.Module, progress: Progress) -> Any:
 
 @contextmanager
 def _heard() -> Iterator[list[str]]:
-    """llmcompressor tells everything on stdout; only its warnings are kept, for the caller."""
+    """llmcompressor tells everything on stdout; only its warnings are kept, for the caller.
+
+    torch's tracer, which it uses, advises those who call its functions.
+    """
     from llmcompressor.logger import LoggerConfig, configure_logger
     from loguru import logger
 
@@ -107,6 +111,9 @@ def _heard() -> Iterator[list[str]]:
         if text not in told and not text.startswith(_KNOWN):
             told.append(text)
 
+    tracer = logging.getLogger("torch.fx._symbolic_trace")
+    level = tracer.level
+    tracer.setLevel(logging.ERROR)
     configure_logger(LoggerConfig(console_log_level=None))
     sink = logger.add(
         keep, level=_WARNING, filter=lambda record: bool(record["level"].name == _WARNING)
@@ -115,3 +122,4 @@ def _heard() -> Iterator[list[str]]:
         yield told
     finally:
         logger.remove(sink)
+        tracer.setLevel(level)
