@@ -34,6 +34,8 @@ SIXTEEN_BIT = "16-bit base"
 def base_name(trained: TrainedAdapter) -> str:
     """What the frozen base is called in the table."""
     settings = trained.quantization
+    if trained.aware is not None:
+        return f"{trained.aware.spec.method} base"
     if len(settings.all_bits) > 1:
         return "mixed base"
     if trained.aware is not None:

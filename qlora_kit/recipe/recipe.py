@@ -100,13 +100,15 @@ class Recipe(Spec):
             yield Fault("export.to", message, hint)
 
     def _aware_faults(self, aware: QuantizationAwareSpec) -> Iterator[Fault]:
-        if self.quantization.num_bits < 16:
-            bits = self.quantization.num_bits
+        bits = min(self.quantization.all_bits)
+        if bits < 16:
+            is_mixed = self.quantization.num_bits == 16
+            hint = "remove quantization.overrides"
             yield Fault(
                 "quantization_aware",
                 f"the base is kept in {bits} bits, where every weight stands on a code already and "
                 "a small update moves none to another",
-                f"set quantization.load_in_{bits}bit: false",
+                hint if is_mixed else f"set quantization.load_in_{bits}bit: false",
             )
         num_updates = self.train.max_steps
         if num_updates is not None and aware.first_update(num_updates) >= num_updates:

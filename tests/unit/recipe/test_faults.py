@@ -172,6 +172,12 @@ IN_SECTIONS = [
     ("quantization_aware: {}", "quantization_aware.method", ["is required"]),
     (AWARE.format("int4"), "quantization_aware.method", ["one of", "int4-group", "got 'int4'"]),
     ("quantization_aware: {method: nf4}", "quantization_aware", ["4 bits", "load_in_4bit: false"]),
+    (
+        "quantization: {load_in_4bit: false, overrides: {q_proj: 4}}\n"
+        "quantization_aware: {method: nf4}",
+        "quantization_aware",
+        ["4 bits", "remove quantization.overrides"],
+    ),
     (AWARE.format("int8, block_size: 32"), "quantization_aware.block_size", ["no effect", "int8"]),
     (AWARE.format("nf4, group_size: 32"), "quantization_aware.group_size", ["no effect", "nf4"]),
     (AWARE.format("nf4, start_after: 2.5"), "quantization_aware.start_after", ["whole", "2.5"]),
