@@ -228,7 +228,7 @@ def _tokenizer(file: Path, folder: Path | None, header: GgufHeader) -> PreTraine
 
 
 def _passes(windows: Sequence[TokenSequence], batch_size: int) -> Iterator[list[int]]:
-    """Windows of one pass, longest first; the order depends on what they hold, not how they came."""
+    """Windows of one pass, longest first, in an order that only what they hold decides."""
     order = sorted(
         range(len(windows)), key=lambda i: (-len(windows[i].input_ids), windows[i].input_ids)
     )

@@ -71,6 +71,4 @@ def sampling_of(folder: Path) -> dict[str, Any]:
     stated = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if not stated.get("do_sample"):
         return {"temperature": 0}
-    return {
-        name: stated[key] for key, name in _SAMPLING.items() if stated.get(key) is not None
-    }
+    return {name: stated[key] for key, name in _SAMPLING.items() if stated.get(key) is not None}

@@ -108,9 +108,7 @@ def _learn(tokenizer: PreTrainedTokenizerBase) -> _Shape:
         raise ModelError(
             "the chat template refuses a plain conversation, so it cannot be written for Ollama."
         )
-    start, after_first, after_answer, between, end = _cut(
-        whole, _USER, _ANSWER, _THIRD, _FOURTH
-    )
+    start, after_first, after_answer, between, end = _cut(whole, _USER, _ANSWER, _THIRD, _FOURTH)
     after_user = plain.partition(_USER)[2]
     opening = asked.partition(_USER)[2].removeprefix(after_user)
     del between
@@ -180,8 +178,12 @@ def _write(shape: _Shape, begin: str) -> str:
     if shape.system is not None:
         before, after = shape.system[0].removeprefix(begin), shape.system[1]
         lines.append(
-            "{{- if .System }}" + text(before) + "{{ .System }}" + text(after)
-            + ("{{ else }}" + text(head) if head else "") + "{{ end }}"
+            "{{- if .System }}"
+            + text(before)
+            + "{{ .System }}"
+            + text(after)
+            + ("{{ else }}" + text(head) if head else "")
+            + "{{ end }}"
         )
     elif head:
         lines.append(text(head))
@@ -193,10 +195,15 @@ def _write(shape: _Shape, begin: str) -> str:
     lines += [
         "{{- range $i, $message := .Messages }}",
         "{{- $last := eq (len (slice $.Messages $i)) 1 }}",
-        '{{- if eq .Role "user" }}' + text(shape.before_user) + inside + "{{ .Content }}"
+        '{{- if eq .Role "user" }}'
+        + text(shape.before_user)
+        + inside
+        + "{{ .Content }}"
         + text(shape.after_user)
         + ("{{ if $last }}" + text(shape.opening) + "{{ end }}" if shape.opening else ""),
-        '{{- else if eq .Role "assistant" }}' + text(shape.before_answer) + "{{ .Content }}"
+        '{{- else if eq .Role "assistant" }}'
+        + text(shape.before_answer)
+        + "{{ .Content }}"
         + ("{{ if not $last }}" + text(shape.after_answer) + "{{ end }}"),
         "{{- end }}",
         "{{- end }}",
@@ -215,9 +222,7 @@ def _compare(template: str, tokenizer: PreTrainedTokenizerBase, begin: str) -> b
         if got == expected:
             continue
         stripped = _stripped(conversation)
-        if stripped != conversation and (
-            begin + render_ollama(template, stripped) == expected
-        ):
+        if stripped != conversation and (begin + render_ollama(template, stripped) == expected):
             trims = True
             continue
         at = next(
