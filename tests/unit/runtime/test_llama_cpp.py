@@ -70,7 +70,7 @@ def test_scores_are_those_of_transformers(
         expected = logits_of(reference, row)
         assert scored[index].logits.shape == expected.shape
         assert expected.std() > 0.5, "logits so small that any would agree"
-        assert kl(expected, scored[index].logits) < 1e-5
+        assert kl(expected, scored[index].logits) < 5e-5
         supervised = [label for label in row.labels[1:] if label != IGNORE_INDEX]
         assert scored[index].targets.tolist() == supervised
 
@@ -83,7 +83,7 @@ def test_eight_bits_are_near_and_not_the_same(
     try:
         for one in rounded.score(rows, 4):
             expected = logits_of(reference, rows[one.index])
-            assert 1e-7 < kl(expected, one.logits) < 1e-2
+            assert 1e-4 < kl(expected, one.logits) < 3e-2
     finally:
         rounded.close()
 
@@ -140,7 +140,7 @@ def test_perplexity_is_that_of_a_plain_loop(runtime: LlamaCppRuntime, made_gguf:
                 scores = np.asarray(plain.scores[at - 1], dtype=np.float64)
                 losses.append(float(np.log(np.exp(scores).sum()) - scores[label]))
     plain.close()
-    ours = measure_perplexity(runtime, rows, 4, None, None)
+    ours = measure_perplexity(runtime, rows, batch_size=4, window_tokens=None, stride_tokens=None)
     assert ours.num_tokens == len(losses)
     assert ours.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=5e-3)
 
@@ -181,7 +181,7 @@ def test_damaged_files_are_told(tmp_path: Path, made_gguf: GgufFiles) -> None:
     with pytest.raises(ModelError, match="truncated or damaged"):
         LlamaCppRuntime.open(tmp_path / "short.gguf")
     (tmp_path / "cut.gguf").write_bytes(whole[:-5000])
-    with pytest.raises(ModelError, match="llama.cpp cannot load"):
+    with pytest.raises(ModelError, match=r"llama\.cpp cannot load"):
         LlamaCppRuntime.open(tmp_path / "cut.gguf", tokenizer_folder=folder)
     with pytest.raises(ModelError, match="several GGUF models"):
         find_gguf(tmp_path)

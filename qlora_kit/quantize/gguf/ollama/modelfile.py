@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.errors import ModelError
 from qlora_kit.quantize.gguf.ollama.translate import Translated, ends_of, to_ollama
 
 if TYPE_CHECKING:
@@ -46,11 +45,6 @@ def write_modelfile(
         ModelError: Ollama cannot express the chat template; says why.
     """
     translated = to_ollama(tokenizer, adds_bos)
-    if '"""' in translated.template:
-        raise ModelError(
-            'the chat template holds """, which ends a template in a Modelfile; no Modelfile can '
-            "hold it."
-        )
     chosen = dict(sampling_of(folder) if parameters is None else parameters)
     if context_tokens and "num_ctx" not in chosen:
         chosen["num_ctx"] = min(context_tokens, _MOST_CONTEXT)
