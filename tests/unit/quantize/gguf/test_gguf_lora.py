@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,10 @@ def test_every_scale_and_rank_is_kept(
     base = made_gguf["F16"][0]
     assert kl(expected, logits_of(base, None)) > 1e-2
     assert kl(expected, logits_of(base, target)) < 1e-4
+    folder = tmp_path / "both"
+    shutil.copytree(base, folder)
+    shutil.copyfile(target, folder / "adapter.gguf")
+    assert torch.equal(logits_of(folder, None), logits_of(base, target))
     runtime = LlamaCppRuntime.open(base, lora=target)
     alone = LlamaCppRuntime.open(base)
     try:

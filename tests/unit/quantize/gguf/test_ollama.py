@@ -106,7 +106,7 @@ def test_a_begin_token_that_training_did_not_have_is_refused(tmp_path: Path) -> 
     template = str(tokenizer.chat_template).replace("{{- bos_token if", "{{- '' if")
     assert template != tokenizer.chat_template
     tokenizer.chat_template = template
-    with pytest.raises(ModelError, match="Ollama would make …['\"]<s>"):
+    with pytest.raises(ModelError, match=r"Ollama would make ….<s>"):
         to_ollama(tokenizer, adds_bos=True)
 
 
