@@ -128,6 +128,7 @@ def test_rows_that_fit_no_block_take_a_neighbouring_type(
     assert {"Q4_K", "Q6_K"} & set(counts), "rows of 256 take the type that was asked for"
 
 
+@pytest.mark.slow
 def test_the_quantizer_says_why_it_cannot(tmp_path: Path, llama_scripts: LlamaCpp) -> None:
     source = tmp_path / "no.gguf"
     source.write_bytes(b"nothing")

@@ -60,7 +60,7 @@ def test_all_three_read_alike(
 def test_another_template_in_the_folder(
     trained: PreTrainedTokenizerBase, other: Callable[..., Path]
 ) -> None:
-    template = str(trained.chat_template).replace("<|im_end|>' + '\\n'", "<|im_end|>'")
+    template = str(trained.chat_template).replace("<|im_end|>' + '\n'", "<|im_end|>'")
     assert template != trained.chat_template
     folder = other(lambda described: None, template)
     with pytest.raises(ModelError, match="the text differs at character") as caught:
