@@ -5,6 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from qlora_kit.quantize.gguf.scripts import LlamaCpp
+    from qlora_kit.quantize.method import Made
+
+    GgufFiles = dict[str, tuple[Path, Made]]
 
 # Before torch is imported: two cores, and other processes on them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -88,13 +95,15 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing is written to the user's cache, but for the demo model: it is fetched once."""
+    """Nothing is written to the user's cache, but for what is fetched once: the demo model and
+    llama.cpp's scripts."""
     from qlora_kit.environment import cache_dir
 
-    demo = cache_dir() / "demo"
-    demo.mkdir(parents=True, exist_ok=True)
     folder = tmp_path_factory.mktemp("cache")
-    (folder / "demo").symlink_to(demo, target_is_directory=True)
+    for name in ("demo", "llama.cpp"):
+        kept = cache_dir() / name
+        kept.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(kept, target_is_directory=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QLORA_KIT_CACHE", str(folder))
         yield
@@ -108,6 +117,51 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tiny_llama_untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_llama(tmp_path_factory.mktemp("tiny-llama-untied"), tied=False)
+
+
+@pytest.fixture(scope="session")
+def llama_scripts() -> LlamaCpp:
+    """llama.cpp's scripts; tests that need them skip visibly where they cannot be had."""
+    from qlora_kit.errors import QloraKitError
+    from qlora_kit.quantize.gguf.scripts import find_llama_cpp
+
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    try:
+        return find_llama_cpp()
+    except QloraKitError as error:
+        pytest.skip(f"llama.cpp's scripts are not to be had: {error}")
+
+
+@pytest.fixture(scope="session")
+def loud_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Llama whose weights are large, so that rounding them shows in its logits."""
+    return build_llama(
+        tmp_path_factory.mktemp("loud-llama"), initializer_range=0.25, intermediate_size=256
+    )
+
+
+@pytest.fixture(scope="session")
+def made_gguf(
+    loud_llama: Path, llama_scripts: LlamaCpp, tmp_path_factory: pytest.TempPathFactory
+) -> GgufFiles:
+    """`loud_llama` through the methods `gguf:F16` and `gguf:Q8_0`, as `quantize` calls them."""
+    from qlora_kit.environment import probe_hardware
+    from qlora_kit.quantize.methods import resolve_method
+    from qlora_kit.quantize.options import parse_options
+    from qlora_kit.quantize.source import open_source
+    from qlora_kit.recipe import ModelSpec
+    from qlora_kit.report.reporter import SILENT
+
+    source = open_source(ModelSpec(name_or_path=str(loud_llama)), probe_hardware())
+    made: dict[str, tuple[Path, Made]] = {}
+    for kind in ("F16", "Q8_0"):
+        method = resolve_method(f"gguf:{kind}")
+        options = parse_options(method, ())
+        if not made:
+            method.check(source, options)
+        draft = tmp_path_factory.mktemp(kind)
+        made[kind] = draft, method.make(source, options, None, draft, SILENT)
+    return made
 
 
 @pytest.fixture

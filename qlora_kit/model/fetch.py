@@ -81,9 +81,9 @@ def source_commands(package: str, requirements: Path, target: Path) -> list[list
     Nothing is compiled; pip only asks the package's build backend for its metadata.
     """
     options = ["--no-deps", "--require-hashes", f"--no-binary={package}", "-r", str(requirements)]
+    through, module = ["run", "--no-project"], ["python", "-m", "pip"]
     brought = [
-        [*uv, "run", "--no-project", "--python", sys.executable, "--with", "pip", "--"]
-        + ["python", "-m", "pip", *_QUIET]
+        [*uv, *through, "--python", sys.executable, "--with", "pip", "--", *module, *_QUIET]
         for uv in _uv()
     ]
     return [[*command, *options, "--dest", str(target)] for command in [*_own_pip(), *brought]]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 # llama.cpp rounds contexts up to this many tokens.
 _CONTEXT_STEP = 256
+ADAPTER_FILE = "adapter.gguf"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 
 
@@ -58,12 +59,16 @@ class LlamaCppRuntime:
         Args:
             tokenizer_folder: where the tokenizer's files are; unless given, those beside the
                 GGUF file are taken, or the tokenizer is built from the file itself.
-            lora: an adapter as GGUF, added to the base as it runs.
+            lora: an adapter as GGUF, added to the base as it runs; unless given, the
+                `adapter.gguf` in the folder, where a folder is named.
 
         Raises:
             ModelError: there is no such file, it is damaged, or llama.cpp cannot load it.
         """
-        file = find_gguf(Path(path).expanduser())
+        place = Path(path).expanduser()
+        file = find_gguf(place)
+        if lora is None and place.is_dir() and (place / ADAPTER_FILE).is_file():
+            lora = place / ADAPTER_FILE
         headers = [read_header(file)]
         if headers[0].kind != "model":
             raise ModelError(
@@ -228,7 +233,7 @@ def _tokenizer(file: Path, folder: Path | None, header: GgufHeader) -> PreTraine
 
 
 def _passes(windows: Sequence[TokenSequence], batch_size: int) -> Iterator[list[int]]:
-    """Windows of one pass, longest first; the order depends on what they hold, not how they came."""
+    """Windows of one pass, longest first, in an order that only what they hold decides."""
     order = sorted(
         range(len(windows)), key=lambda i: (-len(windows[i].input_ids), windows[i].input_ids)
     )

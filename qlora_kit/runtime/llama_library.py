@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -35,15 +36,15 @@ def library() -> ModuleType:
         ModelError: they are not installed, or cannot be loaded.
     """
     try:
-        import llama_cpp
+        bindings = import_module("llama_cpp")
     except (ImportError, OSError, RuntimeError) as error:
         raise ModelError(
             f"running GGUF files needs llama-cpp-python, which cannot be imported ({error}): "
             "pip install 'qlora-kit[gguf]'."
         ) from None
-    llama_cpp.llama_log_set(_log_callback(llama_cpp), ctypes.c_void_p(0))
-    llama_cpp.llama_backend_init()
-    return llama_cpp
+    bindings.llama_log_set(_log_callback(bindings), ctypes.c_void_p(0))
+    bindings.llama_backend_init()
+    return bindings
 
 
 @lru_cache(maxsize=1)
@@ -129,7 +130,7 @@ class LoadedModel:
         return buffer.raw[: max(length, 0)]
 
     def load_adapter(self, path: Path) -> Any:
-        """A LoRA in a GGUF file, freed together with the model. ModelError where it does not fit."""
+        """A LoRA in a GGUF file, freed with the model. ModelError where it does not fit."""
         _said.clear()
         adapter = self._api.llama_adapter_lora_init(self.handle, str(path).encode())
         if not adapter:

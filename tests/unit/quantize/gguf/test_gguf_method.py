@@ -1,0 +1,146 @@
+"""`gguf:TYPE`: types, what is refused before the work, what is written, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from qlora_kit.errors import ModelError
+from qlora_kit.quantize.gguf import quantizer
+from qlora_kit.quantize.gguf.convert import open_converter, splitting_rule
+from qlora_kit.quantize.gguf.make import dequantized_warning, fallback_note
+from qlora_kit.quantize.gguf.quantizer import quantize_file, require_quantizer
+from qlora_kit.quantize.gguf.scripts import LlamaCpp, find_llama_cpp
+from qlora_kit.quantize.gguf.types import gguf_type, gguf_types
+from qlora_kit.quantize.methods import resolve_method
+from qlora_kit.runtime import llama_library
+from qlora_kit.runtime.gguf_header import read_header
+
+if TYPE_CHECKING:
+    from conftest import GgufFiles
+
+
+def test_types_are_those_of_llama_cpp() -> None:
+    types = gguf_types()
+    assert {"F32", "F16", "BF16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q2_K"} <= set(types)
+    assert (types["Q4_K_M"].number, types["Q8_0"].number, types["F16"].number) == (15, 7, 1)
+    assert gguf_type("q4_k_m") == types["Q4_K_M"]
+    assert [name for name in ("Q8_0", "Q6_K", "Q5_K_M") if types[name].has_few_bits] == []
+    assert all(types[name].has_few_bits for name in ("Q4_K_M", "Q4_0", "IQ4_NL", "Q3_K_S", "Q2_K"))
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("Q4_KM", "did you mean Q4_K"),
+        ("nonsense", "there is no GGUF type nonsense"),
+        ("IQ1_S", "importance matrix"),
+        ("TQ1_0", "would destroy"),
+    ],
+)
+def test_an_unknown_type_is_refused_by_its_name(name: str, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        resolve_method(f"gguf:{name}")
+
+
+def test_without_the_extra_the_command_to_install_it_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    llama = LlamaCpp(tmp_path, "a checkout")
+    monkeypatch.setattr(quantizer, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match=r"pip install 'qlora-kit\[gguf\]'"):
+        require_quantizer(llama, gguf_type("Q4_K_M"))
+    require_quantizer(llama, gguf_type("Q8_0"))
+    require_quantizer(LlamaCpp(tmp_path, "it", tmp_path / "llama-quantize"), gguf_type("Q4_K_M"))
+    monkeypatch.setitem(sys.modules, "llama_cpp", None)
+    llama_library.library.cache_clear()
+    with pytest.raises(ModelError, match=r"pip install 'qlora-kit\[gguf\]'"):
+        llama_library.library()
+
+
+def test_a_checkout_has_to_be_one(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="there is no folder"):
+        find_llama_cpp(tmp_path / "nothing")
+    with pytest.raises(ModelError, match=r"lacks llama\.cpp's convert_hf_to_gguf\.py"):
+        find_llama_cpp(tmp_path)
+    for name in ("convert_hf_to_gguf.py", "convert_lora_to_gguf.py"):
+        (tmp_path / name).touch()
+    for name in ("conversion", "gguf-py", "build/bin"):
+        (tmp_path / name).mkdir(parents=True)
+    assert find_llama_cpp(tmp_path).quantizer is None
+    (tmp_path / "build/bin/llama-quantize").touch()
+    assert find_llama_cpp(tmp_path).quantizer == tmp_path / "build/bin/llama-quantize"
+
+
+def test_an_architecture_that_llama_cpp_does_not_know(
+    loud_llama: Path, llama_scripts: LlamaCpp, tmp_path: Path
+) -> None:
+    folder = tmp_path / "unheard"
+    shutil.copytree(loud_llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["UnheardOfForCausalLM"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="does not know the architecture UnheardOfForCausalLM"):
+        open_converter(llama_scripts, folder, tmp_path / "vocabulary.gguf")
+    assert not (tmp_path / "vocabulary.gguf").exists()
+
+
+def test_a_vocabulary_of_its_own_is_taken_by_how_it_splits(loud_llama: Path) -> None:
+    rule = splitting_rule(loud_llama)
+    assert rule is not None
+    assert "gpt" in rule
+
+
+def test_what_is_written_and_what_is_said_of_it(made_gguf: GgufFiles, loud_llama: Path) -> None:
+    folder, made = made_gguf["Q8_0"]
+    assert made.open == "model-Q8_0.gguf"
+    names = {path.name for path in folder.iterdir()}
+    assert {"model-Q8_0.gguf", "tokenizer.json", "generation_config.json"} <= names
+    assert [name for name in names if "between" in name or name.endswith(".safetensors")] == []
+    assert made.findings["type"] == "Q8_0"
+    assert made.findings["architecture"] == "llama"
+    assert made.findings["llama_cpp"] == "llama-cpp-python==0.3.36"
+    assert 8.5 <= made.findings["bits_per_weight"] < 8.6
+    header = read_header(folder / made.open)
+    stored = json.loads((loud_llama / "config.json").read_text())
+    assert header.metadata["llama.block_count"] == stored["num_hidden_layers"]
+
+
+def test_rows_that_fit_no_block_take_a_neighbouring_type(
+    made_gguf: GgufFiles, llama_scripts: LlamaCpp, tmp_path: Path
+) -> None:
+    folder, made = made_gguf["F16"]
+    kind = gguf_type("Q4_K_M")
+    target = tmp_path / "model.gguf"
+    plain = LlamaCpp(llama_scripts.folder, llama_scripts.origin)
+    fallbacks = quantize_file(plain, folder / made.open, target, kind, 1)
+    assert fallbacks is not None
+    assert 0 < fallbacks[0] < fallbacks[1]
+    assert f"{fallbacks[0]} of {fallbacks[1]} tensors" in fallback_note(fallbacks, kind)
+    counts = read_header(target).parameters
+    assert sum(counts.values()) == sum(read_header(folder / made.open).parameters.values())
+    assert "F16" not in counts
+    assert {"Q4_K", "Q6_K"} & set(counts), "rows of 256 take the type that was asked for"
+
+
+@pytest.mark.slow
+def test_the_quantizer_says_why_it_cannot(tmp_path: Path, llama_scripts: LlamaCpp) -> None:
+    source = tmp_path / "no.gguf"
+    source.write_bytes(b"nothing")
+    with pytest.raises(ModelError, match=r"cannot quantize no\.gguf to Q4_0"):
+        quantize_file(llama_scripts, source, tmp_path / "out.gguf", gguf_type("Q4_0"), 1)
+
+
+def test_rounding_twice_to_few_bits_is_warned_of(tmp_path: Path) -> None:
+    assert dequantized_warning(tmp_path, gguf_type("Q4_K_M")) is None
+    certificate = {"base": "dequantized", "trained_on": {"quantization": {"load_in_4bit": True}}}
+    (tmp_path / "certificate.json").write_text(json.dumps(certificate))
+    assert "a second time" in (dequantized_warning(tmp_path, gguf_type("Q4_K_M")) or "")
+    assert dequantized_warning(tmp_path, gguf_type("Q8_0")) is None
+    (tmp_path / "certificate.json").write_text(json.dumps({**certificate, "base": "original"}))
+    assert dequantized_warning(tmp_path, gguf_type("Q4_K_M")) is None
