@@ -14,6 +14,7 @@ import qlora_kit
 from qlora_kit.cli import (
     chat,
     check,
+    compare,
     data,
     dequantize,
     doctor,
@@ -73,6 +74,7 @@ for verb in (
     train,
     prove_resume,
     evaluate,
+    compare,
     merge,
     dequantize,
     chat,
