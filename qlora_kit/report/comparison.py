@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.report.narrate import METRICS
 from qlora_kit.report.reporter import Reporter
@@ -70,13 +70,18 @@ def _takes(name: str, one: Measurement) -> tuple[str, ...]:
         name,
         f"{taken.num_parameters / 1e6:,.1f} M",
         ", ".join(forms(one)),
-        f"{taken.disk_bytes / _MIB:,.0f}",
-        f"{taken.memory_bytes / _MIB:,.0f}",
-        f"{peak / _MIB:,.0f}",
+        _mib(taken.disk_bytes),
+        _mib(taken.memory_bytes),
+        _mib(peak),
         f"{one.load_seconds:.1f}",
         rate(one.speed.prefill) if one.speed else _NONE,
         rate(decode) if decode else _NONE,
     )
+
+
+def _mib(num_bytes: int) -> str:
+    value = num_bytes / _MIB
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def forms(one: Measurement) -> list[str]:
@@ -112,11 +117,29 @@ def _is_worth(name: str, one: Measurement, shown: Sequence[str]) -> tuple[str, .
 def _samples(reporter: Reporter, names: Sequence[str], measured: Sequence[Measurement]) -> None:
     """The same question to each."""
     width = max(map(len, names))
-    for number, sample in enumerate(measured[0].evaluation.samples[:_NUM_SAMPLES]):
+    for sample in measured[0].evaluation.samples[:_NUM_SAMPLES]:
         reporter.say("")
         reporter.say(f"  {sample.question}")
         reporter.say(f"  {'wanted':{width}}  {sample.reference}")
         for name, one in zip(names, measured, strict=True):
-            said = one.evaluation.samples[number]
+            said = next((s for s in one.evaluation.samples if s.origin == sample.origin), None)
+            if said is None:
+                reporter.say(f"  {name:{width}}  {_NONE} (this row does not fit)")
+                continue
             mark = "✓" if said.is_exact else "✗"
             reporter.say(f"  {name:{width}}  {said.answer}  {mark}")
+
+
+def task_figures(reporter: Reporter, values: Mapping[str, Mapping[str, Any]]) -> None:
+    """Figures of lm-eval's tasks, each with its standard error."""
+    rows = []
+    for task, figures in values.items():
+        for key in figures:
+            metric, comma, kind = key.partition(",")
+            if not comma or metric.endswith("_stderr"):
+                continue
+            error = figures.get(f"{metric}_stderr,{kind}")
+            spread = f"± {error:.4f}" if error is not None else _NONE
+            shown = metric if kind == "none" else f"{metric} ({kind})"
+            rows.append((task, shown, f"{figures[key]:.4f}", spread, str(figures["num_rows"])))
+    reporter.table("Tasks of lm-eval", ("task", "metric", "value", "standard error", "rows"), rows)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.report.comparison import short_names
+from qlora_kit.report.labels import place_labels
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -35,15 +36,19 @@ def plot(found: Comparison, path: Path) -> None:
     timed = any(_decode(one) for one in found.measured)
     figure = Figure(figsize=(11 if timed else 6.5, 4.8), layout="constrained")
     axes = figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
-    _panel(
-        axes[0], names, found.measured, [one.footprint.disk_bytes / _MIB for one in found.measured]
-    )
+    sizes = [one.footprint.disk_bytes / _MIB for one in found.measured]
+    labels = [_panel(axes[0], names, found.measured, sizes)]
     axes[0].set_xlabel("size on disk, MiB   (← smaller)")
     axes[0].set_ylabel("perplexity on held-out text   (↓ better)")
     if timed:
-        _panel(axes[1], names, found.measured, [_decode(one) for one in found.measured])
+        speeds = [_decode(one) for one in found.measured]
+        labels.append(_panel(axes[1], names, found.measured, speeds))
         axes[1].set_xlabel("new tokens per second, one sequence   (faster →)")
-    _legend(figure, axes[0], found.measured)
+    _legend(figure, found.measured)
+    figure.draw_without_rendering()
+    figure.set_layout_engine("none")
+    for axis, texts in zip(axes, labels, strict=True):
+        place_labels(axis, texts)
     draft = path.with_name(f".{path.name}.draft")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(draft, dpi=150, format=path.suffix[1:])
@@ -52,12 +57,14 @@ def plot(found: Comparison, path: Path) -> None:
 
 def _panel(
     axis: Any, names: Sequence[str], measured: Sequence[Measurement], across: Sequence[float | None]
-) -> None:
+) -> list[tuple[float, float, str]]:
+    """Draw the points; their labels come when the layout stands."""
     points = [
         (x, one.evaluation.perplexity.perplexity, name, one)
         for x, name, one in zip(across, names, measured, strict=True)
         if x is not None and one.evaluation.perplexity is not None
     ]
+    labels = []
     for x, y, name, one in points:
         is_first = one is measured[0]
         colour = _COLOURS[one.runtime]
@@ -73,9 +80,7 @@ def _panel(
         if is_first:
             axis.axhline(y, color=_GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
         label = name if one.divergence is None else f"{name}\nKL {one.divergence.kl_mean:.2g}"
-        axis.annotate(
-            label, (x, y), xytext=(7, 5), textcoords="offset points", fontsize=8.5, color="#222222"
-        )
+        labels.append((x, y, label))
     heights = [y for _, y, _, _ in points]
     if heights and max(heights) > _LOG_FROM * min(heights):
         axis.set_yscale("log")
@@ -84,9 +89,10 @@ def _panel(
     axis.set_axisbelow(True)
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
+    return labels
 
 
-def _legend(figure: Any, axis: Any, measured: Sequence[Measurement]) -> None:
+def _legend(figure: Any, measured: Sequence[Measurement]) -> None:
     """Of the runtimes, where there are several; and of what the ring means."""
     from matplotlib.lines import Line2D
 
@@ -105,7 +111,7 @@ def _legend(figure: Any, axis: Any, measured: Sequence[Measurement]) -> None:
             color=_GREY,
             markerfacecolor="white",
             markeredgewidth=2,
-            label="compared with",
+            label="the one that the others are compared with",
         )
     )
     figure.legend(handles=marks, loc="outside upper center", ncols=len(marks), frameon=False)

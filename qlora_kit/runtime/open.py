@@ -38,17 +38,14 @@ def open_runtime(
     """
     kind = runtime_of(name)
     path = Path(name).expanduser()
-    opened: Runtime
     if kind == "llama.cpp":
-        from qlora_kit.runtime.llama_cpp import LlamaCppRuntime  # type: ignore[import-untyped]
+        from qlora_kit.runtime.llama_cpp import LlamaCppRuntime
 
-        opened = LlamaCppRuntime.open(path)
-        return opened
+        return LlamaCppRuntime.open(path)
     if kind == "onnxruntime":
-        from qlora_kit.runtime.onnx import OnnxRuntime  # type: ignore[import-untyped]
+        from qlora_kit.runtime.onnx import OnnxRuntime
 
-        opened = OnnxRuntime.open(path)
-        return opened
+        return OnnxRuntime.open(path)
 
     from qlora_kit.runtime.transformers import TransformersRuntime
     from qlora_kit.subject import load_subject
