@@ -118,8 +118,8 @@ def _tasks(
 
     reporter = console_reporter(to_stderr=as_json)
     plan = TaskPlan(names, include_path, num_fewshot, limit, chat)
-    require_tasks(plan)
-    values = evaluate_tasks(open_runtime(subject, None, force, reporter), plan, reporter)
+    manager = require_tasks(plan)
+    values = evaluate_tasks(open_runtime(subject, None, force, reporter), plan, manager, reporter)
     if as_json:
         print(json.dumps({"tasks": values}, indent=2, ensure_ascii=False))
     else:

@@ -40,15 +40,15 @@ class TaskPlan:
 
 
 def evaluate_tasks(
-    runtime: Runtime, plan: TaskPlan, reporter: Reporter = SILENT
+    runtime: Runtime, plan: TaskPlan, manager: TaskManager, reporter: Reporter = SILENT
 ) -> dict[str, dict[str, Any]]:
     """The figures of each task, as lm-eval names them (`acc,none`, `acc_stderr,none` …).
 
+    `manager` is that of `require_tasks`.
+
     Raises:
-        DataError: there is no such task.
         ModelError: a task asks for what a runtime cannot do.
     """
-    manager = require_tasks(plan)
     if plan.chat and not runtime.tokenizer.chat_template:
         raise ModelError(f"{runtime.name} has no chat template; leave --chat out.")
     found = simple_evaluate(
@@ -67,19 +67,28 @@ def evaluate_tasks(
 
 
 def require_tasks(plan: TaskPlan) -> TaskManager:
-    """What lm-eval knows, own tasks included, before a model is loaded.
+    """What lm-eval knows, before a model is loaded; its own tasks, of which there are thousands,
+    are looked through only where those of `include_path` do not suffice.
 
     Raises:
         DataError: there is no such task.
     """
+    if plan.include_path is not None:
+        own = TaskManager(include_path=plan.include_path, include_defaults=False)
+        if not _unknown(own, plan):
+            return own
     manager = TaskManager(include_path=plan.include_path)
-    unknown = [name for name in plan.names if not manager.match_tasks([name])]
+    unknown = _unknown(manager, plan)
     if unknown:
         raise DataError(
             f"lm-eval knows no task {', '.join(unknown)}; `lm-eval ls tasks` lists them, and "
             "--include-path names a folder with YAML files of your own."
         )
     return manager
+
+
+def _unknown(manager: TaskManager, plan: TaskPlan) -> list[str]:
+    return [name for name in plan.names if not manager.match_tasks([name])]
 
 
 def _figures(found: Any, name: str, values: dict[str, Any]) -> dict[str, Any]:
