@@ -14,6 +14,7 @@ import qlora_kit
 from qlora_kit.cli import (
     chat,
     check,
+    compare,
     data,
     dequantize,
     doctor,
@@ -77,6 +78,7 @@ for verb in (
     train,
     prove_resume,
     evaluate,
+    compare,
     merge,
     export,
     quantize,

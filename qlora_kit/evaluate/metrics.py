@@ -108,7 +108,7 @@ def _label(text: str) -> str:
 
 def _rouge(answers: Sequence[Answer]) -> Mapping[str, float]:
     """Mean F-measures, by Google's rouge-score with its stemmer."""
-    from rouge_score.rouge_scorer import RougeScorer
+    from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
 
     kinds = ("rouge1", "rouge2", "rougeL")
     scorer = RougeScorer(list(kinds), use_stemmer=True)

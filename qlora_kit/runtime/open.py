@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +15,12 @@ if TYPE_CHECKING:
     from qlora_kit.runtime.protocol import Runtime
 
 RuntimeName = Literal["transformers", "llama.cpp", "onnxruntime"]
+
+_LIBRARIES: dict[RuntimeName, tuple[str, ...]] = {
+    "transformers": ("qlora_kit.subject", "transformers.models.auto.modeling_auto", "bitsandbytes"),
+    "llama.cpp": ("qlora_kit.runtime.llama_cpp", "llama_cpp"),
+    "onnxruntime": ("qlora_kit.runtime.onnx", "onnxruntime"),
+}
 
 ONNX_FILE = "model.onnx"
 
@@ -30,22 +38,26 @@ def open_runtime(
     """
     kind = runtime_of(name)
     path = Path(name).expanduser()
-    opened: Runtime
     if kind == "llama.cpp":
-        from qlora_kit.runtime.llama_cpp import LlamaCppRuntime  # type: ignore[import-untyped]
+        from qlora_kit.runtime.llama_cpp import LlamaCppRuntime
 
-        opened = LlamaCppRuntime.open(path)
-        return opened
+        return LlamaCppRuntime.open(path)
     if kind == "onnxruntime":
-        from qlora_kit.runtime.onnx import OnnxRuntime  # type: ignore[import-untyped]
+        from qlora_kit.runtime.onnx import OnnxRuntime
 
-        opened = OnnxRuntime.open(path)
-        return opened
+        return OnnxRuntime.open(path)
 
     from qlora_kit.runtime.transformers import TransformersRuntime
     from qlora_kit.subject import load_subject
 
     return TransformersRuntime.of(load_subject(name, model_spec, force, reporter))
+
+
+def import_runtime(name: str) -> None:
+    """Import what opening `name` will need, so that it can be timed without."""
+    for module in _LIBRARIES[runtime_of(name)]:
+        if find_spec(module) is not None:
+            import_module(module)
 
 
 def runtime_of(name: str) -> RuntimeName:

@@ -1,0 +1,148 @@
+"""`qlora-kit compare A B [C …]`: size, memory, speed and quality side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qlora_kit.cli.arguments import AsJson, Force
+from qlora_kit.errors import DataError, Fault, RecipeError, RunError
+
+if TYPE_CHECKING:
+    from qlora_kit.recipe import DataSpec, EvaluateSpec, Recipe
+
+NAME = "compare"
+
+
+def command(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="A B [C …]",
+            help="Runs, adapters, model folders, GGUF files, ONNX folders or hub ids; the others "
+            "are compared with the first.",
+        ),
+    ],
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Whose eval rows and metrics are used; else those of the first run."),
+    ] = None,
+    text: Annotated[
+        Path | None, typer.Option(help="A plain text to measure perplexity and KL on instead.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe."),
+    ] = None,
+    window: Annotated[
+        int, typer.Option(min=8, help="Tokens of the sliding window over --text.")
+    ] = 512,
+    max_tokens: Annotated[
+        int, typer.Option(min=1, help="Compare predictions at so many tokens at most.")
+    ] = 4096,
+    prompt_tokens: Annotated[
+        int, typer.Option(min=1, help="Prompt that reading speed is timed with.")
+    ] = 256,
+    new_tokens: Annotated[
+        int, typer.Option(min=2, help="Answer that writing speed is timed with.")
+    ] = 32,
+    repetitions: Annotated[
+        int, typer.Option(min=0, help="How often to time each; 0 leaves speed out.")
+    ] = 5,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write: .png, .svg or .pdf.")] = None,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure several models, each alone in a process, and show them side by side."""
+    from qlora_kit.preflight import looks_local
+
+    if len(models) < 2:
+        raise typer.BadParameter("name two models or more; `evaluate` measures one.")
+    for name in models:
+        if looks_local(name) and not Path(name).expanduser().exists():
+            raise RunError(f"{name} does not exist.")
+    _require_picture(plot)
+    if text is not None and (recipe is not None or settings):
+        raise typer.BadParameter("--text stands for a recipe; name one of the two.")
+    loaded = None if text is not None else _recipe_of(models, recipe, settings or [])
+    evaluate, data = (
+        (loaded.evaluate, loaded.data) if loaded else _plain_text(text or Path(), window)
+    )
+
+    from functools import partial
+    from tempfile import gettempdir
+
+    from qlora_kit.cli.console import console_reporter
+    from qlora_kit.evaluate.compare import compare_models
+    from qlora_kit.evaluate.one import Task
+    from qlora_kit.evaluate.speed import SpeedPlan
+    from qlora_kit.report.comparison import comparison
+    from qlora_kit.report.plot import plot as draw
+
+    speed = SpeedPlan(prompt_tokens, new_tokens, repetitions) if repetitions else None
+    task = Task(
+        evaluate=evaluate,
+        data=data,
+        scratch=Path(gettempdir()),
+        max_tokens=max_tokens,
+        model=loaded.model if loaded else None,
+        speed=speed,
+        force=force,
+        make_reporter=partial(console_reporter, to_stderr=as_json),
+    )
+    found = compare_models(models, task)
+    if as_json:
+        print(json.dumps(found.as_dict(), indent=2, ensure_ascii=False))
+    else:
+        comparison(console_reporter(), found)
+    if plot is not None:
+        draw(found, plot)
+    raise typer.Exit(1 if found.failures else 0)
+
+
+def _require_picture(plot: Path | None) -> None:
+    from qlora_kit.report.plot import SUFFIXES
+
+    if plot is not None and plot.suffix not in SUFFIXES:
+        raise typer.BadParameter(f"--plot ends in {', '.join(SUFFIXES)}, got {plot.name}.")
+    if plot is not None and plot.is_dir():
+        raise typer.BadParameter(f"--plot {plot} is a folder.")
+
+
+def _recipe_of(models: list[str], path: Path | None, settings: list[str]) -> Recipe:
+    """The recipe whose eval rows are used, with its rows looked up."""
+    from qlora_kit.checkpoint.run_directory import is_run
+    from qlora_kit.preflight import data_faults
+    from qlora_kit.recipe import load_recipe
+
+    runs = [Path(name).expanduser() for name in models if is_run(Path(name).expanduser())]
+    if path is None and not runs:
+        raise typer.BadParameter(
+            "none of these is a run, so the eval rows are not known; name a recipe that has some "
+            "with --recipe RECIPE, or a text with --text FILE."
+        )
+    if path is None:
+        path = runs[0] / "recipe.yaml"
+    loaded = load_recipe(path, settings)
+    if not loaded.data.has_eval_rows:
+        raise RecipeError(
+            str(path), [Fault("data.eval", "names no source to measure on", "add one")]
+        )
+    faults = [fault for fault in data_faults(loaded) if fault.path.startswith("data.eval")]
+    if faults:
+        raise RecipeError(str(path), faults)
+    return loaded
+
+
+def _plain_text(text: Path, window: int) -> tuple[EvaluateSpec, DataSpec]:
+    """What reads a text file through in a sliding window, and asks nothing."""
+    from qlora_kit.recipe import DataSpec, EvaluateSpec, SourceSpec
+
+    if not text.is_file():
+        raise DataError(f"{text} does not exist." if not text.exists() else f"{text} is no file.")
+    source = SourceSpec(path=str(text), format="text")
+    data = DataSpec(train=(source,), eval=(source,), max_length=window)
+    return EvaluateSpec(window_tokens=window), data
