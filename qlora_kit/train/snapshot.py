@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_kit.checkpoint.draft import Buffer, Draft
 from qlora_kit.checkpoint.run_directory import OPTIMIZER_FILE
@@ -120,6 +121,17 @@ class Moving:
         """
         return {name: whole(one) for name, one in self._saved.items()}
 
+    def _go_on_at(self, schedule: LambdaLR, rates: list[float]) -> None:
+        """Let a schedule that stands at some update go on from there with these initial rates."""
+        schedule.base_lrs = rates
+        now = [
+            rate * factor(schedule.last_epoch)
+            for rate, factor in zip(rates, schedule.lr_lambdas, strict=True)
+        ]
+        schedule._last_lr = now
+        for group, rate in zip(self.optimizer.param_groups, now, strict=True):
+            group["lr"] = rate
+
     @cached_property
     def num_bytes(self) -> int:
         """What a checkpoint needs on the disk, nearly: the adapter and the optimizer's state."""
@@ -134,8 +146,19 @@ class Moving:
         }
 
     def put_back(self, state: dict[str, Any]) -> None:
+        """What was reached, under the settings of the recipe as it is now.
+
+        A state holds the settings that it was made with too, the schedule's rates among them.
+        """
+        settings = [_settings_of(group) for group in self.optimizer.param_groups]
+        schedule = getattr(self.scheduler, "scheduler", self.scheduler)  # accelerate wraps it
+        rates = list(schedule.base_lrs) if isinstance(schedule, LambdaLR) else None
         self.optimizer.load_state_dict(state["optimizer"])
         self.scheduler.load_state_dict(state["scheduler"])
+        for group, asked in zip(self.optimizer.param_groups, settings, strict=True):
+            group.update(asked)
+        if rates is not None:
+            self._go_on_at(schedule, rates)
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
         page_again(self.optimizer)
@@ -149,6 +172,11 @@ class Taken:
     weights: dict[str, torch.Tensor]
     optimizer_kind: str
     adapter: AdapterFiles
+
+
+def _settings_of(group: dict[str, Any]) -> dict[str, Any]:
+    """Of a group of parameters all but the rate, which moves with the schedule."""
+    return {name: value for name, value in group.items() if name not in ("params", "lr")}
 
 
 def take(moving: Moving) -> Taken:

@@ -8,6 +8,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.artifact.record import verify_artifact
+
 # Of what is written into JSON: clocks, and gauges of memory.
 _MEASURED = re.compile(
     r"(.*_)?(seconds|per_second|runtime|bytes|created|started|memory)"
@@ -15,8 +17,9 @@ _MEASURED = re.compile(
 )
 _KEPT = {"num_bytes"}
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
-# Files that hold a time; what else is in them is looked at in summary.json and the certificate.
-_DATED = {"README.md", "certificate.json"}
+# Files that hold a time; what else is in them is looked at in summary.json and the certificate, and
+# whether artifact.json is right, by `verify`.
+_DATED = {"README.md", "certificate.json", "artifact.json"}
 
 
 def outcome_of(run: Path) -> dict[str, Any]:
@@ -29,6 +32,8 @@ def outcome_of(run: Path) -> dict[str, Any]:
         _without_clocks(json.loads(line))
         for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
     ]
+    if (run / "merged").is_dir():
+        found["merged, verified"] = [str(one) for one in verify_artifact(run / "merged")]
     found["recipe.yaml"] = (run / "recipe.yaml").read_text(encoding="utf-8")
     for folder in ("adapter", "merged"):
         for path in sorted((run / folder).glob("*")):

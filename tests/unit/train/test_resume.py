@@ -340,6 +340,19 @@ def test_another_optimizer_s_state_is_refused(run: Run) -> None:
     assert "optimizer" in str(refused.value)
 
 
+@pytest.mark.parametrize("scheduler", ["linear", "cosine", "constant_with_warmup"])
+def test_another_learning_rate_holds_from_there_on(run: Run, scheduler: str) -> None:
+    """Where drift is allowed; the schedule stands where it stood."""
+    options: dict[str, Any] = {"logging_steps": 1, "lr_scheduler_type": scheduler}
+    run("parts", stop_after=5, **options)
+    resumed = run("parts", again=True, learning_rate=1e-3, weight_decay=0.5, **options)
+    other = run("other", learning_rate=1e-3, weight_decay=0.5, **options)
+    rates = [line["learning_rate"] for line in resumed.log if "learning_rate" in line]
+    lower = [line["learning_rate"] for line in other.log if "learning_rate" in line]
+    assert rates[:5] == pytest.approx([10 * rate for rate in lower[:5]])
+    assert rates[5:] == pytest.approx(lower[5:])
+
+
 def test_weights_that_cannot_be_put_back_exactly_are_refused(run: Run) -> None:
     run("parts", stop_after=5)
     with pytest.raises(RunError, match="trainable weights"):
