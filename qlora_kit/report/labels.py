@@ -23,6 +23,14 @@ _PLACES = (
     (8, -34, "left", "top"),
 )
 _RADIUS = 7.0
+# Above lines, which would strike it out, and below points.
+_LOOK: dict[str, Any] = {
+    "textcoords": "offset points",
+    "fontsize": 8.5,
+    "color": "#222222",
+    "zorder": 2.5,
+    "bbox": {"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"},
+}
 
 
 def place_labels(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
@@ -39,9 +47,7 @@ def place_labels(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
     ]
     inside = axis.get_window_extent()
     for (x, y, text), middle in zip(points, middles, strict=True):
-        label = axis.annotate(
-            text, (x, y), xytext=(0, 0), textcoords="offset points", fontsize=8.5, color="#222222"
-        )
+        label = axis.annotate(text, (x, y), xytext=(0, 0), **_LOOK)
         best: tuple[float, int] | None = None
         boxes = []
         for number, (right, up, across, along) in enumerate(_PLACES):

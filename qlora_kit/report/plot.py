@@ -75,7 +75,7 @@ def _panel(
             color="white" if is_first else colour,
             edgecolors=colour,
             linewidths=2,
-            zorder=3,
+            zorder=4 if is_first else 3,
         )
         if is_first:
             axis.axhline(y, color=_GREY, linewidth=0.8, linestyle=(0, (4, 3)), zorder=1)
@@ -85,6 +85,7 @@ def _panel(
     if heights and max(heights) > _LOG_FROM * min(heights):
         axis.set_yscale("log")
     axis.margins(x=0.22, y=0.18)
+    axis.set_xlim(left=max(axis.get_xlim()[0], 0))
     axis.grid(color="#E6E6E6", linewidth=0.8)
     axis.set_axisbelow(True)
     for side in ("top", "right"):
