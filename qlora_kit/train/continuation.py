@@ -111,7 +111,13 @@ class GoOn(TrainerCallback):
         )
         state.global_step = trainer.progress.update
         if self.processes.is_main:
-            cut_log(self.log, trainer.progress.log_bytes)
+            log_bytes = trainer.progress.log_bytes
+            cut_log(self.log, log_bytes)
+            if log_bytes and (not self.log.exists() or self.log.stat().st_size < log_bytes):
+                trainer.hooks.warn(
+                    f"{self.log.name} is shorter than it was at update {state.global_step}: lines "
+                    "of earlier updates are gone from it. Training is not affected."
+                )
         randoms = read_random_state(folder, self.processes.rank)
         if randoms is not None and self.processes.count == self.continuation.shared.num_processes:
             put_random_state_back(randoms)

@@ -242,6 +242,16 @@ def test_stopped_and_gone_on_with_is_the_run_that_was_not_stopped(run: Run, case
         assert getattr(resumed.result, name) == getattr(whole.result, name), name
 
 
+def test_a_log_that_lost_lines_is_told(run: Run) -> None:
+    whole = run("whole")
+    stopped = run("parts", stop_after=5)
+    (stopped.folder / "log.jsonl").write_text("")
+    resumed = run("parts", again=True)
+    assert resumed.weights == whole.weights
+    assert [one for one in resumed.warnings if "log.jsonl is shorter than it was" in one]
+    assert not [one for one in whole.warnings if "log.jsonl" in one]
+
+
 def test_a_run_stopped_several_times_is_still_the_same(run: Run) -> None:
     whole = run("whole")
     run("parts", stop_after=1)
