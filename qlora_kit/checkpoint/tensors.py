@@ -100,7 +100,8 @@ def _joined(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
     group: list[torch.Tensor] = []
     num_bytes = 0
     for tensor in tensors:
-        if group and (tensor.dtype != group[0].dtype or num_bytes >= _PART_BYTES):
+        is_alike = not group or (tensor.dtype, tensor.device) == (group[0].dtype, group[0].device)
+        if group and (not is_alike or num_bytes + tensor.nbytes > _PART_BYTES):
             yield _copy_of(group)
             group, num_bytes = [], 0
         group.append(tensor.detach().reshape(-1))
@@ -111,6 +112,8 @@ def _joined(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
 
 def _copy_of(group: list[torch.Tensor]) -> torch.Tensor:
     """On its own device first, which for a GPU is one transfer instead of thousands."""
+    if len(group) == 1 and group[0].device.type != "cpu":
+        return group[0].cpu()  # a copy already, and none on a GPU that may be full
     return torch.cat(group).cpu()
 
 

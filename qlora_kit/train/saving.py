@@ -129,12 +129,12 @@ class Saver:
         run, disk = self.around.run, self.around.disk
 
         def fill(draft: Draft) -> None:
+            if run.log.exists():  # a checkpoint says how long the log is
+                disk.sync(run.log)
             copied.write(draft)
             for name, text in self.around.records.items():
                 draft.put(name, [text.encode()])
 
-        if run.log.exists():  # a checkpoint says how long the log is
-            disk.sync(run.log)
         publish_checkpoint(run.folder / f"checkpoint-{update}", fill, disk)
         rotate(run.folder, self.spec.save_total_limit, best, disk)
 

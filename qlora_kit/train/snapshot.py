@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 
 PROGRESS_FILE = "progress.json"
 RANDOM_FILE = "random.safetensors"
+_SETTINGS = ("betas", "eps", "weight_decay", "initial_lr")
 # Tokenizer, configurations, random states.
 _OTHER_FILES_BYTES = 32 * 1024**2
 
@@ -121,10 +122,10 @@ class Moving:
         """
         return {name: whole(one) for name, one in self._saved.items()}
 
-    def _go_on_at(self, schedule: LambdaLR, rates: list[float]) -> None:
+    def _go_on_at(self, schedule: LambdaLR, rates: list[float | torch.Tensor]) -> None:
         """Let a schedule that stands at some update go on from there with these initial rates."""
         schedule.base_lrs = rates
-        now = [
+        now: list[float | torch.Tensor] = [
             rate * factor(schedule.last_epoch)
             for rate, factor in zip(rates, schedule.lr_lambdas, strict=True)
         ]
@@ -175,8 +176,8 @@ class Taken:
 
 
 def _settings_of(group: dict[str, Any]) -> dict[str, Any]:
-    """Of a group of parameters all but the rate, which moves with the schedule."""
-    return {name: value for name, value in group.items() if name not in ("params", "lr")}
+    """What a recipe says of a group of parameters; some optimizers count in their groups too."""
+    return {name: group[name] for name in _SETTINGS if name in group}
 
 
 def take(moving: Moving) -> Taken:

@@ -281,8 +281,8 @@ class TestWhatAConfigSays:
             load(nf4, quantization)
 
     def test_must_be_of_these_shapes(self, nf4: Path) -> None:
-        change_config(nf4, intermediate_size=96)
-        with pytest.raises(ModelError, match=r"in shape \[128, 64\].*describes \[96, 64\]"):
+        change_config(nf4, intermediate_size=192)
+        with pytest.raises(ModelError, match=r"in shape \[128, 64\].*describes \[192, 64\]"):
             load(nf4)
 
 

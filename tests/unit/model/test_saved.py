@@ -293,7 +293,7 @@ class TestDamageThatWasForced:
             load_adapter(base, NF4, adapter, force=True)
 
     def test_a_base_of_other_shapes(self, adapter: Path, tmp_path: Path) -> None:
-        other = load(build_llama(tmp_path / "other", hidden_size=32), adapter=adapter)
+        other = load(build_llama(tmp_path / "other", hidden_size=128), adapter=adapter)
         with pytest.raises(AdapterError, match=r"cannot be loaded onto .*shape"):
             load_adapter(other, NF4, adapter, force=True)
 
