@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -22,6 +22,16 @@ TrustRemoteCode = Annotated[
 AllowPickle = Annotated[
     bool,
     typer.Option("--allow-pickle", help="Read .bin/.pt weights, which can run code when loaded."),
+]
+AdapterPath = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run's folder, or an adapter's.")
+]
+MergeDtype = Annotated[
+    Literal["auto", "float32", "float16", "bfloat16"] | None,
+    typer.Option(help="What a merge is rounded to, once; auto: the base's own."),
+]
+HeldOutRows = Annotated[
+    Path | None, typer.Option(help="Held-out rows to measure on, instead of the run's own.")
 ]
 Force = Annotated[
     bool, typer.Option("--force", help="Load an adapter onto another base than its own.")

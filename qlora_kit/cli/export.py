@@ -8,7 +8,15 @@ from typing import Annotated, Literal
 
 import typer
 
-from qlora_kit.cli.arguments import AllowPickle, AsJson, Force, TrustRemoteCode
+from qlora_kit.cli.arguments import (
+    AdapterPath,
+    AllowPickle,
+    AsJson,
+    Force,
+    HeldOutRows,
+    MergeDtype,
+    TrustRemoteCode,
+)
 
 NAME = "export"
 
@@ -25,7 +33,7 @@ def _show_targets(wanted: bool) -> None:
 
 
 def command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or an adapter's.")],
+    run: AdapterPath,
     to: Annotated[
         list[str],
         typer.Option(
@@ -48,17 +56,12 @@ def command(
             "the merge that is there."
         ),
     ] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "float16", "bfloat16"] | None,
-        typer.Option(help="What a merge is rounded to, once; auto: the base's own."),
-    ] = None,
+    dtype: MergeDtype = None,
     max_kl: Annotated[
         float | None,
         typer.Option(help="Budget: mean KL in nats per token from the trained model."),
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Held-out rows to measure on, instead of the run's own.")
-    ] = None,
+    data: HeldOutRows = None,
     calibration: Annotated[
         str | None,
         typer.Option(help="Text for what is calibrated, instead of the run's training rows."),
@@ -77,23 +80,19 @@ def command(
     ] = False,
 ) -> None:
     """Export a trained adapter, and show what each step cost in one table."""
-    from qlora_kit.checkpoint.run_directory import is_run, open_run
     from qlora_kit.cli.console import console_reporter
     from qlora_kit.export.jobs import ExportRequest, sound_jobs
-    from qlora_kit.export.places import places_of
+    from qlora_kit.export.places import merge_options_of, places_of
     from qlora_kit.export.targets import parse_target
     from qlora_kit.quantize.calibration import CalibrationSpec
-    from qlora_kit.recipe import MergeSpec, ModelSpec
+    from qlora_kit.recipe import ModelSpec
 
-    asked = {"base": base, "dtype": dtype}
-    merge = open_run(run)[1].export.merge_options if is_run(run) else MergeSpec()
     request = ExportRequest(
         targets=tuple(parse_target(name) for name in to),
         out=out,
         options=tuple(options or ()),
-        merge=MergeSpec.model_validate(
-            {**merge.model_dump(), **{k: v for k, v in asked.items() if v is not None}}
-        ),
+        base=base,
+        merge=merge_options_of(run, dtype=dtype),
         max_kl=max_kl,
         calibration=calibration,
         calibration_spec=CalibrationSpec(num_tokens=calibration_tokens, seed=seed),

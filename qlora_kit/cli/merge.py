@@ -8,13 +8,21 @@ from typing import Annotated, Literal
 
 import typer
 
-from qlora_kit.cli.arguments import AllowPickle, AsJson, Force, TrustRemoteCode
+from qlora_kit.cli.arguments import (
+    AdapterPath,
+    AllowPickle,
+    AsJson,
+    Force,
+    HeldOutRows,
+    MergeDtype,
+    TrustRemoteCode,
+)
 
 NAME = "merge"
 
 
 def command(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder, or an adapter's.")],
+    run: AdapterPath,
     out: Annotated[
         Path | None, typer.Option(help="Where to; unset: `merged` in the run's folder.")
     ] = None,
@@ -25,10 +33,7 @@ def command(
             "the lower held-out loss of those within --max-kl."
         ),
     ] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "float16", "bfloat16"] | None,
-        typer.Option(help="What the sum is rounded to, once; auto: the base's own."),
-    ] = None,
+    dtype: MergeDtype = None,
     max_kl: Annotated[
         float | None,
         typer.Option(help="Budget: mean KL in nats per token from the trained graph."),
@@ -37,32 +42,23 @@ def command(
         Literal["nf4", "fp4"] | None,
         typer.Option(help="Quantize the result again; most of a light adapter does not survive."),
     ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Held-out rows to measure on, instead of the run's own.")
-    ] = None,
+    data: HeldOutRows = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Add an adapter to its base, and measure the result against what was trained."""
-    from qlora_kit.checkpoint.run_directory import is_run, open_run
     from qlora_kit.cli.console import console_reporter
     from qlora_kit.environment import probe_hardware
     from qlora_kit.export.merge import require_absent
     from qlora_kit.export.merge_run import merge_reopened
+    from qlora_kit.export.places import merge_options_of
     from qlora_kit.export.reopen import reopen_adapter
-    from qlora_kit.recipe import MergeSpec, ModelSpec
+    from qlora_kit.recipe import ModelSpec
     from qlora_kit.report import narrate
 
-    options = open_run(run)[1].export.merge_options if is_run(run) else MergeSpec()
-    asked = {"base": base, "dtype": dtype, "max_kl": max_kl}
-    options = MergeSpec.model_validate(
-        {
-            **options.model_dump(),
-            **{key: value for key, value in asked.items() if value is not None},
-        }
-    )
+    options = merge_options_of(run, base=base, dtype=dtype, max_kl=max_kl)
     target = out or run / "merged"
     require_absent(target)
     reporter = console_reporter(to_stderr=as_json)

@@ -122,7 +122,7 @@ def measure_one(name: str, task: Task, is_reference: bool) -> Measurement:
         evaluation=measured,
         divergence=divergence,
         refused=refused,
-        notes=(*_unpacked(at_first, in_use), *notes),
+        notes=(*_timed_shorter(speed, task.speed), *_unpacked(at_first, in_use), *notes),
     )
 
 
@@ -191,6 +191,16 @@ def _other_rows(reference: Reference, sequences: Sequence[TokenSequence]) -> tup
                 f"{reference.name}: perplexity and answers are on its own, KL on the other's",
             )
     return ()
+
+
+def _timed_shorter(speed: Speed | None, plan: SpeedPlan | None) -> tuple[str, ...]:
+    """A rate of reading depends on how much is read at once."""
+    if speed is None or plan is None or speed.prompt_tokens == plan.prompt_tokens:
+        return ()
+    return (
+        f"its context is too short for a prompt of {plan.prompt_tokens} tokens and the answer: "
+        f"reading was timed with {speed.prompt_tokens}, and compares with the others' only loosely",
+    )
 
 
 def _unpacked(at_first: Footprint, in_use: Footprint) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qlora_kit.errors import ModelError
 from qlora_kit.report.reporter import Progress
@@ -73,11 +73,13 @@ def measure_speed(
     """Time greedy answers to prompts of plain prose.
 
     Every prompt begins elsewhere in the text, as a runtime may remember the last one. `progress`
-    counts answers, two to a repetition.
+    counts answers, two to a repetition. Where the model's context has no room for the prompt and
+    the answer, the prompt is shorter.
 
     Raises:
-        ModelError: the model's context has no room for the prompt and the answer.
+        ModelError: the context has no room for the answer alone.
     """
+    plan = replace(plan, prompt_tokens=_room(runtime, plan))
     prompts = _prompts(runtime, plan)
     firsts: list[float] = []
     rates: list[float] = []
@@ -110,14 +112,21 @@ def _timed(
     return clock() - started, len(answer)
 
 
-def _prompts(runtime: Runtime, plan: SpeedPlan) -> list[list[int]]:
+def _room(runtime: Runtime, plan: SpeedPlan) -> int:
+    """Tokens of a prompt that leave the model's context room for the answer."""
     limit = runtime.context_tokens
-    if limit is not None and plan.prompt_tokens + plan.new_tokens > limit:
+    if limit is None:
+        return plan.prompt_tokens
+    if plan.new_tokens >= limit:
         raise ModelError(
-            f"{runtime.name} attends to {limit} tokens, which leaves no room for a prompt of "
-            f"{plan.prompt_tokens} and {plan.new_tokens} new ones; time shorter ones "
-            "(--prompt-tokens, --new-tokens)."
+            f"{runtime.name} attends to {limit} tokens, which leaves no room for an answer of "
+            f"{plan.new_tokens} and a prompt; time a shorter one (--new-tokens), or none "
+            "(--repetitions 0)."
         )
+    return min(plan.prompt_tokens, limit - plan.new_tokens)
+
+
+def _prompts(runtime: Runtime, plan: SpeedPlan) -> list[list[int]]:
     ids = list(runtime.tokenizer(_TEXT, add_special_tokens=False)["input_ids"])
     count = 2 * (plan.warmups + plan.repetitions)
     ids *= 1 + (plan.prompt_tokens + 3 * count) // len(ids)

@@ -33,6 +33,9 @@ class ExportRequest:
     """The folder of a single target; unset: `exports/TARGET` in the run's folder."""
     options: tuple[str, ...] = ()
     """`key=value` for the method of a single target."""
+    base: MergeBase | None = None
+    """What is merged into for these targets; unset: what `merge` says, and `auto` where few bits
+    are left, as the merge that a run keeps is chosen for other ends."""
     merge: MergeSpec = field(default_factory=MergeSpec)
     max_kl: float | None = None
     """Budget of each export: mean KL in nats per token from the trained model."""
@@ -89,7 +92,7 @@ def _job(target: Target, request: ExportRequest, places: Places) -> Job:
     if target.method is None:
         if request.options:
             raise ModelError(f"{target.name} has no options, got {' '.join(request.options)}.")
-        return Job(target, out, request.merge.base if is_merge else None)
+        return Job(target, out, _base(target, request))
     method = resolve_method(target.method)
     options = parse_options(method, request.options)
     calibration = None
@@ -102,8 +105,13 @@ def _job(target: Target, request: ExportRequest, places: Places) -> Job:
             )
     elif method.calibration(options) == "optional":
         calibration = request.calibration
-    base = request.merge.base if target.is_of_merge else None
-    return Job(target, out, base, method, options, calibration)
+    return Job(target, out, _base(target, request), method, options, calibration)
+
+
+def _base(target: Target, request: ExportRequest) -> MergeBase | None:
+    if not target.is_of_merge:
+        return None
+    return request.base or ("auto" if target.wants_original else request.merge.base)
 
 
 def make_way(request: ExportRequest, places: Places) -> None:

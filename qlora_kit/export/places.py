@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qlora_kit.artifact.record import is_artifact, read_record, verify_artifact
-from qlora_kit.checkpoint.run_directory import RunDirectory, is_run
+from qlora_kit.checkpoint.run_directory import RunDirectory, is_run, open_run
 from qlora_kit.errors import ArtifactError, RunError
+from qlora_kit.recipe import MergeSpec
 
 LEDGER_FILE = "ledger.json"
 
@@ -57,6 +59,18 @@ def places_of(folder: Path) -> Places:
         return places_of(folder.parent)
     home = folder.with_name(f"{folder.name}-exports")
     return Places(home, home, None)
+
+
+def merge_options_of(folder: Path, **asked: Any) -> MergeSpec:
+    """What a run's recipe says of merging (of an adapter alone, the defaults), under what is asked
+    for beside it; None is not asked for.
+
+    Raises:
+        RunError: the run has no adapter yet.
+    """
+    kept = open_run(folder)[1].export.merge_options if is_run(folder) else MergeSpec()
+    named = {name: value for name, value in asked.items() if value is not None}
+    return MergeSpec.model_validate({**kept.model_dump(), **named})
 
 
 def _fits(folder: Path, base: str, adapter_sha256: str) -> bool:

@@ -43,17 +43,7 @@ def comparison(reporter: Reporter, found: Comparison) -> None:
     names = short_names([one.name for one in found.measured])
     reporter.table(
         "What each takes, alone in a process",
-        (
-            "model",
-            "parameters",
-            "kept as",
-            "disk MiB",
-            "weights MiB",
-            "peak MiB",
-            "load s",
-            "prefill tokens/s",
-            "decode tokens/s",
-        ),
+        _TAKES,
         [_takes(name, one) for name, one in zip(names, found.measured, strict=True)],
     )
     reporter.say("")
@@ -64,15 +54,7 @@ def comparison(reporter: Reporter, found: Comparison) -> None:
     where = f"; KL from {names[0]} over {tokens[0]:,} tokens" if tokens else ""
     reporter.table(
         f"What each is worth, on held-out rows{where}",
-        (
-            "model",
-            "perplexity",
-            "KL nats/token",
-            "same top token",
-            "max |Δ log p|",
-            "exact match",
-            *tuple(name.replace("_", " ") for name in shown),
-        ),
+        (*_IS_WORTH, *(name.replace("_", " ") for name in shown)),
         [_is_worth(name, one, shown) for name, one in zip(names, found.measured, strict=True)],
     )
     for name, one in zip(names, found.measured, strict=True):

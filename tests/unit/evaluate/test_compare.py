@@ -199,7 +199,15 @@ def test_speed_is_counted_by_the_clock(tiny_llama: Path) -> None:
     assert speed.prefill.count == 3
     assert len(set(timed.prompts)) == len(timed.prompts) == 8
     with pytest.raises(ModelError, match="attends to 100 tokens"):
-        measure_speed(timed, SpeedPlan(99, 5))  # type: ignore[arg-type]
+        measure_speed(timed, SpeedPlan(20, 100))  # type: ignore[arg-type]
+
+
+def test_a_prompt_is_shorter_where_the_context_is(task: Task, tiny_llama: Path) -> None:
+    """Tiny models attend to 256 tokens."""
+    measured = measure_one(str(tiny_llama), replace(task, speed=SpeedPlan(1000, 6, 1)), True)
+    assert measured.speed is not None
+    assert measured.speed.prompt_tokens == 250
+    assert "reading was timed with 250" in "".join(measured.notes)
 
 
 def test_names_are_as_short_as_they_may_be() -> None:

@@ -196,9 +196,9 @@ def test_a_damaged_merge_is_not_built_upon(tmp_path: Path) -> None:
 
 def test_few_bits_from_the_dequantized_merge_only_with_a_warning(tmp_path: Path) -> None:
     tiny, heard = make_run(tmp_path), Heard()
-    out, options = tmp_path / "out", MergeSpec(base="dequantized")
+    out = tmp_path / "out"
     (certificate,) = export(
-        tiny.run.folder, "nf4", merge=options, reporter=heard, out=out, max_kl=1e-12
+        tiny.run.folder, "nf4", base="dequantized", reporter=heard, out=out, max_kl=1e-12
     )
     assert certificate["base"] == "dequantized"
     assert any("rounded again on another grid" in line for line in heard.warnings)
@@ -207,6 +207,14 @@ def test_few_bits_from_the_dequantized_merge_only_with_a_warning(tmp_path: Path)
     )
     assert verify(out).holds
     assert certificate["ledger"][-1]["name"] == "nf4 (out)"
+
+
+def test_the_merge_that_a_recipe_keeps_does_not_decide_for_few_bits(tmp_path: Path) -> None:
+    tiny, heard = make_run(tmp_path, base="dequantized"), Heard()
+    options = MergeSpec(base="dequantized")
+    few, many = export(tiny.run.folder, "nf4", "int8", merge=options, reporter=heard)
+    assert (few["base"], many["base"]) == ("original", "dequantized")
+    assert not any("rounded again" in line for line in heard.warnings)
 
 
 def test_what_vllm_refuses_is_said_before_the_work(tmp_path: Path) -> None:
