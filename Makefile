@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+COMPILED := $(VENV)/.compiled
 
 .DEFAULT_GOAL := help
 .PHONY: help install quickstart test test-full crash-test check format lock
@@ -21,13 +22,18 @@ $(INSTALLED): requirements.txt requirements-uv.txt pyproject.toml
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# llama.cpp's library, which has no wheel on the index: ten minutes on two cores.
+$(COMPILED): $(INSTALLED)
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-build-isolation-package qlora-kit --constraints requirements.txt --editable '.[gguf]'
+	@touch $@
+
 quickstart: $(INSTALLED) ## teach a small model a task, merge it, certify it (about ten minutes on two cores)
 	$(BIN)/qlora-kit train recipes/quickstart.yaml
 
 test: $(INSTALLED) ## every test that needs no GPU
 	$(BIN)/python -m pytest
 
-test-full: $(INSTALLED) ## the same, and the slow ones
+test-full: $(COMPILED) ## the same, and the slow ones, with llama.cpp (compiled once, ten minutes)
 	$(BIN)/python -m pytest -m "not gpu"
 
 # Of crash-test: how many trials, the seed that they are drawn with (empty: another every time),

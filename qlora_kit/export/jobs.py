@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -55,6 +55,8 @@ class Job:
     method: Method | None = None
     options: MethodOptions | None = None
     calibration: str | None = None
+    is_calibration_needed: bool = False
+    """False where the run's own rows were taken because they happen to be there."""
 
     @property
     def calibration_need(self) -> CalibrationNeed:
@@ -95,17 +97,20 @@ def _job(target: Target, request: ExportRequest, places: Places) -> Job:
         return Job(target, out, _base(target, request))
     method = resolve_method(target.method)
     options = parse_options(method, request.options)
+    need = method.calibration(options)
+    own = str(places.recipe) if places.recipe else None
     calibration = None
-    if method.calibration(options) == "required":
-        calibration = request.calibration or (str(places.recipe) if places.recipe else None)
+    if need == "required":
+        calibration = request.calibration or own
         if calibration is None:
             raise DataError(
                 f"{target.name} is calibrated on text, and this adapter belongs to no run whose "
                 "training rows could be taken; name some with --calibration."
             )
-    elif method.calibration(options) == "optional":
-        calibration = request.calibration
-    return Job(target, out, _base(target, request), method, options, calibration)
+    elif need == "optional":
+        calibration = request.calibration or (own if target.wants_original else None)
+    is_needed = need == "required" or request.calibration is not None
+    return Job(target, out, _base(target, request), method, options, calibration, is_needed)
 
 
 def _base(target: Target, request: ExportRequest) -> MergeBase | None:
@@ -152,7 +157,7 @@ def placed(job: Job, trained: TrainedAdapter, reporter: Reporter) -> Job:
             "rounded to 4 bits once are rounded again on another grid, and much of the adapter is "
             "lost."
         )
-    return Job(job.target, job.out, base, job.method, job.options, job.calibration)
+    return replace(job, base=base)
 
 
 def require_vllm(adapter: Path) -> None:

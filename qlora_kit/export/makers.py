@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.artifact.record import CalibrationRecord, MadeFrom, ParentRef, read_record
+from qlora_kit.errors import QloraKitError
 from qlora_kit.export.jobs import Job
 from qlora_kit.export.surroundings import save_tokenizer
 from qlora_kit.export.targets import ADAPTER_FOR_VLLM
@@ -185,7 +186,7 @@ def _run_method(
 ) -> tuple[Made, CalibrationRecord | None]:
     assert job.method is not None
     job.method.check(source, job.options)
-    calibration = _calibration(job, source, given)
+    calibration = calibration_of(job, source, given)
     made = job.method.make(source, job.options, calibration, draft, given.reporter)
     if calibration is None:
         return made, None
@@ -193,11 +194,23 @@ def _run_method(
     return made, CalibrationRecord(calibration.description, calibration.num_tokens, seed)
 
 
-def _calibration(job: Job, source: Source, given: Ingredients) -> Calibration | None:
-    """Rows that are not among those that the result is measured on."""
+def calibration_of(job: Job, source: Source, given: Ingredients) -> Calibration | None:
+    """Rows that are not among those that the result is measured on; a run's own may be gone where
+    it goes without.
+    """
     if job.calibration is None:
         return None
-    texts = find_texts(job.calibration, "train")
+    try:
+        return _drawn(job.calibration, source, given)
+    except QloraKitError as error:
+        if job.is_calibration_needed:
+            raise
+        given.reporter.warn(f"{job.target.name} is made without calibration: {error}")
+        return None
+
+
+def _drawn(name: str, source: Source, given: Ingredients) -> Calibration:
+    texts = find_texts(name, "train")
     rows = [
         [row for row in part if row.input_ids not in given.held_out]
         for part in render_texts(texts, given.trained.tokenizer)

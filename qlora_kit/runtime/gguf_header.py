@@ -47,8 +47,13 @@ class TensorInfo:
 
     name: str
     type: str
-    num_weights: int
+    shape: tuple[int, ...]
+    """As it is stored, the length of a row first."""
     num_bytes: int
+
+    @property
+    def num_weights(self) -> int:
+        return prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -150,13 +155,13 @@ class _Cursor:
         found = []
         for _ in range(count):
             name = self.text()
-            num_weights = prod(self.number("Q") for _ in range(self.number("I")))
+            shape = tuple(self.number("Q") for _ in range(self.number("I")))
             kind = GGMLQuantizationType(self.number("I"))
             self.number("Q")  # where its data begins
             block, block_bytes = GGML_QUANT_SIZES[kind]
             if not name.startswith(_SETTINGS):
-                size = num_weights // block * block_bytes
-                found.append(TensorInfo(name, kind.name, num_weights, size))
+                size = prod(shape) // block * block_bytes
+                found.append(TensorInfo(name, kind.name, shape, size))
         return found
 
     def number(self, form: str) -> Any:

@@ -5,17 +5,31 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.environment import available_cpus
+from qlora_kit.errors import ModelError
 from qlora_kit.quantize.gguf.convert import Converter, open_converter
+from qlora_kit.quantize.gguf.importance import (
+    Importance,
+    measure_importance,
+    weight_of,
+    write_importance,
+)
 from qlora_kit.quantize.gguf.quantizer import quantize_file, require_quantizer
 from qlora_kit.quantize.gguf.scripts import LlamaCpp, find_llama_cpp
 from qlora_kit.quantize.gguf.types import GgufType, gguf_type
-from qlora_kit.quantize.method import Calibration, Made, Method, MethodOptions, Source
+from qlora_kit.quantize.method import (
+    Calibration,
+    CalibrationNeed,
+    Made,
+    Method,
+    MethodOptions,
+    Source,
+)
 
 if TYPE_CHECKING:
     from qlora_kit.report.reporter import Reporter
@@ -33,6 +47,10 @@ class GgufOptions(MethodOptions):
     """A checkout of llama.cpp, whose scripts (and `llama-quantize`, where it was built) are used;
     unless given, the scripts that came with the pinned llama-cpp-python."""
 
+    importance: bool = True
+    """Where calibration text is named: weigh the errors of rounding by what the layers are given
+    on it (llama.cpp's importance matrix)."""
+
 
 def method(name: str) -> Method:
     """The method called `gguf:TYPE`. ModelError where there is no such type."""
@@ -43,6 +61,7 @@ def method(name: str) -> Method:
         check=made.check,
         predict_bytes=made.predict_bytes,
         make=made.make,
+        calibration=made.calibration,
     )
 
 
@@ -52,7 +71,17 @@ class _GgufMethod:
     converters: dict[Path, Converter] = field(default_factory=dict)
     """By the folder that they convert; found in `check`, used in `make`."""
 
+    def calibration(self, options: GgufOptions) -> CalibrationNeed:
+        if self.kind.is_converted or not options.importance:
+            return "none"
+        return "required" if self.kind.needs_importance else "optional"
+
     def check(self, source: Source, options: GgufOptions) -> None:
+        if self.kind.needs_importance and not options.importance:
+            raise ModelError(
+                f"llama.cpp makes {self.kind.name} only with an importance matrix; leave "
+                "importance=false away, or take Q2_K or IQ3_S."
+            )
         llama = find_llama_cpp(options.llama_cpp)
         require_quantizer(llama, self.kind)
         self.converters[source.folder] = checked_converter(llama, source.folder, source.tokenizer)
@@ -76,14 +105,16 @@ class _GgufMethod:
         if converter is None:
             self.check(source, options)
             converter = self.converters[source.folder]
+        importance = None
+        if calibration is not None:
+            importance = measure_importance(source, calibration, reporter)
         target = draft / f"model-{self.kind.name}.gguf"
-        fallbacks = make_gguf(converter, target, self.kind, outtype_of(source.dtype))
+        quantized = make_gguf(converter, target, self.kind, outtype_of(source.dtype), importance)
         write_companions(source.folder, source.tokenizer, draft)
-        notes = [] if fallbacks is None else [fallback_note(fallbacks, self.kind)]
         return Made(
             open=target.name,
-            findings=findings_of(converter.llama, target, self.kind, fallbacks),
-            notes=tuple(notes),
+            findings=findings_of(converter.llama, target, self.kind, quantized),
+            notes=tuple(_notes(quantized, self.kind)),
         )
 
 
@@ -107,26 +138,52 @@ def outtype_of(dtype: Any) -> str:
     return {"torch.float16": "f16", "torch.bfloat16": "bf16"}.get(str(dtype), "f32")
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """How it went: numbers of tensors, each with how many there are; None where there is nothing
+    to say.
+    """
+
+    fallbacks: tuple[int, int] | None = None
+    """That took a neighbouring type because their rows do not fit the blocks of this one."""
+    weighed: tuple[int, int] | None = None
+    """Whose errors were weighed by calibration text."""
+
+
 def make_gguf(
-    converter: Converter, target: Path, kind: GgufType, outtype: str
-) -> tuple[int, int] | None:
+    converter: Converter,
+    target: Path,
+    kind: GgufType,
+    outtype: str,
+    importance: Importance | None = None,
+) -> Quantized:
     """Convert, and quantize unless the converter can write the type itself.
 
     Args:
         outtype: what the file in between is written in, `outtype_of` the stored weights.
-
-    Returns:
-        As `quantize_file`.
     """
     if kind.is_converted:
         converter.convert(target, kind.name.lower())
-        return None
+        return Quantized()
     between = target.with_name(f"{target.stem}.between.gguf")
+    matrix = target.with_name(f"{target.stem}.importance.gguf")
+    weighed = None
     try:
         converter.convert(between, outtype)
-        return quantize_file(converter.llama, between, target, kind, available_cpus())
+        if importance is not None:
+            weighed = write_importance(importance, between, matrix)
+        fallbacks = quantize_file(
+            converter.llama,
+            between,
+            target,
+            kind,
+            available_cpus(),
+            None if importance is None else matrix,
+        )
     finally:
         between.unlink(missing_ok=True)
+        matrix.unlink(missing_ok=True)
+    return Quantized(fallbacks, weighed)
 
 
 def write_companions(folder: Path, tokenizer: Any, draft: Path) -> None:
@@ -137,7 +194,7 @@ def write_companions(folder: Path, tokenizer: Any, draft: Path) -> None:
 
 
 def findings_of(
-    llama: LlamaCpp, target: Path, kind: GgufType, fallbacks: tuple[int, int] | None
+    llama: LlamaCpp, target: Path, kind: GgufType, quantized: Quantized
 ) -> Mapping[str, Any]:
     """What a certificate says of the file."""
     from qlora_kit.runtime.gguf_header import read_header
@@ -148,9 +205,17 @@ def findings_of(
         "architecture": header.architecture,
         "parameters": dict(header.parameters),
         "bits_per_weight": 8 * header.weight_bytes / sum(header.parameters.values()),
-        "tensors_of_another_type": fallbacks[0] if fallbacks else 0,
+        "tensors_of_another_type": quantized.fallbacks[0] if quantized.fallbacks else 0,
+        "tensors_weighed_by_text": quantized.weighed[0] if quantized.weighed else 0,
         "llama_cpp": llama.origin,
     }
+
+
+def _notes(quantized: Quantized, kind: GgufType) -> Iterator[str]:
+    if quantized.weighed is not None:
+        yield weight_of(quantized.weighed)
+    if quantized.fallbacks is not None:
+        yield fallback_note(quantized.fallbacks, kind)
 
 
 def fallback_note(fallbacks: tuple[int, int], kind: GgufType) -> str:

@@ -30,7 +30,7 @@ _FOR_OTHER_WEIGHTS = ("TQ1_0", "TQ2_0", "Q1_0", "Q2_0", "MXFP4_MOE", "NVFP4")
 
 # Most weights take 4.5 bits or fewer: made from a model that was quantized before, the two
 # errors add up.
-_FEW_BITS = ("Q2", "Q3", "Q4", "IQ3", "IQ4")
+_FEW_BITS = ("Q2", "Q3", "Q4", "IQ1", "IQ2", "IQ3", "IQ4")
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ class GgufType:
         return self.name in _CONVERTED
 
     @property
+    def needs_importance(self) -> bool:
+        """Whether it takes calibration text."""
+        return self.name in _NEED_IMPORTANCE
+
+    @property
     def has_few_bits(self) -> bool:
         """Whether most weights take four bits or so."""
         return self.name.startswith(_FEW_BITS)
@@ -56,7 +61,7 @@ def gguf_types() -> dict[str, GgufType]:
     return {
         name: GgufType(name, number)
         for name, number in _listed().items()
-        if name not in (*_NEED_IMPORTANCE, *_FOR_OTHER_WEIGHTS)
+        if name not in _FOR_OTHER_WEIGHTS
     }
 
 
@@ -70,13 +75,6 @@ def gguf_type(name: str) -> GgufType:
     wanted = name.upper()
     if wanted in types:
         return types[wanted]
-    if wanted in _NEED_IMPORTANCE:
-        near = "Q2_K" if wanted.startswith(("Q2", "IQ1", "IQ2")) else "IQ3_S"
-        raise ModelError(
-            f"llama.cpp makes {wanted} only with an importance matrix, which qlora-kit does not "
-            f"compute; take {near} or larger, or run llama.cpp's llama-imatrix and llama-quantize "
-            "on the F16 file (gguf:F16)."
-        )
     if wanted in _FOR_OTHER_WEIGHTS:
         raise ModelError(
             f"{wanted} is for models whose weights were trained to that form, and would destroy "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,10 @@ from transformers import AutoModelForCausalLM
 from qlora_kit.artifact.record import read_record
 from qlora_kit.artifact.verify import verify
 from qlora_kit.environment import probe_hardware
-from qlora_kit.errors import AdapterError, DataError, ModelError, RunError
+from qlora_kit.errors import AdapterError, DataError, ModelError, QloraKitError, RunError
 from qlora_kit.export.export import export_reopened
 from qlora_kit.export.export_run import export_after_training
-from qlora_kit.export.jobs import ExportRequest, sound_jobs
+from qlora_kit.export.jobs import ExportRequest, Job, sound_jobs
 from qlora_kit.export.places import places_of
 from qlora_kit.export.reopen import reopen_adapter
 from qlora_kit.export.targets import parse_target
@@ -194,6 +195,20 @@ def test_a_damaged_merge_is_not_built_upon(tmp_path: Path) -> None:
     assert not tiny.run.exports.exists()
 
 
+def test_text_that_only_helps_is_done_without_where_it_is_gone(tmp_path: Path) -> None:
+    from qlora_kit.export.makers import calibration_of
+
+    heard = Heard()
+    job = Job(parse_target("int8"), tmp_path, "original", calibration=str(tmp_path / "gone.yaml"))
+    given: Any = SimpleNamespace(reporter=heard)
+    source: Any = None
+    assert calibration_of(job, source, given) is None
+    assert "made without calibration" in heard.warnings[0]
+    needed = replace(job, is_calibration_needed=True)
+    with pytest.raises(QloraKitError):
+        calibration_of(needed, source, given)
+
+
 def test_few_bits_from_the_dequantized_merge_only_with_a_warning(tmp_path: Path) -> None:
     tiny, heard = make_run(tmp_path), Heard()
     out = tmp_path / "out"
@@ -298,6 +313,14 @@ class TestNames:
         assert job.calibration == str(run / "recipe.yaml")
         with pytest.raises(DataError, match="name some with --calibration"):
             self.jobs(run / "elsewhere", "onnx:int8-static")
+
+    def test_few_bits_that_text_helps_take_them_too(self, run: Path) -> None:
+        pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+        few, many = self.jobs(run, "gguf:Q4_K_M", "gguf:Q6_K")
+        assert (few.calibration, few.is_calibration_needed) == (str(run / "recipe.yaml"), False)
+        assert many.calibration is None, "only when it is asked for"
+        (off,) = self.jobs(run, "gguf:Q4_K_M", options=("importance=false",))
+        assert off.calibration is None
 
     def test_a_missing_extra_is_named_with_its_command(
         self, run: Path, monkeypatch: pytest.MonkeyPatch

@@ -39,7 +39,6 @@ def test_types_are_those_of_llama_cpp() -> None:
     [
         ("Q4_KM", "did you mean Q4_K"),
         ("nonsense", "there is no GGUF type nonsense"),
-        ("IQ1_S", "importance matrix"),
         ("TQ1_0", "would destroy"),
     ],
 )
