@@ -19,7 +19,7 @@ from qlora_kit.export.chain import SIXTEEN_BIT, base_name, begin_ledger, free_me
 from qlora_kit.export.export_card import write_export_card
 from qlora_kit.export.jobs import ExportRequest, Job, placed, sound_jobs
 from qlora_kit.export.ledger import TRAINED, Ledger, Row, as_json, show
-from qlora_kit.export.makers import MAKERS, Content, Ingredients
+from qlora_kit.export.makers import MAKERS, Content, Ingredients, needs_dequantized
 from qlora_kit.export.merge import predict_bytes
 from qlora_kit.export.merge_run import merge_and_certify
 from qlora_kit.export.rehearsal import rehearse
@@ -71,7 +71,7 @@ def export_reopened(
     jobs = [placed(job, trained, reporter) for job in sound_jobs(request, places)]
     adapter_sha256 = file_sha256(trained.folder / "adapter_model.safetensors")
     for job in jobs:
-        if job.base is not None:
+        if job.base is not None and job.target.is_of_merge:
             places.require_room_for_merge(job.base, adapter_sha256)
     with draft_beside(places.exports) as scratch:
         needed = rehearse(jobs, trained, scratch / "rehearsal", hardware)
@@ -101,15 +101,18 @@ def export_reopened(
 def _merge_bytes(
     jobs: Sequence[Job], trained: TrainedAdapter, places: Places, adapter_sha256: str
 ) -> int:
-    """Of the merges that have to be made; where the base is chosen, both are there for a while."""
-    wanted = {job.base for job in jobs if job.base is not None}
+    """Of the merges that have to be made; where the base is chosen, both are there for a while.
+    Of a base that an adapter is to stand beside, as training saw it.
+    """
+    beside = sum(predict_bytes(trained, "dequantized") for job in jobs if needs_dequantized(job))
+    wanted = {job.base for job in jobs if job.base is not None and job.target.is_of_merge}
     missing = [base for base in wanted if places.fitting_merge(base, adapter_sha256) is None]
     kinds = [kind for base in missing for kind in (trained.bases if base == "auto" else (base,))]
-    return sum(predict_bytes(trained, kind) for kind in kinds)
+    return beside + sum(predict_bytes(trained, kind) for kind in kinds)
 
 
 def _export(job: Job, session: _Session) -> dict[str, Any]:
-    merged = None if job.base is None else _merge(job, session)
+    merged = _merge(job, session) if job.target.is_of_merge else None
     if job.target.maker == "merged":
         assert merged is not None
         return _certificate_of(merged)
@@ -218,9 +221,9 @@ def _certificate(
         "qlora_kit_version": qlora_kit.__version__,
         "versions": package_versions(),
         "target": job.target.name,
-        "base": job.base and read_record(Path(content.origin.parent.path)).settings["base"]
+        "base": read_record(Path(content.origin.parent.path)).settings["base"]
         if content.origin.parent
-        else None,
+        else job.base,
         "settings": dict(content.settings),
         "calibration": content.calibration and asdict(content.calibration),
         "trained_on": {

@@ -51,7 +51,8 @@ class Job:
     target: Target
     out: Path
     base: MergeBase | None
-    """Of the merge that it is made from: `auto`, `original` or `dequantized`; None for no merge."""
+    """Of the merge that it is made from, or that an adapter stands beside: `auto`, `original` or
+    `dequantized`; None where it has none."""
     method: Method | None = None
     options: MethodOptions | None = None
     calibration: str | None = None
@@ -114,9 +115,10 @@ def _job(target: Target, request: ExportRequest, places: Places) -> Job:
 
 
 def _base(target: Target, request: ExportRequest) -> MergeBase | None:
-    if not target.is_of_merge:
+    if not target.takes_base:
         return None
-    return request.base or ("auto" if target.wants_original else request.merge.base)
+    is_chosen_anew = target.wants_original or not target.is_of_merge
+    return request.base or ("auto" if is_chosen_anew else request.merge.base)
 
 
 def make_way(request: ExportRequest, places: Places) -> None:
@@ -147,7 +149,7 @@ def placed(job: Job, trained: TrainedAdapter, reporter: Reporter) -> Job:
         require_expressible(trained.folder)
     if job.base is None:
         return job
-    base = job.target.base_of_merge(trained.bases, job.base)
+    base = job.target.base_of(trained.bases, job.base)
     if base != "auto":
         trained.require_base(base)
     if job.target.wants_original and base != "original":

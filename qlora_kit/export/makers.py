@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.artifact.record import CalibrationRecord, MadeFrom, ParentRef, read_record
 from qlora_kit.errors import QloraKitError
 from qlora_kit.export.jobs import Job
+from qlora_kit.export.merge import write_dequantized
 from qlora_kit.export.surroundings import save_tokenizer
 from qlora_kit.export.targets import ADAPTER_FOR_VLLM
 from qlora_kit.quantize.calibration import CalibrationSpec, draw_calibration
@@ -133,7 +134,10 @@ def make_lora_gguf(job: Job, given: Ingredients, merged: Path | None, draft: Pat
     from qlora_kit.quantize.gguf.scripts import find_llama_cpp
 
     trained = given.trained
-    base = base_with_tokenizer(trained, given.scratch / "base")
+    if needs_dequantized(job):
+        base = write_dequantized(trained, given.scratch / "dequantized", given.reporter)
+    else:
+        base = base_with_tokenizer(trained, given.scratch / "base")
     source = open_source(_read_as(trained, base), given.hardware)
     made, calibration = _run_method(job, source, given, draft)
     checkout = getattr(job.options, "llama_cpp", None)
@@ -147,7 +151,7 @@ def make_lora_gguf(job: Job, given: Ingredients, merged: Path | None, draft: Pat
     return Content(
         opened,
         given.origin,
-        settings=_settings(job),
+        settings={**_settings(job), "base": job.base},
         gguf_file=made.open,
         calibration=calibration,
         findings={**made.findings, "adapter": vars(lora)},
@@ -168,6 +172,11 @@ def of_merge(origin: MadeFrom, merged: Path) -> MadeFrom:
     record = read_record(merged)
     parent = ParentRef(record.kind, str(merged.resolve()), record.sha256)
     return MadeFrom(origin.base, origin.adapter, origin.recipe_sha256, parent)
+
+
+def needs_dequantized(job: Job) -> bool:
+    """Whether an adapter is to stand beside its base as training saw it."""
+    return job.target.maker == "lora-gguf" and job.base == "dequantized"
 
 
 def base_with_tokenizer(trained: TrainedAdapter, folder: Path) -> Path:

@@ -129,6 +129,39 @@ def merge_adapter(
     )
 
 
+def write_dequantized(trained: TrainedAdapter, out: Path, reporter: Reporter = SILENT) -> Path:
+    """The base alone, as training saw it, in the dtype that it is stored in: what the adapter can
+    stand beside. Several adapters of one base share it.
+
+    Raises:
+        ModelError: tensors of the checkpoint are fused on loading, or overflow the dtype.
+    """
+    if out.exists():
+        return out
+    adapter = read_adapter(trained.folder, trained.skeleton)
+    with (
+        Checkpoint(trained.source.folder, trained.allow_pickle) as checkpoint,
+        draft_beside(out) as draft,
+    ):
+        plan = plan_merge(trained, "dequantized", "auto", checkpoint, adapter)
+        dense = draft / "dense"
+        dense.mkdir()
+        writer = ShardWriter(dense, MAX_SHARD_BYTES)
+        with reporter.progress("dequantizing the base", plan.num_tensors) as progress:
+            for tensor in iterate_dense(
+                checkpoint, plan.names, trained.skeleton, trained.as_trained
+            ):
+                dtype = plan.dtype
+                if tensor.parameter is not None:
+                    dtype = loaded_dtype(trained.skeleton, tensor.parameter, dtype)
+                writer.add(tensor.name, round_to(tensor.value, dtype, tensor.name))
+                progress.update()
+        writer.close()
+        _save_surroundings(trained, plan, dense)
+        dense.rename(out)
+    return out
+
+
 def predict_bytes(trained: TrainedAdapter, base: BaseKind, dtype: DtypeName = "auto") -> int:
     """What the merged weights will take on the disk.
 

@@ -72,16 +72,31 @@ class Target:
         """Whether it has to be made from the merge into the original weights: where few bits are
         left, a second rounding costs far more than the first one did.
         """
-        if not self.is_of_merge:
-            return False
+        return self.is_of_merge and self.has_few_bits
+
+    @property
+    def has_few_bits(self) -> bool:
+        """Whether weights are left with four bits or so."""
         if self.family in _GGUF_FAMILIES:
             from qlora_kit.quantize.gguf.types import gguf_type
 
             return gguf_type(self.variant).has_few_bits
         return self.family in _FEW_BITS
 
-    def base_of_merge(self, available: tuple[BaseKind, ...], asked: MergeBase) -> MergeBase:
-        """`original`, `dequantized`, or `auto` where either serves."""
+    @property
+    def takes_base(self) -> bool:
+        """Whether there is a choice of base weights: to be merged into, or to stand beside."""
+        return self.is_of_merge or self.maker == "lora-gguf"
+
+    def base_of(self, available: tuple[BaseKind, ...], asked: MergeBase) -> MergeBase:
+        """`original`, `dequantized`, or `auto` where either serves.
+
+        An adapter stands beside the weights that it was trained on, unless few bits are left of
+        them: then beside the original ones, which are rounded once.
+        """
+        if asked == "auto" and not self.is_of_merge:
+            preferred: BaseKind = "original" if self.has_few_bits else "dequantized"
+            return preferred if preferred in available else available[0]
         if asked != "auto" or not self.wants_original or "original" not in available:
             return asked
         return "original"

@@ -263,6 +263,24 @@ def test_a_template_that_differs_fails_the_export_and_shows_where(
     assert not (tiny.run.exports / "adapter").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "available", "asked", "wanted"),
+    [
+        ("lora-gguf:Q8_0", ("dequantized", "original"), "auto", "dequantized"),
+        ("lora-gguf:Q4_K_M", ("dequantized", "original"), "auto", "original"),
+        ("lora-gguf:Q4_K_M", ("dequantized",), "auto", "dequantized"),
+        ("lora-gguf:Q8_0", ("original",), "auto", "original"),
+        ("lora-gguf:Q8_0", ("dequantized", "original"), "original", "original"),
+        ("gguf:Q4_K_M", ("dequantized", "original"), "auto", "original"),
+        ("gguf:Q8_0", ("dequantized", "original"), "auto", "auto"),
+    ],
+)
+def test_which_weights_a_target_is_made_of(
+    name: str, available: Any, asked: Any, wanted: str
+) -> None:
+    assert parse_target(name).base_of(available, asked) == wanted
+
+
 class TestNames:
     """What is known to be wrong before a model is loaded."""
 
