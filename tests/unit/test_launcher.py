@@ -110,6 +110,12 @@ def test_slurm_gives_time_to_save_and_queues_again() -> None:
     assert "scontrol requeue" in text
 
 
+def test_slurm_gives_each_process_its_cores() -> None:
+    """Since Slurm 22.05 srun does not take --cpus-per-task from sbatch."""
+    text = (FOLDER / "slurm.sh").read_text()
+    assert text.index("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK") < text.index("\nsrun ")
+
+
 def test_sky_is_yaml_and_starts_train() -> None:
     values = yaml.safe_load((FOLDER / "sky.yaml").read_text())
     assert "-m qlora_kit train" in values["run"]
