@@ -39,6 +39,9 @@ REPORTED_PACKAGES = (
 _NATIVE_BF16_MAX_SLOWDOWN = 1.0
 _USABLE_BF16_MAX_SLOWDOWN = 8.0
 _NUM_TIMINGS = 25
+# What processes need in order to meet, and what MPI tells them of their number.
+_MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 # Below compute capability 7.0 only these multiply float16 faster than float32.
 _OLD_GPUS_WITH_FP16 = ((5, 3), (6, 0), (6, 2))
 
@@ -70,6 +73,27 @@ def launched() -> tuple[int, int, int, int]:
     return rank, local_rank, count, int(os.environ.get("LOCAL_WORLD_SIZE") or str(count))
 
 
+def require_whole_launch() -> None:
+    """Raises LaunchError where several processes were started and are not told what they need to
+    meet, or by MPI, whose processes accelerate would join on a CPU and pass over on a GPU.
+    """
+    count = launched()[2]
+    missing = [name for name in _MEETING if not os.environ.get(name)]
+    if count > 1 and missing:
+        raise LaunchError(
+            f"WORLD_SIZE is {count}, and {', '.join(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} not set; launch with torchrun, which sets "
+            "them, or set them for every process, or unset WORLD_SIZE."
+        )
+    by_mpi = max(int(os.environ.get(name) or "1") for name in _MPI)
+    if by_mpi > count:
+        raise LaunchError(
+            f"MPI started {by_mpi} processes, which do not know of each other here; launch with "
+            "torchrun --nproc-per-node, or set WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR and "
+            "MASTER_PORT for every process."
+        )
+
+
 def require_one_process(verb: str) -> None:
     """Raises LaunchError where a launcher started several processes of a verb for one."""
     count = launched()[2]
@@ -98,7 +122,9 @@ class LauncherSettings:
     megatron: bool = False
     parallel: bool = False
     left_alone: bool = False
-    """Whether several processes were asked for on a CPU, of which accelerate starts one."""
+    """Whether several processes were asked for, of which accelerate starts one: it does so on a
+    CPU, beside a single GPU, and with distributed_type: "NO".
+    """
 
     @property
     def is_sharded(self) -> bool:
@@ -127,7 +153,7 @@ def launcher_settings() -> LauncherSettings:
         accumulation=text("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),
         megatron=is_on("ACCELERATE_USE_MEGATRON_LM"),
         parallel=is_on("ACCELERATE_USE_PARALLELISM_CONFIG"),
-        left_alone=is_on("ACCELERATE_USE_CPU")
+        left_alone=bool(text("ACCELERATE_MIXED_PRECISION"))  # its launcher was at work
         and bool(text("MASTER_PORT"))
         and not text("WORLD_SIZE"),
     )

@@ -48,8 +48,9 @@ def _faults(asked: LauncherSettings, precision: str) -> Iterator[str]:
         )
     if asked.left_alone:
         yield (
-            "several processes on a CPU, of which accelerate starts only one; launch them with "
-            "torchrun --nproc-per-node"
+            "several processes, of which accelerate starts only one (MASTER_PORT is set, and "
+            "WORLD_SIZE is not); launch them with torchrun --nproc-per-node, or with accelerate's "
+            "--multi_gpu"
         )
     for name, is_asked in (("Megatron-LM", asked.megatron), ("parallelism_config", asked.parallel)):
         if is_asked:

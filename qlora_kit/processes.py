@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
-from qlora_kit.environment import Hardware, launched
+from qlora_kit.environment import Hardware, launched, require_whole_launch
 from qlora_kit.errors import HardwareError, ProcessLost, QloraKitError
 
 # Rank 0 may quantize a large base, or tokenize a large data set, while the others wait.
@@ -155,7 +155,10 @@ def join(device: str) -> Processes:
 
     Raises:
         HardwareError: more processes on this machine than GPUs.
+        LaunchError: they cannot meet.
     """
+    with same_everywhere():
+        require_whole_launch()
     rank, local_rank, count, count_here = launched()
     if count == 1:
         return ALONE

@@ -87,7 +87,10 @@ def require_free(recipe: Recipe) -> None:
     run = RunDirectory(Path(recipe.run_dir))
     if not run.folder.exists():
         return
-    if not run.folder.is_dir() or any(not _is_beginning(run, one) for one in run.folder.iterdir()):
+    if not run.folder.is_dir():
+        other = f"`run_dir={fresh_folder(recipe)}`"
+        raise RunError(f"run_dir {run.folder} is a file; choose another: {other}.")
+    if any(not _is_beginning(run, one) for one in run.folder.iterdir()):
         raise RunError(_taken(run, recipe))
 
 

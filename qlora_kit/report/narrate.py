@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -194,11 +195,12 @@ def summary(reporter: Reporter, run: RunDirectory, recipe: Recipe) -> None:
         certificate(reporter, values["certificate"])
     reporter.say("")
     reporter.say(f"Everything is in {run.folder}. What next:")
-    reporter.say(f"  qlora-kit chat {run.folder}")
+    folder = shlex.quote(str(run.folder))
+    reporter.say(f"  qlora-kit chat {folder}")
     if recipe.data.has_eval_rows:
-        reporter.say(f"  qlora-kit evaluate {run.folder}")
+        reporter.say(f"  qlora-kit evaluate {folder}")
     if values["certificate"] is None:
-        reporter.say(f"  qlora-kit merge {run.folder}")
+        reporter.say(f"  qlora-kit merge {folder}")
     else:
         reporter.say(
             f'  python -c "from transformers import AutoModelForCausalLM as M; '
@@ -212,9 +214,10 @@ def evaluation(
     quantization: QuantizationSpec,
     aware: QuantizationAwareSpec | None = None,
 ) -> None:
-    """Base and tuned model side by side, or one model alone."""
-    if not values:
+    """Base and tuned model side by side, or one model alone; nothing where nothing was measured."""
+    if not any(_is_measured(one) for one in (values or {}).values()):
         return
+    assert values is not None
     rows = []
     kind = _kind_of(quantization) if aware is None else f"quantized to {aware.method}"
     shown = [
@@ -239,6 +242,12 @@ def evaluation(
         )
     columns = ("held-out rows", "perplexity", "exact match", "rows", "never stopped")
     reporter.table("", (*columns, *(name.replace("_", " ") for name in shown)), rows)
+
+
+def _is_measured(values: dict[str, Any] | None) -> bool:
+    return values is not None and bool(
+        values["perplexity"] or values["exact_match"] is not None or values["metrics"]
+    )
 
 
 def _kind_of(quantization: QuantizationSpec) -> str:

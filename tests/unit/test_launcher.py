@@ -110,6 +110,12 @@ def test_slurm_gives_time_to_save_and_queues_again() -> None:
     assert "scontrol requeue" in text
 
 
+def test_slurm_gives_each_process_its_cores() -> None:
+    """Since Slurm 22.05 srun does not take --cpus-per-task from sbatch."""
+    text = (FOLDER / "slurm.sh").read_text()
+    assert text.index("export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK") < text.index("\nsrun ")
+
+
 def test_sky_is_yaml_and_starts_train() -> None:
     values = yaml.safe_load((FOLDER / "sky.yaml").read_text())
     assert "-m qlora_kit train" in values["run"]
@@ -158,17 +164,20 @@ def test_what_says_nothing_is_accepted() -> None:
     require_launch(replace(quiet, mixed_precision="bf16"), recipe(), "bf16", "cuda", 2)
 
 
-def test_accelerate_on_a_cpu_starts_one_process_whatever_it_is_told(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("is_cpu", [True, False])
+def test_accelerate_alone_starts_one_process_whatever_it_is_told(
+    is_cpu: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """On a CPU, on a machine with one GPU, and with distributed_type: "NO"."""
     from accelerate.commands.launch import launch_command_parser
     from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in ("WORLD_SIZE", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     for count in ("1", "2"):
-        words = ["--cpu", "--num_processes", count, "--num_machines", "1", "-m", "qlora_kit"]
-        arguments = launch_command_parser().parse_args([*words, "train"])
-        arguments.use_cpu, arguments.mixed_precision = True, "no"
+        words = ["--num_processes", count, "--num_machines", "1", "-m", "qlora_kit", "train"]
+        arguments = launch_command_parser().parse_args(words)
+        arguments.use_cpu, arguments.mixed_precision = is_cpu, "no"
         arguments.dynamo_backend, arguments.num_cpu_threads_per_process = "no", 1
         variables = prepare_simple_launcher_cmd_env(arguments)[1]
         with monkeypatch.context() as patch:

@@ -19,13 +19,21 @@ from qlora_kit.errors import (
     DataError,
     Fault,
     HardwareError,
+    LaunchError,
     ModelError,
     ProcessLost,
     QloraKitError,
     RecipeError,
     RunError,
 )
-from qlora_kit.processes import Processes, common_hardware, require_gpus, same_everywhere
+from qlora_kit.processes import (
+    ALONE,
+    Processes,
+    common_hardware,
+    join,
+    require_gpus,
+    same_everywhere,
+)
 
 T = TypeVar("T")
 
@@ -129,6 +137,33 @@ def test_who_does_not_tell_leaves_time_to_who_does(
         assert ("error: " in capsys.readouterr().err) == (rank == "0")
     assert len(waited) == 1
     assert waited[0] > 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"WORLD_SIZE": "2"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT"),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "h", "MASTER_PORT": "1"},
+            "WORLD_SIZE is 2, and LOCAL_RANK",
+        ),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "MPI started 2 processes"),
+        ({"PMI_SIZE": "2"}, "MPI started 2 processes"),
+    ],
+)
+def test_half_a_launch_is_refused(
+    variables: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or they would wait for each other, or join in a way that nobody asked for."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(LaunchError, match=said):
+        join("cpu")
+
+
+def test_mpi_of_one_process_is_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PMI_SIZE", "1")
+    assert join("cpu") == ALONE
 
 
 def test_more_processes_than_gpus_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

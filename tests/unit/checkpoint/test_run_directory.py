@@ -70,7 +70,7 @@ def test_a_folder_in_use_is_refused_and_untouched(
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "one").write_text("mine")
-    with pytest.raises(RunError):
+    with pytest.raises(RunError, match="one is a file"):
         create_run(recipe_in(tmp_path / "one"))
     with pytest.raises(RunError, match="cannot be made"):
         create_run(recipe_in(tmp_path / "one" / "below"))

@@ -1,0 +1,65 @@
+"""What a run says to a person."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from qlora_kit.checkpoint.run_directory import RunDirectory
+from qlora_kit.recipe import QuantizationSpec, recipe_from_dict
+from qlora_kit.report import narrate
+from qlora_kit.report.reporter import Reporter
+
+NOTHING = {
+    "perplexity": None,
+    "exact_match": None,
+    "metrics": {},
+    "num_exact": 0,
+    "num_rows": 0,
+    "num_unstopped": 0,
+}
+
+
+class Heard(Reporter):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.tables = 0
+
+    def say(self, line: str) -> None:
+        self.lines.append(line)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        self.tables += 1
+
+
+def test_a_table_without_a_figure_is_not_shown() -> None:
+    heard = Heard()
+    values = {name: {"name": name, **NOTHING} for name in ("base", "tuned")}
+    narrate.evaluation(heard, values, QuantizationSpec())
+    assert heard.tables == 0
+    values["tuned"]["exact_match"] = 0.5
+    narrate.evaluation(heard, values, QuantizationSpec())
+    assert heard.tables == 1
+
+
+def test_what_to_do_next_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "my runs")
+    run.folder.mkdir()
+    training = {
+        "num_steps": 1,
+        "seconds": 1,
+        "tokens_per_second": 1,
+        "first_loss": 1,
+        "last_loss": 1,
+    }
+    memory = {"peak_bytes": 1, "peak_phase": "training"}
+    values = {"training": training, "memory": memory, "evaluation": {}, "certificate": None}
+    run.summary.write_text(json.dumps(values))
+    recipe = recipe_from_dict(
+        {"model": {"name_or_path": "m"}, "data": {"train": [{"path": "d"}]}, "run_dir": "r"}, "t"
+    )
+    heard = Heard()
+    narrate.summary(heard, run, recipe)
+    assert f"  qlora-kit chat '{run.folder}'" in heard.lines
+    assert f"  qlora-kit merge '{run.folder}'" in heard.lines
