@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
-Schedule: TypeAlias = LambdaLR | ReduceLROnPlateau
 Groups: TypeAlias = Sequence[dict[str, Any]]
 
 
 def go_on(
-    schedule: Schedule,
+    schedule: LRScheduler,
     groups: Groups,
     saved: Mapping[str, Any],
     saved_groups: Groups,
@@ -23,7 +22,7 @@ def go_on(
 
     A schedule by updates stands at the update of the one before it. One that lowers the rate by
     the eval loss keeps by how much it has, and what it has seen; it begins where the one before
-    went by updates.
+    went by updates. Any other, which no recipe names, takes back its state as it is.
 
     Args:
         groups: of the optimizer, with `initial_lr` by the recipe as it is now.
@@ -38,10 +37,12 @@ def go_on(
         else:
             schedule.load_state_dict(dict(saved))
         _stand_by_updates(schedule, groups)
-    else:
+    elif isinstance(schedule, ReduceLROnPlateau):
         if was_by_loss:
             _recall(schedule, saved)
         _stand_by_loss(schedule, groups, saved_groups if was_by_loss else groups, was_by_loss)
+    else:
+        schedule.load_state_dict(dict(saved))
 
 
 def _stand_by_updates(schedule: LambdaLR, groups: Groups) -> None:

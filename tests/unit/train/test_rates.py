@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import LambdaLR, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from qlora_kit.train.rates import Schedule, go_on
+from qlora_kit.train.rates import go_on
 
 # Reduced at every evaluation but the first: no loss is ever better than that one.
 PLATEAU: dict[str, Any] = {
@@ -27,7 +27,7 @@ class Training:
         self.optimizer = torch.optim.SGD(groups, lr=rate)
         for group in self.optimizer.param_groups:
             group["initial_lr"] = group["lr"]
-        self.schedule: Schedule = (
+        self.schedule: LRScheduler = (
             ReduceLROnPlateau(self.optimizer, **{**PLATEAU, **arguments})
             if "by_updates" not in arguments
             else LambdaLR(self.optimizer, lambda update: 1 / (1 + update))
@@ -118,3 +118,13 @@ def test_one_by_updates_stands_at_the_update_reached() -> None:
     assert later.schedule.get_last_lr() == later.rates
     later.schedule.step()  # type: ignore[call-arg]
     assert later.rates == pytest.approx([1e-3 / 5, 16e-3 / 5])
+
+
+@pytest.mark.filterwarnings("ignore:Detected call of")
+def test_any_other_takes_back_its_state() -> None:
+    begun, later = Training(), Training()
+    begun.schedule = ConstantLR(begun.optimizer, total_iters=9)
+    begun.schedule.step()
+    later.schedule = ConstantLR(later.optimizer, total_iters=9)
+    later.goes_on_from(begun)
+    assert later.schedule.last_epoch == 1
