@@ -12,19 +12,22 @@ import torch
 
 from qlora_kit.atomic import require_disk
 from qlora_kit.checkpoint.disk import DISK, Disk
-from qlora_kit.checkpoint.drift import Fingerprints
 from qlora_kit.checkpoint.entry import (
-    FINGERPRINTS_FILE,
-    RECIPE_RECORD,
     Entry,
     as_it_was,
     enter,
-    fingerprints_text,
     require_alike,
     require_same_work,
     require_visible,
 )
+from qlora_kit.checkpoint.fingerprints import (
+    FINGERPRINTS_FILE,
+    Fingerprints,
+    SourcePrint,
+    fingerprints_text,
+)
 from qlora_kit.checkpoint.run_directory import (
+    RECIPE_RECORD,
     RunDirectory,
     create_run,
     fresh_folder,
@@ -54,7 +57,7 @@ from qlora_kit.model.saved import adapter_files, load_adapter, save_adapter
 from qlora_kit.model.shared import require_same_base, state_checksum
 from qlora_kit.model.tokenizer import template_hash, tokenizer_hash
 from qlora_kit.processes import Processes, common_hardware, join, leave
-from qlora_kit.recipe import Recipe, recipe_hash, recipe_text
+from qlora_kit.recipe import Recipe, recipe_hash, recipe_text, save_recipe
 from qlora_kit.report import narrate
 from qlora_kit.report.reporter import SILENT, Reporter
 from qlora_kit.runtime.forward import context_tokens
@@ -136,7 +139,7 @@ def run_recipe(
         told_how_it_ends(recipe, requests),
         MemoryWatch(hardware.device) as memory,
     ):
-        entry = processes.on_main(lambda: enter(recipe, allow_drift, held, disk))
+        entry = processes.on_main(lambda: enter(recipe, allow_drift, held, disk, processes.count))
         processes.together(lambda: require_visible(entry))
         narrate.entry(reporter, entry)
         hardware = as_it_was(hardware, entry.checkpoint)
@@ -144,7 +147,8 @@ def run_recipe(
         ready = prepare(recipe, hardware, processes, reporter)
         prints = fingerprints(recipe, ready, hardware)
         require_alike(processes.gathered(prints))
-        continuation = continuation_of(entry, prints, allow_drift, processes, reporter)
+        sources = sources_read(recipe, ready)
+        continuation = continuation_of(entry, prints, sources, allow_drift, processes, reporter)
         shape = processes.together(lambda: shape_for(recipe.train, processes, continuation))
         narrate.schedule(reporter, recipe.train, ready.batches, shape)
         needed = bytes_to_write(recipe, ready.adapted, ready.held_out.sequences)
@@ -162,7 +166,7 @@ def run_recipe(
             keep_adapter=partial(save_adapter, *ready.described(recipe)),
             records={
                 RECIPE_RECORD: recipe_text(recipe),
-                FINGERPRINTS_FILE: fingerprints_text(prints),
+                FINGERPRINTS_FILE: fingerprints_text(prints, sources),
             },
             processes=processes,
             disk=disk,
@@ -179,6 +183,7 @@ def run_recipe(
 def continuation_of(
     entry: Entry,
     prints: Fingerprints,
+    sources: Sequence[SourcePrint],
     allow_drift: bool,
     processes: Processes,
     reporter: Reporter,
@@ -187,7 +192,9 @@ def continuation_of(
     checkpoint = entry.checkpoint
     if checkpoint is None:
         return None
-    drift = processes.together(lambda: require_same_work(checkpoint, prints, allow_drift))
+    drift = processes.together(
+        lambda: require_same_work(checkpoint, prints, allow_drift, sources, entry.undecided)
+    )
     narrate.drift(reporter, drift)
     return processes.together(lambda: Continuation.read(checkpoint, allow_drift))
 
@@ -293,8 +300,8 @@ def fingerprints(recipe: Recipe, ready: Prepared, hardware: Hardware) -> Fingerp
         base=ready.base.fingerprint,
         tokenizer=tokenizer_hash(ready.base.tokenizer),
         chat_template=template_hash(ready.base.tokenizer) or "",
-        data_train=fingerprint_of(ready.train, recipe.data.train),
-        data_eval=fingerprint_of(ready.held_out, recipe.data.eval),
+        data_train=fingerprint_of(ready.train),
+        data_eval=fingerprint_of(ready.held_out),
         packages=", ".join(f"{name} {version}" for name, version in sorted(versions.items())),
         hardware=hardware.device_name,
         compute=str(ready.base.compute_dtype).removeprefix("torch."),
@@ -302,10 +309,26 @@ def fingerprints(recipe: Recipe, ready: Prepared, hardware: Hardware) -> Fingerp
     )
 
 
+def sources_read(recipe: Recipe, ready: Prepared) -> tuple[SourcePrint, ...]:
+    """The sources of both parts of the data, each with its digest and number of rows."""
+    named = {"train": recipe.data.train, "eval": recipe.data.eval or recipe.data.train}
+    return tuple(
+        SourcePrint(part, source.name, digest, read.ledger.rows_of.get(source.name))
+        for part, read in (("train", ready.train), ("eval", ready.held_out))
+        for source, digest in zip(named[part], read.digests, strict=False)
+    )
+
+
 def open_folder(recipe: Recipe, entry: Entry, needed_bytes: int) -> RunDirectory:
-    """Begin the folder of a new run, once there is room for all that it will hold."""
+    """Begin the folder of a new run, once there is room for all that it will hold; in that of an
+    old one, note what the recipe has become.
+    """
     require_disk(Path(recipe.run_dir), needed_bytes, "this run")
-    return create_run(recipe) if entry.is_new else entry.run
+    if entry.is_new:
+        return create_run(recipe)
+    if entry.is_changed:
+        save_recipe(recipe, entry.run.recipe)
+    return entry.run
 
 
 def finish(

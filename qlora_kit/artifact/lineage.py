@@ -89,10 +89,12 @@ def adapter_link(adapter: AdapterRef) -> Link:
 
 
 def recipe_link(path: Path, sha256: str) -> Link:
-    from qlora_kit.recipe import load_recipe, recipe_hash
+    from qlora_kit.recipe import load_recipe
+    from qlora_kit.recipe.identity import every_field_hash, recipe_hash
 
     try:
-        same = recipe_hash(load_recipe(path)) == sha256
+        recipe = load_recipe(path)
+        same = sha256 in (recipe_hash(recipe), every_field_hash(recipe))
         faults = () if same else ("is another one than it was made with",)
     except QloraKitError as error:
         faults = (f"cannot be read: {error}",)

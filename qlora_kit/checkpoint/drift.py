@@ -2,20 +2,24 @@
 
 A change is accepted where training goes on exactly as it would have, or where that is what the
 user asks for (more epochs). All others break the promise that a continued run is the
-uninterrupted one, and a field that nobody has classified is among them.
+uninterrupted one, and a field that nobody has classified is among them. Of other names for the
+data, the rows decide once they are read.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Container, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
+from qlora_kit.checkpoint.global_batch import GlobalBatch
 from qlora_kit.recipe import Recipe, TrainSpec
 from qlora_kit.recipe.base import Spec
 
 _MAX_CHARACTERS = 60
+_DIGEST = re.compile(r"[0-9a-f]{32,}")
+_DIGEST_CHARACTERS = 12
 
 _AFTER_TRAINING = "nothing reads it before training has ended"
 _CHECKPOINTS = "checkpoints are written or kept otherwise from here on"
@@ -65,11 +69,9 @@ BREAKING: dict[str, str] = {
     "quantization_aware": "the weights are quantized otherwise than those that it has learned with",
     "lora": "the adapter has another shape or scale than the one in the checkpoint",
     "data": "other rows, or the same in another order: some are seen twice and some never",
-    "train.learning_rate": _RATE,
-    "train.lr_scheduler_type": _RATE,
-    "train.lr_scheduler_kwargs": _RATE,
     "train.warmup_steps": _RATE,
-    "train.optim": "the state of the other optimizer cannot be read: its running means are lost",
+    "train.optim": "the other optimizer's state cannot be read: its running means are lost; the "
+    "schedule goes on",
     "train.weight_decay": _UPDATES,
     "train.adam_beta1": _UPDATES,
     "train.adam_beta2": _UPDATES,
@@ -87,21 +89,34 @@ _UNKNOWN = "not known to be harmless"
 _BATCH = ("train.per_device_train_batch_size", "train.gradient_accumulation_steps")
 _LENGTH = ("train.num_train_epochs", "train.max_steps")
 _EVALUATING = ("train.eval_strategy", "train.eval_steps")
+_SCHEDULE = ("train.learning_rate", "train.lr_scheduler_type", "train.lr_scheduler_kwargs")
 # Fields whose verdict depends on both values, or on other fields.
-WEIGHED = (*_BATCH, *_LENGTH, *_EVALUATING)
+WEIGHED = (*_BATCH, *_LENGTH, *_EVALUATING, *_SCHEDULE)
+
+_PLATEAU = "reduce_lr_on_plateau"
+# What the sources of the data are called and where they are; all that is in them below.
+_SOURCES = ("data.train", "data.eval")
+_SAME_ROWS = "the rows are the same, token by token and in the same order"
 
 
 @dataclass(frozen=True)
 class Change:
-    """A field of the recipe that is not as it was, and what comes of that."""
+    """Something that is not as it was, and what comes of that."""
 
     field: str
     before: Any
     now: Any
     consequence: str
+    detail: str = ""
+    """In place of the two values, where those say nothing to people."""
+
+    @property
+    def difference(self) -> str:
+        told = self.detail or f"{_short(self.before)} → {_short(self.now)}"
+        return f"{self.field}: {told}"
 
     def __str__(self) -> str:
-        return f"{self.field}: {_short(self.before)} → {_short(self.now)} ({self.consequence})"
+        return f"{self.difference} ({self.consequence})"
 
 
 @dataclass(frozen=True)
@@ -110,20 +125,89 @@ class Drift:
 
     accepted: tuple[Change, ...] = ()
     breaking: tuple[Change, ...] = ()
+    undecided: tuple[Change, ...] = ()
+    """Other names for the data, which are accepted where the rows turn out to be the same."""
 
     def __add__(self, other: Drift) -> Drift:
-        return Drift(self.accepted + other.accepted, self.breaking + other.breaking)
+        return Drift(
+            self.accepted + other.accepted,
+            self.breaking + other.breaking,
+            self.undecided + other.undecided,
+        )
+
+    @property
+    def all(self) -> tuple[Change, ...]:
+        return self.accepted + self.undecided + self.breaking
+
+    def decided(self, same_parts: Container[str] = ()) -> Drift:
+        """Of `train` and `eval`, those in `same_parts` have the same rows as before."""
+        is_same = [one.field.split(".")[1] in same_parts for one in self.undecided]
+        told = list(zip(self.undecided, is_same, strict=True))
+        return Drift(
+            self.accepted
+            + tuple(replace(one, consequence=_SAME_ROWS) for one, same in told if same),
+            self.breaking + tuple(one for one, same in told if not same),
+        )
 
 
-def compare(saved: Recipe, now: Recipe) -> Drift:
-    """Field by field, under the dotted names of the recipe."""
-    accepted: list[Change] = []
-    breaking: list[Change] = []
+@dataclass(frozen=True)
+class _Sides:
+    """The two recipes, and the sequences that an update trains on by each."""
+
+    saved: Recipe
+    now: Recipe
+    batch_before: int
+    batch_now: int
+    num_processes: int
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether training draws random numbers."""
+        return self.now.lora.dropout > 0 or self.now.train.neftune_noise_alpha is not None
+
+
+def compare(
+    saved: Recipe, now: Recipe, begun: GlobalBatch | None = None, num_processes: int = 1
+) -> Drift:
+    """Field by field, under the dotted names of the recipe, and the number of processes.
+
+    Args:
+        begun: of the checkpoint that is gone on from; None where there is none, so that the
+            number of processes is what it is now.
+        num_processes: those that train now.
+    """
+    before = begun or GlobalBatch(
+        _per_process(saved.train) * num_processes, _per_process(saved.train), num_processes
+    )
+    after = before.from_here_on(_per_process(now.train), num_processes)
+    sides = _Sides(saved, now, before.items_per_update, after, num_processes)
+    drift = _of_processes(before, sides)
     for field, one, other in _differences(saved, now, ""):
-        is_accepted, consequence = _verdict(field, saved.train, now.train, now.lora.dropout > 0)
-        change = Change(field, one, other, consequence)
-        (accepted if is_accepted else breaking).append(change)
-    return Drift(tuple(accepted), tuple(breaking))
+        drift += _verdict(field, one, other, sides)
+    return drift
+
+
+def _per_process(train: TrainSpec) -> int:
+    return train.per_device_train_batch_size * train.gradient_accumulation_steps
+
+
+def _of_processes(before: GlobalBatch, sides: _Sides) -> Drift:
+    """Another number of them, which nobody has to ask for: it is how training was launched."""
+    if before.num_processes == sides.num_processes:
+        return Drift()
+    kept = (
+        f"an update still trains on the same {sides.batch_now} sequences, in the same order; "
+        if sides.batch_now == sides.batch_before
+        else ""
+    )
+    draws = (
+        "; each process had a random state of its own, which is not put back: dropout and noise "
+        "are drawn anew from the seed"
+        if sides.is_noisy
+        else ""
+    )
+    consequence = f"{kept}the numbers differ by rounding{draws}"
+    return Drift((Change("processes", before.num_processes, sides.num_processes, consequence),))
 
 
 def _differences(saved: Any, now: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
@@ -148,36 +232,61 @@ def _plain(value: Any) -> Any:
     return [_plain(one) for one in value] if isinstance(value, tuple) else value
 
 
-def _verdict(field: str, saved: TrainSpec, now: TrainSpec, is_dropout_on: bool) -> tuple[bool, str]:
-    """Whether a change is accepted, and what comes of it."""
+def _verdict(field: str, before: Any, now: Any, sides: _Sides) -> Drift:
+    """One change, with what comes of it, in its place."""
     name = re.sub(r"\.\d+(?=\.|$)", "", field)  # data.train.0.path is data.train.path
+    saved, asked = sides.saved.train, sides.now.train
+    is_accepted = False
     if name in HARMLESS:
-        return True, HARMLESS[name]
-    if name in _BATCH:
-        return _batch_verdict(saved, now, is_dropout_on)
-    if name in _LENGTH:
-        return _length_verdict(name, saved, now)
-    if name in _EVALUATING:
-        is_read = "reduce_lr_on_plateau" in (saved.lr_scheduler_type, now.lr_scheduler_type)
-        return not is_read, _RATE if is_read else _EVALUATIONS
-    return False, BREAKING.get(name) or BREAKING.get(name.partition(".")[0], _UNKNOWN)
+        is_accepted, consequence = True, HARMLESS[name]
+    elif name in _BATCH:
+        is_accepted, consequence = _batch_verdict(sides)
+    elif name in _LENGTH:
+        is_accepted, consequence = _length_verdict(name, saved, asked)
+    elif name in _SCHEDULE:
+        consequence = _schedule_consequence(name, saved, asked)
+    elif name in _EVALUATING:
+        is_accepted = _PLATEAU not in (saved.lr_scheduler_type, asked.lr_scheduler_type)
+        consequence = _EVALUATIONS if is_accepted else _RATE
+    else:
+        consequence = BREAKING.get(name) or BREAKING.get(name.partition(".")[0], _UNKNOWN)
+    change = (Change(field, before, now, consequence),)
+    # Of a stream nobody knows the rows before they are trained on.
+    if ".".join(name.split(".")[:2]) in _SOURCES and not sides.now.data.streaming:
+        return Drift(undecided=change)
+    return Drift(accepted=change) if is_accepted else Drift(breaking=change)
 
 
-def _batch_verdict(saved: TrainSpec, now: TrainSpec, is_dropout_on: bool) -> tuple[bool, str]:
-    before, after = (
-        one.per_device_train_batch_size * one.gradient_accumulation_steps for one in (saved, now)
-    )
+def _batch_verdict(sides: _Sides) -> tuple[bool, str]:
+    before, after = sides.batch_before, sides.batch_now
     if before != after:
+        each, processes = sides.now.train.per_device_train_batch_size, sides.num_processes
+        accumulation = sides.now.train.gradient_accumulation_steps
+        shares = f"{each} × {accumulation}" + f" on each of {processes} processes" * (processes > 1)
+        whole, rest = divmod(before, each * processes)
+        keeps = "" if rest else f"; gradient_accumulation_steps: {whole} keeps {before}"
         return False, (
-            f"an update sees {after} sequences of a device instead of {before}, and the place in "
-            "the data, which is counted in updates, is another"
+            f"an update trains on {after} sequences ({shares}) instead of {before}, and the place "
+            f"in the data, which is counted in updates, is another{keeps}"
         )
-    draws = (
-        " and other draws of dropout or noise" if is_dropout_on or now.neftune_noise_alpha else ""
-    )
+    draws = " and other draws of dropout or noise" if sides.is_noisy else ""
     return True, (
-        f"an update still sees the same {after} sequences of a device, in the same order; the "
-        f"numbers differ by rounding{draws}, so not to the bit"
+        f"an update still trains on the same {after} sequences, in the same order; the numbers "
+        f"differ by rounding{draws}, so not to the bit"
+    )
+
+
+def _schedule_consequence(name: str, saved: TrainSpec, now: TrainSpec) -> str:
+    was, becomes = saved.lr_scheduler_type == _PLATEAU, now.lr_scheduler_type == _PLATEAU
+    if was and becomes:
+        return f"{_RATE}; by how much it was lowered so far stays"
+    if name != "train.lr_scheduler_type" or was == becomes:
+        return _RATE
+    if becomes:
+        return f"{_RATE}: it begins at train.learning_rate, and no eval loss is known to it"
+    return (
+        f"{_RATE}: {now.lr_scheduler_type} goes on at the update reached, as if it had been the "
+        "schedule from the start, and by how much the rate was lowered is forgotten"
     )
 
 
@@ -209,55 +318,6 @@ def _stretched(train: TrainSpec) -> str:
     )
 
 
-@dataclass(frozen=True)
-class Fingerprints:
-    """What training has used, as short texts that are equal only where it was the same."""
-
-    base: str
-    tokenizer: str
-    chat_template: str
-    data_train: str
-    data_eval: str
-    packages: str
-    hardware: str
-    compute: str = ""
-    """The dtype that the products are computed in. Empty in checkpoints of earlier versions."""
-    native_bf16: str = ""
-    """Yes or no: what the machine was found to be, which decides what `auto` is."""
-
-
-_FINGERPRINT_WORDS = {
-    "base": "the base's weights are others: the adapter has learned on those of before",
-    "tokenizer": "the tokenizer makes other ids of the same text",
-    "chat_template": "the chat template makes another text of the same messages",
-    "data_train": "the training rows are others, or in another order: some are seen twice or never",
-    "data_eval": "the eval rows are others: losses before and after cannot be compared",
-    "packages": "the same recipe may come out otherwise in the last bits",
-    "hardware": "the same recipe may come out otherwise in the last bits",
-    "compute": "the products are computed in another dtype, so all numbers are others",
-    "native_bf16": "auto may stand for another dtype",
-}
-_ACCEPTED_FINGERPRINTS = ("packages", "hardware", "native_bf16")
-
-
-def differences(saved: Fingerprints, now: Fingerprints) -> Drift:
-    """What is not the same although the recipe may be: files change under their names."""
-    changes = [
-        Change(
-            field.name,
-            getattr(saved, field.name),
-            getattr(now, field.name),
-            _FINGERPRINT_WORDS[field.name],
-        )
-        for field in fields(Fingerprints)
-        if getattr(saved, field.name) not in ("", getattr(now, field.name))
-    ]
-    return Drift(
-        tuple(one for one in changes if one.field in _ACCEPTED_FINGERPRINTS),
-        tuple(one for one in changes if one.field not in _ACCEPTED_FINGERPRINTS),
-    )
-
-
 def lines_of(drift: Drift) -> tuple[str, ...]:
     """The changes, one a line under a headline; nothing where there is none."""
     lines: list[str] = []
@@ -284,4 +344,6 @@ def _short(value: Any) -> str:
     if value is None:
         return "unset"
     text = str(value).lower() if isinstance(value, bool) else str(value)
+    if _DIGEST.fullmatch(text):
+        return text[:_DIGEST_CHARACTERS]
     return text if len(text) <= _MAX_CHARACTERS else f"{text[: _MAX_CHARACTERS - 2]} …"

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from qlora_kit.checkpoint.checkpoints import clear_leftovers, newest_whole
+from qlora_kit.checkpoint.checkpoints import Found, clear_leftovers, newest_whole
 from qlora_kit.checkpoint.disk import Disk
-from qlora_kit.checkpoint.drift import (
-    Drift,
+from qlora_kit.checkpoint.drift import Change, Drift, compare, lines_of, refusal
+from qlora_kit.checkpoint.fingerprints import (
     Fingerprints,
-    compare,
+    Sources,
     differences,
-    lines_of,
-    refusal,
+    read_fingerprints,
 )
+from qlora_kit.checkpoint.global_batch import batch_of
 from qlora_kit.checkpoint.lock import hold
-from qlora_kit.checkpoint.run_directory import RunDirectory, require_free
+from qlora_kit.checkpoint.run_directory import (
+    RECIPE_RECORD,
+    RunDirectory,
+    is_begun,
+    require_free,
+    without_recipe,
+)
 from qlora_kit.environment import Hardware
 from qlora_kit.errors import RunError
 from qlora_kit.recipe import Recipe, load_recipe, save_recipe
-
-RECIPE_RECORD = "checkpoint_recipe.yaml"
-FINGERPRINTS_FILE = "fingerprints.json"
 
 
 @dataclass(frozen=True)
@@ -39,29 +41,38 @@ class Entry:
     """A whole checkpoint to go on from; None where training begins at the first update."""
     said: tuple[str, ...] = ()
     warned: tuple[str, ...] = ()
+    undecided: tuple[Change, ...] = ()
+    """Other names for the data; `require_same_work` decides upon them."""
+    is_changed: bool = False
+    """Whether the recipe that the folder holds is not the one that is gone on with."""
 
 
-def enter(recipe: Recipe, allow_drift: bool, held: ExitStack, disk: Disk) -> Entry:
+def enter(
+    recipe: Recipe, allow_drift: bool, held: ExitStack, disk: Disk, num_processes: int = 1
+) -> Entry:
     """Look at the recipe's folder, which is locked until `held` is left.
 
-    Nothing is written for a new run: `create_run` does so once it can begin.
+    Nothing is written for a new run: `create_run` does so once it can begin. A recipe that is
+    gone is written anew from a whole checkpoint.
 
     Raises:
         RunError: the folder holds something else, a finished run, a run of a recipe that differs
             where it may not, or another process is at work in it.
     """
     run = RunDirectory(Path(recipe.run_dir))
-    if not run.recipe.is_file():
+    if not is_begun(run):
         require_free(recipe)
     warned: list[str] = []
     held.enter_context(hold(run.folder, warned.append))
-    if not run.recipe.is_file() or run.is_finished:
+    if not is_begun(run) or run.is_finished:
         require_free(recipe)
         clear_leftovers(run.folder, disk)
         return Entry(run, is_new=True, warned=tuple(warned))
-    drift = compare(load_recipe(run.recipe), recipe)
     clear_leftovers(run.folder, disk)
     found = newest_whole(run.folder)
+    if not run.recipe.is_file():
+        warned.append(_recipe_put_back(run, found, recipe))
+    drift = _drift(load_recipe(run.recipe), recipe, found, num_processes)
     holds_work = found.folder is not None or found.damaged or run.adapter.is_dir()
     if drift.breaking and holds_work and not allow_drift:
         raise RunError(refusal(drift, str(run.folder)))
@@ -77,9 +88,38 @@ def enter(recipe: Recipe, allow_drift: bool, held: ExitStack, disk: Disk) -> Ent
     else:
         what = "it holds no whole checkpoint" if found.damaged else "it had written no checkpoint"
         said.append(f"resume    {what}: training begins at the first update")
-    if drift.breaking or drift.accepted:
-        save_recipe(recipe, run.recipe)
-    return Entry(run, False, found.folder, tuple(said), tuple(warned))
+    return Entry(
+        run,
+        False,
+        found.folder,
+        tuple(said),
+        tuple(warned),
+        drift.undecided,
+        is_changed=bool(drift.all),
+    )
+
+
+def _drift(saved: Recipe, now: Recipe, found: Found, num_processes: int) -> Drift:
+    """Without a checkpoint there are no rows that those of now could be held against."""
+    begun = None if found.folder is None else batch_of(found.folder)
+    drift = compare(saved, now, begun, num_processes)
+    return drift.decided() if found.folder is None else drift
+
+
+def _recipe_put_back(run: RunDirectory, found: Found, asked: Recipe) -> str:
+    """Write the recipe of the newest whole checkpoint as that of the run; says so.
+
+    Raises:
+        RunError: there is none.
+    """
+    record = None if found.folder is None else found.folder / RECIPE_RECORD
+    if record is None or not record.is_file():
+        raise RunError(without_recipe(run, asked, found))
+    save_recipe(load_recipe(record), run.recipe)
+    return (
+        f"{run.recipe} was gone; it is written again from {record.parent.name}, which holds the "
+        "recipe that it was trained by."
+    )
 
 
 def require_visible(entry: Entry) -> None:
@@ -110,18 +150,24 @@ def require_alike(prints: Sequence[Fingerprints]) -> None:
             )
 
 
-def fingerprints_text(now: Fingerprints) -> str:
-    """The text of a checkpoint's `fingerprints.json`."""
-    return json.dumps(asdict(now), indent=1) + "\n"
-
-
-def require_same_work(checkpoint: Path, now: Fingerprints, allow_drift: bool) -> Drift:
-    """What else than the recipe has changed since a checkpoint was written.
+def require_same_work(
+    checkpoint: Path,
+    now: Fingerprints,
+    allow_drift: bool,
+    sources: Sources = (),
+    undecided: tuple[Change, ...] = (),
+) -> Drift:
+    """What else than the recipe has changed since a checkpoint was written, and what was left
+    `undecided` of the recipe.
 
     Raises:
         RunError: something has that makes it another run, and drift is not allowed.
     """
-    drift = differences(_fingerprints_of(checkpoint), now)
+    saved, sources_saved = read_fingerprints(checkpoint)
+    drift = differences(saved, now, sources_saved, sources)
+    changed = {one.field for one in drift.breaking}
+    same_parts = {part for part in ("train", "eval") if f"data_{part}" not in changed}
+    drift = Drift(undecided=undecided).decided(same_parts) + drift
     if drift.breaking and not allow_drift:
         raise RunError(refusal(drift, str(checkpoint.parent)))
     return drift
@@ -133,7 +179,7 @@ def as_it_was(hardware: Hardware, checkpoint: Path | None) -> Hardware:
     """
     if checkpoint is None:
         return hardware
-    saved = _fingerprints_of(checkpoint)
+    saved, _ = read_fingerprints(checkpoint)
     then, now = saved.native_bf16, "yes" if hardware.native_bf16 else "no"
     if saved.hardware != hardware.device_name or then in ("", now):
         return hardware
@@ -143,11 +189,6 @@ def as_it_was(hardware: Hardware, checkpoint: Path | None) -> Hardware:
         slow_bf16=then == "no",
         reason=f"as at the begin of the run (now {hardware.reason})",
     )
-
-
-def _fingerprints_of(checkpoint: Path) -> Fingerprints:
-    values = json.loads((checkpoint / FINGERPRINTS_FILE).read_text(encoding="utf-8"))
-    return Fingerprints(**values)
 
 
 def _set_aside(folder: Path, disk: Disk) -> str:

@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from qlora_kit import environment
-from qlora_kit.checkpoint.checkpoints import find_checkpoints, is_half_written
+from qlora_kit.checkpoint.checkpoints import Found, find_checkpoints, is_half_written
+from qlora_kit.checkpoint.drift import compare
 from qlora_kit.checkpoint.lock import LOCK_FILE
-from qlora_kit.errors import RunError
+from qlora_kit.errors import RecipeError, RunError
 from qlora_kit.recipe import Recipe, load_recipe, recipe_hash, save_recipe
 
 OPTIMIZER_FILE = "optimizer.safetensors"  # of a checkpoint
+RECIPE_RECORD = "checkpoint_recipe.yaml"  # of a checkpoint
+_MAX_DIFFERENCES = 20
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,11 @@ def require_free(recipe: Recipe) -> None:
         raise RunError(_taken(run, recipe))
 
 
+def is_begun(run: RunDirectory) -> bool:
+    """Whether a run was begun there, even if its recipe has been lost since."""
+    return run.recipe.is_file() or bool(find_checkpoints(run.folder))
+
+
 def _is_beginning(run: RunDirectory, path: Path) -> bool:
     if path == run.ledger.parent:
         return path.is_dir() and not any(path.iterdir())
@@ -143,6 +151,9 @@ def open_run(folder: Path) -> tuple[RunDirectory, Recipe]:
     if not folder.is_dir():
         raise RunError(f"{folder} does not exist.")
     if not run.recipe.is_file():
+        copy = next((one / RECIPE_RECORD for one in find_checkpoints(folder)), None)
+        if copy is not None and copy.is_file():
+            raise RunError(f"{folder} has lost its recipe.yaml. Copy {copy} to {run.recipe}.")
         raise RunError(f"{folder} is not a run: it has no recipe.yaml.")
     if not run.adapter.is_dir():
         raise RunError(
@@ -194,16 +205,57 @@ def write_json(path: Path, values: Any) -> None:
         scratch.unlink(missing_ok=True)
 
 
-def _holds_anything(folder: Path) -> bool:
-    return any(path.name != LOCK_FILE for path in folder.iterdir())
+def without_recipe(run: RunDirectory, recipe: Recipe, found: Found | None = None) -> str:
+    """Why a run cannot be gone on with that has lost its recipe, what is there, and what to do."""
+    told = {folder.name: f" ({faults[0]})" for folder, faults in (found.damaged if found else ())}
+    listed = ", ".join(name + told.get(name, "") for name in _left_by_a_run(run))
+    return (
+        f"run_dir {run.folder} holds what a run has left ({listed}), but its recipe.yaml is gone, "
+        "and no whole checkpoint holds a copy. None of that was touched. Put recipe.yaml back to "
+        f"go on, train into a new folder with --fresh, or choose one: {_free(recipe)}."
+    )
+
+
+def _left_by_a_run(run: RunDirectory) -> list[str]:
+    """Names of what only a run leaves in a folder."""
+    places = (run.adapter, run.last_good, run.log, run.summary, run.ledger, run.evaluation)
+    kept = [folder.name for folder in find_checkpoints(run.folder)]
+    return kept + [str(one.relative_to(run.folder)) for one in places if one.exists()]
+
+
+def _free(recipe: Recipe) -> str:
+    return f"`run_dir={fresh_folder(recipe)}`"
 
 
 def _taken(run: RunDirectory, recipe: Recipe) -> str:
-    other = f"`run_dir={fresh_folder(recipe)}`"
-    if not run.recipe.is_file():
-        return f"run_dir {run.folder} is not empty and holds no run; choose another: {other}."
-    how = "a finished run" if run.is_finished else "a run that was not finished"
+    if not run.recipe.is_file() and not run.is_finished:
+        if _left_by_a_run(run):
+            return without_recipe(run, recipe)
+        return (
+            f"run_dir {run.folder} is not empty and holds no run; choose another: {_free(recipe)}."
+        )
+    how = "a run that was not finished"
+    if run.is_finished:
+        how = "a finished run" + _how_it_differs(run, recipe)
     return (
         f"run_dir {run.folder} already holds {how}. Nothing there was touched. Train into "
-        f"a new folder with --fresh, or choose one: {other}."
+        f"a new folder with --fresh, or choose one: {_free(recipe)}."
     )
+
+
+def _how_it_differs(run: RunDirectory, recipe: Recipe) -> str:
+    """A finished run's recipe from the one given, field by field; empty where that is lost."""
+    copies = [folder / RECIPE_RECORD for folder in find_checkpoints(run.folder)]
+    path = next((one for one in (run.recipe, *copies) if one.is_file()), None)
+    try:
+        there = None if path is None else load_recipe(path)
+    except RecipeError:
+        there = None
+    if there is None:
+        return ""
+    changes = compare(there, recipe.model_copy(update={"run_dir": there.run_dir})).all
+    if not changes:
+        return " of this very recipe"
+    lines = [f"  - {change.difference}" for change in changes[:_MAX_DIFFERENCES]]
+    lines += [f"  - and {len(changes) - len(lines)} more"] * (len(changes) > len(lines))
+    return " of another recipe:\n" + "\n".join(lines) + "\nIt is finished as it is"

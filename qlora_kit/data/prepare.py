@@ -56,6 +56,8 @@ class Part:
     ledger: Ledger
     stream: StreamedSequences | None = None
     """Where the rows are read while training; `sequences` are then the first ones alone."""
+    digests: tuple[str, ...] = ()
+    """Of each of its sources, as `source_fingerprint`."""
 
     @classmethod
     def empty(cls) -> Part:
@@ -119,7 +121,8 @@ def _stream(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, stop_ids: frozen
 
     first = tuple(islice(one_pass(None), _ROWS_BETWEEN_CHECKS))
     ledger = Ledger()
-    return Part((), first, ledger, StreamedSequences(one_pass, ledger, spec.seed))
+    digests = tuple(source_fingerprint(one) for one in spec.train)
+    return Part((), first, ledger, StreamedSequences(one_pass, ledger, spec.seed), digests)
 
 
 def read_part(
@@ -159,14 +162,14 @@ def read_part(
         book_draws(sequences, order, ledger)
         ledger.check_balance()
         sequences = sequences.in_order(order)
-    return Part((), sequences, ledger)
+    return Part((), sequences, ledger, digests=tuple(fingerprints[: len(sources)]))
 
 
-def fingerprint_of(part: Part, sources: Sequence[SourceSpec]) -> str:
+def fingerprint_of(part: Part) -> str:
     """Of the tokens, in order, and which of them are supervised; of a stream, of its sources."""
     if isinstance(part.sequences, StoredSequences):
         return part.sequences.fingerprint()
-    return hashlib.sha256(repr([source_fingerprint(one) for one in sources]).encode()).hexdigest()
+    return hashlib.sha256(repr(list(part.digests)).encode()).hexdigest()
 
 
 def read_examples(sources: Sequence[SourceSpec], needs_answer: bool = True) -> Iterator[AnyExample]:

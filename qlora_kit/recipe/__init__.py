@@ -3,10 +3,10 @@
 from qlora_kit.recipe.data import DataSpec, SourceSpec
 from qlora_kit.recipe.evaluate import EvaluateSpec, GenerateSpec
 from qlora_kit.recipe.export import ExportSpec, MergeSpec
+from qlora_kit.recipe.identity import recipe_hash
 from qlora_kit.recipe.load import (
     load_recipe,
     recipe_from_dict,
-    recipe_hash,
     recipe_text,
     save_recipe,
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -95,12 +94,6 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
 def recipe_text(recipe: Recipe) -> str:
     """The recipe as YAML, with every default spelled out."""
     return dump_yaml(recipe.model_dump(mode="json"))
-
-
-def recipe_hash(recipe: Recipe) -> str:
-    """SHA-256 over all that shapes the result: the recipe less the place it runs in."""
-    values = recipe.model_dump(mode="json", exclude={"run_dir"})
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _validate(spec: type[AnySpec], values: Any) -> AnySpec:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from qlora_kit.checkpoint.global_batch import GlobalBatch
 from qlora_kit.errors import RunError
 from qlora_kit.model.saved import AdapterFiles
 from qlora_kit.processes import Processes
@@ -43,11 +44,9 @@ class Continuation:
 
     def items_per_update(self, spec: TrainSpec, num_processes: int) -> int:
         """The global batch that the run began with, unless the recipe now asks for another."""
-        by_recipe = items_per_update(spec, 1)
-        whole = self.shared.items_per_update
-        if by_recipe == self.shared.items_per_process or by_recipe * num_processes == whole:
-            return whole
-        return by_recipe * num_processes
+        shared = self.shared
+        begun = GlobalBatch(shared.items_per_update, shared.items_per_process, shared.num_processes)
+        return begun.from_here_on(items_per_update(spec, 1), num_processes)
 
 
 def items_per_update(spec: TrainSpec, num_processes: int) -> int:

@@ -18,15 +18,16 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 
 from qlora_kit.checkpoint.draft import Buffer, Draft
+from qlora_kit.checkpoint.global_batch import PROGRESS_FILE
 from qlora_kit.checkpoint.run_directory import OPTIMIZER_FILE
 from qlora_kit.checkpoint.tensors import load_values, tensor_parts, value_parts
 from qlora_kit.errors import RunError
 from qlora_kit.model.manifest import MANIFEST_FILE
 from qlora_kit.model.reason import reason_of
 from qlora_kit.model.saved import WEIGHTS_FILE, AdapterFiles
+from qlora_kit.train.rates import go_on
 from qlora_kit.train.sharded import (
     adapter_shared_out,
     is_sharded,
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
     from accelerate.optimizer import AcceleratedOptimizer
     from torch.amp import GradScaler
 
-PROGRESS_FILE = "progress.json"
 RANDOM_FILE = "random.safetensors"
 _SETTINGS = ("betas", "eps", "weight_decay", "initial_lr")
 # Tokenizer, configurations, random states.
@@ -122,17 +122,6 @@ class Moving:
         """
         return {name: whole(one) for name, one in self._saved.items()}
 
-    def _go_on_at(self, schedule: LambdaLR, rates: list[float | torch.Tensor]) -> None:
-        """Let a schedule that stands at some update go on from there with these initial rates."""
-        schedule.base_lrs = rates
-        now: list[float | torch.Tensor] = [
-            rate * factor(schedule.last_epoch)
-            for rate, factor in zip(rates, schedule.lr_lambdas, strict=True)
-        ]
-        schedule._last_lr = now
-        for group, rate in zip(self.optimizer.param_groups, now, strict=True):
-            group["lr"] = rate
-
     @cached_property
     def num_bytes(self) -> int:
         """What a checkpoint needs on the disk, nearly: the adapter and the optimizer's state."""
@@ -146,20 +135,26 @@ class Moving:
             "scaler": None if self.scaler is None else self.scaler.state_dict(),
         }
 
-    def put_back(self, state: dict[str, Any]) -> None:
+    def put_back(self, state: dict[str, Any], update: int, is_same_kind: bool = True) -> None:
         """What was reached, under the settings of the recipe as it is now.
 
         A state holds the settings that it was made with too, the schedule's rates among them.
+
+        Args:
+            update: updates made.
+            is_same_kind: whether the optimizer is of the kind that the state is of; where it is
+                not, the state of the optimizer alone is left out.
         """
-        settings = [_settings_of(group) for group in self.optimizer.param_groups]
+        groups = self.optimizer.param_groups
+        settings = [_settings_of(group) for group in groups]
+        if is_same_kind:
+            self.optimizer.load_state_dict(state["optimizer"])
+            groups = self.optimizer.param_groups
+            for group, asked in zip(groups, settings, strict=True):
+                group.update(asked)
         schedule = getattr(self.scheduler, "scheduler", self.scheduler)  # accelerate wraps it
-        rates = list(schedule.base_lrs) if isinstance(schedule, LambdaLR) else None
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        for group, asked in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(asked)
-        if rates is not None:
-            self._go_on_at(schedule, rates)
+        saved_groups = state["optimizer"]["param_groups"]
+        go_on(schedule, groups, state["scheduler"], saved_groups, update)
         if self.scaler is not None and state["scaler"] is not None:
             self.scaler.load_state_dict(state["scaler"])
         page_again(self.optimizer)
@@ -248,7 +243,7 @@ def kind_of(optimizer: Any) -> str:
 def read_snapshot(folder: Path, moving: Moving, allow_drift: bool = False) -> Progress:
     """Put everything back but the random states, which are for the moment before the next update.
 
-    Another kind of optimizer begins without a state, where drift is allowed.
+    Another kind of optimizer begins without a state, where drift is allowed; the schedule goes on.
 
     Raises:
         RunError: what is put back is not what was written, bit for bit.
@@ -264,14 +259,16 @@ def read_snapshot(folder: Path, moving: Moving, allow_drift: bool = False) -> Pr
         raise _not_put_back("trainable weights", reason_of(error)) from error
     _require_same("trainable weights", moving.weights(), weights)
     kind = kind_of(moving.optimizer)
-    if kind != shared.optimizer_kind:
-        if not allow_drift:
-            raise _not_put_back("optimizer's state", f"{kind}, written by {shared.optimizer_kind}")
-        return progress
+    is_same_kind = kind == shared.optimizer_kind
+    if not is_same_kind and not allow_drift:
+        raise _not_put_back("optimizer's state", f"{kind}, written by {shared.optimizer_kind}")
     try:
         state = load_values(folder / OPTIMIZER_FILE)
+        if not is_same_kind:
+            moving.put_back(state, progress.update, is_same_kind=False)
+            return progress
         shared_out = optimizer_shared_out(state["optimizer"], moving.optimizer)
-        moving.put_back({**state, "optimizer": shared_out})
+        moving.put_back({**state, "optimizer": shared_out}, progress.update)
         now = whole_in(moving.optimizer.state_dict()["state"])
     except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise _not_put_back("optimizer's state", reason_of(error)) from error

@@ -304,20 +304,30 @@ class QloraTrainer(Trainer):
         self.hooks.save()
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """With the rates of the recipe in its groups: a schedule by updates puts them there too,
+        but not one by the eval loss.
+        """
         if self.loraplus_lr_ratio is None or self.optimizer is not None:
-            return super().create_optimizer(model)
+            optimizer = super().create_optimizer(model)
+        else:
+            optimizer = self.optimizer = self._loraplus_optimizer(self.loraplus_lr_ratio)
+        for group in optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        return optimizer
+
+    def _loraplus_optimizer(self, ratio: float) -> torch.optim.Optimizer:
         from peft.optimizers import create_loraplus_optimizer
 
         optimizer_cls, kwargs = self.get_optimizer_cls_and_kwargs(self.args)
-        self.optimizer = create_loraplus_optimizer(
+        optimizer: torch.optim.Optimizer = create_loraplus_optimizer(
             model=self.model,
             optimizer_cls=optimizer_cls,
             lr=kwargs.pop("lr"),
-            loraplus_lr_ratio=self.loraplus_lr_ratio,
+            loraplus_lr_ratio=ratio,
             loraplus_weight_decay=self.args.weight_decay,
             **kwargs,
         )
-        return self.optimizer
+        return optimizer
 
     def stop(self, what: str, value: float, origins: list[str]) -> None:
         """Save what was good, which the weights still are: this step has not changed them.

@@ -135,13 +135,16 @@ def test_killing_one_ends_the_other_with_one_message(story: Story) -> None:
     assert story.stopped_at < newest(story.folder) < LAST
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize(
+    ("count", "more"), [(1, ()), (2, ()), (1, ("train.gradient_accumulation_steps=4",))]
+)
 def test_the_run_goes_on_to_the_same_end(
-    story: Story, uninterrupted: Path, tmp_path: Path, count: int
+    story: Story, uninterrupted: Path, tmp_path: Path, count: int, more: tuple[str, ...]
 ) -> None:
+    """With one process too, whether or not its share of an update is doubled by hand."""
     folder = tmp_path / "run"
     shutil.copytree(story.folder, folder)
-    given = (f"run_dir={folder}", "train.save_steps=1000")
+    given = (f"run_dir={folder}", "train.save_steps=1000", *more)
     if count == 1:
         run_recipe(load_recipe(story.recipe, given))
     else:

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import pytest
 
 from qlora_kit import cli
-from qlora_kit.checkpoint.drift import Fingerprints
 from qlora_kit.checkpoint.entry import Entry, require_alike, require_visible
+from qlora_kit.checkpoint.fingerprints import Fingerprints
 from qlora_kit.checkpoint.run_directory import RunDirectory
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import (

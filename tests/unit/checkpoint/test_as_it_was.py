@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.checkpoint.drift import Fingerprints
-from qlora_kit.checkpoint.entry import FINGERPRINTS_FILE, as_it_was, fingerprints_text
+from qlora_kit.checkpoint.entry import as_it_was
+from qlora_kit.checkpoint.fingerprints import FINGERPRINTS_FILE, Fingerprints, fingerprints_text
 from qlora_kit.environment import Hardware, probe_hardware, resolve_compute_dtype
 
 

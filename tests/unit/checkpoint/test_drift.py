@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields, replace
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import pytest
 
@@ -13,12 +13,12 @@ from qlora_kit.checkpoint.drift import (
     HARMLESS,
     WEIGHED,
     Drift,
-    Fingerprints,
     compare,
-    differences,
     lines_of,
     refusal,
 )
+from qlora_kit.checkpoint.fingerprints import Fingerprints, differences
+from qlora_kit.checkpoint.global_batch import GlobalBatch
 from qlora_kit.recipe import Recipe, recipe_from_dict
 from qlora_kit.recipe.base import Spec
 from qlora_kit.recipe.shape import is_spec, members
@@ -120,9 +120,6 @@ class TestComparing:
             ("quantization", {"quant_type": "fp4"}, "quantization.quant_type"),
             ("lora", {"r": 8}, "lora.r"),
             ("lora", {"rank_pattern": {"q_proj": 4}}, "lora.rank_pattern"),
-            ("data", {"train": [{"path": "c.jsonl"}]}, "data.train.0.path"),
-            ("data", {"train": [{"path": "a.jsonl"}, {"path": "c.jsonl"}]}, "data.train"),
-            ("data", {"eval": []}, "data.eval"),
             ("data", {"max_length": 99}, "data.max_length"),
             ("data", {"seed": 1}, "data.seed"),
             ("train", {"seed": 1}, "train.seed"),
@@ -138,6 +135,31 @@ class TestComparing:
         drift = compare(recipe(), recipe(**{section: change}))
         assert names(drift) == ([], [field])
         assert "not known" not in drift.breaking[0].consequence
+
+    @pytest.mark.parametrize(
+        ("change", "field"),
+        [
+            ({"train": [{"path": "c.jsonl"}]}, "data.train.0.path"),
+            ({"train": [{"path": "a.jsonl"}, {"path": "c.jsonl"}]}, "data.train"),
+            ({"eval": []}, "data.eval"),
+            ({"eval": [{"path": "b.jsonl", "columns": {"text": "t"}}]}, "data.eval.0.columns"),
+        ],
+    )
+    def test_of_other_names_for_the_data_the_rows_decide(
+        self, change: dict[str, Any], field: str
+    ) -> None:
+        drift = compare(recipe(), recipe(data=change))
+        assert names(drift) == ([], [])
+        assert [one.field for one in drift.undecided] == [field]
+        assert names(drift.decided()) == ([], [field])
+        assert names(drift.decided(("train", "eval"))) == ([field], [])
+        part = field.split(".")[1]
+        assert names(drift.decided({"train", "eval"} - {part})) == ([], [field])
+
+    def test_of_a_stream_nobody_knows_the_rows(self) -> None:
+        stream = {"data": {"streaming": True}, "train": {"max_steps": 9}}
+        renamed = {**stream, "data": {"streaming": True, "train": [{"path": "c.jsonl"}]}}
+        assert names(compare(recipe(**stream), recipe(**renamed)))[1] == ["data.train.0.path"]
 
     def test_both_values_are_told(self) -> None:
         (change,) = compare(recipe(), recipe(lora={"r": 8})).breaking
@@ -155,7 +177,7 @@ class TestComparing:
 
     def test_a_new_source_is_shown_as_it_would_be_written(self) -> None:
         now = recipe(data={"train": [{"path": "a.jsonl"}, {"path": "c.jsonl"}]})
-        (change,) = compare(recipe(), now).breaking
+        (change,) = compare(recipe(), now).undecided
         assert [one["path"] for one in change.now] == ["a.jsonl", "c.jsonl"]
 
 
@@ -182,9 +204,31 @@ class TestTheBatch:
     def test_another_product_breaks_whichever_was_changed(self) -> None:
         drift = train_drift({}, {"per_device_train_batch_size": 8})
         assert names(drift) == ([], ["train.per_device_train_batch_size"])
-        assert "32 sequences of a device instead of 16" in drift.breaking[0].consequence
+        assert "32 sequences (8 × 4) instead of 16" in drift.breaking[0].consequence
         drift = train_drift({}, {"gradient_accumulation_steps": 1})
         assert names(drift) == ([], ["train.gradient_accumulation_steps"])
+
+    @pytest.mark.parametrize(
+        ("processes", "accumulation", "kept"),
+        [(1, 8, True), (1, 4, True), (1, 2, False), (2, 2, False), (4, 2, True), (4, 4, True)],
+    )
+    def test_it_is_that_of_all_processes(
+        self, processes: int, accumulation: int, kept: bool
+    ) -> None:
+        """Of 2 with 4 × 4; the same rule as `train.continuation` goes by."""
+        begun = GlobalBatch(items_per_update=32, items_per_process=16, num_processes=2)
+        now = recipe(train={"gradient_accumulation_steps": accumulation})
+        drift = compare(recipe(), now, begun, processes)
+        assert (drift.breaking == ()) == kept
+        assert (begun.from_here_on(4 * accumulation, processes) == 32) == kept
+        told = [one for one in drift.accepted if one.field == "processes"]
+        assert bool(told) == (processes != 2)
+
+    def test_without_a_checkpoint_the_processes_are_those_of_now(self) -> None:
+        now = recipe(train={"gradient_accumulation_steps": 2})
+        (change,) = compare(recipe(), now, num_processes=2).breaking
+        assert "16 sequences (4 × 2 on each of 2 processes) instead of 32" in change.consequence
+        assert "gradient_accumulation_steps: 4 keeps 32" in change.consequence
 
 
 class TestTheLength:
@@ -237,6 +281,33 @@ def test_a_schedule_that_reads_the_eval_loss_makes_its_cadence_matter() -> None:
     assert names(train_drift(plateau, {**plateau, "eval_steps": 5})) == ([], ["train.eval_steps"])
     steps = {"eval_strategy": "steps", "eval_steps": 10}
     assert names(train_drift(steps, {**steps, "eval_steps": 5})) == (["train.eval_steps"], [])
+
+
+class TestTheSchedule:
+    PLATEAU: ClassVar = {
+        "lr_scheduler_type": "reduce_lr_on_plateau",
+        "eval_strategy": "epoch",
+    }
+
+    @pytest.mark.parametrize(
+        ("before", "now", "said"),
+        [
+            ({"eval_strategy": "epoch"}, PLATEAU, "begins at train.learning_rate"),
+            (PLATEAU, {"eval_strategy": "epoch"}, "cosine goes on at the update reached"),
+            (PLATEAU, {**PLATEAU, "learning_rate": 1e-5}, "how much it was lowered so far stays"),
+            (
+                PLATEAU,
+                {**PLATEAU, "lr_scheduler_kwargs": {"factor": 0.5}},
+                "how much it was lowered so far stays",
+            ),
+            ({}, {"learning_rate": 1e-5}, "is not the one that the run was begun with"),
+        ],
+    )
+    def test_what_becomes_of_the_rate_is_said(
+        self, before: dict[str, Any], now: dict[str, Any], said: str
+    ) -> None:
+        (change,) = train_drift(before, now).breaking
+        assert said in change.consequence
 
 
 class TestFingerprints:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from qlora_kit.artifact.record import BaseRef, MadeFrom, made_from, write_record
+from qlora_kit.artifact.record import AdapterRef, BaseRef, MadeFrom, made_from, write_record
 from qlora_kit.cli import app
 from qlora_kit.errors import ArtifactError
+from qlora_kit.recipe import Recipe, load_recipe, recipe_from_dict, recipe_hash, recipe_text
+from qlora_kit.recipe.identity import every_field_hash
+from qlora_kit.records import file_sha256
 
 BASE = BaseRef("nobody/nowhere", "f" * 64)
 
@@ -71,3 +75,27 @@ def test_what_nobody_recorded_cannot_be_verified(tmp_path: Path, name: str) -> N
     ended = CliRunner().invoke(app, ["verify", str(tmp_path / name)])
     assert isinstance(ended.exception, ArtifactError)
     assert ("does not exist" if name else "nobody recorded") in str(ended.exception)
+
+
+@pytest.mark.parametrize("hashed", [recipe_hash, every_field_hash])
+def test_a_recipe_is_the_same_where_a_version_knows_more_fields(
+    tmp_path: Path, hashed: Callable[[Recipe], str]
+) -> None:
+    values = {"model": {"name_or_path": "m"}, "data": {"train": [{"path": "a.jsonl"}]}}
+    recipe = recipe_from_dict(values, "test")
+    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
+    for folder in (adapter, merged):
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_text("weights")
+    made = AdapterRef(str(adapter), file_sha256(adapter / "adapter_model.safetensors"))
+    write_record(merged, kind="merged", made_from=MadeFrom(BASE, made, hashed(recipe)))
+    lines = recipe_text(recipe).splitlines(keepends=True)
+    older = [line for line in lines if "tf32" not in line]
+    assert len(older) == len(lines) - 1
+    (tmp_path / "recipe.yaml").write_text("".join(older))
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    code, said = run(str(merged))
+    assert (code, "another one" in said) == (0, False), said
+    (tmp_path / "recipe.yaml").write_text("".join(lines).replace("seed: 42", "seed: 7"))
+    code, said = run(str(merged))
+    assert (code, "is another one than it was made with" in said) == (1, True), said

@@ -16,6 +16,7 @@ import torch
 from qlora_kit.checkpoint.checkpoints import find_checkpoints, newest_whole
 from qlora_kit.checkpoint.manifest import faults_of
 from qlora_kit.checkpoint.run_directory import OPTIMIZER_FILE, RunDirectory
+from qlora_kit.checkpoint.tensors import load_values
 from qlora_kit.data.collate import Collator, IsolatingCollator
 from qlora_kit.data.pack import PackedSequences, pack
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
@@ -117,6 +118,7 @@ def run(tiny_llama: Path, tmp_path: Path) -> Run:
         aware: dict[str, Any] | None = None,
         seed_of_adapter: int = 1,
         processes: Processes | None = None,
+        allow_drift: bool = False,
         **spec: Any,
     ) -> Outcome:
         quantization = QuantizationSpec(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
@@ -167,7 +169,7 @@ def run(tiny_llama: Path, tmp_path: Path) -> Run:
         if again:
             found = newest_whole(folder)
             assert found.folder is not None
-            continuation = Continuation.read(found.folder)
+            continuation = Continuation.read(found.folder, allow_drift)
         result = train_adapter(
             adapted.model, base, batching, TrainSpec(**values), around, continuation
         )
@@ -361,6 +363,81 @@ def test_another_learning_rate_holds_from_there_on(run: Run, scheduler: str) -> 
     lower = [line["learning_rate"] for line in other.log if "learning_rate" in line]
     assert rates[:5] == pytest.approx([10 * rate for rate in lower[:5]])
     assert rates[5:] == pytest.approx(lower[5:])
+
+
+# Reduced at every second update from the fourth on: no loss is ever better than the first.
+PLATEAU: dict[str, Any] = {
+    "lr_scheduler_type": "reduce_lr_on_plateau",
+    "lr_scheduler_kwargs": {
+        "patience": 0,
+        "factor": 0.5,
+        "threshold": 1e9,
+        "threshold_mode": "abs",
+    },
+    "eval_strategy": "steps",
+    "eval_steps": 2,
+    "logging_steps": 1,
+}
+
+
+def plateau(**arguments: Any) -> dict[str, Any]:
+    return {**PLATEAU, "lr_scheduler_kwargs": {**PLATEAU["lr_scheduler_kwargs"], **arguments}}
+
+
+def rates_of(outcome: Outcome) -> list[float]:
+    return [line["learning_rate"] for line in outcome.log if "learning_rate" in line]
+
+
+class TestASchedulePutBackUnderOtherSettings:
+    """Where drift is allowed: what was reached holds, and the rest is as the recipe now says."""
+
+    def test_one_by_the_eval_loss(self, run: Run) -> None:
+        """Every setting of it by itself: test_rates.py."""
+        run("parts", stop_after=5, **PLATEAU)
+        resumed = run("parts", again=True, **{**plateau(factor=0.1), "learning_rate": 1e-3})
+        expected = [1e-2] * 4 + [5e-3, 5e-4] + [5e-5] * 2 + [5e-6] * 2 + [5e-7] * 2
+        assert rates_of(resumed) == pytest.approx(expected)
+
+    def test_each_group_of_lora_plus_keeps_its_ratio(self, run: Run) -> None:
+        run("parts", stop_after=5, loraplus_lr_ratio=16.0, **PLATEAU)
+        last = {"save_strategy": "epoch", "loraplus_lr_ratio": 8.0, "learning_rate": 1e-3}
+        resumed = run("parts", again=True, **{**PLATEAU, **last})
+        applied = {group["lr"] for group in groups_in(find_checkpoints(resumed.folder)[0])}
+        embedding = 1e-6  # PEFT's own rate, which no recipe changes
+        assert sorted(applied) == pytest.approx([embedding / 32, 1e-3 / 32, 8e-3 / 32])
+
+    def test_from_updates_to_the_eval_loss_it_begins_at_the_rate_of_the_recipe(
+        self, run: Run
+    ) -> None:
+        run("parts", stop_after=5, logging_steps=1, lr_scheduler_type="cosine")
+        resumed = run("parts", again=True, **PLATEAU)
+        # The first evaluation, at update 6, is what the next are held against.
+        expected = [1e-2] * 3 + [5e-3] * 2 + [2.5e-3] * 2
+        assert rates_of(resumed)[5:] == pytest.approx(expected)
+
+    def test_from_the_eval_loss_to_updates_it_stands_at_the_update_reached(self, run: Run) -> None:
+        cosine = {"logging_steps": 1, "lr_scheduler_type": "cosine", "save_strategy": "epoch"}
+        run("parts", stop_after=5, **PLATEAU)
+        resumed = run("parts", again=True, **cosine)
+        other = run("other", **cosine)
+        assert rates_of(resumed)[5:] == pytest.approx(rates_of(other)[5:])
+        ends = [groups_in(find_checkpoints(one.folder)[0]) for one in (resumed, other)]
+        applied = [[group["lr"] for group in groups] for groups in ends]
+        assert applied[0] == pytest.approx(applied[1])
+
+    def test_another_optimizer_begins_anew_and_the_schedule_does_not(self, run: Run) -> None:
+        options: dict[str, Any] = {"logging_steps": 1, "lr_scheduler_type": "cosine"}
+        run("parts", stop_after=5, optim="adamw_torch", **options)
+        resumed = run("parts", again=True, allow_drift=True, optim="lion_8bit", **options)
+        other = run("other", optim="lion_8bit", **options)
+        assert rates_of(resumed) == pytest.approx(rates_of(other))
+
+
+def groups_in(checkpoint: Path) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = load_values(checkpoint / OPTIMIZER_FILE)["optimizer"][
+        "param_groups"
+    ]
+    return groups
 
 
 def test_weights_that_cannot_be_put_back_exactly_are_refused(run: Run) -> None:

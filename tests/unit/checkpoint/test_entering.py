@@ -1,0 +1,298 @@
+"""What is found in the folder of a run that is gone on with, and what is decided upon it."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qlora_kit.checkpoint.checkpoints import publish_checkpoint
+from qlora_kit.checkpoint.disk import DISK
+from qlora_kit.checkpoint.draft import Draft
+from qlora_kit.checkpoint.entry import Entry, enter, require_same_work
+from qlora_kit.checkpoint.fingerprints import (
+    FINGERPRINTS_FILE,
+    Fingerprints,
+    SourcePrint,
+    fingerprints_text,
+)
+from qlora_kit.checkpoint.global_batch import PROGRESS_FILE
+from qlora_kit.checkpoint.run_directory import RECIPE_RECORD, RunDirectory, open_run
+from qlora_kit.errors import RunError
+from qlora_kit.recipe import Recipe, load_recipe, recipe_from_dict, recipe_text, save_recipe
+
+PRINTS = Fingerprints("b", "t", "c", "d" * 64, "e" * 64, "p", "h")
+SOURCES = (
+    SourcePrint("train", "a.jsonl", "1" * 64, 64),
+    SourcePrint("train", "more.jsonl", "2" * 64, 8),
+    SourcePrint("eval", "b.jsonl", "3" * 64, 10),
+)
+
+
+def recipe_in(folder: Path, path: str = "a.jsonl", **train: Any) -> Recipe:
+    return recipe_from_dict(
+        {
+            "model": {"name_or_path": "demo/smollm2-135m-instruct"},
+            "data": {"train": [{"path": path}], "eval": [{"path": "b.jsonl"}]},
+            "train": train,
+            "run_dir": str(folder),
+        },
+        "test",
+    )
+
+
+def begun_run(folder: Path, recipe: Recipe, *steps: int, **shared: int) -> RunDirectory:
+    """A run with whole checkpoints, as one process has written them unless `shared` says else."""
+    folder.mkdir()
+    batch = {"items_per_update": 16, "items_per_process": 16, "num_processes": 1, **shared}
+
+    def fill(draft: Draft) -> None:
+        draft.put("weights", [b"1234"])
+        draft.put(PROGRESS_FILE, [json.dumps(batch).encode()])
+        draft.put(RECIPE_RECORD, [recipe_text(recipe).encode()])
+        draft.put(FINGERPRINTS_FILE, [fingerprints_text(PRINTS, SOURCES).encode()])
+
+    for step in steps:
+        publish_checkpoint(folder / f"checkpoint-{step}", fill)
+    run = RunDirectory(folder)
+    save_recipe(recipe, run.recipe)
+    return run
+
+
+def entered(
+    recipe: Recipe, *, allow_drift: bool = False, num_processes: int = 1
+) -> tuple[Entry, str]:
+    with ExitStack() as held:
+        entry = enter(recipe, allow_drift, held, DISK, num_processes)
+    return entry, "\n".join((*entry.said, *entry.warned))
+
+
+class TestARecipeThatIsGone:
+    def test_is_put_back_from_the_newest_whole_checkpoint(self, tmp_path: Path) -> None:
+        recipe = recipe_in(tmp_path / "run")
+        run = begun_run(tmp_path / "run", recipe, 4, 8, 12)
+        run.recipe.unlink()
+        (run.folder / "checkpoint-12" / "weights").write_bytes(b"1")
+        entry, told = entered(recipe)
+        assert (entry.is_new, entry.checkpoint) == (False, run.folder / "checkpoint-8")
+        assert "recipe.yaml was gone; it is written again from checkpoint-8" in told
+        assert load_recipe(run.recipe) == recipe
+
+    def test_is_what_the_given_one_is_held_against(self, tmp_path: Path) -> None:
+        run = begun_run(tmp_path / "run", recipe_in(tmp_path / "run"), 4)
+        run.recipe.unlink()
+        with pytest.raises(RunError, match=r"was begun otherwise:\n  - train.seed: 42 → 1"):
+            entered(recipe_in(tmp_path / "run", seed=1))
+        assert load_recipe(run.recipe) == recipe_in(tmp_path / "run")
+
+    def test_without_a_whole_checkpoint_everything_is_named_and_left(self, tmp_path: Path) -> None:
+        run = begun_run(tmp_path / "run", recipe_in(tmp_path / "run"), 4)
+        run.recipe.unlink()
+        run.adapter.mkdir()
+        (run.folder / "checkpoint-4" / "weights").unlink()
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(RunError) as refused:
+            entered(recipe_in(tmp_path / "run"))
+        said = str(refused.value)
+        for words in ("checkpoint-4 (", "weights", "adapter", "recipe.yaml is gone", "--fresh"):
+            assert words in said
+        assert f"run_dir={run.folder}-2" in said
+        assert sorted(tmp_path.rglob("*")) == before
+
+    def test_with_an_adapter_alone_too(self, tmp_path: Path) -> None:
+        run = begun_run(tmp_path / "run", recipe_in(tmp_path / "run"))
+        run.recipe.unlink()
+        run.adapter.mkdir()
+        with pytest.raises(RunError, match=r"what a run has left \(adapter\), but its recipe"):
+            entered(recipe_in(tmp_path / "run"))
+
+    def test_of_a_finished_run_it_is_still_known_what_differs(self, tmp_path: Path) -> None:
+        run = begun_run(tmp_path / "run", recipe_in(tmp_path / "run"), 4)
+        run.recipe.unlink()
+        run.summary.write_text("{}")
+        with pytest.raises(RunError, match=r"finished run of another recipe:\n  - train.seed: 42"):
+            entered(recipe_in(tmp_path / "run", seed=1))
+
+    def test_other_commands_say_where_a_copy_is(self, tmp_path: Path) -> None:
+        run = begun_run(tmp_path / "run", recipe_in(tmp_path / "run"), 4)
+        run.recipe.unlink()
+        with pytest.raises(RunError, match=r"Copy .*checkpoint-4/checkpoint_recipe.yaml to "):
+            open_run(run.folder)
+
+
+class TestProcesses:
+    def test_the_same_global_batch_by_hand_is_accepted(self, tmp_path: Path) -> None:
+        """Two processes with 4 × 4 become one with 4 × 8."""
+        begun_run(tmp_path / "run", recipe_in(tmp_path / "run"), 4, items_per_update=32, **TWO)
+        _, told = entered(recipe_in(tmp_path / "run", gradient_accumulation_steps=8))
+        assert "processes: 2 → 1 (an update still trains on the same 32 sequences" in told
+        assert "gradient_accumulation_steps: 4 → 8 (an update still trains on the same 32" in told
+        assert "not the same run" not in told
+
+    def test_another_global_batch_breaks_and_the_way_back_is_told(self, tmp_path: Path) -> None:
+        begun_run(tmp_path / "run", recipe_in(tmp_path / "run"), 4, items_per_update=32, **TWO)
+        with pytest.raises(RunError) as refused:
+            entered(recipe_in(tmp_path / "run", gradient_accumulation_steps=2))
+        assert "trains on 8 sequences (4 × 2) instead of 32" in str(refused.value)
+        assert "gradient_accumulation_steps: 8 keeps 32" in str(refused.value)
+        with pytest.raises(RunError, match=r"64 sequences \(4 × 8 on each of 2 processes\)"):
+            entered(recipe_in(tmp_path / "run", gradient_accumulation_steps=8), num_processes=2)
+
+    def test_random_states_that_are_not_put_back_are_told(self, tmp_path: Path) -> None:
+        noisy = recipe_in(tmp_path / "run", neftune_noise_alpha=5.0)
+        begun_run(tmp_path / "run", noisy, 4, items_per_update=32, **TWO)
+        assert "is not put back: dropout and noise are drawn anew" in entered(noisy)[1]
+        assert "not put back" not in entered(noisy, num_processes=2)[1]
+        quiet = recipe_in(tmp_path / "other")
+        begun_run(tmp_path / "other", quiet, 4, items_per_update=32, **TWO)
+        told = entered(quiet)[1]
+        assert "processes: 2 → 1" in told
+        assert "not put back" not in told
+
+
+TWO = {"num_processes": 2}
+
+
+class TestData:
+    def run_of(self, folder: Path) -> tuple[Path, Entry]:
+        """One whose rows are now in another file."""
+        begun_run(folder, recipe_in(folder), 4)
+        entry, _ = entered(recipe_in(folder, path="renamed.jsonl"))
+        assert entry.checkpoint is not None
+        return entry.checkpoint, entry
+
+    def test_another_name_for_the_same_rows_is_accepted_and_listed(self, tmp_path: Path) -> None:
+        checkpoint, entry = self.run_of(tmp_path / "run")
+        drift = require_same_work(checkpoint, PRINTS, False, SOURCES, entry.undecided)
+        (change,) = drift.accepted
+        assert str(change).startswith("data.train.0.path: a.jsonl → renamed.jsonl (the rows are")
+        assert not drift.breaking
+        assert entry.is_changed
+
+    def test_the_name_is_not_noted_before_that_is_known(self, tmp_path: Path) -> None:
+        self.run_of(tmp_path / "run")
+        kept = load_recipe(tmp_path / "run" / "recipe.yaml")
+        assert kept.data.train[0].path == "a.jsonl"
+
+    def test_other_rows_are_refused_and_the_files_named(self, tmp_path: Path) -> None:
+        checkpoint, entry = self.run_of(tmp_path / "run")
+        now = (
+            SourcePrint("train", "renamed.jsonl", "9" * 64, 70),
+            replace(SOURCES[1], digest="8" * 64, num_rows=9),
+            SOURCES[2],
+        )
+        prints = replace(PRINTS, data_train="f" * 64)
+        with pytest.raises(RunError) as refused:
+            require_same_work(checkpoint, prints, False, now, entry.undecided)
+        said = str(refused.value)
+        assert "a.jsonl (64 rows, digest 111111111111) is not read any more" in said
+        assert "renamed.jsonl (70 rows, digest 999999999999) is new" in said
+        changed = (
+            "more.jsonl was changed (8 rows, digest 222222222222 → 9 rows, digest 888888888888)"
+        )
+        assert changed in said
+        assert "data.train.0.path: a.jsonl → renamed.jsonl" in said
+        assert "1" * 13 not in said
+        assert "b.jsonl" not in said
+
+    def test_where_no_file_changed_that_is_said(self, tmp_path: Path) -> None:
+        checkpoint, _ = self.run_of(tmp_path / "run")
+        with pytest.raises(RunError, match="data_eval: its files are as they were"):
+            require_same_work(checkpoint, replace(PRINTS, data_eval="f" * 64), False, SOURCES)
+
+    def test_a_digest_is_short(self, tmp_path: Path) -> None:
+        checkpoint, _ = self.run_of(tmp_path / "run")
+        drift = require_same_work(checkpoint, replace(PRINTS, data_train="f" * 64), True)
+        assert str(drift.breaking[0]).startswith("data_train: dddddddddddd → ffffffffffff (")
+
+    def test_without_a_checkpoint_there_are_no_rows_to_hold_them_against(
+        self, tmp_path: Path
+    ) -> None:
+        run = begun_run(tmp_path / "run", recipe_in(tmp_path / "run"))
+        run.adapter.mkdir()
+        with pytest.raises(RunError, match=r"data.train.0.path: a.jsonl → renamed.jsonl"):
+            entered(recipe_in(tmp_path / "run", path="renamed.jsonl"))
+
+
+class TestAFinishedRun:
+    def test_what_differs_is_named_field_by_field(self, tmp_path: Path) -> None:
+        run = begun_run(tmp_path / "run", recipe_in(tmp_path / "run"), 4)
+        run.summary.write_text("{}")
+        with pytest.raises(RunError) as refused:
+            entered(recipe_in(tmp_path / "run", seed=1, logging_steps=9))
+        said = str(refused.value)
+        assert "already holds a finished run of another recipe:\n" in said
+        assert "  - train.logging_steps: 5 → 9\n  - train.seed: 42 → 1\n" in said
+        assert "--fresh" in said
+        assert f"run_dir={run.folder}-2" in said
+
+    def test_many_differences_are_cut(self, tmp_path: Path) -> None:
+        run = begun_run(tmp_path / "run", recipe_in(tmp_path / "run"), 4)
+        run.summary.write_text("{}")
+        values = dict.fromkeys(NUMBERS, 7)
+        other = recipe_in(tmp_path / "run", **values).model_dump(mode="json")
+        other["lora"] |= {"r": 3, "alpha": 4, "dropout": 0.5, "use_rslora": True}
+        other["evaluate"] |= {"perplexity": False, "baseline": False}
+        with pytest.raises(RunError) as refused:
+            entered(recipe_from_dict(other, "test"))
+        assert "  - and 1 more\nIt is finished" in str(refused.value)
+        assert str(refused.value).count("\n  - ") == 21
+
+    def test_the_same_recipe_is_said_to_be_the_same(self, tmp_path: Path) -> None:
+        run = begun_run(tmp_path / "run", recipe_in(tmp_path / "run"), 4)
+        run.summary.write_text("{}")
+        with pytest.raises(RunError, match="a finished run of this very recipe"):
+            entered(recipe_in(tmp_path / "run"))
+
+
+NUMBERS = (
+    "learning_rate",
+    "num_train_epochs",
+    "per_device_train_batch_size",
+    "per_device_eval_batch_size",
+    "gradient_accumulation_steps",
+    "weight_decay",
+    "loraplus_lr_ratio",
+    "warmup_steps",
+    "max_grad_norm",
+    "neftune_noise_alpha",
+    "seed",
+    "logging_steps",
+    "save_minutes",
+    "save_total_limit",
+    "max_memory_mib",
+)
+
+
+class TestFingerprintsOfAnotherVersion:
+    def rewritten(self, folder: Path, content: str) -> Path:
+        folder.mkdir()
+        (folder / FINGERPRINTS_FILE).write_text(content)
+        return folder
+
+    def test_what_a_newer_one_has_added_is_passed_over(self, tmp_path: Path) -> None:
+        values = {**json.loads(fingerprints_text(PRINTS, SOURCES)), "phase_of_moon": "full"}
+        values["sources"].append({"part": "train"})
+        values["sources"][0]["colour"] = "red"
+        checkpoint = self.rewritten(tmp_path / "one", json.dumps(values))
+        assert require_same_work(checkpoint, PRINTS, False, SOURCES).all == ()
+
+    @pytest.mark.parametrize(
+        ("content", "said"),
+        [
+            ('{"base": "b"}', "without tokenizer, chat_template, data_train"),
+            ("[]", "no mapping"),
+            ("{", "Expecting"),
+            (fingerprints_text(PRINTS).replace('"b"', "3"), "no text at base"),
+        ],
+    )
+    def test_what_is_missing_is_named(self, tmp_path: Path, content: str, said: str) -> None:
+        checkpoint = self.rewritten(tmp_path / "one", content)
+        with pytest.raises(RunError, match="another version has written it") as refused:
+            require_same_work(checkpoint, PRINTS, True)
+        assert said in str(refused.value)
+        assert "--fresh" in str(refused.value)
