@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,8 +71,8 @@ def export_reopened(
     jobs = [placed(job, trained, reporter) for job in sound_jobs(request, places)]
     adapter_sha256 = file_sha256(trained.folder / "adapter_model.safetensors")
     for job in jobs:
-        if job.base is not None and job.target.is_of_merge:
-            places.require_room_for_merge(job.base, adapter_sha256)
+        for base in job.merge_bases:
+            places.require_room_for_merge(base, adapter_sha256)
     with draft_beside(places.exports) as scratch:
         needed = rehearse(jobs, trained, scratch / "rehearsal", hardware)
         needed += _merge_bytes(jobs, trained, places, adapter_sha256)
@@ -105,35 +105,35 @@ def _merge_bytes(
     Of a base that an adapter is to stand beside, as training saw it.
     """
     beside = sum(predict_bytes(trained, "dequantized") for job in jobs if needs_dequantized(job))
-    wanted = {job.base for job in jobs if job.base is not None and job.target.is_of_merge}
+    wanted = {base for job in jobs for base in job.merge_bases}
     missing = [base for base in wanted if places.fitting_merge(base, adapter_sha256) is None]
     kinds = [kind for base in missing for kind in (trained.bases if base == "auto" else (base,))]
     return beside + sum(predict_bytes(trained, kind) for kind in kinds)
 
 
 def _export(job: Job, session: _Session) -> dict[str, Any]:
-    merged = _merge(job, session) if job.target.is_of_merge else None
     if job.target.maker == "merged":
-        assert merged is not None
-        return _certificate_of(merged)
+        return _certificate_of(_merge(job, session))
     reporter, ledger = session.reporter, session.ledger
     reporter.say(f"export    {job.target.name} → {job.out}")
     with draft_beside(job.out) as scratch:
-        draft = scratch / "export"
-        draft.mkdir()
-        content = MAKERS[job.target.maker](job, session.given, merged, draft)
+        made = _made(job, session, scratch / "export")
+        if job.or_else is not None:
+            other = _made(replace(job, base=job.or_else), session, scratch / "other")
+            made = _better(made, other, reporter)
+        job, draft, content, row = made.job, made.draft, made.content, made.row
         parity = require_parity(
             session.trained.tokenizer,
             draft,
             None if content.gguf_file is None else draft / content.gguf_file,
         )
-        row = _measured(job, content, session)
         if content.finish is not None:
             content.finish(draft)
         names = [SIXTEEN_BIT, base_name(session.trained), TRAINED]
-        names += [] if merged is None else [_merge_name(merged)]
+        names += [] if made.merged is None else [_merge_name(made.merged)]
         chain = [*ledger.chain(*names), row]
         certificate = _certificate(job, content, parity, chain, session)
+        certificate["not_kept"] = None if made.instead_of is None else asdict(made.instead_of)
         write_export_card(certificate, draft)
         text = json.dumps(certificate, indent=2, ensure_ascii=False)
         (draft / CERTIFICATE_FILE).write_text(text + "\n", encoding="utf-8")
@@ -147,11 +147,53 @@ def _export(job: Job, session: _Session) -> dict[str, Any]:
         )
         flush_folder(draft)
         draft.rename(job.out)
-    ledger.add(Row(**{**asdict(row), "artifact": record.sha256}))
+    ledger.add(replace(row, artifact=record.sha256))
     ledger.keep(session.places.ledger)
     for note in content.notes:
         reporter.say(f"          {note}")
     return certificate
+
+
+@dataclass(frozen=True)
+class _Made:
+    """One export in its draft, measured."""
+
+    job: Job
+    merged: Path | None
+    draft: Path
+    content: Content
+    row: Row
+    instead_of: Row | None = None
+    """The one that was made of another merge, and not kept."""
+
+
+def _made(job: Job, session: _Session, draft: Path) -> _Made:
+    merged = _merge(job, session) if job.target.is_of_merge else None
+    draft.mkdir()
+    content = MAKERS[job.target.maker](job, session.given, merged, draft)
+    return _Made(job, merged, draft, content, _measured(job, content, session))
+
+
+def _better(one: _Made, other: _Made, reporter: Reporter) -> _Made:
+    """The one with the lower loss on the held-out rows."""
+    kept, lost = sorted((one, other), key=lambda made: _loss(made.row))
+    figures = [
+        f"perplexity {made.row.perplexity:.4g}, KL {made.row.kl_mean:.2g} from the merge into the "
+        f"{made.job.base} base"
+        for made in (kept, lost)
+    ]
+    reporter.say(f"          {figures[0]}: kept ({figures[1]})")
+    if kept.job.base == "dequantized":
+        reporter.warn(
+            f"{kept.job.target.name} is made from the dequantized merge, whose weights were "
+            "rounded to 4 bits once: on the held-out rows that is the better one for this adapter. "
+            "--base original makes it from the original weights."
+        )
+    return replace(kept, instead_of=lost.row)
+
+
+def _loss(row: Row) -> float:
+    return math.inf if row.perplexity is None else row.perplexity
 
 
 def _measured(job: Job, content: Content, session: _Session) -> Row:
@@ -163,7 +205,7 @@ def _measured(job: Job, content: Content, session: _Session) -> Row:
         row = session.ledger.measure(name, runtime, reporter=session.reporter)
     finally:
         runtime.close()
-    return Row(**{**asdict(row), "note": content.measured_as})
+    return replace(row, note=content.measured_as)
 
 
 def _merge(job: Job, session: _Session) -> Path:

@@ -56,11 +56,12 @@ def export_card(certificate: dict[str, Any], gguf_files: list[str]) -> str:
 def _how_made(certificate: dict[str, Any]) -> str:
     target, base = certificate["target"], certificate["base"]
     text = trained_from(certificate["trained_on"])
-    if base is not None:
+    if base is not None and not target.startswith("lora-gguf"):
         whose = "original" if base == "original" else "dequantized"
         text += f" It was merged into the {whose} weights, and the sum was exported to {target}."
     elif target.startswith("lora-gguf"):
-        text += " It stands here as GGUF beside its base, which is not changed."
+        whose = "as it was stored" if base == "original" else "as training saw it, dequantized"
+        text += f" It stands here as GGUF beside its base, {whose}."
     calibration = certificate["calibration"]
     if calibration is not None:
         text += f" Calibrated on {calibration['source']}."

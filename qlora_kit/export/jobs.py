@@ -19,7 +19,7 @@ from qlora_kit.recipe.vllm import faults_of_config
 
 if TYPE_CHECKING:
     from qlora_kit.export.places import Places
-    from qlora_kit.export.trained import TrainedAdapter
+    from qlora_kit.export.trained import BaseKind, TrainedAdapter
     from qlora_kit.quantize.method import CalibrationNeed, Method, MethodOptions
     from qlora_kit.report.reporter import Reporter
 
@@ -56,8 +56,17 @@ class Job:
     method: Method | None = None
     options: MethodOptions | None = None
     calibration: str | None = None
+    or_else: BaseKind | None = None
+    """Of another merge that it may turn out better from; what is measured decides."""
     is_calibration_needed: bool = False
     """False where the run's own rows were taken because they happen to be there."""
+
+    @property
+    def merge_bases(self) -> tuple[MergeBase, ...]:
+        """Of every merge that it needs."""
+        if self.base is None or not self.target.is_of_merge:
+            return ()
+        return (self.base,) if self.or_else is None else (self.base, self.or_else)
 
     @property
     def calibration_need(self) -> CalibrationNeed:
@@ -111,7 +120,15 @@ def _job(target: Target, request: ExportRequest, places: Places) -> Job:
     elif need == "optional":
         calibration = request.calibration or (own if target.wants_original else None)
     is_needed = need == "required" or request.calibration is not None
-    return Job(target, out, _base(target, request), method, options, calibration, is_needed)
+    return Job(
+        target,
+        out,
+        _base(target, request),
+        method,
+        options,
+        calibration,
+        is_calibration_needed=is_needed,
+    )
 
 
 def _base(target: Target, request: ExportRequest) -> MergeBase | None:
@@ -150,6 +167,9 @@ def placed(job: Job, trained: TrainedAdapter, reporter: Reporter) -> Job:
     if job.base is None:
         return job
     base = job.target.base_of(trained.bases, job.base)
+    has_choice = len(trained.bases) > 1 and trained.aware is None
+    if job.base == "auto" and job.target.is_made_of_both and has_choice:
+        return replace(job, base=base, or_else="dequantized")
     if base != "auto":
         trained.require_base(base)
     if job.target.wants_original and base != "original":

@@ -88,6 +88,11 @@ class Target:
         """Whether there is a choice of base weights: to be merged into, or to stand beside."""
         return self.is_of_merge or self.maker == "lora-gguf"
 
+    @property
+    def is_made_of_both(self) -> bool:
+        """Whether it is cheap enough to be made of either merge, so that a measurement decides."""
+        return self.wants_original and self.family in _GGUF_FAMILIES
+
     def base_of(self, available: tuple[BaseKind, ...], asked: MergeBase) -> MergeBase:
         """`original`, `dequantized`, or `auto` where either serves.
 
