@@ -46,7 +46,7 @@ from qlora_kit.evaluate.divergence import DEFAULT_MAX_TOKENS
 from qlora_kit.evaluate.evaluate import evaluate_model, evaluate_side_by_side, window_size
 from qlora_kit.export.export_run import export_after_training
 from qlora_kit.export.merge_run import merge_after_training
-from qlora_kit.launcher import require_launch
+from qlora_kit.launcher import require_going_on, require_launch
 from qlora_kit.model.adapter import Adapted, attach_adapter
 from qlora_kit.model.base import Base, load_base, prepare_for_training
 from qlora_kit.model.qat.attach import aware_of
@@ -138,6 +138,7 @@ def run_recipe(
     ):
         entry = processes.on_main(lambda: enter(recipe, allow_drift, held, disk))
         processes.together(lambda: require_visible(entry))
+        processes.together(lambda: require_going_on(launcher_settings(), entry.checkpoint))
         narrate.entry(reporter, entry)
         hardware = as_it_was(hardware, entry.checkpoint)
         memory.phase("loading")
@@ -149,8 +150,7 @@ def run_recipe(
         narrate.schedule(reporter, recipe.train, ready.batches, shape)
         needed = bytes_to_write(recipe, ready.adapted, ready.held_out.sequences)
         run = processes.on_main(lambda: open_folder(recipe, entry, needed))
-        if processes.is_main:
-            write_ledger(run, ready.train, ready.held_out)
+        processes.on_main(lambda: write_ledger(run, ready.train, ready.held_out))
         around = Surroundings(
             hardware=hardware,
             precision=ready.precision,

@@ -209,8 +209,11 @@ def clear_leftovers(run_folder: Path, disk: Disk = DISK) -> tuple[Path, ...]:
 
 
 def require_room(run_folder: Path, needed_bytes: int, disk: Disk = DISK) -> None:
-    """Raises CheckpointError where the next checkpoint does not fit on the disk."""
-    free_bytes = disk.free_bytes(run_folder)
+    """Raises CheckpointError where the next checkpoint does not fit on the disk, or that does not
+    say how much does.
+    """
+    with _told("the next checkpoint could not be begun", run_folder, disk):
+        free_bytes = disk.free_bytes(run_folder)
     if free_bytes < needed_bytes:
         raise CheckpointError(
             f"no room for the next checkpoint in {run_folder}: {needed_bytes:,} bytes needed, "
@@ -220,7 +223,13 @@ def require_room(run_folder: Path, needed_bytes: int, disk: Disk = DISK) -> None
 
 def what_is_left(run_folder: Path) -> str:
     """Which checkpoint a run can be continued from, and what to do."""
-    newest = newest_whole(run_folder).folder
+    try:
+        newest = newest_whole(run_folder).folder
+    except OSError as error:
+        return (
+            f"{run_folder} cannot be read any more ({error.strerror}): mend the disk, and the same "
+            "command goes on from the newest checkpoint that is whole."
+        )
     if newest is None:
         return (
             "No whole checkpoint is there yet. Make room or mend the disk, or choose another "
@@ -265,6 +274,6 @@ def _hidden(folder: Path, state: str) -> Path:
 
 def _try_to_remove(path: Path, disk: Disk) -> None:
     """What cannot be removed now, `clear_leftovers` removes at the next start."""
-    if path.exists():
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        if path.exists():
             disk.remove(path)

@@ -213,11 +213,12 @@ def _trainer(
         if batches.held_out
         else None,
         hooks=Hooks(
+            can_save=saver.can_save,
             save=saver.save,
             save_last=saver.save_last,
             settle=lambda: processes.on_main(saver.settle),
             settled=saver.settled,
-            look=saver.look if processes.count == 1 else lambda: None,
+            has_failed=saver.has_failed,
             keep_last_good=saver.keep_last_good,
             warn=around.reporter.warn,
             gathered=processes.gathered,
@@ -230,9 +231,9 @@ def _trainer(
     if continuation is not None:
         put_back_what_fits(trainer, continuation.progress, spec, around.reporter)
     saver.trainer = trainer
-    step = StepCallback(run.log, around.memory, around.reporter, updates_per_pass)
+    step = StepCallback(run.log, around.memory, around.reporter, updates_per_pass, processes)
     saver.step = step
-    cadence = Cadence(spec, updates_per_pass, num_updates, around.requests)
+    cadence = Cadence(spec, updates_per_pass, num_updates, around.requests, trainer.hooks)
     step.trainer = trainer
     trainer.remove_callback(transformers.PrinterCallback)
     if "tensorboard" in spec.report_to and processes.is_main:
