@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qlora_kit.errors import HardwareError, QloraKitError
+from qlora_kit.refusals import naming
 
 # What to do, other than making room, where a cache does not fit.
 ANOTHER_CACHE = "set QLORA_KIT_CACHE to a folder on another disk"
@@ -57,7 +58,7 @@ def published_folder(folder: Path) -> Iterator[Path]:
 
     Of two processes that make the same folder the first wins, and the other's draft is dropped.
     """
-    with draft_beside(folder) as draft:
+    with naming(folder), draft_beside(folder) as draft:
         yield draft
         flush_folder(draft)
         try:
@@ -74,7 +75,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
     A process killed between the two renames leaves the old folder beside, as `.NAME.*.replaced`.
     """
-    with draft_beside(folder) as draft:
+    with naming(folder), draft_beside(folder) as draft:
         yield draft
         flush_folder(draft)
         aside = draft.with_suffix(".replaced")

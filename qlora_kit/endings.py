@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError
 
 from qlora_kit.checkpoint.run_directory import left_behind
-from qlora_kit.errors import DiskError, RunStopped
+from qlora_kit.errors import DiskError, HardwareError, ProcessLost, RunStopped
 from qlora_kit.refusals import refusal_of
 
 if TYPE_CHECKING:
@@ -40,3 +40,15 @@ def told_how_it_ends(recipe: Recipe, requests: Requests) -> Iterator[None]:
         if refusal is None:
             raise
         raise DiskError(f"{refusal} {left_behind(recipe)}") from error
+
+
+@contextmanager
+def saying_what_is_kept(recipe: Recipe) -> Iterator[None]:
+    """Around training and what follows it: memory or room that runs out, or another process that
+    is gone, takes nothing that was saved.
+    """
+    try:
+        yield
+    except (ProcessLost, HardwareError) as ended:
+        ended.args = (f"{ended} {left_behind(recipe)}",)
+        raise

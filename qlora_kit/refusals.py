@@ -27,7 +27,7 @@ _REFUSALS = (
     errno.EREMOTEIO,
 )
 # How writers in Rust and C++ say it; there is no errno in their errors.
-_RUST = re.compile(r"([^:]*) \(os error \d+\)")
+_RUST = re.compile(r"([^:]*) \(os error (\d+)\)")
 _TORCH = ("inline_container", "PytorchStreamWriter")
 
 
@@ -51,9 +51,17 @@ def said_by_the_disk(error: Exception) -> str | None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An error within the block names this file: what cannot be written names none by itself."""
+    """Let what the disk refuses within the block name this file or folder: what cannot be written
+    names none by itself, or the draft of it.
+    """
     try:
         yield
     except OSError as error:
-        error.filename = str(path)
+        is_draft = f".{path.name}." in str(error.filename)
+        if error.errno in _REFUSALS and (error.filename is None or is_draft):
+            error.filename = str(path)
         raise
+    except SafetensorError as error:
+        if (found := _RUST.search(str(error))) is None:
+            raise
+        raise OSError(int(found[2]), found[1].strip(), str(path)) from error

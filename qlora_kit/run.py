@@ -33,7 +33,7 @@ from qlora_kit.checkpoint.run_directory import (
 )
 from qlora_kit.data.prepare import Part, fingerprint_of, prepare_eval, prepare_train
 from qlora_kit.data.stream import StreamedSequences
-from qlora_kit.endings import told_how_it_ends
+from qlora_kit.endings import saying_what_is_kept, told_how_it_ends
 from qlora_kit.environment import (
     Hardware,
     launcher_settings,
@@ -41,7 +41,7 @@ from qlora_kit.environment import (
     probe_hardware,
     resolve_compute_dtype,
 )
-from qlora_kit.errors import HardwareError, ProcessLost, RunStopped
+from qlora_kit.errors import RunStopped
 from qlora_kit.evaluate.divergence import DEFAULT_MAX_TOKENS
 from qlora_kit.evaluate.evaluate import evaluate_model, evaluate_side_by_side, window_size
 from qlora_kit.export.export_run import export_after_training
@@ -170,10 +170,11 @@ def run_recipe(
         trained, weights = train(recipe, ready, around, continuation)
         if not processes.is_main:
             return None
-        if weights is not None:
-            around.keep_adapter(run.adapter, weights)
-            ready = made_whole(recipe, ready, run, hardware)
-        return finish(recipe, ready, around, trained)
+        with saying_what_is_kept(recipe):
+            if weights is not None:
+                around.keep_adapter(run.adapter, weights)
+                ready = made_whole(recipe, ready, run, hardware)
+            return finish(recipe, ready, around, trained)
 
 
 def continuation_of(
@@ -199,13 +200,10 @@ def train(
     adapter's weights.
     """
     model = ready.adapted.model
-    try:
+    with saying_what_is_kept(recipe):
         trained = train_adapter(
             model, ready.base, ready.batches, recipe.train, around, continuation
         )
-    except (ProcessLost, HardwareError) as ended:
-        ended.args = (f"{ended} {left_behind(recipe)}",)
-        raise
     weights = gathered_trainables(model)
     leave(around.processes)
     if trained.stop_signal is not None:

@@ -32,7 +32,7 @@ from qlora_kit.train.quantization import QuantizationStart
 from qlora_kit.train.requests import Requests
 from qlora_kit.train.saving import Saver
 from qlora_kit.train.snapshot import Progress
-from qlora_kit.train.trackers import tensorboard
+from qlora_kit.train.trackers import Tensorboard, told_in_the_foreground
 from qlora_kit.train.trainer import Hooks, QloraTrainer
 from qlora_kit.train.worst_batch import WorstBatch, what_would_help
 
@@ -132,6 +132,7 @@ def train_adapter(
             around.requests.deferred(),
             processes.noticing_loss(),
             warnings.catch_warnings(),
+            told_in_the_foreground(),
             trainer.hooks.settled(),
         ):
             # On a CPU paged optimizers run unpaged, which is what is meant there.
@@ -237,7 +238,7 @@ def _trainer(
     step.trainer = trainer
     trainer.remove_callback(transformers.PrinterCallback)
     if "tensorboard" in spec.report_to and processes.is_main:
-        trainer.add_callback(tensorboard(run.folder, start))
+        trainer.add_callback(Tensorboard(run.folder, start, around.reporter.warn))
     # In this order: the worst batch is tried, then what was saved is put back.
     trainer.add_callback(WorstBatch(trainer, batches, spec, around))
     trainer.add_callback(GoOn(trainer, continuation, processes, run.log, around.adapter_files))
