@@ -31,7 +31,8 @@ def draft_beside(folder: Path) -> Iterator[Path]:
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.draft")
     _make(draft, folder)
     try:
-        yield draft
+        with naming(folder):
+            yield draft
     finally:
         _remove(draft)
 
@@ -58,7 +59,7 @@ def published_folder(folder: Path) -> Iterator[Path]:
 
     Of two processes that make the same folder the first wins, and the other's draft is dropped.
     """
-    with naming(folder), draft_beside(folder) as draft:
+    with draft_beside(folder) as draft:
         yield draft
         flush_folder(draft)
         try:
@@ -75,7 +76,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
     A process killed between the two renames leaves the old folder beside, as `.NAME.*.replaced`.
     """
-    with naming(folder), draft_beside(folder) as draft:
+    with draft_beside(folder) as draft:
         yield draft
         flush_folder(draft)
         aside = draft.with_suffix(".replaced")
