@@ -18,6 +18,8 @@ _REFUSALS = (
     errno.EFBIG,
     errno.EIO,
     errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
     # Of a disk that was taken away, a network's among them.
     errno.ENODEV,
     errno.ENXIO,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
 from qlora_kit.checkpoint.checkpoints import find_checkpoints
 from qlora_kit.checkpoint.manifest import faults_at_a_glance, step_of
-from qlora_kit.errors import RunError
-from qlora_kit.train.snapshot import read_progress
+from qlora_kit.train.snapshot import PROGRESS_FILE
 
 
 def best_checkpoint(run_folder: Path) -> Path | None:
@@ -16,6 +16,9 @@ def best_checkpoint(run_folder: Path) -> Path | None:
 
     Each checkpoint holds the loss that was taken after its own update, so it does not matter which
     evaluations were saved, or what has become of a checkpoint since.
+
+    Raises:
+        OSError: one cannot be read.
     """
     losses = {folder: _eval_loss(folder) for folder in find_checkpoints(run_folder)}
     return min(
@@ -26,11 +29,12 @@ def best_checkpoint(run_folder: Path) -> Path | None:
 
 
 def _eval_loss(folder: Path) -> float:
-    """NaN where there is none."""
+    """NaN where there is none.
+
+    Raises:
+        OSError: it cannot be read now, and might be the best.
+    """
     if faults_at_a_glance(folder):
         return math.nan
-    try:
-        progress, _ = read_progress(folder)
-    except RunError:  # of another version
-        return math.nan
-    return math.nan if progress.eval_loss is None else progress.eval_loss
+    loss = json.loads((folder / PROGRESS_FILE).read_text(encoding="utf-8")).get("eval_loss")
+    return math.nan if loss is None else float(loss)

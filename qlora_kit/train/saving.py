@@ -14,6 +14,7 @@ from qlora_kit.checkpoint.checkpoints import (
     publish_checkpoint,
     require_room,
     rotate,
+    told_of,
 )
 from qlora_kit.checkpoint.draft import Draft
 from qlora_kit.errors import DiskError
@@ -59,6 +60,7 @@ class Saver:
         self._moving: Moving | None = None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
+        self._has_begun = False
 
     def can_save(self) -> bool:
         """Not under DeepSpeed, whose optimizer's state cannot be put back exactly yet."""
@@ -130,7 +132,7 @@ class Saver:
         what came meanwhile.
         """
         interrupted: KeyboardInterrupt | None = None
-        while True:
+        while self._has_begun:
             try:
                 if interrupted is not None:
                     self.around.reporter.warn("a checkpoint is being written; this ends with it.")
@@ -138,7 +140,8 @@ class Saver:
             except KeyboardInterrupt as one:
                 interrupted = one
             else:
-                return interrupted
+                break
+        return interrupted
 
     def _begin(self, taken: Taken, randoms: list[dict[str, Any]]) -> None:
         assert self.trainer is not None
@@ -152,6 +155,7 @@ class Saver:
         }
         copied = snapshot(taken, progress, shape, randoms, around.records)
         require_room(around.run.folder, copied.num_bytes, around.disk)
+        self._has_begun = True
         self._writing = self._writer.submit(self._write, progress.update, copied)
         if not self.is_beside:
             self.settle()
@@ -166,8 +170,13 @@ class Saver:
 
         publish_checkpoint(run.folder / f"checkpoint-{update}", fill, disk)
         if (limit := self.spec.save_total_limit) is not None:
-            best = best_checkpoint(run.folder) if self.spec.keep_best else None
-            rotate(run.folder, limit, best, disk)
+            rotate(run.folder, limit, self._best(run.folder), disk)
+
+    def _best(self, run: Path) -> Path | None:
+        if not self.spec.keep_best:
+            return None
+        with told_of("the best checkpoint could not be looked for", run, self.around.disk):
+            return best_checkpoint(run)
 
     def _keep(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
         try:

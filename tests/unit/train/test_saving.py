@@ -280,6 +280,22 @@ class TestTheBest:
         training.save(20, 0.9)
         assert training.save(24, 0.9) == [16, 24]
 
+    def test_is_not_deleted_because_it_cannot_be_read_now(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        training = self.training(tmp_path / "run")
+        training.save(4, 0.5)
+        training.save(8, 0.6)
+
+        def refuse(run_folder: Path) -> None:
+            raise OSError(errno.EIO, "input/output error", str(run_folder))
+
+        monkeypatch.setattr(saving, "best_checkpoint", refuse)
+        said = r"best checkpoint could not be looked for .*checkpoint-12 is whole"
+        with pytest.raises(CheckpointError, match=said):
+            training.save(12, 0.7)
+        assert training.saved == [4, 8, 12]
+
     def test_is_still_known_to_the_attempt_after(self, tmp_path: Path) -> None:
         before = self.training(tmp_path / "run")
         before.save(4, 0.5)
