@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from qlora_kit.errors import HardwareError, QloraKitError
+from qlora_kit.refusals import naming
 
 # What to do, other than making room, where a cache does not fit.
 ANOTHER_CACHE = "set QLORA_KIT_CACHE to a folder on another disk"
@@ -30,7 +31,8 @@ def draft_beside(folder: Path) -> Iterator[Path]:
     draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.draft")
     _make(draft, folder)
     try:
-        yield draft
+        with naming(folder):
+            yield draft
     finally:
         _remove(draft)
 

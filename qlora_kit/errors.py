@@ -9,6 +9,7 @@ QloraKitError
 ├── ArtifactError     an exported folder has no record, or is not what its record says
 ├── HardwareError     the machine lacks what was asked for (a precision, memory, disk)
 ├── RunError          a run directory is taken, missing, or incomplete
+│   └── DiskError     the disk does not take, or give, what a run writes there
 ├── CheckpointError   a checkpoint could not be written; says which earlier one is whole
 ├── TrainingError     training cannot go on (a loss or gradient that is not finite)
 ├── LaunchError       a launcher asks for what the recipe or the machine does not allow
@@ -55,6 +56,10 @@ class HardwareError(QloraKitError):
 
 class RunError(QloraKitError):
     """A run directory that is taken, missing, or incomplete."""
+
+
+class DiskError(RunError):
+    """A disk that is full, broken or gone."""
 
 
 class CheckpointError(QloraKitError):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qlora_kit.environment import LauncherSettings
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from qlora_kit.recipe import Recipe
 
 _MIXED = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
+_SPREAD = "its optimizer's state is spread over the processes and cannot be put back exactly yet"
 _TORCH_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
 
@@ -34,6 +36,15 @@ def require_launch(
     if faults:
         listed = "\n".join(f"  - {fault}" for fault in faults)
         raise LaunchError(f"the launcher asks for what would not happen:\n{listed}")
+
+
+def require_going_on(asked: LauncherSettings, checkpoint: Path | None) -> None:
+    """Raises LaunchError where the launcher asks for what cannot go on from this checkpoint."""
+    if asked.deepspeed and checkpoint is not None:
+        raise LaunchError(
+            f"{checkpoint} cannot be gone on from under DeepSpeed: {_SPREAD}. Launch with torchrun "
+            "or FSDP2, or train anew with --fresh."
+        )
 
 
 def _faults(asked: LauncherSettings, precision: str) -> Iterator[str]:
@@ -104,10 +115,13 @@ def _deepspeed_faults(asked: LauncherSettings, recipe: Recipe, device: str) -> I
             f"gradient_accumulation_steps: {asked.accumulation}, but the recipe says "
             f"{accumulation}; set it to auto"
         )
-    if recipe.train.save_strategy != "no":
+    asking = [f"train.save_strategy: {recipe.train.save_strategy}"]
+    asking *= recipe.train.save_strategy != "no"
+    asking += ["train.save_minutes"] * (recipe.train.save_minutes is not None)
+    if asking:
         yield (
-            "DeepSpeed with checkpoints: its optimizer's state is spread over the processes and "
-            "cannot be put back exactly yet; set train.save_strategy: no, or use DDP or FSDP"
+            f"DeepSpeed with checkpoints ({', '.join(asking)}): {_SPREAD}; set "
+            "train.save_strategy: no without train.save_minutes, or use DDP or FSDP"
         )
 
 

@@ -13,8 +13,11 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, Generic, TypeVar
 
+from safetensors import SafetensorError
+
 from qlora_kit.environment import Hardware, launched, require_whole_launch
 from qlora_kit.errors import HardwareError, ProcessLost, QloraKitError
+from qlora_kit.refusals import refusal_of
 
 # Rank 0 may quantize a large base, or tokenize a large data set, while the others wait.
 _PATIENCE = timedelta(hours=12)
@@ -28,7 +31,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Outcome(Generic[T]):
-    """What some work has made, or the fault that it met."""
+    """What some work has made, or the fault that it met, the disk's among them."""
 
     value: T | None = None
     fault: QloraKitError | None = None
@@ -39,6 +42,12 @@ def _attempt(work: Callable[[], T]) -> _Outcome[T]:
         return _Outcome(work())
     except QloraKitError as fault:
         return _Outcome(fault=fault)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        refusal = refusal_of(error)
+        if refusal is None:
+            raise
+        refusal.__cause__ = error
+        return _Outcome(fault=refusal)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from qlora_kit.checkpoint.run_directory import (
 )
 from qlora_kit.data.prepare import Part, fingerprint_of, prepare_eval, prepare_train
 from qlora_kit.data.stream import StreamedSequences
-from qlora_kit.endings import told_how_it_ends
+from qlora_kit.endings import saying_what_is_kept, told_how_it_ends
 from qlora_kit.environment import (
     Hardware,
     launcher_settings,
@@ -44,12 +44,12 @@ from qlora_kit.environment import (
     probe_hardware,
     resolve_compute_dtype,
 )
-from qlora_kit.errors import HardwareError, ProcessLost, RunStopped
+from qlora_kit.errors import RunStopped
 from qlora_kit.evaluate.divergence import DEFAULT_MAX_TOKENS
 from qlora_kit.evaluate.evaluate import evaluate_model, evaluate_side_by_side, window_size
 from qlora_kit.export.export_run import export_after_training
 from qlora_kit.export.merge_run import merge_after_training
-from qlora_kit.launcher import require_launch
+from qlora_kit.launcher import require_going_on, require_launch
 from qlora_kit.model.adapter import Adapted, attach_adapter
 from qlora_kit.model.base import Base, load_base, prepare_for_training
 from qlora_kit.model.qat.attach import aware_of
@@ -141,6 +141,7 @@ def run_recipe(
     ):
         entry = processes.on_main(lambda: enter(recipe, allow_drift, held, disk, processes.count))
         processes.together(lambda: require_visible(entry))
+        processes.together(lambda: require_going_on(launcher_settings(), entry.checkpoint))
         narrate.entry(reporter, entry)
         hardware = as_it_was(hardware, entry.checkpoint)
         memory.phase("loading")
@@ -153,8 +154,7 @@ def run_recipe(
         narrate.schedule(reporter, recipe.train, ready.batches, shape)
         needed = bytes_to_write(recipe, ready.adapted, ready.held_out.sequences)
         run = processes.on_main(lambda: open_folder(recipe, entry, needed))
-        if processes.is_main:
-            write_ledger(run, ready.train, ready.held_out)
+        processes.on_main(lambda: write_ledger(run, ready.train, ready.held_out))
         around = Surroundings(
             hardware=hardware,
             precision=ready.precision,
@@ -174,10 +174,11 @@ def run_recipe(
         trained, weights = train(recipe, ready, around, continuation)
         if not processes.is_main:
             return None
-        if weights is not None:
-            around.keep_adapter(run.adapter, weights)
-            ready = made_whole(recipe, ready, run, hardware)
-        return finish(recipe, ready, around, trained)
+        with saying_what_is_kept(recipe):
+            if weights is not None:
+                around.keep_adapter(run.adapter, weights)
+                ready = made_whole(recipe, ready, run, hardware)
+            return finish(recipe, ready, around, trained)
 
 
 def continuation_of(
@@ -206,13 +207,10 @@ def train(
     adapter's weights.
     """
     model = ready.adapted.model
-    try:
+    with saying_what_is_kept(recipe):
         trained = train_adapter(
             model, ready.base, ready.batches, recipe.train, around, continuation
         )
-    except (ProcessLost, HardwareError) as ended:
-        ended.args = (f"{ended} {left_behind(recipe)}",)
-        raise
     weights = gathered_trainables(model)
     leave(around.processes)
     if trained.stop_signal is not None:

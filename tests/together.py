@@ -1,6 +1,7 @@
-"""Runs of several processes that share one start-up: a worker that trains one recipe after another.
+"""Runs of several processes that share one start-up: workers that train one recipe after another.
 
-Started by `train_together` as `python tests/together.py RUNS.json`, once for each rank.
+`Together` starts `python tests/together.py` once for each rank; each reads the names of files with
+jobs from its standard input.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class Job:
     """Rank, sequences, forward passes: on that rank, more than so many sequences at a time are too
     much for the memory, once so many passes have gone well.
     """
+    failing: int = 0
+    """The file operation of saving, counted from 1, at which the disk fails; 0: none."""
 
 
 def free_port() -> int:
@@ -48,32 +51,66 @@ def environment_of_launch() -> dict[str, str]:
     }
 
 
-def train_together(folder: Path, count: int, jobs: Sequence[Job]) -> list[list[str]]:
-    """Train one after the other in `count` processes; what each raised, by job and rank.
-
-    An empty text where nothing was. What was said is in said-0.txt, said-1.txt, … of `folder`.
+class Together:
+    """As many processes as asked for, started when they are first needed, which takes longer than
+    most runs.
     """
-    plan = folder / "jobs.json"
-    plan.write_text(json.dumps([{**asdict(job), "port": free_port()} for job in jobs]))
-    workers = []
-    for rank in range(count):
+
+    def __init__(self, folder: Path, count: int):
+        self.folder = folder
+        self.count = count
+        self._workers: list[subprocess.Popen[str]] = []
+        self._number = 0
+
+    def train(self, folder: Path, jobs: Sequence[Job]) -> list[list[str]]:
+        """One after the other; what each raised, by job and rank.
+
+        An empty text where nothing was. What was said is in said-0.txt, said-1.txt, … of `folder`.
+        """
+        self._workers = self._workers or [self._started(rank) for rank in range(self.count)]
+        self._number += 1
+        plan = folder / f"jobs-{self._number}.json"
+        plan.write_text(json.dumps([{**asdict(job), "port": free_port()} for job in jobs]))
+        for worker in self._workers:
+            assert worker.stdin is not None
+            worker.stdin.write(f"{plan}\n")
+            worker.stdin.flush()
+        until = time.monotonic() + TIMEOUT_SECONDS
+        answers = [answer_to(plan, rank) for rank in range(self.count)]
+        while not all(one.exists() for one in answers):
+            for rank, worker in enumerate(self._workers):
+                assert worker.poll() is None, self._log(rank).read_text()
+            assert time.monotonic() < until
+            time.sleep(0.05)
+        by_rank = [json.loads(one.read_text()) for one in answers]
+        return [list(raised) for raised in zip(*by_rank, strict=True)]
+
+    def end(self) -> None:
+        for worker in self._workers:
+            worker.kill()
+            worker.communicate()
+
+    def _log(self, rank: int) -> Path:
+        return self.folder / f"worker-{rank}.txt"
+
+    def _started(self, rank: int) -> subprocess.Popen[str]:
+        count = self.count
         ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
         numbers = {name: str(value) for name, value in ranks.items()}
-        workers.append(
-            subprocess.Popen(
-                [sys.executable, __file__, str(plan)],
+        with self._log(rank).open("w") as log:
+            return subprocess.Popen(
+                [sys.executable, __file__],
                 env={**environment_of_launch(), **numbers, "MASTER_ADDR": "127.0.0.1"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
                 text=True,
             )
-        )
-    until = time.monotonic() + TIMEOUT_SECONDS
-    said = [worker.communicate(timeout=max(until - time.monotonic(), 1)) for worker in workers]
-    for worker, (_, err) in zip(workers, said, strict=True):
-        assert worker.returncode == 0, err
-    by_rank = [json.loads(out.splitlines()[-1]) for out, _ in said]
-    return [list(raised) for raised in zip(*by_rank, strict=True)]
+
+
+def answer_to(plan: Path, rank: int) -> Path:
+    """Where a worker writes what its jobs have raised; it appears whole."""
+    return plan.with_name(f"{plan.stem}-raised-{rank}.json")
 
 
 @contextmanager
@@ -109,15 +146,14 @@ def work(plan: Path) -> None:
     """What one rank does."""
     import torch
     from accelerate.state import AcceleratorState
+    from faulty_disk import FaultyDisk
     from rich.console import Console
 
     from qlora_kit.cli.console import ConsoleReporter
-    from qlora_kit.environment import quiet_upstream
     from qlora_kit.errors import QloraKitError
     from qlora_kit.recipe import load_recipe
     from qlora_kit.run import run_recipe
 
-    quiet_upstream()
     torch.set_num_threads(1)
     raised = []
     is_main = os.environ["RANK"] == "0"
@@ -127,15 +163,23 @@ def work(plan: Path) -> None:
         try:
             with said.open("w") as file, short_of_memory(job["short"]):
                 reporter = ConsoleReporter(Console(file=file, width=132))
-                run_recipe(load_recipe(Path(job["recipe"]), job["overrides"]), reporter)
+                disk = FaultyDisk(job["failing"], "I/O error")
+                run_recipe(load_recipe(Path(job["recipe"]), job["overrides"]), reporter, disk=disk)
             raised.append("")
         except QloraKitError as error:
             raised.append(f"{'(told elsewhere) ' * error.is_told_elsewhere}{error}")
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
         AcceleratorState._reset_state(reset_partial_state=True)
-    print(json.dumps(raised))
+    answer = answer_to(plan, int(os.environ["RANK"]))
+    draft = answer.with_suffix(".draft")
+    draft.write_text(json.dumps(raised))
+    draft.rename(answer)
 
 
 if __name__ == "__main__":
-    work(Path(sys.argv[1]))
+    from qlora_kit.environment import quiet_upstream
+
+    quiet_upstream()
+    for line in sys.stdin:
+        work(Path(line.rstrip("\n")))

@@ -68,7 +68,7 @@ def publish_checkpoint(folder: Path, fill: Fill, disk: Disk = DISK) -> None:
     """
     step = step_of(folder)
     place = _hidden(folder, "draft")
-    with _told(f"{folder.name} could not be written", folder.parent, disk):
+    with told_of(f"{folder.name} could not be written", folder.parent, disk):
         try:
             place.mkdir()
             with Draft(place, disk) as draft:
@@ -156,7 +156,7 @@ def rotate(
         return ()
     oldest = step_of(recent[-1]) if recent else step_of(whole[0])
     doomed = [folder for folder in found if step_of(folder) < oldest and folder.name != spared]
-    with _told("old checkpoints could not be deleted", run_folder, disk):
+    with told_of("old checkpoints could not be deleted", run_folder, disk):
         _delete(doomed, run_folder, disk)
     return tuple(doomed)
 
@@ -190,7 +190,7 @@ def clear_leftovers(run_folder: Path, disk: Disk = DISK) -> tuple[Path, ...]:
         return ()
     matches = [(path, _LEFTOVER.fullmatch(path.name)) for path in sorted(run_folder.iterdir())]
     removed = []
-    with _told("what a killed process left could not be cleared away", run_folder, disk):
+    with told_of("what a killed process left could not be cleared away", run_folder, disk):
         for path, match in matches:
             if match is None:
                 continue
@@ -209,8 +209,11 @@ def clear_leftovers(run_folder: Path, disk: Disk = DISK) -> tuple[Path, ...]:
 
 
 def require_room(run_folder: Path, needed_bytes: int, disk: Disk = DISK) -> None:
-    """Raises CheckpointError where the next checkpoint does not fit on the disk."""
-    free_bytes = disk.free_bytes(run_folder)
+    """Raises CheckpointError where the next checkpoint does not fit on the disk, or that does not
+    say how much does.
+    """
+    with told_of("the next checkpoint could not be begun", run_folder, disk):
+        free_bytes = disk.free_bytes(run_folder)
     if free_bytes < needed_bytes:
         raise CheckpointError(
             f"no room for the next checkpoint in {run_folder}: {needed_bytes:,} bytes needed, "
@@ -220,7 +223,13 @@ def require_room(run_folder: Path, needed_bytes: int, disk: Disk = DISK) -> None
 
 def what_is_left(run_folder: Path) -> str:
     """Which checkpoint a run can be continued from, and what to do."""
-    newest = newest_whole(run_folder).folder
+    try:
+        newest = newest_whole(run_folder).folder
+    except OSError as error:
+        return (
+            f"{run_folder} cannot be read any more ({error.strerror}): mend the disk, and the same "
+            "command goes on from the newest checkpoint that is whole."
+        )
     if newest is None:
         return (
             "No whole checkpoint is there yet. Make room or mend the disk, or choose another "
@@ -233,8 +242,8 @@ def what_is_left(run_folder: Path) -> str:
 
 
 @contextlib.contextmanager
-def _told(failure: str, run_folder: Path, disk: Disk) -> Iterator[None]:
-    """What the disk refuses, as a message that says what is still whole."""
+def told_of(failure: str, run_folder: Path, disk: Disk) -> Iterator[None]:
+    """Raises CheckpointError for what the disk refuses; it says what is still whole."""
     try:
         yield
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -265,6 +274,6 @@ def _hidden(folder: Path, state: str) -> Path:
 
 def _try_to_remove(path: Path, disk: Disk) -> None:
     """What cannot be removed now, `clear_leftovers` removes at the next start."""
-    if path.exists():
-        with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):
+        if path.exists():
             disk.remove(path)

@@ -13,8 +13,10 @@ from qlora_kit import environment
 from qlora_kit.checkpoint.checkpoints import Found, find_checkpoints, is_half_written
 from qlora_kit.checkpoint.drift import compare
 from qlora_kit.checkpoint.lock import LOCK_FILE
+from qlora_kit.checkpoint.manifest import faults_at_a_glance
 from qlora_kit.errors import RecipeError, RunError
 from qlora_kit.recipe import Recipe, load_recipe, recipe_hash, save_recipe
+from qlora_kit.refusals import naming
 
 OPTIMIZER_FILE = "optimizer.safetensors"  # of a checkpoint
 RECIPE_RECORD = "checkpoint_recipe.yaml"  # of a checkpoint
@@ -166,10 +168,13 @@ def open_run(folder: Path) -> tuple[RunDirectory, Recipe]:
 def left_behind(recipe: Recipe) -> str:
     """What a run that did not end has kept, and how it goes on."""
     run = RunDirectory(Path(recipe.run_dir))
-    if not run.recipe.is_file():
-        return "Nothing was written."
-    kept = find_checkpoints(run.folder)
     again = "The same command goes on with it"
+    try:
+        if not run.recipe.is_file():
+            return "Nothing was written."
+        kept = [one for one in find_checkpoints(run.folder) if not faults_at_a_glance(one)]
+    except OSError as error:
+        return f"{run.folder} cannot be read any more ({error.strerror}). {again} once it can."
     if not kept:
         return f"{run.folder} holds no checkpoint yet. {again}, from the first update."
     return f"{run.folder} holds {kept[0].name}. {again} from there."
@@ -196,11 +201,12 @@ def write_json(path: Path, values: Any) -> None:
     text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with scratch.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        scratch.replace(path)
+        with naming(path):
+            with scratch.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            scratch.replace(path)
     finally:
         scratch.unlink(missing_ok=True)
 

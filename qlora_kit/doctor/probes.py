@@ -152,8 +152,8 @@ def hub_cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def hub_answer() -> str:
-    """One request to the hub; empty where it answers within three seconds, else what happened."""
+def hub_answer(patience_seconds: float = _HUB_SECONDS) -> str:
+    """One request to the hub; empty where it answers in that time, else what happened."""
     import httpx
     from huggingface_hub import constants
 
@@ -161,7 +161,7 @@ def hub_answer() -> str:
 
     def ask() -> None:
         try:
-            status = httpx.head(constants.ENDPOINT, timeout=_HUB_SECONDS).status_code
+            status = httpx.head(constants.ENDPOINT, timeout=patience_seconds).status_code
         except httpx.HTTPError as error:
             answers.append(str(error) or type(error).__name__)
         else:
@@ -170,8 +170,8 @@ def hub_answer() -> str:
     # A name server that does not answer holds a request up far beyond its own timeout.
     thread = Thread(target=ask, daemon=True)
     thread.start()
-    thread.join(_HUB_SECONDS + 1)
-    return answers[0] if answers else f"no answer in {_HUB_SECONDS:g} s"
+    thread.join(patience_seconds + 1)
+    return answers[0] if answers else f"no answer in {patience_seconds:g} s"
 
 
 def _device_and_dtype() -> tuple[str, torch.dtype]:

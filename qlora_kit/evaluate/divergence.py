@@ -7,7 +7,9 @@ candidate is compared with the record.
 from __future__ import annotations
 
 import math
+import os
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +21,7 @@ from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.errors import DataError, HardwareError, ModelError
 from qlora_kit.evaluate.perplexity import perplexity_of
 from qlora_kit.evaluate.windows import keep_first_tokens, split_windows
+from qlora_kit.refusals import naming
 from qlora_kit.report.reporter import Progress
 from qlora_kit.runtime.forward import NO_PROGRESS, token_chunks
 from qlora_kit.runtime.protocol import Scorer
@@ -225,9 +228,19 @@ def _create_record(path: Path, num_tokens: int, vocab_size: int) -> numpy.memmap
     free = shutil.disk_usage(path.parent).free
     if num_bytes > free:
         raise HardwareError(
-            f"comparing two models on {num_tokens} tokens needs {num_bytes / 1e9:.1f} GB of disk "
-            f"in {path.parent}, where {free / 1e9:.1f} GB are free; make room or compare fewer."
+            f"comparing two models on {num_tokens} tokens needs {num_bytes:,} bytes of disk "
+            f"in {path.parent}, where {free:,} are free; make room or compare fewer."
         )
-    return numpy.lib.format.open_memmap(
-        path, mode="w+", dtype=numpy.float32, shape=(num_tokens, vocab_size)
-    )
+    with naming(path):
+        rows = numpy.lib.format.open_memmap(
+            path, mode="w+", dtype=numpy.float32, shape=(num_tokens, vocab_size)
+        )
+        _reserve(path)
+    return rows
+
+
+def _reserve(path: Path) -> None:
+    """A disk that fills up meanwhile would end the process where it writes to mapped memory."""
+    if sys.platform == "linux":
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

@@ -82,6 +82,7 @@ def require_room(out: Path, needed_bytes: int) -> None:
     free_bytes = shutil.disk_usage(place).free
     if free_bytes < needed_bytes + _SURROUNDINGS_BYTES:
         raise HardwareError(
-            f"no room for {out}: it takes {needed_bytes:,} bytes, and {free_bytes:,} are free in "
-            f"{place}; make room, or name a folder on another disk."
+            f"no room for {out}: it takes {needed_bytes:,} bytes and up to {_SURROUNDINGS_BYTES:,} "
+            f"for what stands beside them, and {free_bytes:,} are free in {place}; make room, or "
+            "name a folder on another disk."
         )

@@ -20,6 +20,7 @@ from qlora_kit.recipe.overrides import apply_overrides
 from qlora_kit.recipe.recipe import Recipe
 from qlora_kit.recipe.shape import optional_section_at, section_at
 from qlora_kit.recipe.yaml import dump_yaml, parse_yaml
+from qlora_kit.refusals import naming
 
 AnySpec = TypeVar("AnySpec", bound=Spec)
 
@@ -82,11 +83,12 @@ def save_recipe(recipe: Recipe, path: Path) -> None:
     """Write the recipe with every default spelled out; it loads back as an equal Recipe."""
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        with draft.open("w", encoding="utf-8") as file:
-            file.write(recipe_text(recipe))
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
+        with naming(path):
+            with draft.open("w", encoding="utf-8") as file:
+                file.write(recipe_text(recipe))
+                file.flush()
+                os.fsync(file.fileno())
+            draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
 

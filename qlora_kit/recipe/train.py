@@ -134,7 +134,8 @@ class TrainSpec(Spec):
     """Checkpoints to keep, newest first."""
 
     keep_best: bool = False
-    """Keep the checkpoint with the lowest eval loss as well, whatever its age."""
+    """Keep the checkpoint with the lowest eval loss as well, whatever its age: of those that are
+    there, each with the loss after its own update."""
 
     max_memory_mib: int | None = Field(default=None, gt=0)
     """Use no more memory than this, of the GPU where there is one, else of this process, as if

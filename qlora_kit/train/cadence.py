@@ -13,6 +13,7 @@ from qlora_kit.train.requests import Requests
 
 if TYPE_CHECKING:
     from qlora_kit.recipe import TrainSpec
+    from qlora_kit.train.trainer import Hooks
 
 
 class Cadence(TrainerCallback):
@@ -23,8 +24,14 @@ class Cadence(TrainerCallback):
     """
 
     def __init__(
-        self, spec: TrainSpec, updates_per_pass: int, num_updates: int, requests: Requests
+        self,
+        spec: TrainSpec,
+        updates_per_pass: int,
+        num_updates: int,
+        requests: Requests,
+        hooks: Hooks,
     ):
+        self.hooks = hooks
         self.spec = spec
         self.updates_per_pass = updates_per_pass
         self.num_updates = num_updates
@@ -32,18 +39,29 @@ class Cadence(TrainerCallback):
         self.stop_signal: int | None = None
         """The signal that ended training before its time."""
         self._last_save = time.monotonic()
+        self._is_refusal_told = False
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> TrainerControl:
+        """Raises CheckpointError, on every process, where the disk has refused what the main one
+        was writing beside training.
+        """
         update = state.global_step
         is_last = update == self.num_updates
         minutes = self.spec.save_minutes
         is_due = minutes is not None and time.monotonic() - self._last_save >= 60 * minutes
-        due, asked, signal = _agreed(
-            [int(is_due), int(self.requests.take_save()), self.requests.stop_signal or 0],
+        due, asked, signal, has_failed = _agreed(
+            [
+                int(is_due),
+                int(self.requests.take_save()),
+                self.requests.stop_signal or 0,
+                int(self.hooks.has_failed()),
+            ],
             args,
         )
+        if has_failed:
+            self.hooks.settle()
         saves = self.spec.save_strategy != "no"
         control.should_evaluate = self._falls_on(
             self.spec.eval_strategy, self.spec.eval_steps, update, is_last
@@ -55,8 +73,9 @@ class Cadence(TrainerCallback):
             or asked
             or signal
         )
-        if args.deepspeed_plugin is not None:
-            control.should_save = False  # its optimizer's state cannot be put back exactly yet
+        if control.should_save and not self.hooks.can_save():
+            control.should_save = False
+            self._tell_refusal()
         if signal:
             self.stop_signal = signal
             control.should_training_stop = True
@@ -66,6 +85,14 @@ class Cadence(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self._last_save = time.monotonic()
+
+    def _tell_refusal(self) -> None:
+        """Once; a recipe that asks for checkpoints is refused before training."""
+        if not self._is_refusal_told:
+            self._is_refusal_told = True
+            self.hooks.warn(
+                "no checkpoint is written: DeepSpeed's optimizer cannot be put back exactly yet."
+            )
 
     def _falls_on(self, strategy: str, steps: int | None, update: int, is_last: bool) -> bool:
         if strategy == "steps":

@@ -15,6 +15,8 @@ from transformers import (
     TrainingArguments,
 )
 
+from qlora_kit.processes import ALONE, Processes
+from qlora_kit.refusals import naming
 from qlora_kit.report.reporter import Progress, Reporter
 from qlora_kit.train.memory import MemoryWatch
 
@@ -34,7 +36,9 @@ class StepCallback(TrainerCallback):
         memory: MemoryWatch,
         reporter: Reporter,
         updates_per_pass: int,
+        processes: Processes = ALONE,
     ):
+        self.processes = processes
         self.updates_per_pass = updates_per_pass
         self.log_path = log_path
         self.progress = Progress()
@@ -76,7 +80,6 @@ class StepCallback(TrainerCallback):
     ) -> None:
         assert self.trainer is not None
         self.trainer.progress.update = state.global_step
-        self.trainer.hooks.look()
         state.epoch = state.global_step / self.updates_per_pass
         host, device = self.memory.step()
         now = time.monotonic()
@@ -127,12 +130,16 @@ class StepCallback(TrainerCallback):
             "host_bytes": self.memory.host_at_steps[-1] if self.memory.host_at_steps else None,
             "device_peak_bytes": self.memory.device_peaks.get("training"),
         }
-        if not state.is_world_process_zero:
-            return
-        with self.log_path.open("a", encoding="utf-8") as file:
+        is_closing = "train_loss" in logs  # that one is written anew by every attempt
+        self.processes.on_main(lambda: self._append(line, is_closing))
+
+    def _append(self, line: dict[str, Any], is_closing: bool) -> None:
+        assert self.trainer is not None
+        with naming(self.log_path), self.log_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-            if "train_loss" not in logs:  # the closing line is written anew by every attempt
-                done.log_bytes = file.tell()
+            file.flush()
+            if not is_closing:
+                self.trainer.progress.log_bytes = file.tell()
 
 
 def _plain(value: Any) -> Any:

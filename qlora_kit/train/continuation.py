@@ -100,8 +100,7 @@ class GoOn(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if self.continuation is None:
-            if self.processes.is_main:
-                cut_log(self.log, 0)
+            self.processes.on_main(lambda: cut_log(self.log, 0))
             return
         trainer, folder = self.trainer, self.continuation.folder
         moving, allow_drift = moving_parts(trainer, self.adapter), self.continuation.allow_drift
@@ -109,23 +108,22 @@ class GoOn(TrainerCallback):
             lambda: read_snapshot(folder, moving, allow_drift)
         )
         state.global_step = trainer.progress.update
-        if self.processes.is_main:
-            log_bytes = trainer.progress.log_bytes
-            cut_log(self.log, log_bytes)
-            if log_bytes and (not self.log.exists() or self.log.stat().st_size < log_bytes):
-                trainer.hooks.warn(
-                    f"{self.log.name} is shorter than it was at update {state.global_step}: lines "
-                    "of earlier updates are gone from it. Training is not affected."
-                )
-        randoms = read_random_state(folder, self.processes.rank)
+        if not self.processes.on_main(lambda: cut_log(self.log, trainer.progress.log_bytes)):
+            trainer.hooks.warn(
+                f"{self.log.name} is shorter than it was at update {state.global_step}: lines "
+                "of earlier updates are gone from it. Training is not affected."
+            )
+        randoms = self.processes.together(lambda: read_random_state(folder, self.processes.rank))
         if randoms is not None and self.processes.count == self.continuation.shared.num_processes:
             put_random_state_back(randoms)
 
 
-def cut_log(path: Path, num_bytes: int) -> None:
-    """Drop the lines of updates that will be made again."""
-    if path.exists() and path.stat().st_size > num_bytes:
+def cut_log(path: Path, num_bytes: int) -> bool:
+    """Drop the lines of updates that will be made again; whether those before are all there."""
+    size = path.stat().st_size if path.exists() else 0
+    if size > num_bytes:
         os.truncate(path, num_bytes)
+    return size >= num_bytes
 
 
 def moving_parts(trainer: QloraTrainer, adapter: AdapterFiles) -> Moving:

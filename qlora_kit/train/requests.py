@@ -26,16 +26,26 @@ class Requests:
     """A file that asks for a checkpoint by being there; it is removed once there is one."""
     stop_signal: int | None = None
     _save: bool = False
+    _is_blind: bool = False
+    """Whether the file cannot be looked at, or not be removed."""
     _deferred: bool = field(default=False)
     """Whether a training loop is looking at the flags."""
 
     def take_save(self) -> bool:
-        """Whether a checkpoint was asked for since the last call."""
+        """Whether a checkpoint was asked for since the last call.
+
+        A disk that refuses to say is asked no more; to be saved on is what finds out about it.
+        """
         asked, self._save = self._save, False
-        if self.trigger.exists():
-            self.trigger.unlink(missing_ok=True)
-            return True
-        return asked
+        if self._is_blind:
+            return asked
+        try:
+            is_there = self.trigger.exists()
+            if is_there:
+                self.trigger.unlink(missing_ok=True)
+        except OSError:
+            self._is_blind = is_there = True
+        return asked or is_there
 
     @contextmanager
     def deferred(self) -> Iterator[None]:

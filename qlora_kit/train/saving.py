@@ -8,12 +8,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
+
 from qlora_kit.checkpoint.checkpoints import (
     publish_checkpoint,
     require_room,
     rotate,
+    told_of,
 )
 from qlora_kit.checkpoint.draft import Draft
+from qlora_kit.errors import DiskError
+from qlora_kit.refusals import refusal_of
+from qlora_kit.train.best import best_checkpoint
 from qlora_kit.train.continuation import items_per_update, moving_parts
 from qlora_kit.train.fitting import fitted
 from qlora_kit.train.loader import BatchShape
@@ -54,6 +60,12 @@ class Saver:
         self._moving: Moving | None = None
         self._writer = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
+        self._has_begun = False
+
+    def can_save(self) -> bool:
+        """Not under DeepSpeed, whose optimizer's state cannot be put back exactly yet."""
+        assert self.trainer is not None
+        return self.trainer.args.deepspeed_plugin is None
 
     def save(self) -> None:
         """On every process; the main one writes.
@@ -69,15 +81,16 @@ class Saver:
         randoms = self.around.processes.gathered(random_state())
         if self._moving is None:
             self._moving = moving_parts(self.trainer, self.around.adapter_files)
-        moving = self._moving
-        taken = take(moving)
-        self.around.processes.on_main(lambda: self._begin(taken, moving.num_bytes, randoms))
+        taken = take(self._moving)
+        self.around.processes.on_main(lambda: self._begin(taken, randoms))
 
     def save_last(self) -> None:
-        """The update last made, unless there is none, or it is saved already."""
+        """The update last made, unless there is none, it is saved already, or none can be."""
         assert self.trainer is not None
         update = self.trainer.progress.update
-        if update and not self.around.processes.on_main(lambda: self._holds(update)):
+        if not update or not self.can_save():
+            return
+        if not self.around.processes.on_main(lambda: self._holds(update)):
             self.save()
 
     def _holds(self, update: int) -> bool:
@@ -91,67 +104,99 @@ class Saver:
             CheckpointError: the disk refused; earlier ones are as they were.
         """
         if self._writing is not None:
+            wait([self._writing])  # interrupted here, it is still `settled` that waits for it
             writing, self._writing = self._writing, None
             writing.result()
 
-    def look(self) -> None:
-        """The same without waiting."""
-        if self._writing is not None and self._writing.done():
-            self.settle()
+    def has_failed(self) -> bool:
+        """Whether `settle` would raise, as far as is known without waiting."""
+        writing = self._writing
+        return writing is not None and writing.done() and writing.exception() is not None
 
     @contextmanager
     def settled(self) -> Iterator[None]:
-        """Whatever ends the block, what was saved before is on the disk when it has ended."""
+        """Whatever ends the block, and whoever interrupts, what was saved before is on the disk
+        when it has ended, or it is told why not.
+        """
         try:
             yield
         finally:
-            if self._writing is not None:
-                wait([self._writing])
+            interrupted = self._wait_for_writer()
+            if self._writing is not None and (fault := self._writing.exception()) is not None:
+                self.around.reporter.warn(str(fault))  # beside what ends the block
+            if interrupted is not None:
+                raise interrupted
 
-    def _begin(self, taken: Taken, num_bytes: int, randoms: list[dict[str, Any]]) -> None:
+    def _wait_for_writer(self) -> KeyboardInterrupt | None:
+        """The lock of the run is given back after this, so the writer must have ended; returns
+        what came meanwhile.
+        """
+        interrupted: KeyboardInterrupt | None = None
+        while self._has_begun:
+            try:
+                if interrupted is not None:
+                    self.around.reporter.warn("a checkpoint is being written; this ends with it.")
+                wait([self._writer.submit(_nothing)])  # done when all before it is
+            except KeyboardInterrupt as one:
+                interrupted = one
+            else:
+                break
+        return interrupted
+
+    def _begin(self, taken: Taken, randoms: list[dict[str, Any]]) -> None:
         assert self.trainer is not None
         around, progress = self.around, self.trainer.progress
         self.settle()
-        require_room(around.run.folder, num_bytes, around.disk)
         shape = {
             "items_per_update": self.shape.items_per_update,
             "items_per_process": items_per_update(self.spec, 1),
             "num_updates": self.num_updates,
             "num_processes": around.processes.count,
         }
-        copied = snapshot(taken, progress, shape, randoms)
-        best = self._best(around.run.folder)
-        self._writing = self._writer.submit(self._write, progress.update, copied, best)
+        copied = snapshot(taken, progress, shape, randoms, around.records)
+        require_room(around.run.folder, copied.num_bytes, around.disk)
+        self._has_begun = True
+        self._writing = self._writer.submit(self._write, progress.update, copied)
         if not self.is_beside:
             self.settle()
 
-    def _write(self, update: int, copied: Snapshot, best: Path | None) -> None:
+    def _write(self, update: int, copied: Snapshot) -> None:
         run, disk = self.around.run, self.around.disk
 
         def fill(draft: Draft) -> None:
             if run.log.exists():  # a checkpoint says how long the log is
                 disk.sync(run.log)
             copied.write(draft)
-            for name, text in self.around.records.items():
-                draft.put(name, [text.encode()])
 
         publish_checkpoint(run.folder / f"checkpoint-{update}", fill, disk)
-        rotate(run.folder, self.spec.save_total_limit, best, disk)
+        if (limit := self.spec.save_total_limit) is not None:
+            rotate(run.folder, limit, self._best(run.folder), disk)
 
     def _best(self, run: Path) -> Path | None:
-        assert self.trainer is not None
-        best = self.trainer.progress.best_update
-        return run / f"checkpoint-{best}" if self.spec.keep_best and best is not None else None
+        if not self.spec.keep_best:
+            return None
+        with told_of("the best checkpoint could not be looked for", run, self.around.disk):
+            return best_checkpoint(run)
 
     def _keep(self, folder: Path, weights: dict[str, torch.Tensor] | None) -> None:
-        if weights is None:
-            self.around.keep_adapter(folder)
-        else:
-            self.around.keep_adapter(folder, weights=weights)
+        try:
+            self.around.keep_adapter(folder, **({} if weights is None else {"weights": weights}))
+        except (OSError, SafetensorError) as error:
+            refusal = refusal_of(error)
+            if refusal is None:
+                raise
+            raise refusal from error
 
     def keep_last_good(self, step: int) -> str:
         folder = self.around.run.last_good
         assert self.trainer is not None
         weights = gathered_trainables(self.trainer.own_model)
-        self.around.processes.on_main(lambda: self._keep(folder, weights))
+        try:
+            self.around.processes.on_main(lambda: self._keep(folder, weights))
+        except DiskError as refused:
+            return f"The adapter as it was after step {step} could not be kept: {refused} "
         return f"The adapter as it was after step {step} is kept in {folder}. "
+
+
+def _nothing() -> None:
+    pass

@@ -9,8 +9,8 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,8 +42,10 @@ if TYPE_CHECKING:
 
 RANDOM_FILE = "random.safetensors"
 _SETTINGS = ("betas", "eps", "weight_decay", "initial_lr")
-# Tokenizer, configurations, random states.
-_OTHER_FILES_BYTES = 32 * 1024**2
+# Of a file system: of each file's last block a part stays empty.
+_BLOCK_BYTES = 4096
+# Both manifests, at most so many for each file that they name.
+_MANIFEST_BYTES = 1024
 
 
 @dataclass
@@ -63,8 +65,8 @@ class Progress:
     seconds: float = 0.0
     log_bytes: int = 0
     """Length of log.jsonl; what is behind it was logged by updates that will be made again."""
-    best_loss: float | None = None
-    best_update: int | None = None
+    eval_loss: float | None = None
+    """After this very update; None where it was not evaluated."""
     fitted: dict[str, int | None] = field(default_factory=dict)
     """What did not fit the memory as the recipe has it, and how it does: see `train.fitting`."""
     order_digest: str = ""
@@ -121,12 +123,6 @@ class Moving:
         where the model is sharded.
         """
         return {name: whole(one) for name, one in self._saved.items()}
-
-    @cached_property
-    def num_bytes(self) -> int:
-        """What a checkpoint needs on the disk, nearly: the adapter and the optimizer's state."""
-        tensors = [*self._saved.values(), *_tensors_in(self.optimizer.state_dict()["state"])]
-        return sum(one.nbytes for one in tensors) + _OTHER_FILES_BYTES
 
     def state(self) -> dict[str, Any]:
         return {
@@ -192,6 +188,14 @@ class Snapshot:
     files: Mapping[str, Sequence[Buffer]]
     adapter: AdapterFiles
 
+    @property
+    def num_bytes(self) -> int:
+        """What the checkpoint takes on the disk, at most some kilobytes less."""
+        made = sum(len(part) for parts in self.files.values() for part in parts)
+        kept = sum(map(len, self.adapter.unchanging.values()))
+        num_files = len(self.files) + len(self.adapter.unchanging) + 2
+        return made + kept + num_files * (_BLOCK_BYTES + _MANIFEST_BYTES)
+
     def write(self, draft: Draft) -> None:
         for name, content in self.adapter.unchanging.items():
             draft.put(name, [content], self.adapter.digests[name])
@@ -201,13 +205,18 @@ class Snapshot:
 
 
 def snapshot(
-    taken: Taken, progress: Progress, shape: dict[str, int], randoms: list[dict[str, Any]]
+    taken: Taken,
+    progress: Progress,
+    shape: dict[str, int],
+    randoms: list[dict[str, Any]],
+    records: Mapping[str, str] | None = None,
 ) -> Snapshot:
     """Copy what was taken.
 
     Args:
         shape: the numbers of `Shared`.
         randoms: `random_state()` of every process.
+        records: further text files, by name.
     """
     shared = Shared(**shape, optimizer_kind=taken.optimizer_kind)
     values = {**progress.as_dict(), **asdict(shared)}
@@ -216,6 +225,7 @@ def snapshot(
         OPTIMIZER_FILE: value_parts(taken.state),
         RANDOM_FILE: value_parts(randoms),
         PROGRESS_FILE: [(json.dumps(values, indent=1) + "\n").encode()],
+        **{name: [text.encode()] for name, text in (records or {}).items()},
     }
     return Snapshot(files, taken.adapter)
 
@@ -246,14 +256,15 @@ def read_snapshot(folder: Path, moving: Moving, allow_drift: bool = False) -> Pr
     Another kind of optimizer begins without a state, where drift is allowed; the schedule goes on.
 
     Raises:
-        RunError: what is put back is not what was written, bit for bit.
+        RunError: what is put back is not what was written, bit for bit, or cannot be read.
     """
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file
 
     progress, shared = read_progress(folder)
     try:
-        weights = load_file(folder / WEIGHTS_FILE)
+        with _readable(folder):
+            weights = load_file(folder / WEIGHTS_FILE)
         set_peft_model_state_dict(moving.model, adapter_shared_out(weights, moving.model))
     except (KeyError, ValueError, RuntimeError, SafetensorError) as error:
         raise _not_put_back("trainable weights", reason_of(error)) from error
@@ -263,7 +274,8 @@ def read_snapshot(folder: Path, moving: Moving, allow_drift: bool = False) -> Pr
     if not is_same_kind and not allow_drift:
         raise _not_put_back("optimizer's state", f"{kind}, written by {shared.optimizer_kind}")
     try:
-        state = load_values(folder / OPTIMIZER_FILE)
+        with _readable(folder):
+            state = load_values(folder / OPTIMIZER_FILE)
         if not is_same_kind:
             moving.put_back(state, progress.update, is_same_kind=False)
             return progress
@@ -274,6 +286,22 @@ def read_snapshot(folder: Path, moving: Moving, allow_drift: bool = False) -> Pr
         raise _not_put_back("optimizer's state", reason_of(error)) from error
     _require_same("optimizer's state", now, state["optimizer"]["state"])
     return progress
+
+
+@contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Around reading a file of a checkpoint that was whole when the run was entered.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise RunError(
+            f"{folder} was whole and now cannot be read ({reason_of(error)}). Look after the disk; "
+            "the same command then goes on from the newest checkpoint that is whole."
+        ) from error
 
 
 def _require_same(what: str, now: Any, then: Any) -> None:
@@ -319,14 +347,6 @@ def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(left.view(torch.uint8), right.view(torch.uint8))
 
 
-def _tensors_in(state: Any) -> Iterator[torch.Tensor]:
-    if isinstance(state, torch.Tensor):
-        yield state
-    elif isinstance(state, dict | list | tuple):
-        for one in state.values() if isinstance(state, dict) else state:
-            yield from _tensors_in(one)
-
-
 def random_state() -> dict[str, Any]:
     """Of this process: Python, NumPy, torch, and the device it trains on."""
     version, internal, gauss = random.getstate()
@@ -350,8 +370,13 @@ def put_random_state_back(state: dict[str, Any]) -> None:
 
 
 def read_random_state(folder: Path, rank: int) -> dict[str, Any] | None:
-    """None where the checkpoint was written by fewer processes."""
-    states = load_values(folder / RANDOM_FILE)
+    """None where the checkpoint was written by fewer processes.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    with _readable(folder):
+        states = load_values(folder / RANDOM_FILE)
     return dict(states[rank]) if rank < len(states) else None
 
 

@@ -32,7 +32,7 @@ from qlora_kit.train.quantization import QuantizationStart
 from qlora_kit.train.requests import Requests
 from qlora_kit.train.saving import Saver
 from qlora_kit.train.snapshot import Progress
-from qlora_kit.train.trackers import tensorboard
+from qlora_kit.train.trackers import Tensorboard, told_in_the_foreground
 from qlora_kit.train.trainer import Hooks, QloraTrainer
 from qlora_kit.train.worst_batch import WorstBatch, what_would_help
 
@@ -132,6 +132,7 @@ def train_adapter(
             around.requests.deferred(),
             processes.noticing_loss(),
             warnings.catch_warnings(),
+            told_in_the_foreground(),
             trainer.hooks.settled(),
         ):
             # On a CPU paged optimizers run unpaged, which is what is meant there.
@@ -213,11 +214,12 @@ def _trainer(
         if batches.held_out
         else None,
         hooks=Hooks(
+            can_save=saver.can_save,
             save=saver.save,
             save_last=saver.save_last,
             settle=lambda: processes.on_main(saver.settle),
             settled=saver.settled,
-            look=saver.look if processes.count == 1 else lambda: None,
+            has_failed=saver.has_failed,
             keep_last_good=saver.keep_last_good,
             warn=around.reporter.warn,
             gathered=processes.gathered,
@@ -230,13 +232,13 @@ def _trainer(
     if continuation is not None:
         put_back_what_fits(trainer, continuation.progress, spec, around.reporter)
     saver.trainer = trainer
-    step = StepCallback(run.log, around.memory, around.reporter, updates_per_pass)
+    step = StepCallback(run.log, around.memory, around.reporter, updates_per_pass, processes)
     saver.step = step
-    cadence = Cadence(spec, updates_per_pass, num_updates, around.requests)
+    cadence = Cadence(spec, updates_per_pass, num_updates, around.requests, trainer.hooks)
     step.trainer = trainer
     trainer.remove_callback(transformers.PrinterCallback)
     if "tensorboard" in spec.report_to and processes.is_main:
-        trainer.add_callback(tensorboard(run.folder, start))
+        trainer.add_callback(Tensorboard(run.folder, start, around.reporter.warn))
     # In this order: the worst batch is tried, then what was saved is put back.
     trainer.add_callback(WorstBatch(trainer, batches, spec, around))
     trainer.add_callback(GoOn(trainer, continuation, processes, run.log, around.adapter_files))

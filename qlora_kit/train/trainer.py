@@ -38,6 +38,8 @@ if TYPE_CHECKING:
 class Hooks:
     """What the trainer leaves to others."""
 
+    can_save: Callable[[], bool]
+    """Whether a checkpoint can be put back exactly."""
     save: Callable[[], None]
     """Write a checkpoint of the update just made."""
     save_last: Callable[[], None]
@@ -46,8 +48,8 @@ class Hooks:
     """Wait until checkpoints are on the disk."""
     settled: Callable[[], AbstractContextManager[None]]
     """The same however the block ends, and whatever hinders it."""
-    look: Callable[[], None]
-    """Raise what has hindered the one being written, without waiting for it."""
+    has_failed: Callable[[], bool]
+    """Whether something is known to have hindered the one being written, by this process."""
     keep_last_good: Callable[[int], str]
     """Keep the adapter as it was after an update; returns where, for people."""
     warn: Callable[[str], None]
@@ -264,6 +266,7 @@ class QloraTrainer(Trainer):
         progress.last_loss = loss
         progress.total_loss += loss
         progress.unlogged_losses += (loss,)
+        progress.eval_loss = None
         progress.order_digest = hashlib.sha256(
             f"{progress.order_digest}\n{origins}".encode()
         ).hexdigest()
@@ -291,9 +294,7 @@ class QloraTrainer(Trainer):
         """The loss per supervised token of the held-out rows, whatever batches they come in."""
         assert self.held_out is not None
         metrics = {"eval_loss": self.held_out.measure(self.own_model, self.hooks.warn)}
-        if self.progress.best_loss is None or metrics["eval_loss"] < self.progress.best_loss:
-            self.progress.best_loss = metrics["eval_loss"]
-            self.progress.best_update = self.state.global_step
+        self.progress.eval_loss = metrics["eval_loss"]
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics

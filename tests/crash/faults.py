@@ -29,6 +29,7 @@ _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 _REFUSALS = {"full disk": errno.ENOSPC, "I/O error": errno.EIO}
 # From then on no file can be longer: of a larger one this much is written, then comes an error.
 _LARGEST_BYTES = 8192
+FILLER = "filler"
 _SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "SIGUSR1": signal.SIGUSR1}
 
 
@@ -93,6 +94,20 @@ class Watch:
             again.start()
         elif self.fault == "short write":
             resource.setrlimit(resource.RLIMIT_FSIZE, (_LARGEST_BYTES, _LARGEST_BYTES))
+        elif self.fault == "fill":
+            fill(os.path.dirname(self.folders[0]))
         else:
             number = _REFUSALS[self.fault]
             raise OSError(number, os.strerror(number))
+
+
+def fill(folder: str) -> None:
+    """Take all room that a small disk has left."""
+    descriptor = os.open(os.path.join(folder, FILLER), os.O_WRONLY | os.O_CREAT)
+    for size in (1 << 20, 1 << 12, 1):
+        try:
+            while os.write(descriptor, bytes(size)):
+                pass
+        except OSError:
+            continue
+    os.close(descriptor)

@@ -50,8 +50,10 @@ class Zygote:
 
 
 @contextmanager
-def zygotes(count: int = 2) -> Iterator[list[Zygote]]:
-    """Each with another order of Python's sets, as every new process has."""
+def zygotes(count: int = 2, within: tuple[str, ...] = ()) -> Iterator[list[Zygote]]:
+    """Each with another order of Python's sets, as every new process has; `within` is the begin of
+    a command that runs another one.
+    """
     with ExitStack() as held:
         started = []
         for number in range(count):
@@ -65,7 +67,7 @@ def zygotes(count: int = 2) -> Iterator[list[Zygote]]:
             }
             process = held.enter_context(
                 subprocess.Popen(
-                    [sys.executable, "-m", "crash.zygote"],
+                    [*within, sys.executable, "-m", "crash.zygote"],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     text=True,

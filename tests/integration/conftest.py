@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from together import Together
 
 from qlora_kit import cli
 
@@ -91,6 +92,14 @@ def write_recipe(folder: Path, model: Path, **sections: object) -> Path:
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(values, indent=2), encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="package")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Together]:
+    """Two processes that train together whatever a test gives them."""
+    together = Together(tmp_path_factory.mktemp("two"), 2)
+    yield together
+    together.end()
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Memory that runs out on one of two processes, in the middle of training."""
+"""Memory that runs out on one of two processes in the middle of training, or a disk that fails."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from together import Job, train_together
+from together import Job, Together
 
 from qlora_kit.checkpoint.checkpoints import find_checkpoints
 
@@ -33,7 +33,9 @@ class Ended:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict[str, Ended]:
+def runs(
+    tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, two: Together
+) -> dict[str, Ended]:
     """41 rows of 8 an update: the last of a pass has one row for both processes."""
     root = tmp_path_factory.mktemp("memory")
     recipe = write_recipe(
@@ -61,7 +63,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> dict[str
     jobs = [
         Job(str(recipe), (f"run_dir={root / folder}",), short) for folder, short in wanted.values()
     ]
-    raised = train_together(root, 2, jobs)
+    wanted["failed"] = ("failed", None)
+    saves = ("train.max_steps=40", "train.save_strategy=steps", "train.save_steps=20")
+    jobs.append(Job(str(recipe), (f"run_dir={root / 'failed'}", *saves), failing=1))
+    raised = two.train(root, jobs)
     return {
         name: Ended(raised[number], (root / f"said-{number}.txt").read_text(), root / folder)
         for number, (name, (folder, _)) in enumerate(wanted.items())
@@ -93,3 +98,15 @@ def test_what_fits_is_known_to_the_run_that_goes_on(runs: dict[str, Ended]) -> N
     assert "1 of 2 sequences at a time from the start" in again.said
     assert "out of memory at" not in again.said
     assert again.curve() == pytest.approx(runs["whole"].curve(), rel=FLOAT_ERROR)
+
+
+def test_a_failed_write_beside_training_ends_all_before_the_next_save(
+    runs: dict[str, Ended],
+) -> None:
+    failed = runs["failed"]
+    told, other = failed.raised
+    assert "checkpoint-20 could not be written" in told
+    assert "Input/output error" in told
+    assert "No whole checkpoint is there yet. Make room or mend the disk" in told
+    assert other == f"(told elsewhere) {told}"
+    assert 20 <= len(failed.curve()) < 40

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from together import Job, train_together
+from together import Job, Together
 
 from qlora_kit.environment import cache_dir
 from qlora_kit.recipe import load_recipe
@@ -75,8 +75,8 @@ def recipe(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="session")
-def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+@pytest.fixture(scope="module")
+def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory, two: Together) -> dict[str, Path]:
     """One run of each way, and two of each variant."""
     root = tmp_path_factory.mktemp("ways")
     wanted = [(way, way, ()) for way in WAYS]
@@ -90,7 +90,7 @@ def runs(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
             run_recipe(load_recipe(recipe, given))
         else:
             shared.append(Job(str(recipe), given))
-    raised = train_together(root, 2, shared)
+    raised = two.train(root, shared)
     assert raised[1:] == [["", ""]] * len(shared[1:])
     (root / "nan" / "raised.json").write_text(json.dumps(raised[0]))
     return {**folders, "not finite": root / "nan"}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from together import Job, environment_of_launch, train_together
+from together import Job, Together, environment_of_launch
 
 from qlora_kit.checkpoint.checkpoints import find_checkpoints
 from qlora_kit.recipe import load_recipe
@@ -139,7 +139,12 @@ def test_killing_one_ends_the_other_with_one_message(story: Story) -> None:
     ("count", "more"), [(1, ()), (2, ()), (1, ("train.gradient_accumulation_steps=4",))]
 )
 def test_the_run_goes_on_to_the_same_end(
-    story: Story, uninterrupted: Path, tmp_path: Path, count: int, more: tuple[str, ...]
+    story: Story,
+    uninterrupted: Path,
+    tmp_path: Path,
+    count: int,
+    more: tuple[str, ...],
+    two: Together,
 ) -> None:
     """With one process too, whether or not its share of an update is doubled by hand."""
     folder = tmp_path / "run"
@@ -148,7 +153,7 @@ def test_the_run_goes_on_to_the_same_end(
     if count == 1:
         run_recipe(load_recipe(story.recipe, given))
     else:
-        assert train_together(tmp_path, 2, [Job(str(story.recipe), given)]) == [["", ""]]
+        assert two.train(tmp_path, [Job(str(story.recipe), given)]) == [["", ""]]
     assert len(curve(uninterrupted)) == LAST
     assert curve(folder) == pytest.approx(curve(uninterrupted), rel=FLOAT_ERROR)
     assert curve(folder, "tokens") == pytest.approx(curve(uninterrupted, "tokens"))

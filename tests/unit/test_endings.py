@@ -7,11 +7,14 @@ import signal
 from pathlib import Path
 
 import pytest
+from faulty_disk import writer
 from safetensors import SafetensorError
 
+from qlora_kit.checkpoint import run_directory
+from qlora_kit.checkpoint.checkpoints import publish_checkpoint
 from qlora_kit.checkpoint.run_directory import create_run
-from qlora_kit.endings import said_by_the_disk, told_how_it_ends
-from qlora_kit.errors import RunError, RunStopped
+from qlora_kit.endings import told_how_it_ends
+from qlora_kit.errors import DiskError, RunError, RunStopped
 from qlora_kit.recipe import Recipe, recipe_from_dict
 from qlora_kit.train.requests import Requests
 
@@ -68,6 +71,36 @@ def test_a_disk_that_refuses_is_told_of(recipe: Recipe, error: Exception, said: 
     [FileNotFoundError(errno.ENOENT, "no"), RuntimeError("shapes"), SafetensorError("header")],
 )
 def test_faults_of_ours_stay_what_they_are(recipe: Recipe, error: Exception) -> None:
-    assert said_by_the_disk(error) is None
     with pytest.raises(type(error)), told_how_it_ends(recipe, Requests(Path("save-now"))):
         raise error
+
+
+def test_what_another_process_was_told_says_what_is_kept_as_well(recipe: Recipe) -> None:
+    run = create_run(recipe)
+    for step in (4, 8):
+        publish_checkpoint(run.folder / f"checkpoint-{step}", writer(step, "new"))
+    (run.folder / "checkpoint-8" / "state.json").write_text("half of")
+    refused = DiskError("the disk refuses: it is full. Make room or mend it.")
+    refused.is_told_elsewhere = True
+    with (
+        pytest.raises(DiskError, match=r"mend it. .*run holds checkpoint-4. The same") as told,
+        told_how_it_ends(recipe, Requests(Path("save-now"))),
+    ):
+        raise refused
+    assert told.value.is_told_elsewhere
+
+
+def test_a_folder_that_cannot_be_read_any_more_is_told_of_too(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create_run(recipe)
+
+    def refuse(folder: Path) -> None:
+        raise OSError(errno.EIO, "Input/output error", str(folder))
+
+    monkeypatch.setattr(run_directory, "find_checkpoints", refuse)
+    with (
+        pytest.raises(DiskError, match=r"run cannot be read any more \(Input/output error\)"),
+        told_how_it_ends(recipe, Requests(Path("save-now"))),
+    ):
+        raise OSError(errno.EIO, "Input/output error")

@@ -13,7 +13,7 @@ import yaml
 
 from qlora_kit.environment import LauncherSettings, launcher_settings, require_one_process
 from qlora_kit.errors import LaunchError
-from qlora_kit.launcher import require_launch
+from qlora_kit.launcher import require_going_on, require_launch
 from qlora_kit.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
@@ -146,6 +146,12 @@ def test_sky_is_yaml_and_starts_train() -> None:
         (DEEPSPEED, (), "cuda", "not installed"),
         (DEEPSPEED, (), "cpu", "DeepSpeed on a CPU"),
         (DEEPSPEED, (), "cuda", "save_strategy"),
+        (
+            DEEPSPEED,
+            ("train.save_strategy='no'", "train.save_minutes=5"),
+            "cuda",
+            "checkpoints (train.save_minutes)",
+        ),
         (replace(DEEPSPEED, zero_stage="1"), (), "cuda", "ZeRO stage 1"),
         (replace(DEEPSPEED, accumulation="32"), (), "cuda", "gradient_accumulation_steps: 32"),
     ],
@@ -155,6 +161,14 @@ def test_what_would_not_happen_is_refused(
 ) -> None:
     with pytest.raises(LaunchError, match=re.escape(said)):
         require_launch(settings, recipe(*overrides), "fp32", device, 2)
+
+
+def test_a_checkpoint_that_cannot_be_put_back_is_refused_before_the_work() -> None:
+    checkpoint = Path("runs/x/checkpoint-4")
+    with pytest.raises(LaunchError, match=r"checkpoint-4 cannot be gone on .*--fresh"):
+        require_going_on(DEEPSPEED, checkpoint)
+    require_going_on(DEEPSPEED, None)
+    require_going_on(FSDP, checkpoint)
 
 
 def test_what_says_nothing_is_accepted() -> None:

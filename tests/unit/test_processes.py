@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import pickle
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from qlora_kit.checkpoint.run_directory import RunDirectory
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import (
     DataError,
+    DiskError,
     Fault,
     HardwareError,
     LaunchError,
@@ -85,6 +87,32 @@ def test_a_fault_of_another_is_raised_as_well() -> None:
     with pytest.raises(ModelError, match="unreadable") as caught:
         second.together(failing(ModelError("unreadable")))
     assert caught.value.is_told_elsewhere, "the main one raises it, too"
+
+
+def test_a_disk_that_refuses_one_ends_all() -> None:
+    """With one message, as any other fault."""
+    full = OSError(errno.ENOSPC, "No space left on device", "log.jsonl")
+
+    def refuse() -> None:
+        raise full
+
+    first = replace(Second(first=[]), rank=0)
+    heard: list[Any] = []
+
+    def gathered(value: Any) -> list[Any]:
+        heard.append(pickle.loads(pickle.dumps(value)))
+        return [value, value]
+
+    object.__setattr__(first, "gathered", gathered)
+    with pytest.raises(DiskError, match=r"refuses: No space left on device \(log.jsonl\)") as told:
+        first.on_main(refuse)
+    assert not told.value.is_told_elsewhere
+    with pytest.raises(DiskError, match="No space left") as other:
+        Second(first=heard).on_main(refuse)
+    assert other.value.is_told_elsewhere
+    with pytest.raises(DiskError, match="No space left") as other:
+        Second(first=[None]).together(refuse)
+    assert other.value.is_told_elsewhere, "the main one raises it, too"
 
 
 def test_the_first_of_a_machine_goes_first() -> None:

@@ -142,6 +142,31 @@ class TestADiskThatFails:
         with pytest.raises(CheckpointError, match=r"1,000 bytes needed, 999 free. No whole"):
             require_room(tmp_path, 1000, SmallDisk())
 
+    def test_a_disk_that_does_not_say_how_much_room_there_is(self, tmp_path: Path) -> None:
+        class DumbDisk(Disk):
+            def free_bytes(self, folder: Path) -> int:
+                raise OSError(errno.EIO, "input/output error")
+
+        prepare(tmp_path / "run")
+        said = (
+            r"next checkpoint could not be begun in .*: input/output error. checkpoint-8 is whole"
+        )
+        with pytest.raises(CheckpointError, match=said):
+            require_room(tmp_path / "run", 1, DumbDisk())
+
+    def test_a_folder_that_cannot_be_read_any_more(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        prepare(tmp_path / "run")
+        said = r"could not be written .*run cannot be read any more \(Input/output error\)"
+
+        def refuse(folder: Path) -> None:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
+
+        monkeypatch.setattr("qlora_kit.checkpoint.checkpoints.find_checkpoints", refuse)
+        with pytest.raises(CheckpointError, match=said):
+            next_step(tmp_path / "run", FaultyDisk(1, "I/O error"))
+
 
 # Publishes checkpoint-12 by torch, safetensors and Python, on a disk that does not take it.
 FILLING = """

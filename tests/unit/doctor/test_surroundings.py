@@ -16,6 +16,7 @@ from qlora_kit.doctor.apart import Outcome
 from qlora_kit.doctor.probes import hub_answer
 
 GIB = 1024**3
+PATIENCE_SECONDS = 60.0  # beside other work even this machine takes its time
 
 
 class _Hub(BaseHTTPRequestHandler):
@@ -42,9 +43,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[_Hub]]:
 
 
 def test_the_hub_answers_or_not(hub: type[_Hub], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert hub_answer() == ""
+    assert hub_answer(PATIENCE_SECONDS) == ""
     monkeypatch.setattr(hub, "status", 503)
-    assert hub_answer() == "it answers with status 503"
+    assert hub_answer(PATIENCE_SECONDS) == "it answers with status 503"
 
 
 def test_a_hub_that_nobody_serves(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,7 +53,15 @@ def test_a_hub_that_nobody_serves(monkeypatch: pytest.MonkeyPatch) -> None:
     with HTTPServer(("127.0.0.1", 0), _Hub) as server:
         port = server.server_port
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{port}")
-    assert "refused" in hub_answer()
+    assert "refused" in hub_answer(PATIENCE_SECONDS)
+
+
+def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A connection is made, and nothing comes back."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    with HTTPServer(("127.0.0.1", 0), _Hub) as server:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+        assert hub_answer(0.1) in ("timed out", "no answer in 0.1 s")
 
 
 def test_hub_findings() -> None:

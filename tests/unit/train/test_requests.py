@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from pathlib import Path
@@ -50,6 +51,24 @@ def test_the_file_asks_for_one_and_goes(tmp_path: Path) -> None:
         assert requests.take_save()
         assert not trigger.exists()
         assert not requests.take_save()
+
+
+def test_a_file_that_cannot_be_removed_asks_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that refuses is found out about by the save; any other trouble saves no end."""
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "read-only file system")
+
+    trigger = tmp_path / TRIGGER_FILE
+    trigger.touch()
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with listening(trigger) as requests, requests.deferred():
+        assert requests.take_save()
+        assert not requests.take_save()
+        send(signal.SIGUSR1)
+        assert requests.take_save()
 
 
 def test_handlers_are_put_back(tmp_path: Path) -> None:

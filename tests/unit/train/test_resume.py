@@ -331,6 +331,29 @@ def test_the_best_checkpoint_is_kept(run: Run) -> None:
     assert kept == {f"checkpoint-{best}", "checkpoint-12"}
 
 
+def test_the_best_of_those_that_were_saved_is_kept_by_the_attempt_after(run: Run) -> None:
+    """Every second evaluation falls between two checkpoints."""
+    spec: dict[str, Any] = {
+        "learning_rate": 0.3,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "save_total_limit": 1,
+        "keep_best": True,
+    }
+    whole = run("whole", **spec)
+    losses = {line["step"]: line["eval_loss"] for line in whole.log if "eval_loss" in line}
+    assert len(losses) == 6
+    best = min((4, 8, 12), key=lambda step: losses[step])
+    assert best != 12, "this test needs a run that gets worse"
+    run("parts", stop_after=9, **spec)
+    parts = run("parts", again=True, **spec)
+    for outcome in (whole, parts):
+        kept = {path.name for path in find_checkpoints(outcome.folder)}
+        assert kept == {f"checkpoint-{best}", "checkpoint-12"}
+
+
 def test_a_file_asks_for_a_checkpoint(run: Run, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / TRIGGER_FILE).touch()
