@@ -53,6 +53,7 @@ from qlora_kit.launcher import require_going_on, require_launch
 from qlora_kit.model.adapter import Adapted, attach_adapter
 from qlora_kit.model.base import Base, load_base, prepare_for_training
 from qlora_kit.model.qat.attach import aware_of
+from qlora_kit.model.qat.room import require_memory
 from qlora_kit.model.saved import adapter_files, load_adapter, save_adapter
 from qlora_kit.model.shared import require_same_base, state_checksum
 from qlora_kit.model.tokenizer import template_hash, tokenizer_hash
@@ -248,17 +249,22 @@ def prepare(
     )
     narrate.hardware(reporter, hardware, compute_dtype, why, precision)
 
+    dtype: torch.dtype = getattr(torch, compute_dtype)
+    aware = aware_of(recipe.quantization_aware, recipe.export.merge_options.dtype, dtype)
     is_shared = processes.count > 1 and recipe.quantization.is_quantized
     base = (processes.first_here if is_shared else processes.together)(
         lambda: load_base(
             recipe.model,
             recipe.quantization,
-            getattr(torch, compute_dtype),
+            dtype,
             why,
             hardware,
             lora=recipe.lora,
             aware=recipe.quantization_aware,
             is_shared=is_shared,
+            before_reading=lambda skeleton: require_memory(
+                skeleton, aware, recipe.train.optim, dtype, hardware, recipe.train.max_memory_mib
+            ),
         )
     )
     if processes.count > 1:
@@ -279,8 +285,6 @@ def prepare(
     )
     narrate.data(reporter, train, held_out, base.tokenizer)
 
-    merged_dtype = recipe.export.merge_options.dtype
-    aware = aware_of(recipe.quantization_aware, merged_dtype, base.compute_dtype)
     adapted = processes.together(
         lambda: attach_adapter(base, recipe.lora, recipe.train.seed, aware)
     )

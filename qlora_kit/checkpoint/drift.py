@@ -67,6 +67,7 @@ BREAKING: dict[str, str] = {
     "model": "the adapter goes on on another base, tokenizer or template than it has learned on",
     "quantization": "the adapter goes on on other base weights or products than it has learned on",
     "quantization_aware": "the weights are quantized otherwise than those that it has learned with",
+    "quantization_aware.train": "an adapter and whole weights do not go on from each other",
     "lora": "the adapter has another shape or scale than the one in the checkpoint",
     "data": "other rows, or the same in another order: some are seen twice and some never",
     "train.warmup_steps": _RATE,

@@ -25,7 +25,7 @@ def model_card(certificate: dict[str, Any]) -> str:
             "base_model_relation": "finetune",
             "library_name": "transformers",
             "pipeline_tag": "text-generation",
-            "tags": ["qlora", "lora", "merged", "qlora-kit"],
+            "tags": [*tags(trained_on), "merged", "qlora-kit"],
         }
     )
     return "\n".join(
@@ -61,11 +61,23 @@ def _how_made(certificate: dict[str, Any]) -> str:
         stored = f"quantized again, to {dtype}"
     else:
         stored = f"quantized to {dtype}, as it was at every step of the training"
+    if is_full(trained_on):
+        return f"{trained_from(trained_on)} They took the place of its own, {stored}.\n"
     return f"{trained_from(trained_on)} It was added in float32 to {base}. The sum was {stored}.\n"
 
 
+def is_full(trained_on: dict[str, Any]) -> bool:
+    """Whether the weights were trained themselves; a record of an earlier version does not say."""
+    return (trained_on.get("quantization_aware") or {}).get("train") == "full"
+
+
+def tags(trained_on: dict[str, Any]) -> list[str]:
+    """Under which the hub finds it, by how it was trained."""
+    return ["quantization-aware-training"] if is_full(trained_on) else ["qlora", "lora"]
+
+
 def trained_from(trained_on: dict[str, Any]) -> str:
-    """One sentence: the adapter, and the base in the form that it was trained on."""
+    """One sentence: what was trained, and the base in the form that it was trained on."""
     bits, overrides = _num_bits(trained_on), _overrides(trained_on)
     kept = f"kept in {bits} bits"
     kept += f" ({trained_on['quantization']['quant_type']})" if bits == 4 else ""
@@ -75,6 +87,11 @@ def trained_from(trained_on: dict[str, Any]) -> str:
         )
         kept += f" but for {named}{' …' if len(overrides) > 5 else ''}"
     revision = f" at revision `{trained_on['revision']}`" if trained_on["revision"] else ""
+    if is_full(trained_on):
+        return (
+            f"The weights of all linear layers but the head were trained, with the rest of "
+            f"`{trained_on['name']}`{revision} as it was."
+        )
     return f"A LoRA adapter was trained on `{trained_on['name']}`{revision}, {kept}."
 
 
@@ -111,12 +128,16 @@ def _verdict(certificate: dict[str, Any]) -> str:
         )
     found = "within" if certificate["passed"] else "**not within**"
     lines = [
-        "Measured against the adapter on its base, which is the model that was trained and "
+        f"Measured against {_graph(certificate)}the model that was trained and "
         f"evaluated, on {certificate['divergence']['num_tokens']} held-out tokens. It is {found} "
         f"the budget of {certificate['max_kl']:g} nats per token.\n"
     ]
     lines += [f"- does not come back on loading: {one}" for one in certificate["reload_faults"]]
     return "\n".join(lines) + "\n"
+
+
+def _graph(certificate: dict[str, Any]) -> str:
+    return "" if is_full(certificate["trained_on"]) else "the adapter on its base, which is "
 
 
 def _figures(certificate: dict[str, Any]) -> str:

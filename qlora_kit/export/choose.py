@@ -63,7 +63,7 @@ def show_candidates(
     """Figures of every candidate, the trained graph first."""
     reference = candidates[0].divergence
     rows = [
-        ["adapter on its base", f"{reference.reference_perplexity:.4g}", "", "", "", ""],
+        ["as trained", f"{reference.reference_perplexity:.4g}", "", "", "", ""],
         *(_row(one, one is chosen) for one in candidates),
     ]
     budget = "before it is quantized" if max_kl is None else f"budget: KL {max_kl:g}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.export.card import CARD_FILE, ledger_section, trained_from
+from qlora_kit.export.card import CARD_FILE, is_full, ledger_section, tags, trained_from
 from qlora_kit.recipe.yaml import dump_yaml
 
 _LIBRARIES = {"adapter": "peft", "gguf": "gguf", "lora-gguf": "gguf", "ollama": "gguf"}
@@ -34,7 +34,7 @@ def export_card(certificate: dict[str, Any], gguf_files: list[str]) -> str:
             "base_model_relation": "adapter" if family == "adapter" else "quantized",
             "library_name": _LIBRARIES.get(family, "transformers"),
             "pipeline_tag": "text-generation",
-            "tags": ["qlora", "lora", family, "qlora-kit"],
+            "tags": [*tags(certificate["trained_on"]), family, "qlora-kit"],
         }
     )
     return "\n".join(
@@ -58,7 +58,11 @@ def _how_made(certificate: dict[str, Any]) -> str:
     text = trained_from(certificate["trained_on"])
     if base is not None and not target.startswith("lora-gguf"):
         whose = "original" if base == "original" else "dequantized"
-        text += f" It was merged into the {whose} weights, and the sum was exported to {target}."
+        text += (
+            f" They were merged, and exported to {target}."
+            if is_full(certificate["trained_on"])
+            else f" It was merged into the {whose} weights, and the sum was exported to {target}."
+        )
     elif target.startswith("lora-gguf"):
         whose = "as it was stored" if base == "original" else "as training saw it, dequantized"
         text += f" It stands here as GGUF beside its base, {whose}."

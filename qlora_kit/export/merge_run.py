@@ -150,7 +150,7 @@ def record_reference(
             "a merge is measured on held-out rows, and there are none; name some in data.eval."
         )
     num_tokens = sum(row.num_supervised for row in rows)
-    with reporter.progress("measuring (adapter on its base)", num_tokens) as progress:
+    with reporter.progress("measuring (as trained)", num_tokens) as progress:
         return record_logprobs(
             CausalScorer(model, trained.tokenizer.pad_token_id, trained.compute_dtype),
             rows,

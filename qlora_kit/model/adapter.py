@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,15 +12,16 @@ from torch import nn
 from qlora_kit.errors import AdapterError
 from qlora_kit.model.base import Base, num_embeddings
 from qlora_kit.model.loftq import fit_to_quantization_error
-from qlora_kit.model.qat.attach import Aware, make_aware
+from qlora_kit.model.qat.attach import Aware, make_aware, trained_in_full
 from qlora_kit.model.quantized import count_quantized
 from qlora_kit.model.reason import reason_of
 from qlora_kit.model.targets import Targets, find_targets
+from qlora_kit.recipe import LoraSpec
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
 
-    from qlora_kit.recipe import LoraSpec
+    from qlora_kit.model.skeleton import Skeleton
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,14 @@ class Adapted:
     """Base and adapter; packed 4-bit weights counted as the parameters they stand for."""
     targets: dict[str, int]
     """Kind of module → how many carry an adapter."""
+    in_full: dict[str, int]
+    """Kind of module → how many are trained in full."""
 
 
 def attach_adapter(base: Base, spec: LoraSpec, seed: int, aware: Aware | None = None) -> Adapted:
     """Add a fresh adapter; the same seed gives the same one. With `aware` the merged weights are
-    quantized whenever the model computes.
+    quantized whenever the model computes; where that trains the weights themselves, copies of the
+    layers are the adapter, and not what `spec` says.
 
     Raises:
         AdapterError: targets, patterns or modules_to_save that match nothing or cannot be trained.
@@ -46,6 +50,9 @@ def attach_adapter(base: Base, spec: LoraSpec, seed: int, aware: Aware | None = 
     from peft import get_peft_model
 
     transformers.set_seed(seed)
+    is_full = aware is not None and aware.spec.train == "full"
+    if is_full:
+        spec = _in_full(base.skeleton)
     targets = find_targets(base.skeleton, spec)
     token_ids = add_tokens(base, spec.new_tokens)
     config = lora_config(base, spec, targets, token_ids)
@@ -59,7 +66,18 @@ def attach_adapter(base: Base, spec: LoraSpec, seed: int, aware: Aware | None = 
     if spec.init == "loftq":
         fit_to_quantization_error(model, base)
     make_aware(base.model, base.skeleton, aware, base.compute_dtype)
-    return describe_adapted(model)
+    adapted = describe_adapted(model)
+    # The copies stand in for the base's own, which are kept to be compared with.
+    return replace(adapted, num_parameters=base.quantized.num_parameters) if is_full else adapted
+
+
+def _in_full(skeleton: Skeleton) -> LoraSpec:
+    """No low-rank update, which PEFT lets pass under this name alone, and trained copies."""
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    return LoraSpec(
+        target_modules=DUMMY_TARGET_MODULES, modules_to_save=trained_in_full(skeleton)
+    )
 
 
 def lora_config(base: Base, spec: LoraSpec, targets: Targets, token_ids: list[int]) -> LoraConfig:
@@ -129,14 +147,22 @@ def _train_in_float32(model: nn.Module) -> None:
 def describe_adapted(model: PeftModel) -> Adapted:
     """Count trainable and total parameters, and the modules that carry an adapter."""
     from peft.tuners.lora import LoraLayer
+    from peft.utils import ModulesToSaveWrapper
 
-    targets = Counter(
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, LoraLayer)
-    )
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Adapted(model, trainable, count_quantized(model).num_parameters, dict(targets))
+    return Adapted(
+        model=model,
+        num_trainable=trainable,
+        num_parameters=count_quantized(model).num_parameters,
+        targets=_kinds(model, LoraLayer),
+        in_full=_kinds(model, ModulesToSaveWrapper),
+    )
+
+
+def _kinds(model: nn.Module, of: type[nn.Module]) -> dict[str, int]:
+    """How many modules of a class there are, by the last part of their names."""
+    named = (name for name, module in model.named_modules() if isinstance(module, of))
+    return dict(Counter(name.rpartition(".")[2] for name in named))
 
 
 def require_float32_trainables(model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,7 @@ def load_base(
     aware: QuantizationAwareSpec | None = None,
     adapter: Path | None = None,
     is_shared: bool = False,
+    before_reading: Callable[[Skeleton], None] = lambda _: None,
 ) -> Base:
     """Resolve, check, load and quantize a base model.
 
@@ -100,6 +102,7 @@ def load_base(
     saved with it, whose added tokens have no embeddings until the adapter is loaded. With
     `is_shared` the quantized base is kept in the cache or read from there. A checkpoint
     that another library quantized is loaded as it is, unless it is to be trained on.
+    `before_reading` may refuse what only its caller can judge, before the weights are read.
 
     Raises:
         ModelError: see the checks below; each names the tensor or module at fault.
@@ -124,11 +127,13 @@ def load_base(
             require_same_quantization(source, skeleton, stored, quantization, bits)
     refuse_unquantizable(skeleton, quantization)
     refuse_misread(skeleton, bits, quantization, hardware.device)
-    if lora is not None:
+    trains_adapter = aware is None or aware.train == "adapter"
+    if lora is not None and trains_adapter:
         require_targets(skeleton, lora, quantization)
         refuse_dora(lora.use_dora, quantization, hardware.device)
     if aware is not None:
         refuse_unaware(skeleton, aware)
+    before_reading(skeleton)
     tokenizer = _load_tokenizer(source, spec, adapter)
     if adapter is None:
         check_vocabulary(skeleton.model, tokenizer)

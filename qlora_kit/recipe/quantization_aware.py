@@ -14,14 +14,18 @@ _ONLY_NF4 = ("block_size", "double_quant")
 
 
 class QuantizationAwareSpec(Spec):
-    """The forward pass sees the merged weights quantized, and the gradient passes straight through
+    """The forward pass sees the trained weights quantized, and the gradient passes straight through
     (Bengio et al. 2013, arXiv:1308.3432), so that the quantized model is the one that was trained.
     """
 
     method: Literal["nf4", "int8", "int4-group"]
-    """What the merged weights are quantized to. `nf4` is bitsandbytes' 4 bits; `int8` symmetric,
+    """What the weights are quantized to. `nf4` is bitsandbytes' 4 bits; `int8` symmetric,
     a scale per output channel; `int4-group` symmetric, a scale per group of inputs (W4A16 of
     compressed-tensors)."""
+
+    train: Literal["adapter", "full"] = "adapter"
+    """What is trained: an `adapter` inside the weights, as `lora` describes it, or `full`, the
+    weights and biases of every linear layer but the head themselves, for small models."""
 
     start_after: float = Field(default=0.0, ge=0)
     """Updates before quantization sets in; below 1, a share of all updates."""

@@ -50,13 +50,18 @@ class Recipe(Spec):
     run_dir: str = Field(default="runs/recipe", min_length=1)
     """Folder of the run; unset: `runs/` and the recipe's file name."""
 
+    @property
+    def trains_adapter(self) -> bool:
+        """Whether what is trained is an adapter, and not the weights of the model themselves."""
+        return self.quantization_aware is None or self.quantization_aware.train == "adapter"
+
     def contradictions(self) -> Iterator[Fault]:
         """Faults between sections; those within one are its own to report."""
         if not self.data.has_eval_rows:
             yield from self._faults_without_eval_rows()
         if self.data.streaming:
             yield from self._streaming_faults()
-        if "adapter:vllm" in self.export.to:
+        if "adapter:vllm" in self.export.to and self.trains_adapter:
             for fault in vllm_faults(self.lora):
                 yield replace(fault, path=f"lora.{fault.path}")
         if self.export.merge_options.base == "dequantized" and not self.quantization.is_quantized:
@@ -71,6 +76,7 @@ class Recipe(Spec):
         yield from self._precision_contradictions()
         if self.quantization_aware is not None:
             yield from self._aware_faults(self.quantization_aware)
+            yield from self._lora_in_weight_faults() if self.trains_adapter else self._full_faults()
 
     def _streaming_faults(self) -> Iterator[Fault]:
         if self.train.max_steps is None:
@@ -104,10 +110,15 @@ class Recipe(Spec):
         if bits < 16:
             is_mixed = self.quantization.num_bits == 16
             hint = "remove quantization.overrides"
+            why = (
+                "where every weight stands on a code already and a small update moves none to "
+                "another"
+                if self.trains_adapter
+                else "where no weight has a gradient, and so none can be trained"
+            )
             yield Fault(
                 "quantization_aware",
-                f"the base is kept in {bits} bits, where every weight stands on a code already and "
-                "a small update moves none to another",
+                f"the base is kept in {bits} bits, {why}",
                 hint if is_mixed else f"set quantization.load_in_{bits}bit: false",
             )
         num_updates = self.train.max_steps
@@ -118,6 +129,8 @@ class Recipe(Spec):
                 "would be trained on quantized weights",
                 "lower it",
             )
+
+    def _lora_in_weight_faults(self) -> Iterator[Fault]:
         if self.lora.dropout:
             yield Fault(
                 "lora.dropout",
@@ -132,6 +145,20 @@ class Recipe(Spec):
                 "remove one of the two",
             )
 
+    def _full_faults(self) -> Iterator[Fault]:
+        """Where the weights are trained, there is no adapter."""
+        full = "quantization_aware.train: full"
+        if self.lora != LoraSpec():
+            message = f"has no effect with {full}, which trains the weights and no adapter"
+            yield Fault("lora", message, "remove the section")
+        if self.train.loraplus_lr_ratio is not None:
+            message = f"has no effect with {full}, which has no matrix B"
+            yield Fault("train.loraplus_lr_ratio", message, "remove it")
+        for number, target in enumerate(self.export.to):
+            if target.partition(":")[0] == "lora-gguf" or target == "adapter:vllm":
+                message = f"{target} holds low-rank updates, and {full} trains whole weights"
+                yield Fault(f"export.to.{number}", message, "export the merged model")
+
     def _precision_contradictions(self) -> Iterator[Fault]:
         wanted = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
         precision, compute = self.train.precision, self.quantization.compute_dtype
@@ -141,7 +168,8 @@ class Recipe(Spec):
                 f"{precision} contradicts quantization.compute_dtype: {compute}",
                 "leave one of them on auto",
             )
-        if not self.quantization.is_quantized and self.lora.init == "loftq":
+        is_lora_whole = self.quantization.is_quantized or not self.trains_adapter
+        if not is_lora_whole and self.lora.init == "loftq":
             yield Fault(
                 "lora.init",
                 "loftq corrects a quantization error, and this base is not quantized",

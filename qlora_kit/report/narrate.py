@@ -44,6 +44,8 @@ METRICS = {
 _MIB = 1024**2
 _GIB = 1024**3
 _SMALL_SHARE = 0.3
+# Of whole weights; adapters take about ten times as much.
+_HIGHEST_FULL_RATE = 1e-4
 
 
 def hardware(
@@ -145,20 +147,31 @@ def _ledger_row(name: str, ledger: Ledger) -> tuple[str, ...]:
 
 
 def adapter(reporter: Reporter, adapted: Adapted, recipe: Recipe) -> None:
-    kinds = ", ".join(f"{name} ×{count}" for name, count in sorted(adapted.targets.items()))
     share = adapted.num_trainable / adapted.num_parameters
-    reporter.say(
-        f"adapter   r={recipe.lora.r}, {adapted.num_trainable:,} of {adapted.num_parameters:,} "
-        f"parameters trained ({share:.2%}), on {kinds}"
+    trained = (
+        f"{adapted.num_trainable:,} of {adapted.num_parameters:,} parameters trained ({share:.2%})"
     )
+    if recipe.trains_adapter:
+        reporter.say(f"adapter   r={recipe.lora.r}, {trained}, on {_kinds(adapted.targets)}")
+    else:
+        reporter.say(f"weights   {trained}, all of {_kinds(adapted.in_full)}")
+        if recipe.train.learning_rate > _HIGHEST_FULL_RATE:
+            reporter.warn(
+                f"train.learning_rate: {recipe.train.learning_rate:g} is one for adapters; whole "
+                f"weights take about a tenth of it ({recipe.train.learning_rate / 10:g})."
+            )
     aware = recipe.quantization_aware
     if aware is not None:
         share = aware.start_after
         start = f"{share:.0%} of the" if share < 1 else f"{share:g}"
         reporter.say(
-            f"aware     merged weights are quantized to {aware.method} in every forward pass"
+            f"aware     {'merged' if recipe.trains_adapter else 'trained'} weights are quantized to {aware.method} in every forward pass"
             f"{f' after {start} updates' if share else ''}; what is measured is measured so"
         )
+
+
+def _kinds(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} ×{count}" for name, count in sorted(counts.items()))
 
 
 def schedule(reporter: Reporter, spec: TrainSpec, batches: Batching, shape: BatchShape) -> None:

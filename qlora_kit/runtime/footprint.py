@@ -35,14 +35,18 @@ _SCALES = ("scale", "zero_point", "shape", "g_idx", "global")
 
 
 def parameters_by_form(model: nn.Module) -> dict[str, int]:
-    """True parameters by the form in which they are kept, most first; tied ones count once.
+    """True parameters by the form in which they are kept, most first; tied ones count once, and
+    modules that a copy trained in full stands in for not at all.
 
     A 4-bit weight is packed, two to a byte or eight to an int32: its layer's own sizes say how
     many parameters it holds. Scales and zero points are no parameters of the model.
     """
     counted: Counter[str] = Counter()
     seen: set[int] = set()
+    set_aside = _set_aside(model)
     for module in model.modules():
+        if id(module) in set_aside:
+            continue
         packed = _packed_weight(module)
         for name, tensor in _own_tensors(module):
             if id(tensor) in seen:
@@ -54,6 +58,18 @@ def parameters_by_form(model: nn.Module) -> dict[str, int]:
                 form, number = _form_of(tensor)
                 counted[form] += number
     return dict(counted.most_common())
+
+
+def _set_aside(model: nn.Module) -> set[int]:
+    """The modules that PEFT has kept beside copies that are trained in full."""
+    from peft.utils import ModulesToSaveWrapper
+
+    return {
+        id(inside)
+        for module in model.modules()
+        if isinstance(module, ModulesToSaveWrapper)
+        for inside in module.original_module.modules()
+    }
 
 
 def memory_bytes(model: nn.Module) -> int:

@@ -8,6 +8,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qlora_kit.data.collate import Batch
 from qlora_kit.errors import HardwareError
+from qlora_kit.model.qat.attach import fake_quantization_of
 from qlora_kit.out_of_memory import RanOut, first_of, free_memory, is_out_of_memory, ran_out
 from qlora_kit.train.loader import collate
 from qlora_kit.train.snapshot import put_random_state_back, random_state
@@ -108,7 +109,10 @@ def what_would_help(
         ways = [f"lower data.max_length (one sequence of {tokens:,} tokens is too much)"]
     if not spec.gradient_checkpointing:
         ways.append("set train.gradient_checkpointing: true")
-    if base.quantized.num_quantized == 0:
+    aware = fake_quantization_of(base.model)
+    if aware is not None and aware.aware.spec.train == "full":
+        ways.append("train an adapter (quantization_aware.train: adapter)")
+    if base.quantized.num_quantized == 0 and aware is None:
         ways.append("set quantization.load_in_4bit: true (the base is not quantized)")
     if "8bit" not in spec.optim:
         ways.append(f"set train.optim: paged_adamw_8bit (now {spec.optim})")

@@ -90,3 +90,81 @@ def test_check_says_it_without_loading_anything(
     assert said.code == 1
     assert "quantization_aware" in said.err + said.out
     assert "load_in_4bit: false" in said.err + said.out
+
+
+FULL: dict[str, Any] = {**AWARE, "lora": {}}
+
+
+def test_the_whole_line_of_all_weights(tmp_path: Path, tiny_llama: Path, call: Call) -> None:
+    recipe = write_recipe(
+        tmp_path, tiny_llama, quantization_aware={"method": "nf4", "train": "full"}, **FULL
+    )
+    said = call("train", str(recipe), "train.learning_rate=3e-3")
+    assert said.code == 0, said.err
+    assert "all of down_proj ×2, gate_proj ×2" in said.out
+    assert "trained weights are quantized to nf4 in every forward pass" in said.out
+    assert "train.learning_rate: 0.003 is one for adapters" in said.out + said.err
+    assert "LoRA" not in said.out
+    run = tmp_path / "run"
+    summary = read(run / "summary.json")
+    assert summary["holds"]
+    assert summary["certificate"]["dtype"] == "nf4"
+    assert summary["certificate"]["divergence"]["kl_mean"] <= 1e-6
+    assert summary["training"]["last_loss"] < summary["training"]["first_loss"] - 0.5
+
+    said = call("evaluate", str(run), "--json")
+    assert said.code == 0, said.err
+    for name, wanted in summary["evaluation"].items():
+        again = json.loads(said.out)[name]
+        assert again["perplexity"]["perplexity"] == wanted["perplexity"]["perplexity"], name
+
+    said = call("evaluate", str(run / "quantized"), "--recipe", str(recipe), "--json")
+    assert said.code == 0, said.err
+    shipped = json.loads(said.out)["model"]
+    trained = summary["evaluation"]["tuned"]
+    assert shipped["perplexity"]["loss"] == pytest.approx(trained["perplexity"]["loss"], abs=1e-6)
+    assert shipped["num_exact"] == trained["num_exact"]
+
+
+@pytest.mark.parametrize("method", ["int8", "int4-group"])
+def test_all_weights_killed_and_gone_on_with(
+    method: str, tmp_path: Path, tiny_llama: Path, call: Call
+) -> None:
+    """Real processes, one of them killed; what either run ships is the same to the byte."""
+    recipe = write_recipe(
+        tmp_path,
+        tiny_llama,
+        **{**FULL, "export": {"merge": False}},
+        quantization_aware={"method": method, "train": "full"},
+    )
+    kept = tmp_path / "kept"
+    said = call("prove-resume", str(recipe), "--keep", str(kept), "--json")
+    assert said.code == 0, said.err
+    proof = json.loads(said.out)
+    assert proof["holds"]
+    assert proof["killed_after"] < 6
+    assert proof["whole"]["losses"] == proof["resumed"]["losses"]
+    for name in ("whole", "killed"):
+        said = call("merge", str(kept / name), "--max-kl", "1e-6")
+        assert said.code == 0, said.err
+        certificate = read(kept / name / "quantized" / "certificate.json")
+        assert certificate["divergence"]["kl_mean"] <= 1e-6
+        assert certificate["dtype"] == method
+    whole, killed = (
+        load_file(kept / name / "quantized" / "model.safetensors") for name in ("whole", "killed")
+    )
+    assert whole.keys() == killed.keys()
+    assert all(equal(tensor, killed[name]) for name, tensor in whole.items())
+
+
+def test_more_weights_than_the_memory_holds_are_refused_before_anything_is_written(
+    tmp_path: Path, tiny_llama: Path, call: Call
+) -> None:
+    recipe = write_recipe(
+        tmp_path, tiny_llama, quantization_aware={"method": "nf4", "train": "full"}, **FULL
+    )
+    said = call("train", str(recipe), "train.max_memory_mib=1")
+    assert said.code == 1
+    assert "quantization_aware.train: full takes at least" in said.err
+    assert "train.max_memory_mib allows" in said.err
+    assert not (tmp_path / "run").exists()

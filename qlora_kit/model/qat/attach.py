@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import nn
 
 from qlora_kit.errors import AdapterError, ModelError
-from qlora_kit.model.skeleton import is_linear, name_matches
+from qlora_kit.model.skeleton import is_linear, name_matches, text_modules
 from qlora_kit.recipe import QuantizationAwareSpec
 
 if TYPE_CHECKING:
@@ -70,6 +70,17 @@ def quantized_in_training(skeleton: Skeleton, spec: QuantizationAwareSpec) -> tu
     return tuple(name for name in skeleton.linear_modules if not name_matches(name, skips))
 
 
+def trained_in_full(skeleton: Skeleton) -> tuple[str, ...]:
+    """The linear modules whose weights `train: full` trains: those that all-linear would adapt."""
+    left_out = {
+        *skeleton.router_modules,
+        *skeleton.foreign_linear_modules,
+        *skeleton.read_directly,
+    }
+    of_text = {name for name, _ in text_modules(skeleton.model)} - left_out
+    return tuple(name for name in skeleton.linear_modules if name in of_text)
+
+
 def refuse_unaware(skeleton: Skeleton, spec: QuantizationAwareSpec) -> None:
     """What could not be quantized so, before any weight is read.
 
@@ -122,37 +133,47 @@ def make_aware(
 ) -> None:
     """Put quantized layers in place of the model's own, with the same parameters in them.
 
-    model: with LoRA layers on it or without. Nothing is done where `aware` is None.
+    model: with LoRA layers on it, or copies that are trained in full, or without. Nothing is done
+    where `aware` is None.
 
     Raises:
         AdapterError: what is trained in full would be quantized.
     """
     if aware is None:
         return
-    from peft.tuners import lora
-    from transformers.pytorch_utils import Conv1D
+    from peft.utils import ModulesToSaveWrapper
 
-    from qlora_kit.model.qat.linear import (
-        FakeQuantization,
-        QuantizedConv1D,
-        QuantizedLinear,
-        QuantizedLora,
-    )
+    from qlora_kit.model.qat.linear import FakeQuantization
 
     shared = FakeQuantization(aware, aware.scheme(), compute_dtype)
     for name in quantized_in_training(skeleton, aware.spec):
         layer = model.get_submodule(name)
-        if isinstance(layer, lora.Linear):
-            model.set_submodule(name, QuantizedLora(layer, shared))
-        elif isinstance(layer, Conv1D):
-            model.set_submodule(name, QuantizedConv1D(layer, shared))
-        elif isinstance(layer, nn.Linear):
-            model.set_submodule(name, QuantizedLinear(layer, shared))
+        if not isinstance(layer, ModulesToSaveWrapper):
+            model.set_submodule(name, _quantized(layer, shared))
+        elif aware.spec.train == "full":
+            layer.original_module = _quantized(layer.original_module, shared)
+            for adapter, copy in layer.modules_to_save.items():
+                layer.modules_to_save[adapter] = _quantized(copy, shared)
         else:
             raise AdapterError(
                 f"lora.modules_to_save: {name} is trained in full and quantized; name it in "
-                "quantization_aware.skip_modules as well."
+                "quantization_aware.skip_modules as well, or set quantization_aware.train: full."
             )
+
+
+def _quantized(layer: nn.Module, shared: FakeQuantization) -> nn.Module:
+    """The layer that computes as this one, with quantized weights."""
+    from peft.tuners import lora
+    from transformers.pytorch_utils import Conv1D
+
+    from qlora_kit.model.qat.linear import QuantizedConv1D, QuantizedLinear, QuantizedLora
+
+    if isinstance(layer, lora.Linear):
+        return QuantizedLora(layer, shared)
+    if isinstance(layer, Conv1D):
+        return QuantizedConv1D(layer, shared)
+    assert isinstance(layer, nn.Linear), type(layer)
+    return QuantizedLinear(layer, shared)
 
 
 def fake_quantization_of(model: nn.Module) -> FakeQuantization | None:

@@ -11,6 +11,8 @@ so the gradient of the adapter needs no matrix of the weight's size, and costs w
 quantization. Nothing is clipped: every scale here follows the largest weight of its block, so no
 weight can be stuck outside the range. (Where the largest is rounded down to 7/7.5 of itself, its
 derivative through the scale is 0.93 and not the zero of a clipped estimator.)
+
+Where the weight is trained itself, it is y = x · Q(W)ᵀ + b, and ∂L/∂W = Gᵀ · x.
 """
 
 from __future__ import annotations
@@ -136,18 +138,19 @@ class QuantizedLora(lora.Linear):
 
 
 class QuantizedLinear(nn.Linear):
-    """A frozen linear layer without an adapter, computing with Q(W)."""
+    """A linear layer without an adapter, computing with Q(W), where W is frozen or trained."""
 
     def __init__(self, layer: nn.Linear, shared: FakeQuantization):
         nn.Module.__init__(self)
         self.__dict__.update(layer.__dict__)
         self.shared = shared
         self.held = Held()
+        self.is_trained = layer.weight.requires_grad
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.shared.is_on:
             return super().forward(x)
-        return multiply_by_frozen(x, self, self.shared, self.held)
+        return multiply(x, self)
 
 
 class QuantizedConv1D(Conv1D):
@@ -158,12 +161,13 @@ class QuantizedConv1D(Conv1D):
         self.__dict__.update(layer.__dict__)
         self.shared = shared
         self.held = Held()
+        self.is_trained = layer.weight.requires_grad
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.shared.is_on:
             result: torch.Tensor = super().forward(x)
             return result
-        return multiply_by_frozen(x, self, self.shared, self.held)
+        return multiply(x, self)
 
 
 QuantizedLayer = QuantizedLora | QuantizedLinear | QuantizedConv1D
@@ -176,13 +180,21 @@ def turned_weight(layer: nn.Module) -> torch.Tensor:
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
-def multiply_by_frozen(
-    x: torch.Tensor, layer: nn.Linear | Conv1D, shared: FakeQuantization, held: Held
-) -> torch.Tensor:
-    """x · Q(W)ᵀ + b."""
+def multiply(x: torch.Tensor, layer: QuantizedLinear | QuantizedConv1D) -> torch.Tensor:
+    """x · Q(W)ᵀ + b, with the gradients of W and b where those are trained.
+
+    Of a trained W what is compared, and so kept, is its rounding: all that its codes depend on.
+    """
+    shared, weight = layer.shared, turned_weight(layer)
     with torch.no_grad():
-        codes = held.get((), lambda: shared.quantize(turned_weight(layer).float()))
-    return product(x, None, None, layer.bias, codes, 0.0, shared.compute_dtype)
+        made_of = (weight.to(shared.aware.merged_dtype),) if layer.is_trained else ()
+        codes = layer.held.get(made_of, lambda: shared.quantize(weight.float()))
+    if not layer.is_trained:
+        return product(x, None, None, layer.bias, codes, 0.0, shared.compute_dtype)
+    result: torch.Tensor = _TrainedProduct.apply(
+        x, weight, layer.bias, codes, shared.aware.merged_dtype, shared.compute_dtype
+    )
+    return result
 
 
 def product(
@@ -236,6 +248,39 @@ class _Product(torch.autograd.Function):
             d_a = ctx.scaling * ((g @ low_b).T @ inputs).to(a.dtype)
             d_b = ctx.scaling * (g.T @ (inputs @ low_a.T)).to(b.dtype)
         return d_x, d_a, d_b, None, None, None, None
+
+
+class _TrainedProduct(torch.autograd.Function):
+    """x · Q(W)ᵀ + b with the gradients of W and b, b being rounded as it will be on the disk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        codes: Codes,
+        merged_dtype: torch.dtype,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.codes, ctx.dtype = codes, dtype
+        ctx.weight_dtype = weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return _times(x, codes, None if bias is None else bias.to(merged_dtype), dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        gradient = gradients[0].to(ctx.dtype)
+        d_x = d_weight = d_bias = None
+        if ctx.needs_input_grad[0]:
+            d_x = (gradient @ ctx.codes.dense(ctx.dtype)).to(x.dtype)
+        if ctx.needs_input_grad[1]:
+            d_weight = (_rows(gradient).T @ _rows(x).to(ctx.dtype)).to(ctx.weight_dtype)
+        if ctx.needs_input_grad[2]:
+            d_bias = _rows(gradients[0]).float().sum(dim=0).to(ctx.bias_dtype)
+        return d_x, d_weight, d_bias, None, None, None
 
 
 def _times(

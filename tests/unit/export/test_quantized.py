@@ -30,6 +30,7 @@ from qlora_kit.model.quantized import never_repacked
 from qlora_kit.model.saved import load_adapter, save_adapter
 from qlora_kit.recipe import MergeSpec, Recipe, load_recipe, save_recipe
 from qlora_kit.records import file_sha256
+from qlora_kit.runtime.footprint import parameters_by_form
 
 from .tiny_runs import CONFIGS, load, save_model, shake, some_ids
 
@@ -98,7 +99,7 @@ def make_run(
         "model": {"name_or_path": str(folder / "base")},
         "quantization": {"load_in_4bit": False},
         "quantization_aware": aware,
-        "lora": {"r": 4, **(lora or {})},
+        "lora": {} if aware.get("train") == "full" else {"r": 4, **(lora or {})},
         "data": {
             "train": [{"path": str(folder / "more.jsonl")}],
             "eval": [{"path": str(folder / "rows.jsonl")}],
@@ -149,6 +150,73 @@ def test_other_architectures(tmp_path: Path, kind: str) -> None:
     made = make_run(tmp_path, {"method": "nf4"}, kind)
     assert made.merge()["passed"]
     assert torch.equal(reloaded(made.run.quantized), made.logits())
+
+
+class TestFull:
+    """The weights themselves are trained."""
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_the_quantized_model_is_the_trained_graph(self, tmp_path: Path, method: str) -> None:
+        made = make_run(tmp_path, {**METHODS[method], "train": "full"})
+        certificate = made.merge()
+        assert certificate["passed"], certificate
+        assert certificate["divergence"]["kl_mean"] <= 1e-6
+        assert certificate["divergence"]["max_abs_delta_logp"] == 0.0
+        assert torch.equal(reloaded(made.run.quantized), made.logits())
+        assert not torch.allclose(reloaded(made.run.merged), made.logits(), atol=1e-3)
+        for folder in (made.run.quantized, made.run.merged):
+            card = (folder / "README.md").read_text()
+            assert "The weights of all linear layers but the head were trained" in card
+            assert "adapter" not in card.lower()
+            assert "LoRA" not in card
+            assert yaml.safe_load(card.split("---")[1])["tags"][0] == "quantization-aware-training"
+
+    @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen2"])
+    def test_other_architectures(self, tmp_path: Path, kind: str) -> None:
+        """An untied head, layers that are the other way round, biases, which are trained too."""
+        made = make_run(tmp_path, {"method": "nf4", "train": "full"}, kind)
+        assert made.merge()["passed"]
+        assert torch.equal(reloaded(made.run.quantized), made.logits())
+
+    @pytest.mark.parametrize("kind", ["llama-tied", "qwen2"])
+    def test_merged_in_16_bits(self, tmp_path: Path, kind: str) -> None:
+        """What was trained in float32 is rounded in training as it is on the disk."""
+        aware = {"method": "int8", "train": "full"}
+        made = make_run(tmp_path, aware, kind, stored=torch.bfloat16, dtype="bfloat16")
+        assert made.merge()["passed"]
+        assert torch.equal(reloaded(made.run.quantized), made.logits())
+
+    def test_what_is_merged_is_what_was_trained(self, tmp_path: Path) -> None:
+        made = make_run(tmp_path, {"method": "nf4", "train": "full"})
+        made.merge()
+        merged = load_file(made.run.merged / "model.safetensors")
+        layer = made.base.model.model.layers[1].mlp.up_proj
+        assert torch.equal(merged["model.layers.1.mlp.up_proj.weight"], layer.weight)
+        assert not torch.equal(layer.weight, layer.original_module.weight)
+        before = load_file(tmp_path / "base" / "model.safetensors")
+        name = "model.embed_tokens.weight"
+        assert torch.equal(merged[name], before[name])
+
+    def test_from_the_disk_it_is_the_graph_that_was_trained(self, tmp_path: Path) -> None:
+        made = make_run(tmp_path, {"method": "nf4", "train": "full"})
+        base = load(tmp_path / "base", made.recipe.quantization)
+        model, findings = load_adapter(base, made.recipe.quantization, made.run.adapter)
+        assert findings == []
+        assert torch.equal(logits_of(model), made.logits())
+        counted = sum(parameters_by_form(model).values())
+        assert counted == base.quantized.num_parameters
+
+    def test_it_is_merged_again_from_the_disk(self, tmp_path: Path) -> None:
+        made = make_run(tmp_path, {"method": "int8", "train": "full"})
+        first = made.merge()
+        reopened = reopen_adapter(made.run.folder, probe_hardware())
+        out = tmp_path / "again"
+        second = merge_reopened(reopened, out, MergeSpec(max_kl=1e-6), probe_hardware())
+        assert second["divergence"] == first["divergence"]
+        name = "model.safetensors"
+        assert file_sha256(tmp_path / "again-quantized" / name) == file_sha256(
+            made.run.quantized / name
+        )
 
 
 def test_layers_without_an_adapter_are_quantized_as_well(tmp_path: Path) -> None:

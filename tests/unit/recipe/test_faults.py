@@ -12,6 +12,7 @@ from qlora_kit.recipe.faults import OTHER_NAMES
 
 MODEL = "model: {name_or_path: some/model}\n"
 AWARE = "quantization: {{load_in_4bit: false}}\nquantization_aware: {{method: {}}}\n"
+FULL = AWARE.format("int8, train: full")
 DATA = "data: {train: [{path: a.jsonl}], eval: [{path: b.jsonl}]}\n"
 
 
@@ -190,6 +191,17 @@ IN_SECTIONS = [
     (AWARE.format("nf4, skip_modules: ['']"), "quantization_aware.skip_modules", ["empty text"]),
     (AWARE.format("nf4") + "lora: {dropout: 0.1}", "lora.dropout", ["set it to 0"]),
     (AWARE.format("nf4") + "lora: {use_dora: true}", "lora.use_dora", ["remove one of the two"]),
+    (AWARE.format("nf4, train: all"), "quantization_aware.train", ["one of adapter, full"]),
+    (FULL + "lora: {r: 8, dropout: 0.1}", "lora", ["no effect", "remove the section"]),
+    (FULL + "lora: {init: loftq}", "lora", ["no effect", "remove the section"]),
+    (FULL + "train: {loraplus_lr_ratio: 16}", "train.loraplus_lr_ratio", ["no effect"]),
+    (FULL + "export: {to: ['lora-gguf:Q8_0']}", "export.to.0", ["low-rank", "export the merged"]),
+    (FULL + "export: {to: ['adapter:vllm']}", "export.to.0", ["low-rank", "export the merged"]),
+    (
+        "quantization_aware: {method: nf4, train: full}",
+        "quantization_aware",
+        ["4 bits", "no weight has a gradient", "load_in_4bit: false"],
+    ),
 ]
 
 IN_DATA = [

@@ -224,6 +224,13 @@ CASES: dict[str, dict[str, Any]] = {
         "aware": {"method": "int4-group", "group_size": 32, "start_after": 7},
         "lora": {"dropout": 0.0, "target_modules": ("q_proj", "down_proj")},
     },
+    "all weights, aware of nf4": {"bits": 16, "aware": {"method": "nf4", "train": "full"}},
+    "all weights, aware of int8 after a while": {
+        "bits": 16,
+        "aware": {"method": "int8", "train": "full", "start_after": 7},
+        "optim": "adamw_torch",
+        "gradient_checkpointing": False,
+    },
 }
 
 

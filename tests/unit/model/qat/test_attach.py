@@ -19,6 +19,7 @@ from qlora_kit.model.qat.attach import (
     fake_quantization_of,
     quantized_in_training,
     refuse_unaware,
+    trained_in_full,
 )
 from qlora_kit.model.qat.linear import QuantizedLinear, QuantizedLora
 from qlora_kit.model.skeleton import build_skeleton
@@ -77,6 +78,94 @@ def test_the_merged_dtype_is_the_computed_one_unless_said_otherwise() -> None:
         found = aware_of(spec, said, torch.bfloat16)
         assert found is not None
         assert found.merged_dtype == wanted
+
+
+class TestFull:
+    """`train: full`."""
+
+    def test_every_linear_layer_but_the_head_is_trained(self, tiny_llama_untied: Path) -> None:
+        base = base_of(tiny_llama_untied)
+        adapted = attach_adapter(base, LoraSpec(), 0, aware(train="full"))
+        linear = {
+            f"{name}.weight": base.skeleton.model.get_submodule(name).weight.numel()
+            for name in base.skeleton.linear_modules
+        }
+        trained = {
+            name.removeprefix("base_model.model.").replace(".modules_to_save.default", ""): one
+            for name, one in adapted.model.named_parameters()
+            if one.requires_grad
+        }
+        assert trained.keys() == linear.keys()
+        assert all(one.dtype == torch.float32 for one in trained.values())
+        assert adapted.num_trainable == sum(linear.values())
+        assert adapted.num_parameters == base.quantized.num_parameters
+        assert adapted.in_full["q_proj"] == 2
+        assert adapted.targets == {}
+
+    def test_the_adapter_off_is_the_quantized_base(self, tiny_llama: Path) -> None:
+        """As with an adapter: the base that a run is compared with is quantized alike."""
+        full, low_rank = (
+            attach_adapter(base_of(tiny_llama), LoraSpec(), 0, aware(train=train)).model
+            for train in ("full", "adapter")
+        )
+        ids = torch.arange(3, 20).unsqueeze(0)
+        with torch.no_grad():
+            start = full(input_ids=ids).logits
+            for parameter in full.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.01 * torch.randn_like(parameter))
+            assert not torch.equal(full(input_ids=ids).logits, start)
+            with full.disable_adapter(), low_rank.disable_adapter():
+                assert torch.equal(full(input_ids=ids).logits, start)
+                assert torch.equal(low_rank(input_ids=ids).logits, start)
+
+    def test_skipped_layers_are_trained_and_not_quantized(self, tiny_llama: Path) -> None:
+        base = base_of(tiny_llama)
+        seen = aware(train="full", skip_modules=["down_proj"])
+        model = attach_adapter(base, LoraSpec(), 0, seen).model
+        mlp = base.model.model.layers[0].mlp
+        assert type(mlp.down_proj.modules_to_save["default"]) is torch.nn.Linear
+        assert type(mlp.up_proj.modules_to_save["default"]) is QuantizedLinear
+        trained = [name for name, one in model.named_parameters() if one.requires_grad]
+        assert sum("down_proj" in name for name in trained) == 2
+
+    def test_routers_stay_as_they_are(self) -> None:
+        config = MixtralConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_local_experts=2,
+        )
+        skeleton = build_skeleton(config)
+        names = trained_in_full(skeleton)
+        assert {name.rpartition(".")[2] for name in names} == {
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+        }
+
+    def test_what_of_lora_does_not_suit_the_model_does_not_matter(self, tiny_llama: Path) -> None:
+        base = load_base(
+            ModelSpec(name_or_path=str(tiny_llama)),
+            QuantizationSpec(load_in_4bit=False),
+            torch.float32,
+            "test",
+            probe_hardware(),
+            lora=LoraSpec(target_modules=("no_such",)),
+            aware=aware(train="full").spec,
+        )
+        assert base.quantized.num_quantized == 0
+
+    def test_a_record_of_before_is_of_an_adapter(self) -> None:
+        record = aware().record()
+        del record["train"]
+        found = Aware.from_record(record)
+        assert found is not None
+        assert found.spec.train == "adapter"
 
 
 class TestRecord:

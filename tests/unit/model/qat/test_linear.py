@@ -233,3 +233,93 @@ class TestFrozen:
         quantization.is_on = False
         x = torch.randn(3, 64)
         assert torch.equal(aware(x), layer(x))
+
+
+def trained_layer(is_turned: bool = False, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    return (Conv1D(48, 64) if is_turned else nn.Linear(64, 48)).to(dtype)
+
+
+def straight_through(layer: Any, quantization: FakeQuantization, x: torch.Tensor) -> torch.Tensor:
+    """The detach trick: weight and bias as on the disk forward, as they are backward."""
+    compute, merged = quantization.compute_dtype, quantization.aware.merged_dtype
+    weight = layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+    dense = quantization.quantize(weight.detach()).dense(compute)
+    straight = weight.to(compute) + (dense - weight.to(compute)).detach()
+    bias = layer.bias + (layer.bias.to(merged).to(layer.bias.dtype) - layer.bias).detach()
+    return nn.functional.linear(x.to(compute), straight, bias.to(compute)).to(x.dtype)
+
+
+class TestTrained:
+    """Layers whose weight is trained itself."""
+
+    @pytest.mark.parametrize("method", METHODS)
+    @pytest.mark.parametrize("is_turned", [False, True])
+    def test_the_gradient_passes_straight_through(self, method: str, is_turned: bool) -> None:
+        quantization = shared(METHODS[method])
+        layer = trained_layer(is_turned)
+        aware = (QuantizedConv1D if is_turned else QuantizedLinear)(layer, quantization)
+        mine = gradients(aware, aware)
+        theirs = gradients(layer, lambda x: straight_through(layer, quantization, x))
+        assert len(mine) == 4
+        weight = layer.weight.T if is_turned else layer.weight
+        dense = quantization.quantize(weight.detach()).dense(torch.float32)
+        assert not torch.equal(dense, weight), "this test needs a weight between two codes"
+        assert torch.equal(mine[0], theirs[0])
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+    @pytest.mark.parametrize("is_autocast", [False, True])
+    def test_in_bfloat16(self, is_autocast: bool) -> None:
+        """The weight and its gradient in float32, the product in bfloat16."""
+        quantization = shared(METHODS["nf4"], torch.bfloat16, torch.bfloat16)
+        layer = trained_layer()
+        aware = QuantizedLinear(layer, quantization)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=is_autocast):
+            mine = gradients(aware, aware)
+        theirs = gradients(layer, lambda x: straight_through(layer, quantization, x))
+        assert torch.equal(mine[0], theirs[0])
+        assert [one.dtype for one in mine] == [torch.float32] * 4
+        for one, other in zip(mine, theirs, strict=True):
+            torch.testing.assert_close(one, other, rtol=0.03, atol=0.1)
+
+    def test_weight_and_bias_are_rounded_as_on_the_disk(self) -> None:
+        coarse = shared(METHODS["int8"], torch.bfloat16)
+        layer = trained_layer()
+        aware = QuantizedLinear(layer, coarse)
+        assert not torch.equal(layer.bias.bfloat16().float(), layer.bias)
+        dense = coarse.scheme.quantize(layer.weight.detach().bfloat16().float())
+        x = torch.randn(3, 64)
+        wanted = nn.functional.linear(
+            x, dense.dense(torch.float32), layer.bias.detach().bfloat16().float()
+        )
+        assert torch.equal(aware(x), wanted)
+
+    def test_a_weight_is_quantized_once_for_an_update(self) -> None:
+        quantization = shared(METHODS["nf4"])
+        aware = QuantizedLinear(trained_layer(), quantization)
+        counting = Counting(quantization)
+        for _ in range(3):
+            gradients(aware, lambda x: checkpoint(aware, x, use_reentrant=False))
+        assert counting.count == 1
+        before = aware(torch.ones(3, 64))
+        aware.weight.data[0, 0] += 1.0  # as optimizers write, past torch's version counter
+        after = aware(torch.ones(3, 64))
+        assert counting.count == 2
+        assert not torch.equal(before, after)
+
+    def test_frozen_for_a_while_it_still_follows_its_weight(self) -> None:
+        """PEFT freezes the copy while the adapter is off."""
+        quantization = shared(METHODS["nf4"])
+        aware = QuantizedLinear(trained_layer(), quantization)
+        x = torch.ones(3, 64)
+        aware.requires_grad_(False)
+        before = aware(x)
+        aware.weight.data[0, 0] += 1.0
+        assert not torch.equal(aware(x), before)
+
+    def test_what_is_kept_of_it_is_its_rounding(self) -> None:
+        quantization = shared(METHODS["nf4"], torch.bfloat16)
+        aware = QuantizedLinear(trained_layer(), quantization)
+        aware(torch.ones(3, 64))
+        assert [one.dtype for one in aware.held.made_of] == [torch.bfloat16]
