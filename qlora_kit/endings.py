@@ -50,5 +50,6 @@ def saying_what_is_kept(recipe: Recipe) -> Iterator[None]:
     try:
         yield
     except (ProcessLost, HardwareError) as ended:
-        ended.args = (f"{ended} {left_behind(recipe)}",)
+        needs_change = isinstance(ended, HardwareError)
+        ended.args = (f"{ended} {left_behind(recipe, needs_change)}",)
         raise

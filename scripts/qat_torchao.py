@@ -37,7 +37,9 @@ def main() -> None:
     with safe_open(next(folder.glob("*.safetensors")), "pt") as file:
         names = [name for name in file.keys() if name.endswith("_proj.weight")][::EVERY]
         weights = [file.get_tensor(name).float() for name in names]
-    print("| method | other number | no gradient | kept: torchao | kept: here |\n|---|---|---|---|---|")
+    print(
+        "| method | other number | no gradient | kept: torchao | kept: here |\n|---|---|---|---|---|"
+    )
     for method in CONFIGS:
         counts = torch.tensor([compared(method, weight) for weight in weights])
         total = sum(weight.numel() for weight in weights)

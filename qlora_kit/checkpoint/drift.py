@@ -97,6 +97,19 @@ WEIGHED = (*_BATCH, *_LENGTH, *_EVALUATING, *_SCHEDULE)
 _PLATEAU = "reduce_lr_on_plateau"
 # What the sources of the data are called and where they are; all that is in them below.
 _SOURCES = ("data.train", "data.eval")
+# What decides which tensors are trained, so that those of a checkpoint may have no place.
+_TENSORS = (
+    "lora.r",
+    "lora.target_modules",
+    "lora.exclude_modules",
+    "lora.use_dora",
+    "lora.rank_pattern",
+    "lora.modules_to_save",
+    "lora.new_tokens",
+    "quantization_aware.train",
+)
+_OTHER_TENSORS = "other tensors are trained: those of the checkpoint have no place among them"
+
 _SAME_ROWS = "the rows are the same, token by token and in the same order"
 
 
@@ -110,6 +123,8 @@ class Change:
     consequence: str
     detail: str = ""
     """In place of the two values, where those say nothing to people."""
+    is_possible: bool = True
+    """False where nobody can go on from the checkpoint, whatever is allowed."""
 
     @property
     def difference(self) -> str:
@@ -251,11 +266,24 @@ def _verdict(field: str, before: Any, now: Any, sides: _Sides) -> Drift:
         consequence = _EVALUATIONS if is_accepted else _RATE
     else:
         consequence = BREAKING.get(name) or BREAKING.get(name.partition(".")[0], _UNKNOWN)
-    change = (Change(field, before, now, consequence),)
+    is_possible = not _needs_other_tensors(name, sides)
+    if not is_possible:
+        consequence = _OTHER_TENSORS
+    change = (Change(field, before, now, consequence, is_possible=is_possible),)
     # Of a stream nobody knows the rows before they are trained on.
     if ".".join(name.split(".")[:2]) in _SOURCES and not sides.now.data.streaming:
         return Drift(undecided=change)
     return Drift(accepted=change) if is_accepted else Drift(breaking=change)
+
+
+def _needs_other_tensors(name: str, sides: _Sides) -> bool:
+    """Whether a field changes which tensors are trained, or how the optimizer groups them."""
+    if name == "train.loraplus_lr_ratio":
+        return None in (sides.saved.train.loraplus_lr_ratio, sides.now.train.loraplus_lr_ratio)
+    if name == "quantization_aware":  # it was, or is, not there
+        specs = (sides.saved.quantization_aware, sides.now.quantization_aware)
+        return any(spec is not None and spec.train == "full" for spec in specs)
+    return name in _TENSORS
 
 
 def _batch_verdict(sides: _Sides) -> tuple[bool, str]:
@@ -334,6 +362,11 @@ def lines_of(drift: Drift) -> tuple[str, ...]:
 def refusal(drift: Drift, run_folder: str) -> str:
     """Why a run is not continued, and what can be done."""
     listed = "\n".join(f"  - {change}" for change in drift.breaking)
+    if any(not change.is_possible for change in drift.breaking):
+        return (
+            f"{run_folder} was begun otherwise:\n{listed}\n"
+            "Undo the changes, or train into a new folder with --fresh; --allow-drift cannot help."
+        )
     return (
         f"{run_folder} was begun otherwise:\n{listed}\n"
         "Undo the changes, train into a new folder with --fresh, or go on all the same with "

@@ -74,7 +74,8 @@ def enter(
         warned.append(_recipe_put_back(run, found, recipe))
     drift = _drift(load_recipe(run.recipe), recipe, found, num_processes)
     holds_work = found.folder is not None or found.damaged or run.adapter.is_dir()
-    if drift.breaking and holds_work and not allow_drift:
+    is_possible = all(change.is_possible for change in drift.breaking)
+    if drift.breaking and holds_work and not (allow_drift and is_possible):
         raise RunError(refusal(drift, str(run.folder)))
     warned += [
         f"{folder.name} is damaged ({'; '.join(faults[:3])}) and is set aside as "
@@ -86,8 +87,7 @@ def enter(
     if found.folder is not None:
         said.append(f"resume    {found.folder.name} is whole; training goes on from there")
     else:
-        what = "it holds no whole checkpoint" if found.damaged else "it had written no checkpoint"
-        said.append(f"resume    {what}: training begins at the first update")
+        _tell_of_beginning(run, found, said, warned)
     return Entry(
         run,
         False,
@@ -97,6 +97,21 @@ def enter(
         drift.undecided,
         is_changed=bool(drift.all),
     )
+
+
+def _tell_of_beginning(run: RunDirectory, found: Found, said: list[str], warned: list[str]) -> None:
+    """There is no checkpoint; a warning where one was, or where updates are lost."""
+    if found.damaged:
+        warned.append(
+            f"{run.folder} holds no whole checkpoint: training begins at the first update."
+        )
+    elif run.log.is_file() and run.log.stat().st_size:
+        warned.append(
+            f"{run.folder} holds a log of updates, but no checkpoint of them: training begins at "
+            "the first update. Put its checkpoints back where you have them."
+        )
+    else:
+        said.append("resume    it had written no checkpoint: training begins at the first update")
 
 
 def _drift(saved: Recipe, now: Recipe, found: Found, num_processes: int) -> Drift:

@@ -165,10 +165,12 @@ def open_run(folder: Path) -> tuple[RunDirectory, Recipe]:
     return run, load_recipe(run.recipe)
 
 
-def left_behind(recipe: Recipe) -> str:
-    """What a run that did not end has kept, and how it goes on."""
+def left_behind(recipe: Recipe, needs_change: bool = False) -> str:
+    """What a run that did not end has kept, and how it goes on: once something is changed, where
+    the same command would only end in the same way.
+    """
     run = RunDirectory(Path(recipe.run_dir))
-    again = "The same command goes on with it"
+    again = "With that it goes on" if needs_change else "The same command goes on with it"
     try:
         if not run.recipe.is_file():
             return "Nothing was written."

@@ -201,8 +201,11 @@ class QloraTrainer(Trainer):
             with self.hooks.limit.enforced():
                 super().training_step(model, for_the_model(part), torch.ones(()))
 
-    def divide_further(self, found: RanOut) -> None:
+    def divide_further(self, found: RanOut, where: str = "") -> None:
         """Halve the micro-batch; called by all processes.
+
+        Args:
+            where: in what memory ran out; unset: in the update under way.
 
         Raises:
             HardwareError: it is down to one sequence.
@@ -215,7 +218,8 @@ class QloraTrainer(Trainer):
         self.divisor *= 2
         size = self.micro_batch
         self.hooks.warn(
-            f"out of memory at update {self.progress.update + 1} ({found.reason}). From here on "
+            f"out of memory {where or f'at update {self.progress.update + 1}'} ({found.reason}). "
+            "From here on "
             f"{size} sequence{'s' * (size > 1)} at a time instead of "
             f"{self.args.per_device_train_batch_size}, and {self.divisor} times as often: every "
             "update still trains on the same rows."

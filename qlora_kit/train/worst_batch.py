@@ -84,7 +84,7 @@ class WorstBatch(TrainerCallback):
         free_memory(self.around.hardware.device)
         found = first_of(self.around.processes.gathered(mine))
         if found is not None:
-            trainer.divide_further(found)
+            trainer.divide_further(found, "on a trial of the longest sequences")
         return found is None
 
 

@@ -164,7 +164,8 @@ class TestComparing:
     def test_both_values_are_told(self) -> None:
         (change,) = compare(recipe(), recipe(lora={"r": 8})).breaking
         assert (change.before, change.now) == (16, 8)
-        assert str(change).startswith("lora.r: 16 → 8 (the adapter has another shape")
+        assert str(change).startswith("lora.r: 16 → 8 (other tensors are trained")
+        assert not change.is_possible
 
     def test_a_section_that_comes_and_goes(self) -> None:
         with_answers = recipe(evaluate={"generate": {}})

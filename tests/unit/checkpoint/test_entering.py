@@ -296,3 +296,46 @@ class TestFingerprintsOfAnotherVersion:
             require_same_work(checkpoint, PRINTS, True)
         assert said in str(refused.value)
         assert "--fresh" in str(refused.value)
+
+
+class TestWhatNobodyCanGoOnFrom:
+    """Other tensors are trained, so that those of the checkpoint have no place."""
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"lora": {"r": 4}},
+            {"lora": {"target_modules": ["q_proj"]}},
+            {"lora": {"use_dora": True}},
+            {"train": {"loraplus_lr_ratio": 16.0}},
+        ],
+    )
+    def test_is_refused_even_where_drift_is_allowed(
+        self, tmp_path: Path, change: dict[str, Any]
+    ) -> None:
+        recipe = recipe_in(tmp_path / "run")
+        run = begun_run(tmp_path / "run", recipe, 5)
+        before = run.recipe.read_bytes()
+        changed = recipe_from_dict({**recipe.model_dump(exclude_unset=True), **change}, "test")
+        with pytest.raises(RunError, match="--allow-drift cannot help"):
+            entered(changed, allow_drift=True)
+        assert run.recipe.read_bytes() == before
+
+    def test_is_what_begins_anew_where_there_is_no_checkpoint(self, tmp_path: Path) -> None:
+        recipe = recipe_in(tmp_path / "run")
+        begun_run(tmp_path / "run", recipe)
+        changed = recipe_from_dict(
+            {**recipe.model_dump(exclude_unset=True), "lora": {"r": 4}}, "test"
+        )
+        entry, _ = entered(changed)
+        assert entry.checkpoint is None
+
+
+def test_updates_without_a_checkpoint_are_warned_of(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path / "run")
+    run = begun_run(tmp_path / "run", recipe)
+    entry, _ = entered(recipe)
+    assert "no checkpoint" in "".join(entry.said)
+    run.log.write_text('{"step": 1}\n')
+    entry, _ = entered(recipe)
+    assert "holds a log of updates, but no checkpoint" in entry.warned[0]
