@@ -75,9 +75,7 @@ def _in_full(skeleton: Skeleton) -> LoraSpec:
     """No low-rank update, which PEFT lets pass under this name alone, and trained copies."""
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
-    return LoraSpec(
-        target_modules=DUMMY_TARGET_MODULES, modules_to_save=trained_in_full(skeleton)
-    )
+    return LoraSpec(target_modules=DUMMY_TARGET_MODULES, modules_to_save=trained_in_full(skeleton))
 
 
 def lora_config(base: Base, spec: LoraSpec, targets: Targets, token_ids: list[int]) -> LoraConfig:
