@@ -35,11 +35,11 @@ CONFIGS = {
 def main() -> None:
     folder = resolve_source("demo/smollm2-135m-instruct").folder
     with safe_open(next(folder.glob("*.safetensors")), "pt") as file:
-        names = [name for name in file.keys() if name.endswith("_proj.weight")][::EVERY]
+        names = list(file.keys())
+        names = [name for name in names if name.endswith("_proj.weight")][::EVERY]
         weights = [file.get_tensor(name).float() for name in names]
-    print(
-        "| method | other number | no gradient | kept: torchao | kept: here |\n|---|---|---|---|---|"
-    )
+    print("| method | other number | no gradient | kept: torchao | kept: here |")
+    print("|---|---|---|---|---|")
     for method in CONFIGS:
         counts = torch.tensor([compared(method, weight) for weight in weights])
         total = sum(weight.numel() for weight in weights)

@@ -164,8 +164,9 @@ def adapter(reporter: Reporter, adapted: Adapted, recipe: Recipe) -> None:
     if aware is not None:
         share = aware.start_after
         start = f"{share:.0%} of the" if share < 1 else f"{share:g}"
+        which = "merged" if recipe.trains_adapter else "trained"
         reporter.say(
-            f"aware     {'merged' if recipe.trains_adapter else 'trained'} weights are quantized to {aware.method} in every forward pass"
+            f"aware     {which} weights are quantized to {aware.method} in every forward pass"
             f"{f' after {start} updates' if share else ''}; what is measured is measured so"
         )
 

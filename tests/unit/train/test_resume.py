@@ -572,6 +572,16 @@ class TestMemory:
         for word in ("one sequence", "gradient_checkpointing", "max_length", "MiB", "optim"):
             assert word in str(ended.value)
 
+    def test_no_advice_that_the_recipe_would_refuse(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A 4-bit base cannot be trained on with quantization in view."""
+        aware = {"method": "nf4", "train": "full"}
+        with pytest.raises(HardwareError) as ended:
+            self.outcome(run, monkeypatch, 0, bits=16, aware=aware)
+        assert "train an adapter (quantization_aware.train: adapter)" in str(ended.value)
+        assert "load_in_4bit" not in str(ended.value)
+
 
 def test_a_flipped_byte_sends_the_run_back_to_the_checkpoint_before(run: Run) -> None:
     whole = run("whole")
