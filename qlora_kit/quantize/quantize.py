@@ -131,7 +131,8 @@ def prepare(request: Request, reporter: Reporter = SILENT) -> Prepared:
     if texts is not None:
         calibration = draw_calibration(texts, rows, request.calibration, context_of(source))
     _require_supervised(held_out)
-    require_disk(request.out, _bytes_to_write(request, source, method, options), "this model")
+    needed = _bytes_to_write(request, source, method, options)
+    require_disk(request.out, needed, "this model", "name another folder with --out")
     _tell(reporter, request, source, calibration, held_out)
     return Prepared(source, method, options, calibration, held_out)
 

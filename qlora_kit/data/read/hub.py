@@ -68,9 +68,10 @@ def _loaded(spec: SourceSpec, *, streaming: bool) -> Any:
         return datasets.load_dataset(spec.path, spec.config, split=spec.split, streaming=streaming)
     except _upstream_faults() as error:
         part = f"split '{spec.split}'" + (f" of '{spec.config}'" if spec.config else "")
+        away = ". Name a local file, or download it where there is a network."
         raise DataError(
             f"{spec.path} is no local file, and the hub did not give its {part}: "
-            f"{_first_line(error)}"
+            f"{_first_line(error)}{away if isinstance(error, ConnectionError) else ''}"
         ) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qlora_kit.errors import ModelError
 from qlora_kit.quantize.gguf.scripts import CONVERT, LlamaCpp, ScriptFailed, last_line, run_script
@@ -42,10 +43,11 @@ class Converter:
             raise _fault(self.folder, failed) from failed
 
 
-def open_converter(llama: LlamaCpp, folder: Path, vocabulary: Path) -> Converter:
+def open_converter(llama: LlamaCpp, folder: Path, tokenizer: Any, vocabulary: Path) -> Converter:
     """Find out whether llama.cpp knows the architecture and the tokenizer, in seconds.
 
     Args:
+        tokenizer: the folder's, as it is loaded.
         vocabulary: a GGUF file with the tokenizer and no weights that is written for that.
 
     Raises:
@@ -58,7 +60,7 @@ def open_converter(llama: LlamaCpp, folder: Path, vocabulary: Path) -> Converter
     except ModelError as fault:
         failed = fault.__cause__
         unknown = isinstance(failed, ScriptFailed) and _UNKNOWN_TOKENIZER in failed.log
-        rule = splitting_rule(folder) if unknown else None
+        rule = splitting_rule(tokenizer) if unknown else None
         if rule is None:
             raise
     converter = Converter(llama, folder, rule)
@@ -66,15 +68,19 @@ def open_converter(llama: LlamaCpp, folder: Path, vocabulary: Path) -> Converter
     return converter
 
 
-def splitting_rule(folder: Path) -> str | None:
+def splitting_rule(tokenizer: Any) -> str | None:
     """llama.cpp's name for how this tokenizer splits text before it merges, None if unknown.
 
     llama.cpp recognizes the tokenizers of known models by a hash of their ids, so one with a
-    vocabulary of its own is unknown to it even where it splits as GPT-2's does.
+    vocabulary of its own is unknown to it even where it splits as GPT-2's does. Asked is the
+    tokenizer as it is loaded: of some architectures (Qwen2) transformers takes the vocabulary
+    from tokenizer.json, and puts the family's own splitting in place of what the file says.
     """
     from qlora_kit.model.gguf_tokenizer import PRE_TOKENIZERS, splitting_of
 
-    described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if not tokenizer.is_fast:
+        return None
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
     if described.get("model", {}).get("type") != "BPE":
         return None
     ignores_merges = bool(described["model"].get("ignore_merges", False))
@@ -90,12 +96,12 @@ def _fault(folder: Path, failed: ScriptFailed) -> ModelError:
         known = said.partition("Model ")[2].partition(" is not")[0]
         return ModelError(
             f"llama.cpp does not know the architecture {known} of {folder}, so no GGUF file can "
-            "be made of it. Take another method, or a newer llama.cpp (--llama-cpp)."
+            "be made of it. Take another method, or a newer llama.cpp (llama_cpp=PATH)."
         )
     if _UNKNOWN_TOKENIZER in log:
         return ModelError(
             f"llama.cpp does not know the tokenizer of {folder}: by which rule it splits text "
-            "before merging is not written in it. Name a newer llama.cpp (--llama-cpp), or use "
+            "before merging is not written in it. Name a newer llama.cpp (llama_cpp=PATH), or use "
             "another method."
         )
     if "No module named" in said:
