@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,13 +37,53 @@ class Converter:
         """
         options = ["--outfile", str(outfile.resolve()), "--outtype", outtype]
         options += ["--vocab-only"] if vocab_only else []
-        folder = str(self.folder.resolve())
-        try:
-            if self.rule is None:
-                return run_script(self.llama, self.llama.folder / CONVERT, [*options, folder])
-            return run_script(self.llama, _WITH_RULE, [*options, "--rule", self.rule, folder])
-        except ScriptFailed as failed:
-            raise _fault(self.folder, failed) from failed
+        script = self.llama.folder / CONVERT
+        if self.rule is not None:
+            script, options = _WITH_RULE, [*options, "--rule", self.rule]
+        with _as_the_converter_reads(self.folder.resolve()) as folder:
+            try:
+                return run_script(self.llama, script, [*options, str(folder)])
+            except ScriptFailed as failed:
+                raise _fault(self.folder, failed) from failed
+
+
+@contextmanager
+def _as_the_converter_reads(folder: Path) -> Iterator[Path]:
+    """The folder, or one of links with another config.json where the converter stumbles over it."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not _amend(config, folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        beside = Path(scratch) / folder.name  # the file is named after it
+        beside.mkdir()
+        for path in folder.iterdir():
+            if path.name != "config.json":
+                (beside / path.name).symlink_to(path)
+        (beside / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        yield beside
+
+
+def _amend(config: dict[str, Any], folder: Path) -> bool:
+    """Whether something had to be changed: GPT-2's context under its old name, which transformers
+    no longer writes; and Gemma 3's vocabulary, where it is padded beyond the tokens: the converter
+    leaves such rows out of the embedding, but not out of the vocabulary.
+    """
+    text = config.get("text_config", config)
+    kind = text.get("model_type")
+    if kind == "gpt2" and "n_ctx" not in text and "n_positions" in text:
+        text["n_ctx"] = text["n_positions"]
+        return True
+    path = folder / "tokenizer.json"
+    is_cut = not (folder / "tokenizer.model").is_file() and path.is_file()
+    if kind not in ("gemma3", "gemma3_text") or not is_cut:
+        return False
+    described = json.loads(path.read_text(encoding="utf-8"))
+    rows = len(described["model"]["vocab"]) + len(described["added_tokens"])
+    if rows >= text.get("vocab_size", rows):
+        return False
+    text["vocab_size"] = rows
+    return True
 
 
 def open_converter(llama: LlamaCpp, folder: Path, tokenizer: Any, vocabulary: Path) -> Converter:

@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING
 
 import pytest
 from conftest import build_tokenizer
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from qlora_kit.errors import ModelError
 from qlora_kit.quantize.gguf import quantizer
@@ -118,6 +124,34 @@ def test_the_rule_is_that_of_the_tokenizer_as_it_is_loaded(
     Qwen2ForCausalLM(Qwen2Config(**sizes, **heads)).save_pretrained(tmp_path)
     converter = checked_converter(llama_scripts, tmp_path, AutoTokenizer.from_pretrained(tmp_path))
     assert converter.rule == "qwen2"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3_text"])
+def test_what_the_converter_stumbles_over(
+    kind: str, llama_scripts: LlamaCpp, tmp_path: Path
+) -> None:
+    """transformers writes no n_ctx for GPT-2; Gemma 3 has rows beyond its tokenizer's."""
+    folder = tmp_path / "model"
+    build_tokenizer(folder)
+    sizes = {"vocab_size": 384, "hidden_size": 64, "num_attention_heads": 4}
+    depth = {"n_layer": 1} if kind == "gpt2" else {"num_hidden_layers": 1, "head_dim": 16}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = AutoConfig.for_model(kind, **sizes, **depth, **ends)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    before = (folder / "config.json").read_bytes()
+    target = tmp_path / "model.gguf"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    open_converter(llama_scripts, folder, tokenizer, target).convert(target, "f16")
+    assert (folder / "config.json").read_bytes() == before
+    loaded = llama_library.LoadedModel(target)
+    loaded.close()
+
+
+def test_a_file_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(ModelError, match=r"cannot load .*: .*failed to load model"):
+        llama_library.LoadedModel(tmp_path / "broken.gguf")
 
 
 def test_what_is_written_and_what_is_said_of_it(made_gguf: GgufFiles, loud_llama: Path) -> None:
