@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_kit.errors import ModelError
 from qlora_kit.quantize.mixed import (
@@ -80,7 +80,7 @@ def require_loadable(rounding: Rounding) -> None:
 def uniform_base(rounding: Rounding) -> QuantizationSpec:
     """How a recipe asks for all linear layers at this width."""
     if rounding.num_bits == 4:
-        kind = "fp4" if rounding.kind == "fp4" else "nf4"
+        kind: Literal["nf4", "fp4"] = "fp4" if rounding.kind == "fp4" else "nf4"
         return QuantizationSpec(
             load_in_4bit=True, quant_type=kind, double_quant=rounding.double_quant
         )
