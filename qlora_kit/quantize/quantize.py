@@ -176,6 +176,7 @@ def compare(
     path = draft / made.open
     spec = ModelSpec(name_or_path=str(path), trust_remote_code=ready.source.trust_remote_code)
     runtime = open_runtime(str(path), spec)
+    stored = runtime.footprint()  # some libraries unpack weights when they are first used
     with reporter.progress("measuring the result", recorded.num_tokens) as progress:
         divergence = compare_to_recorded(
             runtime,
@@ -184,7 +185,8 @@ def compare(
             num_entries=min(recorded.vocab_size, runtime.vocab_size),
             progress=progress,
         )
-    compared = Compared(divergence, footprint, runtime.footprint())
+    in_use = replace(stored, memory_bytes=runtime.footprint().memory_bytes)
+    compared = Compared(divergence, footprint, in_use)
     runtime.close()
     return compared
 
