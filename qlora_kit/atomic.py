@@ -47,6 +47,10 @@ def _remove(draft: Path) -> None:
 def _make(folder: Path, meant: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise HardwareError(
+            f"{meant} cannot be written: {folder} is a file. Name another folder."
+        ) from None
     except OSError as error:
         raise HardwareError(
             f"{meant} cannot be written: {error.strerror} ({folder.parent}). Name another folder."

@@ -104,12 +104,16 @@ def command(
 
 
 def _require_picture(plot: Path | None) -> None:
+    from qlora_kit.atomic import draft_beside
     from qlora_kit.report.plot import SUFFIXES
 
     if plot is not None and plot.suffix not in SUFFIXES:
         raise typer.BadParameter(f"--plot ends in {', '.join(SUFFIXES)}, got {plot.name}.")
     if plot is not None and plot.is_dir():
         raise typer.BadParameter(f"--plot {plot} is a folder.")
+    if plot is not None:
+        with draft_beside(plot):
+            pass
 
 
 def _recipe_of(models: list[str], path: Path | None, settings: list[str]) -> Recipe:

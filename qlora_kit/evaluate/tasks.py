@@ -13,8 +13,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from qlora_kit.data.read.hub import upstream_faults
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.errors import DataError, ModelError
+from qlora_kit.model.reason import reason_of
 from qlora_kit.report.reporter import SILENT, Reporter
 from qlora_kit.runtime.protocol import Runtime
 
@@ -71,8 +73,21 @@ def require_tasks(plan: TaskPlan) -> TaskManager:
     are looked through only where those of `include_path` do not suffice.
 
     Raises:
-        DataError: there is no such task.
+        DataError: there is no such task, or its rows are not to be had.
     """
+    manager = _manager_of(plan)
+    for name in plan.names:
+        try:
+            manager.load([name])
+        except upstream_faults() as error:
+            raise DataError(
+                f"the rows of {name} are not to be had: {reason_of(error)}. Ask where there is a "
+                "network first, or name tasks with rows of your own (--include-path)."
+            ) from error
+    return manager
+
+
+def _manager_of(plan: TaskPlan) -> TaskManager:
     if plan.include_path is not None:
         own = TaskManager(include_path=plan.include_path, include_defaults=False)
         if not _unknown(own, plan):

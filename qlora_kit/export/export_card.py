@@ -76,10 +76,11 @@ def _how_made(certificate: dict[str, Any]) -> str:
 
 
 def _parity(parity: dict[str, Any]) -> str:
+    composed = ", given to llama.cpp composed (Unicode NFC), which it does not do by itself"
     return (
         f"Template and tokenizer: {parity['num_conversations']} conversations and "
         f"{parity['num_texts']} texts ({parity['num_tokens']:,} tokens) give the same token ids as "
-        "in training.\n"
+        f"in training{composed if parity['composed'] else ''}.\n"
     )
 
 

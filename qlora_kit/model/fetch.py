@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_kit.errors import ModelError
-from qlora_kit.model.gguf import sha256_of
+from qlora_kit.records import file_sha256
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _uv() -> list[list[str]]:
 
 def require_digest(path: Path, expected: str) -> Path:
     """`path`, if its SHA-256 is the pinned one; ModelError otherwise."""
-    got = sha256_of(path)
+    got = file_sha256(path)
     if got != expected:
         raise ModelError(
             f"{path} is not the pinned file: its SHA-256 is {got}, expected {expected}; "

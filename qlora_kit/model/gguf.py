@@ -6,7 +6,6 @@ it is dequantized once into a folder that any tool reads, and kept.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import tempfile
@@ -31,6 +30,7 @@ from qlora_kit.environment import cache_dir, probe_hardware
 from qlora_kit.errors import HardwareError, ModelError
 from qlora_kit.model.gguf_rope import add_rope_scaling, rope_scaling
 from qlora_kit.model.gguf_tokenizer import build_tokenizer
+from qlora_kit.records import file_sha256
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def convert_cached(gguf_path: Path, *, dtype: str = "auto") -> Path:
         ModelError, HardwareError: as `gguf_to_folder`.
     """
     _require_gguf(gguf_path)
-    digest = sha256_of(gguf_path)
+    digest = file_sha256(gguf_path)
     name = f"{digest[:16]}-{gguf_path.stem}-{dtype}-v{CONVERSION_VERSION}"
     return gguf_to_folder(gguf_path, cache_dir() / "gguf" / name, dtype=dtype, sha256=digest)
 
@@ -115,7 +115,7 @@ def gguf_to_folder(
     _set_token_ids(model, tokenizer, metadata)
     record = GgufConversion(
         source=gguf_path.name,
-        source_sha256=sha256 or sha256_of(gguf_path),
+        source_sha256=sha256 or file_sha256(gguf_path),
         architecture=str(metadata["general.architecture"]),
         dtype=dtype,
         version=CONVERSION_VERSION,
@@ -142,15 +142,6 @@ def converted_folder(folder: Path) -> Path:
     for warning in json.loads(record.read_text())["warnings"]:
         logger.warning("%s: %s", folder.name, warning)
     return folder
-
-
-def sha256_of(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _require_gguf(path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from qlora_kit.errors import ModelError
 from qlora_kit.quantize.mixed import (
@@ -19,6 +19,7 @@ from qlora_kit.quantize.mixed import (
 )
 from qlora_kit.quantize.rounding import Rounding, shape_of
 from qlora_kit.quantize.sensitivity.reference import Reference
+from qlora_kit.recipe import QuantizationSpec
 from qlora_kit.report.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
@@ -74,6 +75,16 @@ def require_loadable(rounding: Rounding) -> None:
             f"a base cannot be loaded as {rounding}, so no mixture is chosen of it; take --method "
             f"nf4 or fp4 with a block size of {LOADED_BLOCK_SIZE}, or int8."
         )
+
+
+def uniform_base(rounding: Rounding) -> QuantizationSpec:
+    """How a recipe asks for all linear layers at this width."""
+    if rounding.num_bits == 4:
+        kind: Literal["nf4", "fp4"] = "fp4" if rounding.kind == "fp4" else "nf4"
+        return QuantizationSpec(
+            load_in_4bit=True, quant_type=kind, double_quant=rounding.double_quant
+        )
+    return QuantizationSpec(load_in_8bit=True)
 
 
 def options_of(found: Sensitivity, skeleton: Skeleton) -> list[Options]:
@@ -193,7 +204,8 @@ def _rivals(
             kept[name] = _SIXTEEN
             count += 1
         if count:
-            rivals[f"{rounding}, the {where} {count} layers in 16 bits"] = kept
+            layers = "layer" if count == 1 else f"{count} layers"
+            rivals[f"{rounding}, the {where} {layers} in 16 bits"] = kept
     return {
         name: (_total(skeleton, roundings, other_bytes), roundings)
         for name, roundings in rivals.items()

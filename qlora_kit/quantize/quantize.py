@@ -131,7 +131,8 @@ def prepare(request: Request, reporter: Reporter = SILENT) -> Prepared:
     if texts is not None:
         calibration = draw_calibration(texts, rows, request.calibration, context_of(source))
     _require_supervised(held_out)
-    require_disk(request.out, _bytes_to_write(request, source, method, options), "this model")
+    needed = _bytes_to_write(request, source, method, options)
+    require_disk(request.out, needed, "this model", "name another folder with --out")
     _tell(reporter, request, source, calibration, held_out)
     return Prepared(source, method, options, calibration, held_out)
 
@@ -175,6 +176,7 @@ def compare(
     path = draft / made.open
     spec = ModelSpec(name_or_path=str(path), trust_remote_code=ready.source.trust_remote_code)
     runtime = open_runtime(str(path), spec)
+    stored = runtime.footprint()  # some libraries unpack weights when they are first used
     with reporter.progress("measuring the result", recorded.num_tokens) as progress:
         divergence = compare_to_recorded(
             runtime,
@@ -183,7 +185,8 @@ def compare(
             num_entries=min(recorded.vocab_size, runtime.vocab_size),
             progress=progress,
         )
-    compared = Compared(divergence, footprint, runtime.footprint())
+    in_use = replace(stored, memory_bytes=runtime.footprint().memory_bytes)
+    compared = Compared(divergence, footprint, in_use)
     runtime.close()
     return compared
 

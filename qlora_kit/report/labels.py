@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,7 +35,8 @@ _LOOK: dict[str, Any] = {
 
 
 def place_labels(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
-    """Write each text near its point (x, y, text), where it covers the fewest others.
+    """Write each text near its point (x, y, text), where it covers the fewest others and no other
+    point is nearer to it, whose label one would take it for.
 
     The limits of the axis and the layout of the figure have to stand.
     """
@@ -56,6 +58,8 @@ def place_labels(axis: Any, points: Sequence[tuple[float, float, str]]) -> None:
             covered = sum(_overlap(box, other) for other in taken)
             outside = box.width * box.height - _overlap(box, inside)
             cost = covered + 3 * outside
+            if _is_nearer_another(box, middle, middles):
+                cost += box.width * box.height
             if best is None or cost < best[0] - 1:
                 best = (cost, number)
         assert best is not None
@@ -73,6 +77,18 @@ def _box(label: Any, middle: Any, right: float, up: float, across: str, along: s
     left = {"left": 0.0, "center": -0.5, "right": -1.0}[across] * size.width
     low = {"bottom": 0.0, "center": -0.5, "top": -1.0}[along] * size.height
     return Bbox.from_bounds(middle[0] + right + left, middle[1] + up + low, size.width, size.height)
+
+
+def _is_nearer_another(box: Any, middle: Any, middles: Sequence[Any]) -> bool:
+    own = _distance(box, middle)
+    return any(_distance(box, other) < own for other in middles if other is not middle)
+
+
+def _distance(box: Any, point: Any) -> float:
+    """From a point to the nearest edge of a box; 0 inside."""
+    across = max(box.x0 - point[0], 0.0, point[0] - box.x1)
+    along = max(box.y0 - point[1], 0.0, point[1] - box.y1)
+    return float(math.hypot(across, along))
 
 
 def _overlap(one: Any, other: Any) -> float:

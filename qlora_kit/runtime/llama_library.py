@@ -25,7 +25,8 @@ from qlora_kit.errors import ModelError
 PASS_TOKENS = 512
 
 _said: deque[str] = deque(maxlen=30)
-_FAULT_LEVELS = (2, 3, 5)
+# ggml.h: 2 info, 3 warning, 4 error, 5 what goes on with the line before.
+_FAULT_LEVELS = (3, 4)
 
 
 @lru_cache(maxsize=1)

@@ -99,7 +99,9 @@ def test_settings_have_effect_on_the_layers_that_overrides_name(tmp_path: Path) 
         {"load_in_8bit": True, "double_quant": False, "overrides": {"v_proj": 4}},
         {"load_in_4bit": False, "quant_type": "fp4", "overrides": {"v_proj": 4}},
     ):
-        load_recipe(write_recipe(tmp_path, tmp_path, quantization=quantization))
+        recipe = load_recipe(write_recipe(tmp_path, tmp_path, quantization=quantization))
+        read = recipe.quantization.model_dump()
+        assert {name: read[name] for name in quantization} == quantization, "read, and not refused"
 
 
 def test_a_pattern_that_matches_nothing_is_found_before_the_weights_are_read(

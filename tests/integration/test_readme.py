@@ -52,9 +52,11 @@ def test_make_targets_exist_and_the_environment_is_where_the_readme_says() -> No
 def test_recipe_in_the_readme_is_a_recipe() -> None:
     from qlora_kit.recipe import recipe_from_dict
 
-    for block in blocks("yaml"):
-        values = parse_yaml(block, "README.md")
-        recipe_from_dict({"run_dir": "runs/x", **values}, "README.md")
+    shown = [parse_yaml(block, "README.md") for block in blocks("yaml")]
+    assert shown
+    for values in shown:
+        recipe = recipe_from_dict({"run_dir": "runs/x", **values}, "README.md")
+        assert recipe.model_dump(mode="json").keys() >= values.keys()
 
 
 def test_row_shapes_in_the_readme_are_understood(tmp_path: Path) -> None:

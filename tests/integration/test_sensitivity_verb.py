@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import build_llama
+from conftest import build_llama, build_tokenizer
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from qlora_kit.recipe import load_recipe
 
@@ -126,6 +127,34 @@ def test_says_what_is_wrong_before_the_work(
     said = call("sensitivity", str(wide), *options)
     assert said.code == code
     assert words in said.err
+
+
+def test_says_what_cannot_be_written_before_the_work(
+    wide: Path, text: Path, call: Call, tmp_path: Path
+) -> None:
+    out = text / "out"
+    said = call("sensitivity", str(wide), "--data", str(text), *FEW, "--out", str(out))
+    assert said.code == 1
+    assert "text.txt is a file" in said.err
+    assert "reference" not in said.out, "nothing was loaded"
+
+
+def test_experts_are_no_part_of_a_mixture(text: Path, tmp_path: Path, call: Call) -> None:
+    """Training refuses such a base, so a recipe for it would be of no use."""
+    folder = tmp_path / "moe"
+    build_tokenizer(folder)
+    sizes = {"vocab_size": 384, "hidden_size": 32, "intermediate_size": 32}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+    config = MixtralConfig(**sizes, **heads, num_local_experts=2)
+    MixtralForCausalLM(config).save_pretrained(folder)
+    arguments = (str(folder), "--data", str(text), *FEW, "--cheap")
+    said = call("sensitivity", *arguments, "--max-kl", "0.2", "--out", str(tmp_path / "out"))
+    assert said.code == 1
+    assert "keeps its experts in fused tensors" in said.err
+    assert not (tmp_path / "out").exists()
+    ranked = call("sensitivity", *arguments)
+    assert ranked.code == 0
+    assert "% of the parameters are fused experts" in ranked.out + ranked.err
 
 
 def test_says_what_is_too_little_or_too_long(wide: Path, text: Path, call: Call) -> None:

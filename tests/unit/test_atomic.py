@@ -56,6 +56,15 @@ def test_two_processes_at_once_leave_one_whole_folder(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.ready", "b.ready", "go", "made"]
 
 
+def test_a_folder_inside_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").touch()
+    with (
+        pytest.raises(HardwareError, match=r"cannot be written: .*notes\.txt is a file"),
+        draft_beside(tmp_path / "notes.txt" / "made"),
+    ):
+        pass
+
+
 def test_a_process_killed_half_way_leaves_no_folder(tmp_path: Path) -> None:
     folder = tmp_path / "made"
     writer = start(folder, "killed", tmp_path / "go")

@@ -36,7 +36,7 @@ def hub_source(spec: SourceSpec, *, streaming: bool) -> Iterator[Row | BadRow]:
         number += 1
         try:
             record = next(rows, None)
-        except _upstream_faults() as error:
+        except upstream_faults() as error:
             raise DataError(
                 f"{spec.path} (split {spec.split}) broke off behind row {number - 1}: "
                 f"{_first_line(error)}"
@@ -66,15 +66,16 @@ def _loaded(spec: SourceSpec, *, streaming: bool) -> Any:
 
     try:
         return datasets.load_dataset(spec.path, spec.config, split=spec.split, streaming=streaming)
-    except _upstream_faults() as error:
+    except upstream_faults() as error:
         part = f"split '{spec.split}'" + (f" of '{spec.config}'" if spec.config else "")
+        away = ". Name a local file, or download it where there is a network."
         raise DataError(
             f"{spec.path} is no local file, and the hub did not give its {part}: "
-            f"{_first_line(error)}"
+            f"{_first_line(error)}{away if isinstance(error, ConnectionError) else ''}"
         ) from error
 
 
-def _upstream_faults() -> tuple[type[Exception], ...]:
+def upstream_faults() -> tuple[type[Exception], ...]:
     """Everything that loading from the hub raises over what is there, or is not reachable."""
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from qlora_kit.errors import ModelError
 from qlora_kit.quantize.gguf.scripts import CONVERT, LlamaCpp, ScriptFailed, last_line, run_script
@@ -33,19 +37,60 @@ class Converter:
         """
         options = ["--outfile", str(outfile.resolve()), "--outtype", outtype]
         options += ["--vocab-only"] if vocab_only else []
-        folder = str(self.folder.resolve())
-        try:
-            if self.rule is None:
-                return run_script(self.llama, self.llama.folder / CONVERT, [*options, folder])
-            return run_script(self.llama, _WITH_RULE, [*options, "--rule", self.rule, folder])
-        except ScriptFailed as failed:
-            raise _fault(self.folder, failed) from failed
+        script = self.llama.folder / CONVERT
+        if self.rule is not None:
+            script, options = _WITH_RULE, [*options, "--rule", self.rule]
+        with _as_the_converter_reads(self.folder.resolve()) as folder:
+            try:
+                return run_script(self.llama, script, [*options, str(folder)])
+            except ScriptFailed as failed:
+                raise _fault(self.folder, failed) from failed
 
 
-def open_converter(llama: LlamaCpp, folder: Path, vocabulary: Path) -> Converter:
+@contextmanager
+def _as_the_converter_reads(folder: Path) -> Iterator[Path]:
+    """The folder, or one of links with another config.json where the converter stumbles over it."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if not _amend(config, folder):
+        yield folder
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        beside = Path(scratch) / folder.name  # the file is named after it
+        beside.mkdir()
+        for path in folder.iterdir():
+            if path.name != "config.json":
+                (beside / path.name).symlink_to(path)
+        (beside / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        yield beside
+
+
+def _amend(config: dict[str, Any], folder: Path) -> bool:
+    """Whether something had to be changed: GPT-2's context under its old name, which transformers
+    no longer writes; and Gemma 3's vocabulary, where it is padded beyond the tokens: the converter
+    leaves such rows out of the embedding, but not out of the vocabulary.
+    """
+    text = config.get("text_config", config)
+    kind = text.get("model_type")
+    if kind == "gpt2" and "n_ctx" not in text and "n_positions" in text:
+        text["n_ctx"] = text["n_positions"]
+        return True
+    path = folder / "tokenizer.json"
+    is_cut = not (folder / "tokenizer.model").is_file() and path.is_file()
+    if kind not in ("gemma3", "gemma3_text") or not is_cut:
+        return False
+    described = json.loads(path.read_text(encoding="utf-8"))
+    rows = len(described["model"]["vocab"]) + len(described["added_tokens"])
+    if rows >= text.get("vocab_size", rows):
+        return False
+    text["vocab_size"] = rows
+    return True
+
+
+def open_converter(llama: LlamaCpp, folder: Path, tokenizer: Any, vocabulary: Path) -> Converter:
     """Find out whether llama.cpp knows the architecture and the tokenizer, in seconds.
 
     Args:
+        tokenizer: the folder's, as it is loaded.
         vocabulary: a GGUF file with the tokenizer and no weights that is written for that.
 
     Raises:
@@ -58,7 +103,7 @@ def open_converter(llama: LlamaCpp, folder: Path, vocabulary: Path) -> Converter
     except ModelError as fault:
         failed = fault.__cause__
         unknown = isinstance(failed, ScriptFailed) and _UNKNOWN_TOKENIZER in failed.log
-        rule = splitting_rule(folder) if unknown else None
+        rule = splitting_rule(tokenizer) if unknown else None
         if rule is None:
             raise
     converter = Converter(llama, folder, rule)
@@ -66,15 +111,19 @@ def open_converter(llama: LlamaCpp, folder: Path, vocabulary: Path) -> Converter
     return converter
 
 
-def splitting_rule(folder: Path) -> str | None:
+def splitting_rule(tokenizer: Any) -> str | None:
     """llama.cpp's name for how this tokenizer splits text before it merges, None if unknown.
 
     llama.cpp recognizes the tokenizers of known models by a hash of their ids, so one with a
-    vocabulary of its own is unknown to it even where it splits as GPT-2's does.
+    vocabulary of its own is unknown to it even where it splits as GPT-2's does. Asked is the
+    tokenizer as it is loaded: of some architectures (Qwen2) transformers takes the vocabulary
+    from tokenizer.json, and puts the family's own splitting in place of what the file says.
     """
     from qlora_kit.model.gguf_tokenizer import PRE_TOKENIZERS, splitting_of
 
-    described = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    if not tokenizer.is_fast:
+        return None
+    described = json.loads(tokenizer.backend_tokenizer.to_str())
     if described.get("model", {}).get("type") != "BPE":
         return None
     ignores_merges = bool(described["model"].get("ignore_merges", False))
@@ -90,12 +139,12 @@ def _fault(folder: Path, failed: ScriptFailed) -> ModelError:
         known = said.partition("Model ")[2].partition(" is not")[0]
         return ModelError(
             f"llama.cpp does not know the architecture {known} of {folder}, so no GGUF file can "
-            "be made of it. Take another method, or a newer llama.cpp (--llama-cpp)."
+            "be made of it. Take another method, or a newer llama.cpp (llama_cpp=PATH)."
         )
     if _UNKNOWN_TOKENIZER in log:
         return ModelError(
             f"llama.cpp does not know the tokenizer of {folder}: by which rule it splits text "
-            "before merging is not written in it. Name a newer llama.cpp (--llama-cpp), or use "
+            "before merging is not written in it. Name a newer llama.cpp (llama_cpp=PATH), or use "
             "another method."
         )
     if "No module named" in said:

@@ -11,12 +11,13 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from qlora_kit.errors import ModelError
 from qlora_kit.model.skeleton import is_linear
+from qlora_kit.quantize.gguf.importance_file import COUNTS, SUMS
 from qlora_kit.quantize.int8.observe import observe
 from qlora_kit.quantize.load import computing_dtype, load_source
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from qlora_kit.quantize.method import Calibration, Source
     from qlora_kit.report.reporter import Reporter
 
-_SUMS, _COUNTS = ".in_sum2", ".counts"
 # The matrices that activations are multiplied with; the embedding is looked up in.
 _LAYERS = ("blk.", "output.")
 
@@ -100,25 +100,13 @@ def write_importance(importance: Importance, between: Path, path: Path) -> tuple
         found += 1
         sums = importance.sums[layer].to(torch.float32).numpy().reshape(1, -1)
         counts = torch.tensor([[float(importance.counts[layer])]]).numpy()
-        writer.add_tensor(name + _SUMS, sums)
-        writer.add_tensor(name + _COUNTS, counts)
+        writer.add_tensor(name + SUMS, sums)
+        writer.add_tensor(name + COUNTS, counts)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
     return found, len(matrices)
-
-
-def read_importance(path: Path) -> dict[str, Any]:
-    """By tensor: (I,) in float32, the mean of x², as llama.cpp's quantizer takes it."""
-    from gguf import GGUFReader
-
-    tensors = {str(one.name): one.data for one in GGUFReader(path).tensors}
-    return {
-        name.removesuffix(_SUMS): (data / tensors[name.removesuffix(_SUMS) + _COUNTS]).ravel()
-        for name, data in tensors.items()
-        if name.endswith(_SUMS)
-    }
 
 
 def _named(importance: Importance, architecture: str) -> Iterator[tuple[str, str]]:

@@ -77,11 +77,8 @@ class _GgufMethod:
         return "required" if self.kind.needs_importance else "optional"
 
     def check(self, source: Source, options: GgufOptions) -> None:
-        if self.kind.needs_importance and not options.importance:
-            raise ModelError(
-                f"llama.cpp makes {self.kind.name} only with an importance matrix; leave "
-                "importance=false away, or take Q2_K or IQ3_S."
-            )
+        if self.kind.needs_importance:
+            _require_importance(self.kind, source, options)
         llama = find_llama_cpp(options.llama_cpp)
         require_quantizer(llama, self.kind)
         self.converters[source.folder] = checked_converter(llama, source.folder, source.tokenizer)
@@ -114,7 +111,22 @@ class _GgufMethod:
         return Made(
             open=target.name,
             findings=findings_of(converter.llama, target, self.kind, quantized),
-            notes=tuple(_notes(quantized, self.kind)),
+            notes=tuple(_notes(quantized, self.kind, source.tokenizer)),
+        )
+
+
+def _require_importance(kind: GgufType, source: Source, options: GgufOptions) -> None:
+    if not options.importance:
+        raise ModelError(
+            f"llama.cpp makes {kind.name} only with an importance matrix; leave importance=false "
+            "away, or take Q2_K or IQ3_S."
+        )
+    unseen = source.skeleton.expert_parameters
+    if unseen:
+        raise ModelError(
+            f"llama.cpp makes {kind.name} only where calibration text weighs every matrix, and "
+            f"what each of several fused experts is given is not seen ({unseen[0]}); take Q2_K or "
+            "IQ3_S."
         )
 
 
@@ -128,7 +140,7 @@ def checked_converter(llama: LlamaCpp, folder: Path, tokenizer: Any) -> Converte
 
     with tempfile.TemporaryDirectory() as scratch:
         vocabulary = Path(scratch) / "vocabulary.gguf"
-        converter = open_converter(llama, folder, vocabulary)
+        converter = open_converter(llama, folder, tokenizer, vocabulary)
         require_parity(tokenizer, folder, vocabulary)
     return converter
 
@@ -211,11 +223,18 @@ def findings_of(
     }
 
 
-def _notes(quantized: Quantized, kind: GgufType) -> Iterator[str]:
+def _notes(quantized: Quantized, kind: GgufType, tokenizer: Any) -> Iterator[str]:
+    from qlora_kit.quantize.gguf.parity import composes
+
     if quantized.weighed is not None:
         yield weight_of(quantized.weighed)
     if quantized.fallbacks is not None:
         yield fallback_note(quantized.fallbacks, kind)
+    if composes(tokenizer):
+        yield (
+            "this tokenizer composes characters (Unicode NFC) and llama.cpp does not: compose "
+            "texts before you give them to it; most are composed already"
+        )
 
 
 def fallback_note(fallbacks: tuple[int, int], kind: GgufType) -> str:

@@ -7,8 +7,10 @@ ids have to be the same.
 
 from __future__ import annotations
 
+import json
+import unicodedata
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +40,16 @@ class Parity:
     num_tokens: int
     refused: tuple[str, ...] = ()
     """Conversations that the template itself refuses, everywhere alike."""
+    composed: bool = False
+    """llama.cpp was given texts with their characters composed (see `composes`)."""
+
+
+def composes(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer composes characters before it reads them, by Unicode's form C, as Qwen's
+    do; llama.cpp does it for none, and so reads a decomposed é otherwise.
+    """
+    described = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
+    return (described.get("normalizer") or {}).get("type") == "NFC"
 
 
 def require_parity(
@@ -71,12 +83,17 @@ def require_parity(
     try:
         _require_template(trained, loaded, gguf_file)
         _require_end(trained, loaded, gguf_file)
-        readers[f"llama.cpp on {gguf_file.name}"] = loaded.tokenize
+        composed = composes(trained)
+        readers[f"llama.cpp on {gguf_file.name}"] = (
+            (lambda text: loaded.tokenize(unicodedata.normalize("NFC", text)))
+            if composed
+            else loaded.tokenize
+        )
         parity = _compare(trained, exported, readers, also)
         _require_added(trained, loaded, gguf_file)
     finally:
         loaded.close()
-    return parity
+    return replace(parity, composed=composed)
 
 
 def _compare(

@@ -25,9 +25,9 @@ def require_quantizer(llama: LlamaCpp, kind: GgufType) -> None:
     if kind.is_converted or llama.quantizer is not None or find_spec("llama_cpp") is not None:
         return
     raise ModelError(
-        f"quantizing to {kind.name} needs llama.cpp's quantizer: pip install 'qlora-kit[gguf]', or "
-        "name a checkout in which llama-quantize was built (--llama-cpp). F32, F16, BF16 and Q8_0 "
-        "need neither."
+        f"quantizing to {kind.name} needs llama.cpp's quantizer: pip install 'qlora-kit[gguf]', "
+        "or name a checkout in which llama-quantize was built (llama_cpp=PATH). F32, F16, BF16 "
+        "and Q8_0 need neither."
     )
 
 
@@ -100,7 +100,7 @@ def _importance(path: Path) -> tuple[Any, list[Any]]:
     import llama_cpp
     import numpy as np
 
-    from qlora_kit.quantize.gguf.importance import read_importance
+    from qlora_kit.quantize.gguf.importance_file import read_importance
 
     kept = [
         (name.encode(), np.ascontiguousarray(values, dtype=np.float32))

@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from qlora_kit.atomic import draft_beside
 from qlora_kit.environment import probe_hardware, resolve_compute_dtype
 from qlora_kit.errors import ModelError, RunError
-from qlora_kit.model.base import Base, load_base
+from qlora_kit.model.base import Base, load_base, refuse_unquantizable
 from qlora_kit.model.prequantized import stored_quantization
-from qlora_kit.quantize.mixed_base import Chosen, choose_mixture, require_loadable
+from qlora_kit.quantize.mixed_base import Chosen, choose_mixture, require_loadable, uniform_base
 from qlora_kit.quantize.progressive import Descent, descend
 from qlora_kit.quantize.rounding import Rounding
 from qlora_kit.quantize.sensitivity.measure import (
@@ -65,11 +66,14 @@ def run_sensitivity(
     Raises:
         QloraKitError: whatever is at fault, before anything is measured.
     """
-    if request.out is not None and request.out.exists():
-        raise RunError(f"{request.out} exists already; remove it, or name another folder.")
+    if request.out is not None:
+        _require_writable(request.out)
     if request.chooses:
         require_loadable(request.rounding)
     base = load_reference(spec, reporter)
+    if request.chooses:
+        refuse_unquantizable(base.skeleton, uniform_base(request.rounding))
+    _tell_of_experts(base, reporter)
     first, other = read_sets(base, request, 2 if request.stability or request.chooses else 1)
     plan = Plan(request.rounding, request.by, request.is_exact, request.check, request.seed)
     others = other if request.stability else None
@@ -79,6 +83,24 @@ def run_sensitivity(
     assert other is not None
     with reference_of(base, other, reporter) as reference:
         return found, _choose(base, found, reference, request, reporter)
+
+
+def _require_writable(out: Path) -> None:
+    if out.exists():
+        raise RunError(f"{out} exists already; remove it, or name another folder.")
+    with draft_beside(out):
+        pass
+
+
+def _tell_of_experts(base: Base, reporter: Reporter) -> None:
+    names = base.skeleton.expert_parameters
+    if names:
+        sizes = {name: one.numel() for name, one in base.skeleton.model.named_parameters()}
+        share = sum(sizes[name] for name in names) / sum(sizes.values())
+        reporter.warn(
+            f"{share:.0%} of the parameters are fused experts ({names[0]} …), which are no linear "
+            "modules: they are not ranked, and stay as they are."
+        )
 
 
 def _choose(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -176,6 +177,33 @@ def test_labels_do_not_cover_each_other() -> None:
         assert not any(one.overlaps(other) for other in boxes[number + 1 :])
 
 
+def test_no_label_stands_nearer_to_the_point_of_another() -> None:
+    from matplotlib.figure import Figure
+
+    from qlora_kit.report.labels import place_labels
+
+    figure = Figure(figsize=(5.5, 4.8))
+    axis = figure.subplots()
+    names = ("qwen2", "qwen2-nf4\nKL 0.28", "qwen2-int8\nKL 0.0059", "qwen2-gptq\nKL 0.14")
+    speeds, perplexities = (
+        (143, 41, 45, 50, 72, 585),
+        (1615.6, 1603.6, 1611.6, 1616.7, 1554.8, 1620),
+    )
+    points = [*zip(speeds, perplexities, (*names, "awq", "onnx"), strict=True)]
+    axis.scatter(speeds, perplexities)
+    axis.margins(x=0.22, y=0.18)
+    figure.draw_without_rendering()
+    place_labels(axis, points)
+    for label, own in zip(axis.texts, points, strict=True):
+        box = label.get_window_extent()
+        away = {}
+        for x, y, name in points:
+            right, up = axis.transData.transform((x, y))
+            across = max(box.x0 - right, 0, right - box.x1)
+            away[name] = math.hypot(across, max(box.y0 - up, 0, up - box.y1))
+        assert min(away, key=away.__getitem__) == own[2]
+
+
 def test_speed_is_counted_by_the_clock(tiny_llama: Path) -> None:
     """A clock that moves 1 s for a prompt and half a second for each token after the first."""
     runtime = open_runtime(str(tiny_llama))
@@ -262,6 +290,7 @@ def test_the_verb(tiny_llama: Path, tmp_path: Path) -> None:
         (["{model}", "{model}"], "--recipe RECIPE"),
         (["{model}", "{model}", "--plot", "picture.gif"], ".png, .svg, .pdf"),
         (["{model}", "{model}", "--text", "no-such.txt"], "no-such.txt does not exist"),
+        (["{model}", "{model}", "--plot", "{model}/config.json/a.png"], "config.json is a file"),
     ],
 )
 def test_bad_input_is_told_at_once(arguments: list[str], said: str, tiny_llama: Path) -> None:

@@ -35,6 +35,9 @@ metric_list: [{{metric: acc}}]
 """
 
 
+GONE = "dataset_path: json\ndataset_kwargs: {data_files: {test: no-such-rows.jsonl}}"
+
+
 @pytest.fixture
 def runtime(tiny_llama: Path) -> Runtime:
     return open_runtime(str(tiny_llama))
@@ -122,6 +125,21 @@ def test_a_task_of_ones_own(tiny_llama: Path, folder: Path) -> None:
     right = sum(better(row["question"]) == row["answer"] for row in ROWS)
     assert found["acc,none"] == right / len(ROWS)
     assert found["num_rows"] == len(ROWS)
+
+
+def test_rows_that_are_not_to_be_had_are_told_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_kit.runtime.open.open_runtime", None)
+    for name, rows in (("away", "dataset_path: nobody/no-such-set"), ("gone", GONE)):
+        (tmp_path / f"{name}.yaml").write_text(
+            f"task: {name}\n{rows}\ntest_split: test\noutput_type: multiple_choice\n"
+            "doc_to_text: question\ndoc_to_choice: choices\ndoc_to_target: answer\n"
+        )
+        words = ["evaluate", "demo/smollm2-135m-instruct", "--tasks", name]
+        ended = CliRunner().invoke(app, [*words, "--include-path", str(tmp_path)])
+        assert isinstance(ended.exception, DataError), ended.exception
+        assert f"the rows of {name} are not to be had" in str(ended.exception)
 
 
 def test_what_cannot_be_asked_is_told_before_the_model_is_loaded(

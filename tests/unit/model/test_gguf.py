@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_kit.model.gguf as gguf_module
 from qlora_kit.errors import HardwareError, ModelError
-from qlora_kit.model.gguf import convert_cached, gguf_to_folder, sha256_of
+from qlora_kit.model.gguf import convert_cached, gguf_to_folder
+from qlora_kit.records import file_sha256
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -159,7 +160,7 @@ def test_the_cache_goes_by_content(
     path = Path(shutil.copy(tiny_gguf, tmp_path / "model.gguf"))
     first = convert_cached(path)
     assert first.parent == tmp_path / "cache" / "gguf"
-    assert first.name.startswith(f"{sha256_of(path)[:16]}-model-")
+    assert first.name.startswith(f"{file_sha256(path)[:16]}-model-")
     assert convert_cached(path) == first
     write_gguf(path, tiny_llama(tied=False))
     assert convert_cached(path) != first

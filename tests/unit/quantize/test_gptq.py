@@ -99,6 +99,7 @@ def test_by_the_line_with_layers_that_stay(qwen: Path, tmp_path: Path) -> None:
     sizes = certificate["footprints"]
     assert sizes["quantized"]["num_parameters"] == sizes["source"]["num_parameters"]
     assert sizes["quantized"]["disk_bytes"] < sizes["source"]["disk_bytes"]
+    assert "int4" in sizes["quantized"]["parameters"], "as stored, not as unpacked at first use"
     assert kept.made.findings["num_layers"] == 6
     model = AutoModelForCausalLM.from_pretrained(kept.folder)
     source = kept.reference().model.layers[0].mlp.down_proj.weight

@@ -263,6 +263,7 @@ def test_the_demo() -> None:
 def test_the_hub_is_asked_last_and_may_be_away() -> None:
     told = refusal("nobody/no-such-set")
     assert "nobody/no-such-set is no local file, and the hub did not give its split" in told
+    assert told.endswith("Name a local file, or download it where there is a network.")
     assert "\n" not in told
     assert source_files(SourceSpec(path="nobody/no-such-set")) == ()
 

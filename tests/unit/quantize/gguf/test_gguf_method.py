@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from conftest import build_tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from qlora_kit.errors import ModelError
 from qlora_kit.quantize.gguf import quantizer
 from qlora_kit.quantize.gguf.convert import open_converter, splitting_rule
-from qlora_kit.quantize.gguf.make import dequantized_warning, fallback_note
+from qlora_kit.quantize.gguf.make import checked_converter, dequantized_warning, fallback_note
 from qlora_kit.quantize.gguf.quantizer import quantize_file, require_quantizer
 from qlora_kit.quantize.gguf.scripts import LlamaCpp, find_llama_cpp
 from qlora_kit.quantize.gguf.types import gguf_type, gguf_types
@@ -63,6 +72,14 @@ def test_without_the_extra_the_command_to_install_it_is_named(
         llama_library.library()
 
 
+def test_the_process_that_quantizes_loads_no_torch() -> None:
+    """Ten seconds of every quantization otherwise."""
+    look = "import sys, qlora_kit.quantize.gguf.quantizer as it, qlora_kit.quantize.gguf."
+    look += "importance_file; print(sorted({'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_a_checkout_has_to_be_one(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="there is no folder"):
         find_llama_cpp(tmp_path / "nothing")
@@ -85,15 +102,56 @@ def test_an_architecture_that_llama_cpp_does_not_know(
     config = json.loads((folder / "config.json").read_text())
     config["architectures"] = ["UnheardOfForCausalLM"]
     (folder / "config.json").write_text(json.dumps(config))
+    tokenizer = AutoTokenizer.from_pretrained(loud_llama)
     with pytest.raises(ModelError, match="does not know the architecture UnheardOfForCausalLM"):
-        open_converter(llama_scripts, folder, tmp_path / "vocabulary.gguf")
+        open_converter(llama_scripts, folder, tokenizer, tmp_path / "vocabulary.gguf")
     assert not (tmp_path / "vocabulary.gguf").exists()
 
 
 def test_a_vocabulary_of_its_own_is_taken_by_how_it_splits(loud_llama: Path) -> None:
-    rule = splitting_rule(loud_llama)
+    rule = splitting_rule(AutoTokenizer.from_pretrained(loud_llama))
     assert rule is not None
     assert "gpt" in rule
+
+
+def test_the_rule_is_that_of_the_tokenizer_as_it_is_loaded(
+    llama_scripts: LlamaCpp, tmp_path: Path
+) -> None:
+    """tokenizer.json splits as GPT-2's does here, and transformers makes a Qwen2's of it."""
+    build_tokenizer(tmp_path)
+    sizes = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 64}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    Qwen2ForCausalLM(Qwen2Config(**sizes, **heads)).save_pretrained(tmp_path)
+    converter = checked_converter(llama_scripts, tmp_path, AutoTokenizer.from_pretrained(tmp_path))
+    assert converter.rule == "qwen2"
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gemma3_text"])
+def test_what_the_converter_stumbles_over(
+    kind: str, llama_scripts: LlamaCpp, tmp_path: Path
+) -> None:
+    """transformers writes no n_ctx for GPT-2; Gemma 3 has rows beyond its tokenizer's."""
+    folder = tmp_path / "model"
+    build_tokenizer(folder)
+    sizes = {"vocab_size": 384, "hidden_size": 64, "num_attention_heads": 4}
+    depth = {"n_layer": 1} if kind == "gpt2" else {"num_hidden_layers": 1, "head_dim": 16}
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    config = AutoConfig.for_model(kind, **sizes, **depth, **ends)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    before = (folder / "config.json").read_bytes()
+    target = tmp_path / "model.gguf"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    open_converter(llama_scripts, folder, tokenizer, target).convert(target, "f16")
+    assert (folder / "config.json").read_bytes() == before
+    loaded = llama_library.LoadedModel(target)
+    loaded.close()
+
+
+def test_a_file_that_cannot_be_loaded_says_why(tmp_path: Path) -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    (tmp_path / "broken.gguf").write_bytes(b"GGUF" + bytes(60))
+    with pytest.raises(ModelError, match=r"cannot load .*: .*failed to load model"):
+        llama_library.LoadedModel(tmp_path / "broken.gguf")
 
 
 def test_what_is_written_and_what_is_said_of_it(made_gguf: GgufFiles, loud_llama: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from tokenizers import normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_kit.errors import ModelError
@@ -55,6 +56,19 @@ def test_all_three_read_alike(
     assert parity.num_texts > 10
     assert parity.num_tokens > 1000
     assert require_parity(trained, loud_llama).num_tokens == parity.num_tokens
+
+
+def test_llama_cpp_is_compared_on_composed_text_where_training_composes(
+    loud_llama: Path, made_gguf: GgufFiles, tmp_path: Path
+) -> None:
+    """llama.cpp composes no characters, and every Qwen tokenizer does."""
+    composing = AutoTokenizer.from_pretrained(loud_llama)
+    composing.backend_tokenizer.normalizer = normalizers.NFC()
+    composing.save_pretrained(tmp_path)
+    gguf_folder, made = made_gguf["F16"]
+    assert require_parity(composing, tmp_path, gguf_folder / made.open).composed
+    plain = AutoTokenizer.from_pretrained(loud_llama)
+    assert not require_parity(plain, loud_llama, gguf_folder / made.open).composed
 
 
 def test_another_template_in_the_folder(

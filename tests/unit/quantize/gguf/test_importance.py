@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 import torch
-from conftest import build_llama
+from conftest import build_llama, build_tokenizer
 from gguf import GGUFReader
 from gguf.quants import dequantize
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.environment import probe_hardware
@@ -19,9 +19,9 @@ from qlora_kit.errors import ModelError
 from qlora_kit.quantize.gguf.importance import (
     Importance,
     measure_importance,
-    read_importance,
     write_importance,
 )
+from qlora_kit.quantize.gguf.importance_file import read_importance
 from qlora_kit.quantize.gguf.quantizer import quantize_file
 from qlora_kit.quantize.gguf.types import gguf_type
 from qlora_kit.quantize.method import Calibration
@@ -135,6 +135,19 @@ def test_which_types_look_at_text() -> None:
     }
     method = resolve_method("gguf:Q4_K_M")
     assert method.calibration(parse_options(method, ("importance=false",))) == "none"
+
+
+def test_fused_experts_cannot_be_weighed(tmp_path: Path) -> None:
+    """llama.cpp would end in the middle of the work, for want of their importance."""
+    build_tokenizer(tmp_path)
+    sizes = {"vocab_size": 384, "hidden_size": 64, "intermediate_size": 64}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    MixtralForCausalLM(MixtralConfig(**sizes, **heads, **experts)).save_pretrained(tmp_path)
+    source = open_source(ModelSpec(name_or_path=str(tmp_path)), probe_hardware())
+    method = resolve_method("gguf:IQ2_XXS")
+    with pytest.raises(ModelError, match=r"fused experts .*experts\.gate_up_proj.* take Q2_K"):
+        method.check(source, parse_options(method, ()))
 
 
 def test_what_is_not_finite_is_told(
