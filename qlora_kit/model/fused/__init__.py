@@ -1,0 +1,1 @@
+"""Frozen linear layers with LoRA as one operation of autograd."""

@@ -1,0 +1,167 @@
+"""LoRA on frozen weights as one operation: y = x Wᵀ + b + s (x Aᵀ) Bᵀ, for layers that share x.
+
+What PEFT's layer does in eight operations and three copies of the output, with the same numbers
+up to rounding. Backward, with g the gradient of y and v = s g B:
+
+    ∂x = g W + v A        ∂A = vᵀ x        ∂B = s gᵀ (x Aᵀ)
+
+W is packed; it is unpacked once in each direction and kept in neither. Hu et al. 2021,
+https://arxiv.org/abs/2106.09685, and Dettmers et al. 2023, https://arxiv.org/abs/2305.14314.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_kit.model.quantized import is_four_bit
+
+
+@dataclass(frozen=True)
+class FrozenLinear:
+    """A linear layer whose weight is not trained: 4-bit, or as it is."""
+
+    module: Any
+
+    def weight(self, dtype: torch.dtype) -> torch.Tensor:
+        """(O, I), unpacked."""
+        weight = self.module.weight
+        if is_four_bit(weight):
+            from bitsandbytes.functional import dequantize_4bit
+
+            dense: torch.Tensor = dequantize_4bit(weight.data, weight.quant_state)
+            return dense.to(dtype)
+        plain: torch.Tensor = weight.detach().to(dtype)
+        return plain
+
+    def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
+        bias = self.module.bias
+        return None if bias is None else bias.detach().to(dtype)
+
+
+class _SharedInput(torch.autograd.Function):
+    """Several layers on one input; a layer has two factors, A (r, I) and B (O, r)."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        dropped: torch.Tensor | None,
+        layers: Sequence[FrozenLinear],
+        scales: Sequence[float],
+        dtype: torch.dtype,
+        out_dtype: torch.dtype,
+        *factors: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        flat = _flat(x, dtype)
+        given = flat if dropped is None else _flat(dropped, dtype)
+        downs, ups = factors[0::2], factors[1::2]
+        down = _stacked(downs, dtype)
+        inner = given @ down.T
+        outputs = []
+        for layer, scale, up, part in zip(layers, scales, ups, _parts(downs), strict=True):
+            bias = layer.bias(dtype)
+            weight = layer.weight(dtype)
+            y = flat @ weight.T if bias is None else torch.addmm(bias, flat, weight.T)
+            del weight
+            y.addmm_(inner[:, part], up.to(dtype).T, alpha=scale)
+            outputs.append(y.view(*x.shape[:-1], -1).to(out_dtype))
+        ctx.save_for_backward(given, inner, *factors)
+        ctx.layers, ctx.scales, ctx.dtype = layers, scales, dtype
+        ctx.shape, ctx.x_dtype = x.shape, x.dtype
+        ctx.is_dropped = dropped is not None
+        ctx.dropped_dtype = None if dropped is None else dropped.dtype
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
+        given, inner, *factors = ctx.saved_tensors
+        dtype, x_needed = ctx.dtype, ctx.needs_input_grad[0]
+        downs, ups = factors[0::2], factors[1::2]
+        parts = _parts(downs)
+        down = _stacked(downs, dtype)
+        inner_gradient = torch.zeros_like(inner)
+        of_x, of_ups = None, []
+        for layer, scale, up, part, given_gradient in zip(
+            ctx.layers, ctx.scales, ups, parts, gradients, strict=True
+        ):
+            if given_gradient is None:
+                of_ups.append(None)
+                continue
+            g = _flat(given_gradient, dtype)
+            torch.mm(g, up.to(dtype).mul(scale), out=inner_gradient[:, part])
+            of_ups.append((g.T @ inner[:, part]).mul_(scale).to(up.dtype))
+            if x_needed:
+                weight = layer.weight(dtype)
+                of_x = g @ weight if of_x is None else of_x.addmm_(g, weight)
+                del weight
+        of_dropped = None
+        if ctx.is_dropped:
+            of_dropped = (inner_gradient @ down).view(ctx.shape).to(ctx.dropped_dtype)
+        elif x_needed and of_x is not None:
+            of_x.addmm_(inner_gradient, down)
+        of_down = inner_gradient.T @ given
+        of_downs = [of_down[part].to(one.dtype) for one, part in zip(downs, parts, strict=True)]
+        of_factors = [one for pair in zip(of_downs, of_ups, strict=True) for one in pair]
+        if of_x is not None:
+            of_x = of_x.view(ctx.shape).to(ctx.x_dtype)
+        return of_x, of_dropped, None, None, None, None, *of_factors
+
+
+def shared_input_lora(
+    x: torch.Tensor,
+    layers: Sequence[FrozenLinear],
+    scales: Sequence[float],
+    factors: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+    out_dtype: torch.dtype,
+    dropped: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, ...]:
+    """What each layer makes of x, with gradients for x and for the factors.
+
+    Args:
+        x: (…, I).
+        factors: A (r, I) and B (O, r) of each layer, in turn.
+        dtype: what the products are computed in.
+        out_dtype: of the results.
+        dropped: x after dropout, for the adapters; unset: x itself.
+
+    Returns:
+        One (…, O) for each layer.
+    """
+    with torch.autocast(x.device.type, enabled=False):
+        outputs: tuple[torch.Tensor, ...] = _SharedInput.apply(
+            x, dropped, tuple(layers), tuple(scales), dtype, out_dtype, *factors
+        )
+    return outputs
+
+
+def _flat(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.reshape(-1, x.shape[-1]).to(dtype)
+
+
+def _stacked(downs: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """All A of one input as one (Σr, I), so that x is read once."""
+    return (downs[0] if len(downs) == 1 else torch.cat(list(downs))).to(dtype)
+
+
+def _parts(downs: Sequence[torch.Tensor]) -> list[slice]:
+    """Where each layer's ranks lie among all."""
+    parts, at = [], 0
+    for down in downs:
+        parts.append(slice(at, at + len(down)))
+        at += len(down)
+    return parts
+
+
+def is_frozen_linear(module: nn.Module) -> bool:
+    """A plain linear layer or a 4-bit one, none of whose tensors is trained."""
+    kind = type(module).__name__
+    is_known = type(module) is nn.Linear or (
+        kind == "Linear4bit" and is_four_bit(getattr(module, "weight", None))
+    )
+    return is_known and not any(one.requires_grad for one in module.parameters())

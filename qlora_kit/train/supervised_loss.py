@@ -1,0 +1,213 @@
+"""The loss of a causal language model without logits that nobody needs.
+
+Of a batch only the supervised places are given to the head, a chunk at a time, and where the head
+is frozen its gradient is taken in the forward pass, so that logits are never kept: exact, and in
+memory of one chunk instead of the whole batch times the vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from qlora_kit.data.sequences import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""(N, H) hidden states → (N, V) logits"""
+
+# Float32 logits of one chunk; their gradient takes as much again.
+_CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+_FEWEST = 16
+_TRIAL_TOKENS = 24
+# Of the loss, relative, between this and the model's own.
+_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of cross-entropies of a frozen head, with the gradient of the hidden states."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, targets: torch.Tensor, head: Head, size: int
+    ) -> torch.Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), size):
+            part = slice(start, start + size)
+            with torch.set_grad_enabled(gradient is not None):
+                chunk = hidden[part].detach().requires_grad_(gradient is not None)
+                loss = _summed(head(chunk), targets[part])
+            total += loss.detach()
+            if gradient is not None:
+                (gradient[part],) = torch.autograd.grad(loss, chunk)
+        ctx.gradient = gradient
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,) = grad_outputs
+        gradient, ctx.gradient = ctx.gradient, None
+        return gradient.mul_(grad.to(gradient.dtype)), None, None, None
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor, targets: torch.Tensor, head: Head, size: int, is_trained: bool = False
+) -> torch.Tensor:
+    """Sum over N places of -log p(target), in nats, with gradients for the hidden states.
+
+    Args:
+        hidden: (N, H).
+        targets: (N,), token ids.
+        size: places at a time.
+        is_trained: whether the head has gradients too; its logits are then computed twice.
+    """
+    if not len(hidden):
+        return hidden.sum() * 0.0
+    if not is_trained:
+        total: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, targets, head, size)
+        return total
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for start in range(0, len(hidden), size):
+        part = slice(start, start + size)
+        total = total + checkpoint(
+            lambda chunk, ids: _summed(head(chunk), ids),
+            hidden[part],
+            targets[part],
+            use_reentrant=False,
+        )
+    return total
+
+
+def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+
+class SupervisedForward:
+    """A causal model's forward pass that, given labels, returns the loss and no logits."""
+
+    def __init__(self, model: PreTrainedModel):
+        self.model = model
+        self.own_forward: Callable[..., Any] = model.forward
+        backbone = model.base_model
+        assert isinstance(backbone, nn.Module)
+        self.backbone = backbone
+        self._output_type: type[Any] = BaseModelOutputWithPast
+        self._num_entries = 0
+        self._is_head_trained = False
+
+    def __call__(
+        self,
+        input_ids: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """As the model's own forward, but for the logits where there are `labels`, of shape (B, S).
+
+        The loss is divided by `num_items_in_batch`, else by the number of supervised tokens.
+        """
+        if labels is None:
+            return self.own_forward(input_ids=input_ids, **inputs)
+        inputs = {**inputs, "use_cache": False}
+        output = self.backbone(input_ids=input_ids, **inputs)
+        hidden, self._output_type = output.last_hidden_state, type(output)
+        targets = labels[:, 1:]
+        is_supervised = targets != IGNORE_INDEX
+        chosen = hidden[:, :-1][is_supervised]
+        if not self._num_entries and len(chosen):
+            self._look_at_head(chosen)
+        total = chunked_cross_entropy(
+            chosen,
+            targets[is_supervised],
+            self.head,
+            chunk_size(self._num_entries, chosen.device.type),
+            self._is_head_trained and torch.is_grad_enabled(),
+        )
+        count = len(chosen) if num_items_in_batch is None else num_items_in_batch
+        if isinstance(count, torch.Tensor):
+            count = count.to(total.device)
+        return CausalLMOutputWithPast(loss=total / count)
+
+    def _look_at_head(self, hidden: torch.Tensor) -> None:
+        with torch.enable_grad():
+            logits = self.head(hidden[:1].detach())
+        self._num_entries, self._is_head_trained = logits.shape[-1], logits.requires_grad
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """What the model makes of hidden states (N, H): logits (N, V), by its own code, with
+        whatever it scales or caps them by.
+        """
+        given = self._output_type(last_hidden_state=hidden[None])
+        place = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
+        with _replaced(self.backbone, lambda *_, **__: given):
+            logits = self.own_forward(input_ids=place, use_cache=False).logits
+        return logits[0]
+
+
+def chunk_size(num_entries: int, device: str) -> int:
+    """Places whose logits are computed at a time."""
+    limit = _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"])
+    return max(limit // (4 * max(num_entries, 1)), _FEWEST)
+
+
+@contextmanager
+def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Another forward pass for a while, hooks and all else left out."""
+    kept = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if kept is None:
+            del module.forward
+        else:
+            module.forward = kept
+
+
+@contextmanager
+def supervised_only(model: PreTrainedModel) -> Iterator[None]:
+    """The model computes no logits beside labels, while the context lasts."""
+    forward = SupervisedForward(model)
+    with _replaced(model, forward):
+        yield
+
+
+def why_not(model: PreTrainedModel) -> str | None:
+    """Why this model's loss has to be computed by its own code; None where it need not.
+
+    Computes both on a short sequence, with the gradient of the hidden states.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        return "its loss has a part for the experts' routers"
+    if model.base_model is model:
+        return "its backbone is not apart from its head"
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (2, _TRIAL_TOKENS), generator=generator).to(device)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator).to(device) < 0.5, -100)
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            own = float(model(input_ids=ids, labels=labels, use_cache=False).loss)
+            with supervised_only(model):
+                found = float(model(input_ids=ids, labels=labels, use_cache=False).loss)
+    except (TypeError, AttributeError, ValueError, RuntimeError, KeyError) as error:
+        return f"it cannot be taken apart ({type(error).__name__}: {error})"
+    finally:
+        model.train(was_training)
+    tolerance = _TOLERANCE.get(model.dtype, 2e-2)
+    if not abs(found - own) <= tolerance * max(abs(own), 1.0):
+        return f"on a trial it came out as {found:.6g} instead of {own:.6g}"
+    return None
