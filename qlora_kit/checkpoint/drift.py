@@ -31,6 +31,8 @@ HARMLESS: dict[str, str] = {
     "run_dir": "the same run in a folder of another name",
     "data.max_dropped_share": "only when the run would stop, not which rows are trained on",
     "train.gradient_checkpointing": "the same numbers for other memory and time",
+    "train.fused_loss": "the numbers may differ by rounding, so not to the bit",
+    "train.fused_lora": "the numbers may differ by rounding, so not to the bit",
     "train.per_device_eval_batch_size": "the eval loss may differ by rounding",
     "train.logging_steps": _LOG,
     "train.report_to": _LOG,

@@ -63,8 +63,17 @@ class TrainSpec(Spec):
     gradient_accumulation_steps: int = Field(default=4, gt=0)
     """Forward-backwards per update; global batch = this × per device × devices."""
 
-    gradient_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, about a third slower."""
+    gradient_checkpointing: bool | Literal["auto"] = "auto"
+    """Recompute activations in the backward pass: less memory, about a third slower. `auto` lets as
+    few layers recompute as the memory asks for, by a count of what the longest batch keeps."""
+
+    fused_loss: bool = True
+    """Compute logits at supervised places alone, a chunk at a time; the same loss. It is tried on
+    the model first, and left out with a warning where it does not come out the same."""
+
+    fused_lora: bool = True
+    """Compute LoRA and its frozen layer as one operation, and layers that share an input together;
+    the same numbers up to rounding. Tried first, too; what it does not cover stays with PEFT."""
 
     optim: Optimizer = "paged_adamw_8bit"
     """Optimizer. The paged 8-bit ones keep 2 bytes of state per trainable parameter and spill

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from qlora_kit.recipe import QuantizationAwareSpec, QuantizationSpec, Recipe, TrainSpec
     from qlora_kit.train.batching import Batching
     from qlora_kit.train.loader import BatchShape
+    from qlora_kit.train.recompute import Recompute
+    from qlora_kit.train.shortcuts import Shortcuts
 
 METRICS = {
     "accuracy": "{:.1%}",
@@ -56,6 +58,29 @@ def hardware(
         f"machine   {machine.device_name}, {machine.num_cpus} cores, {memory / _GIB:.0f} GiB"
     )
     reporter.say(f"compute   {compute_dtype}, trained in {precision}: {why}")
+
+
+def computing(reporter: Reporter, shortcuts: Shortcuts, recompute: Recompute) -> None:
+    """Which shortcuts training takes, and which layers compute twice."""
+    for why in shortcuts.left:
+        reporter.warn(f"{why}; training goes on without, exactly.")
+    parts = []
+    if shortcuts.supervised_loss:
+        parts.append("logits at supervised places alone")
+    if shortcuts.fusion is not None:
+        found = shortcuts.fusion
+        left = sum(found.left.values())
+        beside = f" ({left} left to PEFT: {', '.join(found.left)})" if left else ""
+        parts.append(f"{found.num_layers} LoRA layers in {len(found.groups)} operations{beside}")
+    if parts:
+        reporter.say(
+            f"shortcuts {'; '.join(parts)}; on a trial gradients differ by "
+            f"{shortcuts.difference:.1e}"
+        )
+    if recompute.reason:
+        reporter.say(
+            f"recompute {recompute.count} of {recompute.num_layers} layers: {recompute.reason}"
+        )
 
 
 def entry(reporter: Reporter, found: Entry) -> None:

@@ -11,16 +11,30 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
+from qlora_kit.train.memory import cgroup_limit_bytes
+from qlora_kit.train.snapshot import put_random_state_back, random_state
+
 if TYPE_CHECKING:
     from peft import PeftModel
 
+    from qlora_kit.recipe import TrainSpec
+    from qlora_kit.train.batching import Batching
+    from qlora_kit.train.loader import AnyCollator
+    from qlora_kit.train.train import Surroundings
+
+_MIB = 2**20
 _LENGTHS = (16, 32, 64)
+_SHARE_OF_GPU, _SHARE_OF_HOST = 0.85, 0.6
+_WORKING_BYTES = 512 * _MIB
 
 
 @dataclass(frozen=True)
@@ -88,13 +102,15 @@ def recompute_first(model: nn.Module, count: int) -> None:
 
 
 @contextmanager
-def recomputing(model: PeftModel) -> Iterator[None]:
-    """Prepare all layers to recompute; none does any more afterwards."""
+def able_to_recompute(model: PeftModel) -> Iterator[None]:
+    """Prepare the layers to recompute, which none does yet; none does afterwards."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    recompute_first(model, 0)
     try:
         yield
     finally:
         model.gradient_checkpointing_disable()
+        model.get_base_model().disable_input_require_grads()
 
 
 def measure_kept(model: nn.Module, run: Callable[[int], torch.Tensor]) -> Kept:
@@ -104,7 +120,7 @@ def measure_kept(model: nn.Module, run: Callable[[int], torch.Tensor]) -> Kept:
         run: passes one sequence of so many tokens through the model, and returns the loss.
     """
     layers = recomputing_layers(model)
-    counts = [_count(model, layers, lambda: run(length)) for length in _LENGTHS]
+    counts = [_count(model, layers, partial(run, length)) for length in _LENGTHS]
     by_layer = zip(*(one.layers for one in counts), strict=True)
     return Kept(
         tuple(Growth.through(_LENGTHS, sizes) for sizes in by_layer),
@@ -177,3 +193,104 @@ def _count(model: nn.Module, layers: Sequence[Any], run: Callable[[], torch.Tens
 
 def _storage(tensor: torch.Tensor) -> int:
     return int(tensor.untyped_storage().data_ptr())
+
+
+@dataclass
+class Recompute:
+    """How many layers recompute now, of how many."""
+
+    model: nn.Module
+    count: int
+    num_layers: int
+    reason: str = ""
+    """Of the choice, for people; empty where the recipe made it."""
+
+    def __post_init__(self) -> None:
+        recompute_first(self.model, self.count)
+
+    def can_give_more(self) -> bool:
+        return self.count < self.num_layers
+
+    def all(self) -> None:
+        """Let every layer recompute from here on; the numbers stay the same."""
+        self.count = self.num_layers
+        recompute_first(self.model, self.count)
+
+
+def choose_recompute(
+    model: PeftModel,
+    batches: Batching,
+    spec: TrainSpec,
+    around: Surroundings,
+    is_sharded: bool,
+) -> Recompute:
+    """As the recipe says; `auto` counts what the longest batch would keep, and lets as few layers
+    recompute as there is memory for. All of them where nobody can tell.
+    """
+    layers = recomputing_layers(model)
+    if spec.gradient_checkpointing != "auto":
+        return Recompute(model, len(layers) if spec.gradient_checkpointing else 0, len(layers))
+    longest = batches.longest(spec.per_device_train_batch_size)
+    if is_sharded or not layers or not longest:
+        return Recompute(model, len(layers), len(layers), "what a layer keeps is not known here")
+    kept = measure_kept(model, lambda length: _loss_of(model, batches.collator, length, around))
+    num_tokens = max(item.num_tokens for item in longest)
+    shape = (len(longest), num_tokens)
+    free = _free_bytes(around, spec) - _bytes_of_update(model)
+    count = kept.fewest(*shape, free)
+    return Recompute(
+        model,
+        count,
+        len(layers),
+        f"the longest batch, {len(longest)} × {num_tokens:,} tokens, keeps "
+        f"{kept.peak_bytes(0, *shape) / _MIB:,.0f} MiB without and "
+        f"{kept.peak_bytes(len(layers), *shape) / _MIB:,.0f} MiB with recomputing; "
+        f"{max(free, 0) / _MIB:,.0f} MiB are free for it",
+    )
+
+
+def _loss_of(
+    model: PeftModel, collator: AnyCollator, length: int, around: Surroundings
+) -> torch.Tensor:
+    """Of one sequence of that length, the end of which is supervised."""
+    ids = tuple(range(1, length + 1))
+    labels = (*(IGNORE_INDEX,) * (length - 2), *ids[-2:])
+    batch = collator([TokenSequence(ids, labels, "")])
+    device = next(model.parameters()).device
+    tensors = {
+        name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)
+    }
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(around.precision)
+    before = random_state()
+    was_training = model.training
+    model.train()
+    try:
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            loss: torch.Tensor = model(**tensors, use_cache=False).loss
+    finally:
+        model.train(was_training)
+        put_random_state_back(before)
+    return loss
+
+
+def _free_bytes(around: Surroundings, spec: TrainSpec) -> float:
+    """What activations may take: of what is free a part is left to the allocator and to others."""
+    if around.hardware.device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        reserved = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        if spec.max_memory_mib is not None:
+            free = min(free, spec.max_memory_mib * _MIB - torch.cuda.memory_reserved())
+        return _SHARE_OF_GPU * (free + reserved)
+    if spec.max_memory_mib is not None:
+        return _SHARE_OF_HOST * (spec.max_memory_mib * _MIB - psutil.Process().memory_info().rss)
+    free = psutil.virtual_memory().available
+    most = cgroup_limit_bytes()
+    if most is not None:
+        free = min(free, most - psutil.Process().memory_info().rss)
+    return _SHARE_OF_HOST * free / around.processes.count
+
+
+def _bytes_of_update(model: nn.Module) -> int:
+    """Gradients and the optimizer's state, at most, and room for unpacked weights and logits."""
+    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    return 12 * trained + _WORKING_BYTES

@@ -28,9 +28,6 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 # Float32 logits of one chunk; their gradient takes as much again.
 _CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
 _FEWEST = 16
-_TRIAL_TOKENS = 24
-# Of the loss, relative, between this and the model's own.
-_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -136,7 +133,8 @@ class SupervisedForward:
         count = len(chosen) if num_items_in_batch is None else num_items_in_batch
         if isinstance(count, torch.Tensor):
             count = count.to(total.device)
-        return CausalLMOutputWithPast(loss=total / count)
+        loss: Any = total / count
+        return CausalLMOutputWithPast(loss=loss)
 
     def _look_at_head(self, hidden: torch.Tensor) -> None:
         with torch.enable_grad():
@@ -150,7 +148,7 @@ class SupervisedForward:
         given = self._output_type(last_hidden_state=hidden[None])
         place = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
         with _replaced(self.backbone, lambda *_, **__: given):
-            logits = self.own_forward(input_ids=place, use_cache=False).logits
+            logits: torch.Tensor = self.own_forward(input_ids=place, use_cache=False).logits
         return logits[0]
 
 
@@ -180,34 +178,3 @@ def supervised_only(model: PreTrainedModel) -> Iterator[None]:
     forward = SupervisedForward(model)
     with _replaced(model, forward):
         yield
-
-
-def why_not(model: PreTrainedModel) -> str | None:
-    """Why this model's loss has to be computed by its own code; None where it need not.
-
-    Computes both on a short sequence, with the gradient of the hidden states.
-    """
-    config = model.config.get_text_config()
-    if getattr(config, "output_router_logits", False):
-        return "its loss has a part for the experts' routers"
-    if model.base_model is model:
-        return "its backbone is not apart from its head"
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, config.vocab_size, (2, _TRIAL_TOKENS), generator=generator).to(device)
-    labels = ids.masked_fill(torch.rand(ids.shape, generator=generator).to(device) < 0.5, -100)
-    was_training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            own = float(model(input_ids=ids, labels=labels, use_cache=False).loss)
-            with supervised_only(model):
-                found = float(model(input_ids=ids, labels=labels, use_cache=False).loss)
-    except (TypeError, AttributeError, ValueError, RuntimeError, KeyError) as error:
-        return f"it cannot be taken apart ({type(error).__name__}: {error})"
-    finally:
-        model.train(was_training)
-    tolerance = _TOLERANCE.get(model.dtype, 2e-2)
-    if not abs(found - own) <= tolerance * max(abs(own), 1.0):
-        return f"on a trial it came out as {found:.6g} instead of {own:.6g}"
-    return None

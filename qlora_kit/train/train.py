@@ -12,12 +12,13 @@ import torch
 import transformers
 
 from qlora_kit.checkpoint.disk import DISK, Disk
-from qlora_kit.environment import Hardware
+from qlora_kit.environment import Hardware, launcher_settings
 from qlora_kit.model.base import Base
 from qlora_kit.model.qat.attach import fake_quantization_of
 from qlora_kit.model.saved import AdapterFiles
 from qlora_kit.out_of_memory import MemoryLimit, limited_memory
 from qlora_kit.processes import ALONE, Processes
+from qlora_kit.report import narrate
 from qlora_kit.report.reporter import Reporter
 from qlora_kit.train.arguments import training_arguments
 from qlora_kit.train.batching import Batching
@@ -29,8 +30,10 @@ from qlora_kit.train.held_out import HeldOutLoss
 from qlora_kit.train.loader import BatchShape, MicroBatches
 from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.quantization import QuantizationStart
+from qlora_kit.train.recompute import Recompute, able_to_recompute, choose_recompute
 from qlora_kit.train.requests import Requests
 from qlora_kit.train.saving import Saver
+from qlora_kit.train.shortcuts import choose_shortcuts, taken
 from qlora_kit.train.snapshot import Progress
 from qlora_kit.train.trackers import Tensorboard, told_in_the_foreground
 from qlora_kit.train.trainer import Hooks, QloraTrainer
@@ -118,13 +121,19 @@ def train_adapter(
     processes, hardware = around.processes, around.hardware
     transformers.set_seed(spec.seed + processes.rank)
     model.config.use_cache = False
-    if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    is_sharded = launcher_settings().is_sharded
     shape = processes.together(lambda: shape_for(spec, processes, continuation))
     num_updates = num_update_steps(batches.num_items, spec, shape.items_per_update)
-    with limited_memory(spec.max_memory_mib, hardware.device) as limit:
+    shortcuts = choose_shortcuts(model, spec, around.precision, is_sharded)
+    with (
+        limited_memory(spec.max_memory_mib, hardware.device) as limit,
+        taken(model, shortcuts),
+        able_to_recompute(model),
+    ):
+        recompute = choose_recompute(model, batches, spec, around, is_sharded)
+        narrate.computing(around.reporter, shortcuts, recompute)
         trainer, step, cadence = _trainer(
-            model, base, batches, spec, around, continuation, shape, num_updates, limit
+            model, base, batches, spec, around, continuation, shape, num_updates, limit, recompute
         )
         around.memory.phase("training")
         with (
@@ -143,9 +152,6 @@ def train_adapter(
             trainer.hooks.settle()
         if hardware.device == "cuda":
             torch.cuda.synchronize()
-    if spec.gradient_checkpointing:
-        model.gradient_checkpointing_disable()
-        base.model.disable_input_require_grads()
     model.config.use_cache = True
     model.eval()
     return _result(trainer.progress, step.seconds, stop_signal)
@@ -183,6 +189,7 @@ def _trainer(
     shape: BatchShape,
     num_updates: int,
     limit: MemoryLimit,
+    recompute: Recompute,
 ) -> tuple[QloraTrainer, StepCallback, Cadence]:
     """The trainer and its callbacks, which know each other."""
     start = continuation.progress.update if continuation else 0
@@ -226,6 +233,7 @@ def _trainer(
             limit=limit,
             out_of_memory=lambda found, size: what_would_help(found, size, base, spec, around),
         ),
+        recompute=recompute,
         progress=continuation.progress if continuation else Progress(),
         loraplus_lr_ratio=spec.loraplus_lr_ratio,
     )

@@ -32,6 +32,7 @@ from qlora_kit.train.snapshot import Progress, put_random_state_back, random_sta
 
 if TYPE_CHECKING:
     from qlora_kit.train.held_out import HeldOutLoss
+    from qlora_kit.train.recompute import Recompute
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,7 @@ class QloraTrainer(Trainer):
         held_out: HeldOutLoss | None,
         hooks: Hooks,
         progress: Progress,
+        recompute: Recompute | None = None,
         divisor: int = 1,
         loraplus_lr_ratio: float | None = None,
         **kwargs: Any,
@@ -87,6 +89,7 @@ class QloraTrainer(Trainer):
         self.held_out = held_out
         self.hooks = hooks
         self.progress = progress
+        self.recompute = recompute
         self.divisor = divisor
         """Parts that a micro-batch is divided into, so that it fits the memory."""
         self.loraplus_lr_ratio = loraplus_lr_ratio
@@ -150,7 +153,7 @@ class QloraTrainer(Trainer):
             model.zero_grad()
             put_random_state_back(self._window_random)
             self._ran_out, self._window_loss, self._faulty = None, 0.0, ()
-            if self.micro_batch == 1:
+            if self.micro_batch == 1 and not self.can_recompute:
                 self.hooks.save_last()
             self.divide_further(found)
             for inputs in self._window:
@@ -185,6 +188,14 @@ class QloraTrainer(Trainer):
         return -(-self.args.per_device_train_batch_size // self.divisor)
 
     @property
+    def can_recompute(self) -> bool:
+        """Whether memory can be had by more recomputing, on any process; where it cannot be told
+        for the others, all choose alike.
+        """
+        may = self.recompute is not None and self.recompute.can_give_more()
+        return any(self.hooks.gathered(may))
+
+    @property
     def waits_inside(self) -> bool:
         """Whether a process waits for the others within forward and backward, as with a sharded
         model: one that runs out of memory there cannot agree on anything with them.
@@ -202,7 +213,7 @@ class QloraTrainer(Trainer):
                 super().training_step(model, for_the_model(part), torch.ones(()))
 
     def divide_further(self, found: RanOut, where: str = "") -> None:
-        """Halve the micro-batch; called by all processes.
+        """Let all layers recompute; where they do, halve the micro-batch. Called by all processes.
 
         Args:
             where: in what memory ran out; unset: in the update under way.
@@ -211,6 +222,15 @@ class QloraTrainer(Trainer):
             HardwareError: it is down to one sequence.
         """
         free_memory(self.args.device.type)
+        where = where or f"at update {self.progress.update + 1}"
+        if self.can_recompute:
+            assert self.recompute is not None
+            self.recompute.all()
+            self.hooks.warn(
+                f"out of memory {where} ({found.reason}). From here on all layers recompute their "
+                "activations: the same numbers, about a third slower."
+            )
+            return
         if self.micro_batch == 1:
             error = HardwareError(self.hooks.out_of_memory(found, 1))
             error.is_told_elsewhere = self.args.process_index > 0
@@ -218,8 +238,7 @@ class QloraTrainer(Trainer):
         self.divisor *= 2
         size = self.micro_batch
         self.hooks.warn(
-            f"out of memory {where or f'at update {self.progress.update + 1}'} ({found.reason}). "
-            "From here on "
+            f"out of memory {where} ({found.reason}). From here on "
             f"{size} sequence{'s' * (size > 1)} at a time instead of "
             f"{self.args.per_device_train_batch_size}, and {self.divisor} times as often: every "
             "update still trains on the same rows."

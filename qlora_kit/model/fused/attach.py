@@ -66,9 +66,7 @@ def plan_fusion(model: PeftModel, run: Callable[[], Any]) -> Fusion:
     shared = groupby(once, key=lambda call: (call[1], id(call[2])))
     groups = [tuple(name for name, _, _ in group) for _, group in shared]
     often = [(name,) for name, count in counts.items() if count > 1]
-    return Fusion(
-        tuple([*groups, *often]), Counter(reason for reason in reasons.values() if reason)
-    )
+    return Fusion((*groups, *often), Counter(reason for reason in reasons.values() if reason))
 
 
 def why_left(layer: Any) -> str | None:

@@ -85,7 +85,8 @@ class _SharedInput(torch.autograd.Function):
         parts = _parts(downs)
         down = _stacked(downs, dtype)
         inner_gradient = torch.zeros_like(inner)
-        of_x, of_ups = None, []
+        of_x: torch.Tensor | None = None
+        of_ups: list[torch.Tensor | None] = []
         for layer, scale, up, part, given_gradient in zip(
             ctx.layers, ctx.scales, ups, parts, gradients, strict=True
         ):

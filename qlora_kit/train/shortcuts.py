@@ -1,0 +1,179 @@
+"""What training does not have to compute as PEFT and transformers do: exact, tried on the model
+before it is relied on, and left out, with a warning, where the trial comes out otherwise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlora_kit.model.fused.attach import Fusion, fused, plan_fusion
+from qlora_kit.train.supervised_loss import supervised_only
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+    from qlora_kit.recipe import TrainSpec
+
+_TRIAL_SHAPE = (2, 24)
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# Between one way of computing and the other: of the loss, and of all gradients together.
+_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
+_STIRRED = 0.02
+_SHARDED = "the model is shared out over several GPUs"
+
+
+@dataclass(frozen=True)
+class Shortcuts:
+    """Which are taken, and why others are not."""
+
+    supervised_loss: bool
+    fusion: Fusion | None
+    difference: float = 0.0
+    """Of the gradients on a trial, relative."""
+    left: tuple[str, ...] = ()
+    """What was asked for and cannot be, and why."""
+
+
+NONE = Shortcuts(supervised_loss=False, fusion=None)
+
+
+def choose_shortcuts(
+    model: PeftModel, spec: TrainSpec, precision: str, is_sharded: bool
+) -> Shortcuts:
+    """Try each that the recipe allows on a short batch.
+
+    Args:
+        precision: bf16, fp16 or fp32, of autocast.
+    """
+    if not (spec.fused_loss or spec.fused_lora):
+        return NONE
+    if is_sharded:
+        return Shortcuts(False, None, left=(_SHARDED,))
+    causal = model.get_base_model()
+    trial = _Trial(model, causal, precision)
+    left: list[str] = []
+    with trial.stirred():
+        wanted = trial.outcome()
+        supervised, difference = False, 0.0
+        if spec.fused_loss:
+            why = _why_no_supervised_loss(causal)
+            if why is None:
+                with supervised_only(causal):
+                    why, difference = trial.compared(wanted)
+            supervised = why is None
+            if why is not None:
+                left.append(f"the loss of supervised places alone: {why}")
+        fusion = None
+        if spec.fused_lora:
+            fusion = plan_fusion(model, trial.forward)
+            if fusion.groups:
+                with fused(model, fusion):
+                    why, apart = trial.compared(wanted)
+                if why is not None:
+                    fusion = None
+                    left.append(f"LoRA as one operation: {why}")
+                else:
+                    difference = max(difference, apart)
+    return Shortcuts(supervised, fusion if fusion and fusion.groups else None, difference, (*left,))
+
+
+@contextmanager
+def taken(model: PeftModel, shortcuts: Shortcuts) -> Iterator[None]:
+    """Compute so, while the context lasts."""
+    with ExitStack() as stack:
+        if shortcuts.supervised_loss:
+            stack.enter_context(supervised_only(model.get_base_model()))
+        if shortcuts.fusion is not None:
+            stack.enter_context(fused(model, shortcuts.fusion))
+        yield
+
+
+def _why_no_supervised_loss(model: PreTrainedModel) -> str | None:
+    """What a trial would not show."""
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        return "its loss has a part for the experts' routers"
+    if model.base_model is model:
+        return "its backbone is not apart from its head"
+    return None
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    loss: float
+    gradients: Sequence[torch.Tensor]
+
+
+class _Trial:
+    """A short batch of random tokens, in evaluation, so that nothing is drawn."""
+
+    def __init__(self, model: PeftModel, causal: PreTrainedModel, precision: str):
+        self.model = model
+        self.precision = precision
+        self.device = next(model.parameters()).device
+        generator = torch.Generator().manual_seed(0)
+        entries = causal.config.get_text_config().vocab_size
+        ids = torch.randint(0, entries, _TRIAL_SHAPE, generator=generator)
+        is_left_out = torch.rand(_TRIAL_SHAPE, generator=generator) < 0.5
+        self.ids = ids.to(self.device)
+        self.labels = ids.masked_fill(is_left_out, -100).to(self.device)
+        self.trained = [one for one in model.parameters() if one.requires_grad]
+
+    @contextmanager
+    def stirred(self) -> Iterator[None]:
+        """With an adapter that does something: a fresh one's B is zero, and its A has no gradient.
+
+        All is as it was afterwards, the random state included: it is not touched.
+        """
+        was_training = self.model.training
+        kept = [one.detach().clone() for one in self.trained]
+        generator = torch.Generator().manual_seed(1)
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                for one in self.trained:
+                    noise = torch.randn(one.shape, generator=generator) * _STIRRED
+                    one.add_(noise.to(one))
+            yield
+        finally:
+            with torch.no_grad():
+                for one, before in zip(self.trained, kept, strict=True):
+                    one.copy_(before)
+            self.model.train(was_training)
+
+    def forward(self) -> Any:
+        with self._autocast():
+            return self.model(input_ids=self.ids, labels=self.labels, use_cache=False)
+
+    def outcome(self) -> _Outcome:
+        with torch.enable_grad():
+            loss = self.forward().loss
+            gradients = torch.autograd.grad(loss, self.trained, allow_unused=True)
+        found = [torch.zeros(()) if one is None else one.float() for one in gradients]
+        return _Outcome(float(loss.detach()), found)
+
+    def compared(self, wanted: _Outcome) -> tuple[str | None, float]:
+        """(what is wrong, how far the gradients are apart)"""
+        try:
+            found = self.outcome()
+        except (TypeError, AttributeError, ValueError, RuntimeError, KeyError) as error:
+            return f"it fails ({type(error).__name__}: {error})", 0.0
+        tolerance = _TOLERANCE[self.precision]
+        if not abs(found.loss - wanted.loss) <= tolerance * max(abs(wanted.loss), 1.0):
+            return f"on a trial the loss is {found.loss:.6g} instead of {wanted.loss:.6g}", 0.0
+        pairs = list(zip(found.gradients, wanted.gradients, strict=True))
+        off = sum(float((one - other).square().sum()) for one, other in pairs)
+        size = sum(float(other.square().sum()) for _, other in pairs)
+        apart = (off / size) ** 0.5 if size else 0.0
+        if not apart <= tolerance:
+            return f"on a trial the gradients differ by {apart:.2g} of their size", apart
+        return None, apart
+
+    def _autocast(self) -> torch.autocast:
+        dtype = _AUTOCAST.get(self.precision)
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
