@@ -105,12 +105,13 @@ def recompute_first(model: nn.Module, count: int) -> None:
 def able_to_recompute(model: PeftModel) -> Iterator[None]:
     """Prepare the layers to recompute, which none does yet; none does afterwards."""
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # Which only the reentrant way needs: the gradient of the embeddings is for nobody.
+    model.get_base_model().disable_input_require_grads()
     recompute_first(model, 0)
     try:
         yield
     finally:
         model.gradient_checkpointing_disable()
-        model.get_base_model().disable_input_require_grads()
 
 
 def measure_kept(model: nn.Module, run: Callable[[int], torch.Tensor]) -> Kept:
@@ -141,6 +142,7 @@ def _count(model: nn.Module, layers: Sequence[Any], run: Callable[[], torch.Tens
     owned = {_storage(one) for one in (*model.parameters(), *model.buffers())}
     seen: set[int] = set()
     alive: list[torch.Tensor] = []
+    given_to: dict[int, int] = {}
     by_layer = [0] * len(layers)
     inputs = [0] * len(layers)
     rest = 0
@@ -154,10 +156,11 @@ def _count(model: nn.Module, layers: Sequence[Any], run: Callable[[], torch.Tens
         seen.add(storage)
         alive.append(tensor)
         size = tensor.untyped_storage().nbytes()
-        if now:
-            by_layer[now[-1]] += size
-        else:
+        owner = given_to.get(storage, now[-1] if now else None)
+        if owner is None:
             rest += size
+        else:
+            by_layer[owner] += size
         return tensor
 
     def entering(number: int) -> Callable[..., None]:
@@ -166,11 +169,8 @@ def _count(model: nn.Module, layers: Sequence[Any], run: Callable[[], torch.Tens
                 one for one in (*arguments, *options.values()) if isinstance(one, torch.Tensor)
             )
             inputs[number] = given.untyped_storage().nbytes()
-            storage = _storage(given)
-            if storage not in seen:  # it belongs to this layer whoever saves it
-                seen.add(storage)
-                alive.append(given)
-                by_layer[number] += inputs[number]
+            given_to.setdefault(_storage(given), number)  # its own, whoever keeps it
+            alive.append(given)
             now.append(number)
 
         return hook

@@ -26,7 +26,8 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 """(N, H) hidden states → (N, V) logits"""
 
 # Float32 logits of one chunk; their gradient takes as much again.
-_CHUNK_BYTES = {"cpu": 32 * 2**20, "cuda": 256 * 2**20}
+_CHUNK_BYTES = 256 * 2**20
+_CHUNK_BYTES_ON_A_CPU = 32 * 2**20
 _FEWEST = 16
 
 
@@ -154,7 +155,7 @@ class SupervisedForward:
 
 def chunk_size(num_entries: int, device: str) -> int:
     """Places whose logits are computed at a time."""
-    limit = _CHUNK_BYTES.get(device, _CHUNK_BYTES["cuda"])
+    limit = _CHUNK_BYTES_ON_A_CPU if device == "cpu" else _CHUNK_BYTES
     return max(limit // (4 * max(num_entries, 1)), _FEWEST)
 
 

@@ -1,0 +1,100 @@
+"""Shortcuts are tried before they are relied on, and left out where the trial says so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from qlora_kit.model.fused import linear
+from qlora_kit.recipe import TrainSpec
+from qlora_kit.train import supervised_loss
+from qlora_kit.train.shortcuts import NONE, choose_shortcuts, taken
+
+IDS = torch.arange(3, 40)[None]
+
+
+@pytest.fixture
+def model(tiny_llama: Path) -> Any:
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    base.requires_grad_(False)
+    torch.manual_seed(1)
+    return get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")).train()
+
+
+def chosen(model: Any, **train: Any) -> Any:
+    return choose_shortcuts(model, TrainSpec(**train), "fp32", is_sharded=False)
+
+
+def test_both_are_taken_and_nothing_is_changed_by_the_trial(model: Any) -> None:
+    before = {name: one.clone() for name, one in model.state_dict().items()}
+    random = torch.get_rng_state()
+    found = chosen(model)
+    assert found.supervised_loss
+    assert found.fusion.num_layers == 14
+    assert 0 < found.difference < 1e-5
+    assert found.left == ()
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, one in model.state_dict().items():
+        assert torch.equal(one, before[name]), name
+    assert all(one.grad is None for one in model.parameters())
+
+
+def test_each_can_be_switched_off(model: Any) -> None:
+    assert chosen(model, fused_loss=False, fused_lora=False) == NONE
+    assert chosen(model, fused_loss=False).supervised_loss is False
+    assert chosen(model, fused_lora=False).fusion is None
+    sharded = choose_shortcuts(model, TrainSpec(), "fp32", is_sharded=True)
+    assert (sharded.supervised_loss, sharded.fusion) == (False, None)
+    assert "several GPUs" in sharded.left[0]
+
+
+def test_a_gradient_that_is_wrong_is_found(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a kernel would be that computes something else on this machine."""
+    own = linear._SharedInput.backward
+
+    def wrong(ctx: Any, *gradients: Any) -> Any:
+        of_x, *others = own(ctx, *gradients)
+        return None if of_x is None else 1.001 * of_x, *others
+
+    monkeypatch.setattr(linear._SharedInput, "backward", staticmethod(wrong))
+    found = chosen(model)
+    assert found.fusion is None
+    assert "LoRA as one operation: on a trial the gradients differ" in found.left[0]
+    assert found.supervised_loss, "the other one is as good as before"
+
+
+def test_a_loss_that_is_wrong_is_found(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = supervised_loss._summed
+    monkeypatch.setattr(supervised_loss, "_summed", lambda *given: 1.001 * own(*given))
+    found = chosen(model)
+    assert not found.supervised_loss
+    assert "on a trial the loss is" in found.left[0]
+
+
+def test_what_fails_is_left_out(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no kernel for this device")
+
+    monkeypatch.setattr(linear._SharedInput, "forward", staticmethod(fails))
+    assert "it fails (RuntimeError: no kernel" in chosen(model).left[0]
+
+
+def test_a_model_whose_loss_has_other_parts_keeps_its_own(model: Any) -> None:
+    model.get_base_model().config.output_router_logits = True
+    found = chosen(model)
+    assert not found.supervised_loss
+    assert "routers" in found.left[0]
+
+
+def test_they_last_as_long_as_the_context(model: Any) -> None:
+    found = chosen(model)
+    with taken(model, found):
+        assert model(input_ids=IDS, labels=IDS, use_cache=False).logits is None
+    assert model(input_ids=IDS, labels=IDS, use_cache=False).logits is not None
+    assert all("forward" not in one.__dict__ for one in model.modules())
