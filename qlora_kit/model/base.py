@@ -354,9 +354,20 @@ def load_model(
     for module in four_bit_modules(model):
         _compute_in(module, compute_dtype)
     never_repacked(model)
+    if quantization_config is not None or quantized is not None:
+        _leave_the_file(model)
     model.requires_grad_(False)
     model.eval()
     return model
+
+
+def _leave_the_file(model: PreTrainedModel) -> None:
+    """Copy what is not quantized on a CPU: it lies in the mapped checkpoint, all of which would
+    otherwise stay in memory for it.
+    """
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and type(parameter) is torch.nn.Parameter:
+            parameter.data = parameter.data.clone()
 
 
 def place_of(device: str) -> str:

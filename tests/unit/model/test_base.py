@@ -114,6 +114,14 @@ class TestFourBits:
         # Norms were loaded in 4 bytes per number already: this is float32.
         assert 8 * quantized_bytes / base.quantized.num_quantized == pytest.approx(bits, abs=2e-3)
 
+    @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of maps")
+    def test_the_checkpoint_does_not_stay_in_memory(self, tmp_path: Path) -> None:
+        """For the sake of the embeddings, in the dtype in which they are stored."""
+        folder = build_llama(tmp_path / "stored")
+        base = load(folder, QuantizationSpec())
+        assert str(folder / "model.safetensors") not in Path("/proc/self/maps").read_text()
+        assert base.model.get_input_embeddings().weight.dtype == torch.float32
+
     def test_packing_for_other_processors_is_off(self, tiny_llama: Path) -> None:
         """It happens in evaluation, and nothing undoes it before the next training step."""
         modules = list(four_bit_modules(load(tiny_llama).model))
