@@ -12,14 +12,21 @@ if TYPE_CHECKING:
 
 _MICRO_BATCH = "sequences_at_a_time"
 _EVAL_BATCH = "eval_rows_at_a_time"
+_RECOMPUTE = "all_layers_recompute"
 
 
 def fitted(trainer: QloraTrainer, spec: TrainSpec) -> dict[str, int | None]:
     """What `put_back_what_fits` goes by, with what the recipe asked for; empty where that fits."""
     rows = trainer.held_out.batch_size if trainer.held_out else spec.per_device_eval_batch_size
-    if trainer.divisor == 1 and rows == spec.per_device_eval_batch_size:
+    had_to = trainer.recompute is not None and trainer.recompute.is_forced
+    if trainer.divisor == 1 and rows == spec.per_device_eval_batch_size and not had_to:
         return {}
-    return {**_asked(spec), _MICRO_BATCH: trainer.micro_batch, _EVAL_BATCH: rows}
+    return {
+        **_asked(spec),
+        _MICRO_BATCH: trainer.micro_batch,
+        _EVAL_BATCH: rows,
+        _RECOMPUTE: int(had_to),
+    }
 
 
 def put_back_what_fits(
@@ -36,6 +43,9 @@ def put_back_what_fits(
     assert rows is not None
     while trainer.micro_batch > size:
         trainer.divisor *= 2
+    if found.get(_RECOMPUTE) and trainer.recompute is not None:
+        trainer.recompute.all()
+        reporter.say("memory    all layers recompute from the start: it ran out before otherwise")
     told = [f"{size} of {spec.per_device_train_batch_size} sequences"] * (trainer.divisor > 1)
     if trainer.held_out is not None and rows < spec.per_device_eval_batch_size:
         trainer.held_out.batch_size = rows

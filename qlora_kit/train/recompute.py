@@ -20,6 +20,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
+from qlora_kit.out_of_memory import is_out_of_memory
 from qlora_kit.train.memory import cgroup_limit_bytes
 from qlora_kit.train.snapshot import put_random_state_back, random_state
 
@@ -204,6 +205,8 @@ class Recompute:
     num_layers: int
     reason: str = ""
     """Of the choice, for people; empty where the recipe made it."""
+    is_forced: bool = False
+    """Whether memory ran out with what was chosen."""
 
     def __post_init__(self) -> None:
         recompute_first(self.model, self.count)
@@ -213,7 +216,7 @@ class Recompute:
 
     def all(self) -> None:
         """Let every layer recompute from here on; the numbers stay the same."""
-        self.count = self.num_layers
+        self.count, self.is_forced = self.num_layers, True
         recompute_first(self.model, self.count)
 
 
@@ -233,7 +236,12 @@ def choose_recompute(
     longest = batches.longest(spec.per_device_train_batch_size)
     if is_sharded or not layers or not longest:
         return Recompute(model, len(layers), len(layers), "what a layer keeps is not known here")
-    kept = measure_kept(model, lambda length: _loss_of(model, batches.collator, length, around))
+    try:
+        kept = measure_kept(model, lambda n: _loss_of(model, batches.collator, n, around))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return Recompute(model, len(layers), len(layers), "memory ran out on 64 tokens")
     num_tokens = max(item.num_tokens for item in longest)
     shape = (len(longest), num_tokens)
     free = _free_bytes(around, spec) - _bytes_of_update(model)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_kit.model.fused.attach import Fusion, fused, plan_fusion
+from qlora_kit.out_of_memory import is_out_of_memory
 from qlora_kit.train.supervised_loss import supervised_only
 
 if TYPE_CHECKING:
@@ -20,11 +21,20 @@ if TYPE_CHECKING:
 
     from qlora_kit.recipe import TrainSpec
 
-_TRIAL_SHAPE = (2, 24)
+_TRIAL_SHAPE = (1, 32)
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Between one way of computing and the other: of the loss, and of all gradients together.
 _TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
 _STIRRED = 0.02
+_FAILURES = (
+    TypeError,
+    AttributeError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    MemoryError,
+    NotImplementedError,
+)
 _SHARDED = "the model is shared out over several GPUs"
 
 
@@ -59,7 +69,12 @@ def choose_shortcuts(
     trial = _Trial(model, causal, precision)
     left: list[str] = []
     with trial.stirred():
-        wanted = trial.outcome()
+        try:
+            wanted = trial.outcome()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            return Shortcuts(False, None, left=("memory ran out on a trial of one short sequence",))
         supervised, difference = False, 0.0
         if spec.fused_loss:
             why = _why_no_supervised_loss(causal)
@@ -161,7 +176,7 @@ class _Trial:
         """(what is wrong, how far the gradients are apart)"""
         try:
             found = self.outcome()
-        except (TypeError, AttributeError, ValueError, RuntimeError, KeyError) as error:
+        except _FAILURES as error:
             return f"it fails ({type(error).__name__}: {error})", 0.0
         tolerance = _TOLERANCE[self.precision]
         if not abs(found.loss - wanted.loss) <= tolerance * max(abs(wanted.loss), 1.0):

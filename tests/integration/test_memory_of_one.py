@@ -46,6 +46,7 @@ def runs(
             "max_steps": 7,
             "per_device_train_batch_size": 2,
             "gradient_accumulation_steps": 2,
+            "gradient_checkpointing": True,
             "logging_steps": 1,
             "save_strategy": "no",
         },

@@ -40,6 +40,7 @@ from qlora_kit.train.batching import Batching
 from qlora_kit.train.continuation import Continuation, shape_for
 from qlora_kit.train.loader import lengths_of
 from qlora_kit.train.memory import MemoryWatch
+from qlora_kit.train.recompute import recomputing_layers
 from qlora_kit.train.requests import TRIGGER_FILE, Requests
 from qlora_kit.train.train import Surroundings, TrainResult, train_adapter
 
@@ -523,7 +524,32 @@ class TestMemory:
 
         with monkeypatch.context() as patch:
             patch.setattr(PeftModelForCausalLM, "forward", limited)
-            return run(name, **spec)
+            return run(name, **{"gradient_checkpointing": True, **spec})
+
+    def test_recomputing_comes_before_smaller_batches(
+        self, run: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """And is known to the run that goes on."""
+        from peft import PeftModelForCausalLM
+
+        forward = PeftModelForCausalLM.forward
+
+        def limited(model: PeftModelForCausalLM, *args: Any, **inputs: Any) -> Any:
+            recomputes = all(one.gradient_checkpointing for one in recomputing_layers(model))
+            if model.training and len(inputs["input_ids"]) > 1 and not recomputes:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+            return forward(model, *args, **inputs)
+
+        whole = run("whole", gradient_checkpointing=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(PeftModelForCausalLM, "forward", limited)
+            stopped = run("parts", stop_after=4)
+            again = run("parts", again=True)
+        assert sum("all layers recompute" in one for one in stopped.warnings) == 1
+        assert not any("at a time" in one for one in stopped.warnings)
+        assert again.warnings == []
+        assert any(one.startswith("memory    all layers recompute") for one in again.said)
+        assert again.weights == whole.weights, "the same numbers, to the bit"
 
     def test_smaller_micro_batches_train_the_same(
         self, run: Run, monkeypatch: pytest.MonkeyPatch
@@ -562,7 +588,7 @@ class TestMemory:
         )
         spec["gradient_accumulation_steps"] = 2
         again = run("parts", again=True, per_device_train_batch_size=3, **spec)
-        assert again.said == again.warnings == []
+        assert [one for one in again.said if one.startswith("memory")] == again.warnings == []
 
     def test_one_sequence_too_many_is_the_end_with_advice(
         self, run: Run, monkeypatch: pytest.MonkeyPatch
