@@ -170,7 +170,7 @@ def left_behind(recipe: Recipe, needs_change: bool = False) -> str:
     the same command would only end in the same way.
     """
     run = RunDirectory(Path(recipe.run_dir))
-    again = "With that it goes on" if needs_change else "The same command goes on with it"
+    again = "Changed so, the run goes on" if needs_change else "The same command goes on with it"
     try:
         if not run.recipe.is_file():
             return "Nothing was written."

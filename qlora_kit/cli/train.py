@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -28,7 +29,15 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Train, evaluate, and export what the recipe says; an unfinished run is gone on with."""
-    from pathlib import Path
+    from qlora_kit.train.requests import nothing_to_save_yet
+
+    with nothing_to_save_yet():
+        _train(recipe, tuple(overrides or ()), fresh, allow_drift, as_json)
+
+
+def _train(
+    recipe: Path, overrides: tuple[str, ...], fresh: bool, allow_drift: bool, as_json: bool
+) -> None:
 
     from qlora_kit.checkpoint.run_directory import finished_run, left_behind
     from qlora_kit.cli.console import console_reporter
@@ -41,7 +50,7 @@ def command(
     from qlora_kit.report.reporter import SILENT
 
     with same_everywhere():
-        loaded = load_recipe(recipe, overrides or ())
+        loaded = load_recipe(recipe, overrides)
         faults = preflight(loaded)
         if faults:
             raise RecipeError(str(recipe), faults)

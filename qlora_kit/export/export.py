@@ -122,17 +122,12 @@ def _export(job: Job, session: _Session) -> dict[str, Any]:
             other = _made(replace(job, base=job.or_else), session, scratch / "other")
             made = _better(made, other, reporter)
         job, draft, content, row = made.job, made.draft, made.content, made.row
-        parity = require_parity(
-            session.trained.tokenizer,
-            draft,
-            None if content.gguf_file is None else draft / content.gguf_file,
-        )
         if content.finish is not None:
             content.finish(draft)
         names = [SIXTEEN_BIT, base_name(session.trained), TRAINED]
         names += [] if made.merged is None else [_merge_name(made.merged)]
         chain = [*ledger.chain(*names), row]
-        certificate = _certificate(job, content, parity, chain, session)
+        certificate = _certificate(job, content, made.parity, chain, session)
         certificate["not_kept"] = None if made.instead_of is None else asdict(made.instead_of)
         write_export_card(certificate, draft)
         text = json.dumps(certificate, indent=2, ensure_ascii=False)
@@ -162,6 +157,7 @@ class _Made:
     merged: Path | None
     draft: Path
     content: Content
+    parity: Parity
     row: Row
     instead_of: Row | None = None
     """The one that was made of another merge, and not kept."""
@@ -171,7 +167,12 @@ def _made(job: Job, session: _Session, draft: Path) -> _Made:
     merged = _merge(job, session) if job.target.is_of_merge else None
     draft.mkdir()
     content = MAKERS[job.target.maker](job, session.given, merged, draft)
-    return _Made(job, merged, draft, content, _measured(job, content, session))
+    parity = require_parity(
+        session.trained.tokenizer,
+        draft,
+        None if content.gguf_file is None else draft / content.gguf_file,
+    )
+    return _Made(job, merged, draft, content, parity, _measured(job, content, session))
 
 
 def _better(one: _Made, other: _Made, reporter: Reporter) -> _Made:

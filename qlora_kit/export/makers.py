@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,8 @@ def make_adapter(job: Job, given: Ingredients, merged: Path | None, draft: Path)
 def make_by_method(job: Job, given: Ingredients, merged: Path | None, draft: Path) -> Content:
     """A merge, quantized or converted."""
     assert merged is not None
-    source = open_source(_read_as(given.trained, merged), given.hardware)
+    opened = open_source(_read_as(given.trained, merged), given.hardware)
+    source = replace(opened, is_rounding_told=True)
     made, calibration = _run_method(job, source, given, draft)
     is_file = made.open != "."
     return Content(

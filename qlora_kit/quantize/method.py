@@ -66,6 +66,8 @@ class Source:
     hardware: Hardware
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    is_rounding_told: bool = False
+    """Whether the caller tells the user himself what it costs to round these weights again."""
 
     @property
     def num_parameters(self) -> int:

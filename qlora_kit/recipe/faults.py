@@ -127,7 +127,7 @@ def _locate(location: Sequence[str | int]) -> _Place:
         if len(branches) > 1:
             union_path = tuple(path)
             label = str(part).removeprefix("constrained-").partition("[")[0]
-            annotation = next(one for one in branches if shape.kind(one).__name__ == label)
+            annotation = next(one for one in branches if shape.label(one) == label.lower())
             continue
         path.append(part)
         annotation = shape.child(annotation, part)
@@ -145,7 +145,7 @@ def _fault(place: _Place, details: ErrorDetails) -> Fault:
         return Fault(path, "must have at least one entry", _EXAMPLES.get(path, ""))
     if kind == "string_too_short":
         return Fault(path, "must not be empty text", _EXAMPLES.get(path, ""))
-    if kind == "literal_error":
+    if kind == "literal_error" and not place.is_union_itself:
         return _wrong_choice(path, place.annotation, got)
     if kind in _BOUNDS:
         expected = _BOUNDS[kind].format(**details.get("ctx", {}))

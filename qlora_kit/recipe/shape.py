@@ -37,6 +37,11 @@ def kind(annotation: Any) -> Any:
     return get_origin(annotation) or annotation
 
 
+def label(annotation: Any) -> str:
+    """What pydantic calls a member of a union in the place of a fault, in small letters."""
+    return str(getattr(kind(annotation), "__name__", kind(annotation))).rpartition(".")[2].lower()
+
+
 def is_spec(annotation: Any) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Spec)
 
@@ -96,6 +101,8 @@ def words(annotation: Any) -> str:
 def _member_words(member: Any) -> str:
     if is_spec(member):
         return "a mapping of keys"
+    if kind(member) is Literal and len(get_args(member)) == 1:
+        return str(get_args(member)[0])
     if kind(member) is Literal:
         return "one of " + ", ".join(str(choice) for choice in get_args(member))
     if kind(member) is tuple and members(get_args(member)[0]) == (str,):

@@ -67,16 +67,14 @@ def computing(reporter: Reporter, shortcuts: Shortcuts, recompute: Recompute) ->
     parts = []
     if shortcuts.supervised_loss:
         parts.append("logits at supervised places alone")
-    if shortcuts.fusion is not None:
-        found = shortcuts.fusion
-        left = sum(found.left.values())
-        beside = f" ({left} left to PEFT: {', '.join(found.left)})" if left else ""
-        parts.append(f"{found.num_layers} LoRA layers in {len(found.groups)} operations{beside}")
-    if parts:
-        reporter.say(
-            f"shortcuts {'; '.join(parts)}; on a trial gradients differ by "
-            f"{shortcuts.difference:.1e}"
-        )
+    found = shortcuts.fusion
+    if found is not None and found.groups:
+        parts.append(f"{found.num_layers} LoRA layers in {len(found.groups)} operations")
+    if found is not None and found.left:
+        why = "; ".join(found.left)
+        parts.append(f"{sum(found.left.values())} LoRA layers left to PEFT ({why})")
+    tried = f"; on a trial gradients differ by {shortcuts.difference:.1e}" * bool(parts)
+    reporter.say(f"shortcuts {'; '.join(parts) or 'none'}{tried}")
     if recompute.reason:
         reporter.say(
             f"recompute {recompute.count} of {recompute.num_layers} layers: {recompute.reason}"

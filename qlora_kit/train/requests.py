@@ -70,6 +70,21 @@ _SAVE = getattr(signal, "SIGUSR1", None)
 
 
 @contextmanager
+def nothing_to_save_yet() -> Iterator[None]:
+    """From the start of the command on: SIGUSR1, which asks for a checkpoint, does not end the
+    process before there can be one.
+    """
+    if _SAVE is None or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(_SAVE, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(_SAVE, before)
+
+
+@contextmanager
 def listening(trigger: Path) -> Iterator[Requests]:
     """Requests whose signal handlers are in place within the block.
 

@@ -44,6 +44,7 @@ class Shortcuts:
 
     supervised_loss: bool
     fusion: Fusion | None
+    """Also where it covers no layer, for the reasons."""
     difference: float = 0.0
     """Of the gradients on a trial, relative."""
     left: tuple[str, ...] = ()
@@ -95,7 +96,7 @@ def choose_shortcuts(
                     left.append(f"LoRA as one operation: {why}")
                 else:
                     difference = max(difference, apart)
-    return Shortcuts(supervised, fusion if fusion and fusion.groups else None, difference, (*left,))
+    return Shortcuts(supervised, fusion, difference, tuple(left))
 
 
 @contextmanager

@@ -86,7 +86,7 @@ def test_all_halve_and_train_on_the_same_rows(runs: dict[str, Ended]) -> None:
 
 def test_one_sequence_too_many_ends_all_with_a_checkpoint(runs: dict[str, Ended]) -> None:
     told, other = runs["ended"].raised
-    assert told.endswith("holds checkpoint-3. With that it goes on from there.")
+    assert told.endswith("holds checkpoint-3. Changed so, the run goes on from there.")
     what = "out of memory with one sequence at a time"
     assert told.startswith(what)
     assert other.startswith(f"(told elsewhere) {what}")

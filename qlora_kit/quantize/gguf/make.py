@@ -96,7 +96,7 @@ class _GgufMethod:
         reporter: Reporter,
     ) -> Made:
         warning = dequantized_warning(source.folder, self.kind)
-        if warning is not None:
+        if warning is not None and not source.is_rounding_told:
             reporter.warn(warning)
         converter = self.converters.get(source.folder)
         if converter is None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qlora_kit.errors import Fault, RecipeError
-from qlora_kit.recipe import load_recipe, shape
+from qlora_kit.recipe import load_recipe, recipe_from_dict, shape
 from qlora_kit.recipe.faults import OTHER_NAMES
 
 MODEL = "model: {name_or_path: some/model}\n"
@@ -357,3 +358,26 @@ def test_an_option_that_is_read_is_no_fault(text: str, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {{name_or_path: m}}\ndata: {{train: [{{path: a.jsonl}}]}}\n{text}\n")
     load_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "said"),
+    [
+        ("train", "gradient_checkpointing", "must be true or false or auto, got 'atuo'"),
+        ("data", "padding_free", "must be auto or true or false, got 'atuo'"),
+    ],
+)
+def test_a_word_beside_true_and_false_is_told_among_other_faults(
+    section: str, field: str, said: str
+) -> None:
+    values: dict[str, Any] = {
+        "model": {"name_or_path": "x"},
+        "data": {"train": [{"path": "a.jsonl"}]},
+        "train": {"learning_rate": -1},
+    }
+    values[section] = {**values[section], field: "atuo"}
+    with pytest.raises(RecipeError) as raised:
+        recipe_from_dict(values, "x.yaml")
+    told = str(raised.value)
+    assert f"{section}.{field}: {said}" in told
+    assert "train.learning_rate" in told

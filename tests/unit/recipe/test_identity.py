@@ -17,6 +17,7 @@ from qlora_kit.recipe import (
     recipe_from_dict,
     recipe_hash,
 )
+from qlora_kit.recipe.identity import FIRST_DEFAULTS
 
 MINIMAL: dict[str, Any] = {
     "model": {"name_or_path": "demo/smollm2-135m-instruct"},
@@ -92,7 +93,7 @@ def test_a_changed_default_is_left_out_as_it_was_first() -> None:
     newer = with_a_field(Recipe, train=(train := with_a_field(TrainSpec, seed=(int, 7)), train()))
     values = {**MINIMAL, "train": {}}
     old = recipe_from_dict(values, "x")
-    first = {"train.seed": 42}
+    first = {**FIRST_DEFAULTS, "train.seed": 42}
     spelled_out = newer.model_validate(old.model_dump(mode="json"))
     assert recipe_hash(spelled_out, first) == recipe_hash(old)
     left_to_it = newer.model_validate(values)

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch.nn import Module
+
 from qlora_kit.checkpoint.run_directory import RunDirectory
+from qlora_kit.model.fused.attach import Fusion
 from qlora_kit.recipe import QuantizationSpec, recipe_from_dict
 from qlora_kit.report import narrate
 from qlora_kit.report.reporter import Reporter
+from qlora_kit.train.recompute import Recompute
+from qlora_kit.train.shortcuts import NONE, Shortcuts
 
 NOTHING = {
     "perplexity": None,
@@ -63,3 +69,24 @@ def test_what_to_do_next_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
     narrate.summary(heard, run, recipe)
     assert f"  qlora-kit chat '{run.folder}'" in heard.lines
     assert f"  qlora-kit merge '{run.folder}'" in heard.lines
+
+
+class TestComputing:
+    """Which shortcuts are taken, which are not, and which layers compute twice."""
+
+    def lines(self, shortcuts: Shortcuts, count: int = 0, reason: str = "") -> list[str]:
+        heard = Heard()
+        narrate.computing(heard, shortcuts, Recompute(Module(), count, 4, reason))
+        return heard.lines
+
+    def test_what_is_left_to_peft_is_said_with_the_reason(self) -> None:
+        fusion = Fusion((("a", "b"), ("c",)), Counter({"DoRA and the like": 2}))
+        (line,) = self.lines(Shortcuts(True, fusion, 1e-7))
+        assert "3 LoRA layers in 2 operations; 2 LoRA layers left to PEFT (DoRA" in line
+        assert line.endswith("gradients differ by 1.0e-07")
+
+    def test_none_is_said_too(self) -> None:
+        assert self.lines(NONE) == ["shortcuts none"]
+
+    def test_why_so_many_recompute(self) -> None:
+        assert self.lines(NONE, 3, "so it is")[1] == "recompute 3 of 4 layers: so it is"

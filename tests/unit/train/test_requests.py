@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.train.requests import TRIGGER_FILE, listening
+from qlora_kit.train.requests import TRIGGER_FILE, listening, nothing_to_save_yet
 
 
 def send(number: int) -> None:
@@ -77,3 +77,11 @@ def test_handlers_are_put_back(tmp_path: Path) -> None:
         assert signal.getsignal(signal.SIGTERM) != before[1]
     after = [signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)]
     assert after == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")
+def test_a_checkpoint_that_is_asked_for_too_early_is_no_reason_to_end() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with nothing_to_save_yet():
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert signal.getsignal(signal.SIGUSR1) == before

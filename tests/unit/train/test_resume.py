@@ -38,6 +38,7 @@ from qlora_kit.recipe import (
 from qlora_kit.report.reporter import Reporter
 from qlora_kit.train.batching import Batching
 from qlora_kit.train.continuation import Continuation, shape_for
+from qlora_kit.train.held_out import HeldOutLoss
 from qlora_kit.train.loader import lengths_of
 from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.recompute import recomputing_layers
@@ -189,6 +190,9 @@ def digest_of_trainables(model: torch.nn.Module) -> str:
     return digest.hexdigest()
 
 
+# The held-out losses of six evaluations, the best of them between two checkpoints.
+GETS_WORSE = (3.0, 1.0, 0.5, 1.5, 2.0, 2.5)
+
 CASES: dict[str, dict[str, Any]] = {
     "adamw_8bit": {"optim": "adamw_8bit"},
     "paged_adamw_8bit": {},
@@ -321,10 +325,11 @@ def test_checkpoints_are_whole_and_hold_what_they_should(run: Run) -> None:
         }
 
 
-def test_the_best_checkpoint_is_kept(run: Run) -> None:
+def test_the_best_checkpoint_is_kept(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = iter(GETS_WORSE)
+    monkeypatch.setattr(HeldOutLoss, "measure", lambda *_: next(told))
     outcome = run(
         "run",
-        learning_rate=0.3,
         eval_strategy="steps",
         eval_steps=2,
         save_strategy="steps",
@@ -334,15 +339,18 @@ def test_the_best_checkpoint_is_kept(run: Run) -> None:
     )
     losses = {line["step"]: line["eval_loss"] for line in outcome.log if "eval_loss" in line}
     best = min(losses, key=lambda step: losses[step])
-    assert best != 12, "this test needs a run that gets worse"
+    assert best == 6
     kept = {path.name for path in find_checkpoints(outcome.folder)}
     assert kept == {f"checkpoint-{best}", "checkpoint-12"}
 
 
-def test_the_best_of_those_that_were_saved_is_kept_by_the_attempt_after(run: Run) -> None:
+def test_the_best_of_those_that_were_saved_is_kept_by_the_attempt_after(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Every second evaluation falls between two checkpoints."""
+    told = iter((*GETS_WORSE, *GETS_WORSE))
+    monkeypatch.setattr(HeldOutLoss, "measure", lambda *_: next(told))
     spec: dict[str, Any] = {
-        "learning_rate": 0.3,
         "eval_strategy": "steps",
         "eval_steps": 2,
         "save_strategy": "steps",
@@ -354,7 +362,7 @@ def test_the_best_of_those_that_were_saved_is_kept_by_the_attempt_after(run: Run
     losses = {line["step"]: line["eval_loss"] for line in whole.log if "eval_loss" in line}
     assert len(losses) == 6
     best = min((4, 8, 12), key=lambda step: losses[step])
-    assert best != 12, "this test needs a run that gets worse"
+    assert best == 4
     run("parts", stop_after=9, **spec)
     parts = run("parts", again=True, **spec)
     for outcome in (whole, parts):

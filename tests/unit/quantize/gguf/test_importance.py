@@ -137,6 +137,7 @@ def test_which_types_look_at_text() -> None:
     assert method.calibration(parse_options(method, ("importance=false",))) == "none"
 
 
+@pytest.mark.usefixtures("llama_scripts")
 def test_fused_experts_cannot_be_weighed(tmp_path: Path) -> None:
     """llama.cpp would end in the middle of the work, for want of their importance."""
     build_tokenizer(tmp_path)
