@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import yaml
@@ -16,9 +16,10 @@ from qlora_kit.artifact.record import read_record
 from qlora_kit.artifact.verify import verify
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import AdapterError, DataError, ModelError, QloraKitError, RunError
-from qlora_kit.export.export import export_reopened
+from qlora_kit.export.export import _better, _Made, export_reopened
 from qlora_kit.export.export_run import export_after_training
-from qlora_kit.export.jobs import ExportRequest, Job, sound_jobs
+from qlora_kit.export.jobs import ExportRequest, Job, placed, sound_jobs
+from qlora_kit.export.ledger import Row
 from qlora_kit.export.places import places_of
 from qlora_kit.export.reopen import reopen_adapter
 from qlora_kit.export.targets import parse_target
@@ -279,6 +280,38 @@ def test_which_weights_a_target_is_made_of(
     name: str, available: Any, asked: Any, wanted: str
 ) -> None:
     assert parse_target(name).base_of(available, asked) == wanted
+
+
+class TestEitherMerge:
+    """A GGUF file of few bits is made from both, and what is measured decides."""
+
+    def job(self, tmp_path: Path, asked: Any = "auto", name: str = "gguf:Q4_K_M") -> Job:
+        return Job(parse_target(name), tmp_path / "out", asked)
+
+    def test_which_are_made(self, tmp_path: Path) -> None:
+        trained = reopen_adapter(make_run(tmp_path).run.folder, probe_hardware()).trained
+        both = placed(self.job(tmp_path), trained, Heard())
+        assert both.merge_bases == ("original", "dequantized")
+        for asked, name in (
+            ("original", "gguf:Q4_K_M"),
+            ("dequantized", "gguf:Q4_K_M"),
+            ("auto", "gguf:Q8_0"),
+            ("auto", "nf4"),
+        ):
+            assert placed(self.job(tmp_path, asked, name), trained, Heard()).or_else is None
+
+    @pytest.mark.parametrize(("loss", "kept"), [(1.9, "dequantized"), (2.1, "original")])
+    def test_the_lower_loss_is_kept(self, tmp_path: Path, loss: float, kept: str) -> None:
+        heard, nothing = Heard(), cast(Any, None)
+        one, other = (
+            _Made(self.job(tmp_path, base), None, tmp_path, nothing, nothing, Row("x", ppl, 0.1))
+            for base, ppl in (("original", 2.0), ("dequantized", loss))
+        )
+        best = _better(one, other, heard)
+        assert best.job.base == kept
+        assert best.instead_of is not None
+        assert best.instead_of.perplexity == (2.0 if kept == "dequantized" else loss)
+        assert bool(heard.warnings) == (kept == "dequantized")
 
 
 class TestNames:
