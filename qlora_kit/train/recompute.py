@@ -20,6 +20,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
+from qlora_kit.errors import ModelError
 from qlora_kit.out_of_memory import is_out_of_memory
 from qlora_kit.train.memory import cgroup_limit_bytes
 from qlora_kit.train.snapshot import put_random_state_back, random_state
@@ -103,8 +104,21 @@ def recompute_first(model: nn.Module, count: int) -> None:
 
 
 @contextmanager
-def able_to_recompute(model: PeftModel) -> Iterator[None]:
-    """Prepare the layers to recompute, which none does yet; none does afterwards."""
+def able_to_recompute(model: PeftModel, asked: bool | str = True) -> Iterator[None]:
+    """Prepare the layers to recompute, which none does yet; none does afterwards.
+
+    Raises:
+        ModelError: that is asked for, and this architecture cannot.
+    """
+    is_able = model.get_base_model().supports_gradient_checkpointing
+    if asked is True and not is_able:
+        raise ModelError(
+            f"{model.get_base_model().config.model_type} cannot recompute activations; set "
+            "train.gradient_checkpointing: auto, or false."
+        )
+    if not asked or not is_able:
+        yield
+        return
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # Which only the reentrant way needs: the gradient of the embeddings is for nobody.
     model.get_base_model().disable_input_require_grads()
@@ -231,9 +245,13 @@ def choose_recompute(
     recompute as there is memory for. All of them where nobody can tell.
     """
     layers = recomputing_layers(model)
-    if spec.gradient_checkpointing != "auto":
-        return Recompute(model, len(layers) if spec.gradient_checkpointing else 0, len(layers))
+    if spec.gradient_checkpointing is False:
+        return Recompute(model, 0, 0)
+    if spec.gradient_checkpointing is True:
+        return Recompute(model, len(layers), len(layers))
     longest = batches.longest(spec.per_device_train_batch_size)
+    if not model.get_base_model().supports_gradient_checkpointing:
+        return Recompute(model, 0, 0, "this architecture cannot")
     if is_sharded or not layers or not longest:
         return Recompute(model, len(layers), len(layers), "what a layer keeps is not known here")
     try:

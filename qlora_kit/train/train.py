@@ -128,7 +128,7 @@ def train_adapter(
     with (
         limited_memory(spec.max_memory_mib, hardware.device) as limit,
         taken(model, shortcuts),
-        able_to_recompute(model),
+        able_to_recompute(model, spec.gradient_checkpointing),
     ):
         recompute = choose_recompute(model, batches, spec, around, is_sharded)
         narrate.computing(around.reporter, shortcuts, recompute)

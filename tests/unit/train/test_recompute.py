@@ -10,6 +10,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from qlora_kit.errors import ModelError
 from qlora_kit.train.recompute import (
     Growth,
     Kept,
@@ -118,3 +119,25 @@ def test_the_numbers_are_the_same_whoever_recomputes(model: Any) -> None:
         assert loss == found[0][0]
         for one, other in zip(gradients, found[0][1], strict=True):
             assert torch.equal(one, other)
+
+
+class TestAnArchitectureThatCannot:
+    def test_is_told_where_it_is_asked_for(
+        self, model: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        type(model.get_base_model()).supports_gradient_checkpointing = False
+        try:
+            with (
+                pytest.raises(ModelError, match="llama cannot recompute"),
+                able_to_recompute(model),
+            ):
+                pass
+            with able_to_recompute(model, "auto"):
+                assert not any(one.gradient_checkpointing for one in recomputing_layers(model))
+        finally:
+            del type(model.get_base_model()).supports_gradient_checkpointing
+
+
+def test_nothing_is_prepared_where_the_recipe_says_no(model: Any) -> None:
+    with able_to_recompute(model, False):
+        assert not any(hasattr(one, "_gradient_checkpointing_func") for one in model.modules())
