@@ -77,6 +77,7 @@ class Training:
             args=SimpleNamespace(deepspeed_plugin=None),
             held_out=None,
             divisor=1,
+            recompute=None,
         )
         self.saver.trainer = self.trainer
 
