@@ -119,6 +119,10 @@ class LauncherSettings:
     deepspeed: bool = False
     zero_stage: str = ""
     accumulation: str = ""
+    clipping: str = ""
+    """Norm that DeepSpeed clips gradients to."""
+    deepspeed_file: str = ""
+    """A configuration of DeepSpeed's own."""
     megatron: bool = False
     parallel: bool = False
     left_alone: bool = False
@@ -151,6 +155,8 @@ def launcher_settings() -> LauncherSettings:
         deepspeed=is_on("ACCELERATE_USE_DEEPSPEED"),
         zero_stage=text("ACCELERATE_DEEPSPEED_ZERO_STAGE"),
         accumulation=text("ACCELERATE_GRADIENT_ACCUMULATION_STEPS"),
+        clipping=text("ACCELERATE_GRADIENT_CLIPPING"),
+        deepspeed_file=text("ACCELERATE_DEEPSPEED_CONFIG_FILE"),
         megatron=is_on("ACCELERATE_USE_MEGATRON_LM"),
         parallel=is_on("ACCELERATE_USE_PARALLELISM_CONFIG"),
         left_alone=bool(text("ACCELERATE_MIXED_PRECISION"))  # its launcher was at work

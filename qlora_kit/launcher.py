@@ -107,13 +107,23 @@ def _deepspeed_faults(asked: LauncherSettings, recipe: Recipe, device: str) -> I
         yield "DeepSpeed, which is not installed; pip install deepspeed"
     if device == "cpu":
         yield "DeepSpeed on a CPU; launch with torchrun instead"
-    if asked.zero_stage not in ("2", "3"):
+    if asked.deepspeed_file not in ("", "none"):
+        yield (
+            f"deepspeed_config_file: {asked.deepspeed_file}, which is not held against the recipe; "
+            "write zero_stage and what else it says under deepspeed_config"
+        )
+    elif asked.zero_stage not in ("2", "3"):
         yield f"ZeRO stage {asked.zero_stage or 'unset'}; set zero_stage to 2 or 3"
     accumulation = str(recipe.train.gradient_accumulation_steps)
     if asked.accumulation not in ("", "auto", accumulation):
         yield (
             f"gradient_accumulation_steps: {asked.accumulation}, but the recipe says "
             f"{accumulation}; set it to auto"
+        )
+    if not _clips_to(asked.clipping, recipe.train.max_grad_norm):
+        yield (
+            f"gradient_clipping: {asked.clipping}, but the recipe says train.max_grad_norm: "
+            f"{recipe.train.max_grad_norm:g}; set it to auto"
         )
     asking = [f"train.save_strategy: {recipe.train.save_strategy}"]
     asking *= recipe.train.save_strategy != "no"
@@ -123,6 +133,16 @@ def _deepspeed_faults(asked: LauncherSettings, recipe: Recipe, device: str) -> I
             f"DeepSpeed with checkpoints ({', '.join(asking)}): {_SPREAD}; set "
             "train.save_strategy: no without train.save_minutes, or use DDP or FSDP"
         )
+
+
+def _clips_to(asked: str, max_grad_norm: float) -> bool:
+    """Whether DeepSpeed clips gradients to the recipe's norm; `auto` takes it from there."""
+    if asked in ("", "auto"):
+        return True
+    try:
+        return float(asked) == max_grad_norm
+    except ValueError:
+        return False
 
 
 def _sharded_faults(recipe: Recipe) -> Iterator[str]:

@@ -154,6 +154,14 @@ def test_sky_is_yaml_and_starts_train() -> None:
         ),
         (replace(DEEPSPEED, zero_stage="1"), (), "cuda", "ZeRO stage 1"),
         (replace(DEEPSPEED, accumulation="32"), (), "cuda", "gradient_accumulation_steps: 32"),
+        (replace(DEEPSPEED, clipping="0.3"), (), "cuda", "gradient_clipping: 0.3"),
+        (replace(DEEPSPEED, clipping="much"), (), "cuda", "gradient_clipping: much"),
+        (
+            replace(DEEPSPEED, zero_stage="", deepspeed_file="ds.json"),
+            (),
+            "cuda",
+            "deepspeed_config_file: ds.json",
+        ),
     ],
 )
 def test_what_would_not_happen_is_refused(
