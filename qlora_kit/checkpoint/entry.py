@@ -72,7 +72,8 @@ def enter(
     found = newest_whole(run.folder)
     if not run.recipe.is_file():
         warned.append(_recipe_put_back(run, found, recipe))
-    drift = _drift(load_recipe(run.recipe), recipe, found, num_processes)
+    held_by_folder = load_recipe(run.recipe)
+    drift = _drift(_trained_by(found) or held_by_folder, recipe, found, num_processes)
     holds_work = found.folder is not None or found.damaged or run.adapter.is_dir()
     is_possible = all(change.is_possible for change in drift.breaking)
     if drift.breaking and holds_work and not (allow_drift and is_possible):
@@ -95,7 +96,7 @@ def enter(
         tuple(said),
         tuple(warned),
         drift.undecided,
-        is_changed=bool(drift.all),
+        is_changed=held_by_folder != recipe,
     )
 
 
@@ -114,6 +115,14 @@ def _tell_of_beginning(run: RunDirectory, found: Found, said: list[str], warned:
         said.append("resume    it had written no checkpoint: training begins at the first update")
 
 
+def _trained_by(found: Found) -> Recipe | None:
+    """The recipe of the checkpoint itself: that of the folder may be newer, where a run that went
+    on with other values was killed before it saved.
+    """
+    record = None if found.folder is None else found.folder / RECIPE_RECORD
+    return None if record is None or not record.is_file() else load_recipe(record)
+
+
 def _drift(saved: Recipe, now: Recipe, found: Found, num_processes: int) -> Drift:
     """Without a checkpoint there are no rows that those of now could be held against."""
     begun = None if found.folder is None else batch_of(found.folder)
@@ -127,12 +136,12 @@ def _recipe_put_back(run: RunDirectory, found: Found, asked: Recipe) -> str:
     Raises:
         RunError: there is none.
     """
-    record = None if found.folder is None else found.folder / RECIPE_RECORD
-    if record is None or not record.is_file():
+    recipe = _trained_by(found)
+    if recipe is None or found.folder is None:
         raise RunError(without_recipe(run, asked, found))
-    save_recipe(load_recipe(record), run.recipe)
+    save_recipe(recipe, run.recipe)
     return (
-        f"{run.recipe} was gone; it is written again from {record.parent.name}, which holds the "
+        f"{run.recipe} was gone; it is written again from {found.folder.name}, which holds the "
         "recipe that it was trained by."
     )
 

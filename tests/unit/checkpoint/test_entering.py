@@ -124,6 +124,35 @@ class TestARecipeThatIsGone:
             open_run(run.folder)
 
 
+class TestAFolderWhoseRecipeIsNewerThanItsCheckpoint:
+    """A run went on with other values, which was allowed, and was killed before it saved."""
+
+    def begun(self, folder: Path) -> RunDirectory:
+        run = begun_run(folder, recipe_in(folder), 4)
+        save_recipe(recipe_in(folder, seed=1), run.recipe)
+        return run
+
+    def test_the_checkpoint_was_not_trained_by_it(self, tmp_path: Path) -> None:
+        self.begun(tmp_path / "run")
+        changed = recipe_in(tmp_path / "run", seed=1)
+        with pytest.raises(RunError, match=r"train.seed: 42 → 1"):
+            entered(changed)
+        entry, told = entered(changed, allow_drift=True)
+        assert "train.seed: 42 → 1" in told
+        assert not entry.is_changed  # the folder's is the one that is asked for
+
+    def test_going_back_to_the_first_changes_nothing(self, tmp_path: Path) -> None:
+        self.begun(tmp_path / "run")
+        entry, told = entered(recipe_in(tmp_path / "run"))
+        assert "changed since" not in told
+        assert entry.is_changed
+
+    def test_without_a_checkpoint_the_folder_s_counts(self, tmp_path: Path) -> None:
+        run = begun_run(tmp_path / "run", recipe_in(tmp_path / "run"))
+        save_recipe(recipe_in(tmp_path / "run", seed=1), run.recipe)
+        assert "changed since" not in entered(recipe_in(tmp_path / "run", seed=1))[1]
+
+
 class TestProcesses:
     def test_the_same_global_batch_by_hand_is_accepted(self, tmp_path: Path) -> None:
         """Two processes with 4 × 4 become one with 4 × 8."""
