@@ -5,12 +5,20 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from qlora_kit.checkpoint.run_directory import left_behind
-from qlora_kit.errors import DiskError, HardwareError, ProcessLost, RunStopped
+from qlora_kit.errors import (
+    CheckpointError,
+    DiskError,
+    HardwareError,
+    ProcessLost,
+    RunError,
+    RunStopped,
+)
 from qlora_kit.refusals import refusal_of
 
 if TYPE_CHECKING:
@@ -46,9 +54,20 @@ def told_how_it_ends(recipe: Recipe, requests: Requests) -> Iterator[None]:
 def saying_what_is_kept(recipe: Recipe) -> Iterator[None]:
     """Around training and what follows it: memory or room that runs out, or another process that
     is gone, takes nothing that was saved.
+
+    Raises:
+        RunError: somebody deleted or moved the folder meanwhile.
     """
     try:
         yield
+    except (FileNotFoundError, CheckpointError) as error:
+        if Path(recipe.run_dir).exists():
+            raise
+        raise RunError(
+            f"{recipe.run_dir} is gone: it was deleted or moved while the run was at work there. "
+            "If it was moved, move it back, or name its new place with run_dir=…; the same "
+            "command goes on with it. If it was deleted, the same command trains anew."
+        ) from error
     except (ProcessLost, HardwareError) as ended:
         needs_change = isinstance(ended, HardwareError)
         ended.args = (f"{ended} {left_behind(recipe, needs_change)}",)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 import signal
 from pathlib import Path
 
@@ -13,8 +14,8 @@ from safetensors import SafetensorError
 from qlora_kit.checkpoint import run_directory
 from qlora_kit.checkpoint.checkpoints import publish_checkpoint
 from qlora_kit.checkpoint.run_directory import create_run
-from qlora_kit.endings import told_how_it_ends
-from qlora_kit.errors import DiskError, RunError, RunStopped
+from qlora_kit.endings import saying_what_is_kept, told_how_it_ends
+from qlora_kit.errors import CheckpointError, DiskError, RunError, RunStopped
 from qlora_kit.recipe import Recipe, recipe_from_dict
 from qlora_kit.train.requests import Requests
 
@@ -72,6 +73,19 @@ def test_a_disk_that_refuses_is_told_of(recipe: Recipe, error: Exception, said: 
 )
 def test_faults_of_ours_stay_what_they_are(recipe: Recipe, error: Exception) -> None:
     with pytest.raises(type(error)), told_how_it_ends(recipe, Requests(Path("save-now"))):
+        raise error
+
+
+@pytest.mark.parametrize(
+    "error", [FileNotFoundError(errno.ENOENT, "no"), CheckpointError("checkpoint-4 cannot be")]
+)
+def test_a_folder_that_somebody_deleted_is_told_of(recipe: Recipe, error: Exception) -> None:
+    run = create_run(recipe)
+    with pytest.raises(type(error)), saying_what_is_kept(recipe):
+        raise error  # of something else, as the folder is there
+    shutil.rmtree(run.folder)
+    gone = pytest.raises(RunError, match="is gone: it was deleted or moved")
+    with gone, saying_what_is_kept(recipe):
         raise error
 
 
