@@ -7,18 +7,24 @@ model folder is whole, whether a weight file was cut off.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TypeVar
 
 from qlora_kit.data.demo import NUM_ROWS
 from qlora_kit.data.read import source_files
-from qlora_kit.errors import DataError, Fault, ModelError, QloraKitError
+from qlora_kit.errors import DataError, Fault, ModelError, QloraKitError, RecipeError
 from qlora_kit.export.targets import parse_target, require_installed
 from qlora_kit.extras import has_extra
 from qlora_kit.model.weights import inspect_weights
-from qlora_kit.recipe import ModelSpec, Recipe, SourceSpec
+from qlora_kit.recipe import (
+    ModelSpec,
+    Recipe,
+    SourceSpec,
+    load_recipe,
+    load_whole_sections,
+)
 from qlora_kit.templates import library
 
 AnySpec = TypeVar("AnySpec", ModelSpec, SourceSpec)
@@ -39,6 +45,29 @@ TOKENIZER_FILES = (
 
 _GGUF_MAGIC = b"GGUF"
 _PEEK_BYTES = 65536
+
+
+def load_checked(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """A recipe that is right by itself and names only what is there.
+
+    Raises:
+        RecipeError: holds every fault of both kinds; of a section that is itself at fault, it is
+            not looked up what it names.
+    """
+    try:
+        recipe = load_recipe(path, overrides)
+    except RecipeError as error:
+        partly, sections = load_whole_sections(path, overrides)
+        told = tuple(f"{fault.path}." for fault in error.faults)
+        more = [
+            one
+            for one in preflight(partly)
+            if one.path.partition(".")[0] in sections and not f"{one.path}.".startswith(told)
+        ]
+        raise RecipeError(error.source, [*error.faults, *more]) from None
+    if faults := preflight(recipe):
+        raise RecipeError(str(path), faults)
+    return recipe
 
 
 def preflight(recipe: Recipe) -> list[Fault]:

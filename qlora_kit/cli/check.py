@@ -14,14 +14,10 @@ NAME = "check"
 
 def command(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Find every fault of a recipe at once, without loading anything."""
-    from qlora_kit.preflight import preflight
-    from qlora_kit.recipe import load_recipe
+    from qlora_kit.preflight import load_checked
 
     try:
-        loaded = load_recipe(recipe, overrides or ())
-        faults = preflight(loaded)
-        if faults:
-            raise RecipeError(str(recipe), faults)
+        load_checked(recipe, overrides or ())
     except RecipeError as error:
         if as_json:
             found = [vars(fault) for fault in error.faults]

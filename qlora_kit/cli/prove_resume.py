@@ -33,16 +33,12 @@ def command(
     from dataclasses import asdict
 
     from qlora_kit.cli.console import console_reporter
-    from qlora_kit.errors import RecipeError, RunError
-    from qlora_kit.preflight import preflight
+    from qlora_kit.errors import RunError
+    from qlora_kit.preflight import load_checked
     from qlora_kit.prove import prove_resume
-    from qlora_kit.recipe import load_recipe
     from qlora_kit.report.resume import show_proof
 
-    loaded = load_recipe(recipe, overrides or ())
-    faults = preflight(loaded)
-    if faults:
-        raise RecipeError(str(recipe), faults)
+    loaded = load_checked(recipe, overrides or ())
     if keep is not None and keep.exists():
         raise RunError(f"--keep {keep} is there already; name a new folder.")
     reporter = console_reporter(to_stderr=as_json)

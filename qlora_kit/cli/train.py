@@ -42,18 +42,14 @@ def _train(
     from qlora_kit.checkpoint.run_directory import finished_run, left_behind
     from qlora_kit.cli.console import console_reporter
     from qlora_kit.environment import launched
-    from qlora_kit.errors import RecipeError, RunStopped
-    from qlora_kit.preflight import preflight
+    from qlora_kit.errors import RunStopped
+    from qlora_kit.preflight import load_checked
     from qlora_kit.processes import same_everywhere
-    from qlora_kit.recipe import load_recipe
     from qlora_kit.report import narrate
     from qlora_kit.report.reporter import SILENT
 
     with same_everywhere():
-        loaded = load_recipe(recipe, overrides)
-        faults = preflight(loaded)
-        if faults:
-            raise RecipeError(str(recipe), faults)
+        loaded = load_checked(recipe, overrides)
     is_main = launched()[0] == 0
     reporter = console_reporter(to_stderr=as_json) if is_main else SILENT
     if fresh and Path(loaded.run_dir).exists():

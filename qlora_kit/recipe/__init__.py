@@ -6,6 +6,7 @@ from qlora_kit.recipe.export import ExportSpec, MergeSpec
 from qlora_kit.recipe.identity import recipe_hash
 from qlora_kit.recipe.load import (
     load_recipe,
+    load_whole_sections,
     recipe_from_dict,
     recipe_text,
     save_recipe,
@@ -31,6 +32,7 @@ __all__ = [
     "SourceSpec",
     "TrainSpec",
     "load_recipe",
+    "load_whole_sections",
     "recipe_from_dict",
     "recipe_hash",
     "recipe_text",

@@ -60,6 +60,11 @@ OTHER_NAMES = {
     "output_dir": "run_dir",
 }
 
+# Of the values of other tools, ours for the same thing.
+_OTHER_VALUES = {
+    "train.optim": {"adamw": "adamw_torch", "adam": "adamw_torch", "adamw_hf": "adamw_torch"},
+}
+
 _MANY_CHOICES = 6
 
 _BOUNDS = {
@@ -158,7 +163,8 @@ def _fault(place: _Place, details: ErrorDetails) -> Fault:
 
 def _wrong_choice(path: str, annotation: Any, got: Any) -> Fault:
     choices = [str(choice) for choice in get_args(shape.members(annotation)[0])]
-    near = difflib.get_close_matches(str(got), choices, n=1)
+    meant = _OTHER_VALUES.get(path, {}).get(str(got))
+    near = [meant] if meant else difflib.get_close_matches(str(got), choices, n=1)
     if near and len(choices) > _MANY_CHOICES:
         expected = f"must be one of {len(choices)} known values"
     else:

@@ -47,7 +47,26 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: holds every fault found, each with its path, what was got, what to do.
     """
-    path = Path(path)
+    values, faults = _read(Path(path), overrides)
+    return recipe_from_dict(values, str(path), faults)
+
+
+def load_whole_sections(
+    path: str | Path, overrides: Sequence[str] = ()
+) -> tuple[Recipe, frozenset[str]]:
+    """Of a recipe at fault what can be looked at all the same: with something that says nothing in
+    place of the sections at fault, and the names of the others.
+
+    Raises:
+        RecipeError: it is no recipe at all.
+    """
+    sections = _valid_sections(_without_empty_sections(_read(Path(path), overrides)[0], Recipe))
+    recipe = Recipe.model_validate({**_STAND_INS, **sections})
+    return recipe, frozenset(sections)
+
+
+def _read(path: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], list[Fault]]:
+    """The file's values with the overrides, and what is wrong with those."""
     source = str(path)
     values = parse_yaml(_read_text(path), source)
     if values is None:
@@ -57,7 +76,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(source, [Fault("", message, "it needs at least model: and data:")])
     faults = list(apply_overrides(values, overrides))
     values.setdefault("run_dir", f"runs/{path.stem}")
-    return recipe_from_dict(values, source, faults)
+    return values, faults
 
 
 def recipe_from_dict(values: dict[str, Any], source: str, faults: Iterable[Fault] = ()) -> Recipe:

@@ -13,8 +13,8 @@ import pytest
 from safetensors.numpy import save_file
 
 from qlora_kit import extras
-from qlora_kit.errors import Fault
-from qlora_kit.preflight import DEMO_MODELS, looks_local, preflight
+from qlora_kit.errors import Fault, RecipeError
+from qlora_kit.preflight import DEMO_MODELS, load_checked, looks_local, preflight
 from qlora_kit.recipe import recipe_from_dict
 from qlora_kit.recipe.data import COMPRESSED_ENDINGS, FILE_ENDINGS
 
@@ -54,6 +54,31 @@ def test_nothing_amiss(folder: Path, rows: Path) -> None:
     template.write_text("{{ messages }}")
     model = {"name_or_path": str(folder), "chat_template": str(template)}
     assert faults_of(model, {"path": str(rows)}, {"path": "demo/commands", "split": "test"}) == []
+
+
+class TestARecipeWithFaultsOfBothKinds:
+    def faults(self, path: Path, text: str) -> list[str]:
+        path.write_text(text)
+        with pytest.raises(RecipeError) as refused:
+            load_checked(path)
+        return [fault.path for fault in refused.value.faults]
+
+    def test_names_a_misspelt_key_and_a_missing_file_at_once(self, tmp_path: Path) -> None:
+        text = (
+            "model: {name_or_path: ./nowhere}\n"
+            "data: {train: [{path: nothing.jsonl}]}\n"
+            "lora: {rr: 8}\n"
+            "export: {to: [gguff]}\n"
+        )
+        paths = self.faults(tmp_path / "recipe.yaml", text)
+        assert paths == ["lora.rr", "export.to", "model.name_or_path", "data.train.0.path"]
+
+    def test_looks_nothing_up_for_a_section_at_fault(self, tmp_path: Path) -> None:
+        text = "model: {name_or_path: ./nowhere, name: x}\ndata: {train: [{path: demo/commands}]}\n"
+        assert self.faults(tmp_path / "recipe.yaml", text) == ["model.name"]
+
+    def test_what_is_no_recipe_is_told_once(self, tmp_path: Path) -> None:
+        assert self.faults(tmp_path / "recipe.yaml", "- a\n") == [""]
 
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen3-8B", "gpt2", *DEMO_MODELS])

@@ -121,6 +121,7 @@ IN_SECTIONS = [
     ("train: {max_steps: 1e3}", "train.max_steps", ["write 1000"]),
     ("train: {seed: -1}", "train.seed", ["at least 0"]),
     ("train: {optim: adamw8bit}", "train.optim", ["18 known values", "did you mean 'adamw_8bit'"]),
+    ("train: {optim: adamw}", "train.optim", ["did you mean 'adamw_torch'"]),
     ("train: {optim: quux}", "train.optim", ["adamw_torch, ", "got 'quux'"]),
     ("train: {eval_strategy: yes}", "train.eval_strategy", ["must be one of no, steps, epoch"]),
     ("train: {report_to: wandb}", "train.report_to", ["must be a list", "write [wandb]"]),
