@@ -1,14 +1,17 @@
 """What is asked of a run from outside while it trains: signals, and a file to save at once.
 
 SIGTERM (a spot instance that is taken away, Slurm's `--signal=TERM@120`) and Ctrl-C end the run
-after the update under way, with a checkpoint; a second Ctrl-C ends it at once. SIGUSR1 saves, and
-training goes on.
+after the update under way, with a checkpoint; a second Ctrl-C ends it at once. Launchers hand on what
+Slurm or a terminal has sent to every process already, so one signal often comes twice: what follows
+within a second is the same one, and a further SIGTERM, which nobody sends by hand to be quick, never
+costs the checkpoint. SIGUSR1 saves, and training goes on.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,6 +19,7 @@ from pathlib import Path
 from types import FrameType
 
 TRIGGER_FILE = "save-now"
+_ECHO_SECONDS = 1.0
 
 
 @dataclass
@@ -30,6 +34,8 @@ class Requests:
     """Whether the file cannot be looked at, or not be removed."""
     _deferred: bool = field(default=False)
     """Whether a training loop is looking at the flags."""
+    _stopped_at: float = -_ECHO_SECONDS
+    """When the last signal to stop was heeded."""
 
     def take_save(self) -> bool:
         """Whether a checkpoint was asked for since the last call.
@@ -59,10 +65,16 @@ class Requests:
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == _SAVE:
             self._save = True
-        elif self._deferred and self.stop_signal is None:
-            self.stop_signal = number
-        else:
-            self.stop_signal = number
+            return
+        now = time.monotonic()
+        if now - self._stopped_at < _ECHO_SECONDS:
+            return
+        self._stopped_at = now
+        is_first = self.stop_signal is None
+        if self._deferred and not is_first and number == signal.SIGTERM:
+            return
+        self.stop_signal = number
+        if not (self._deferred and is_first):
             raise KeyboardInterrupt
 
 

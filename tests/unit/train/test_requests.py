@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -27,8 +28,25 @@ def test_signals_wait_for_the_end_of_an_update(tmp_path: Path) -> None:
 def test_the_second_ends_it_at_once(tmp_path: Path) -> None:
     with listening(tmp_path / TRIGGER_FILE) as requests, requests.deferred():
         send(signal.SIGINT)
+        time.sleep(1.05)
         with pytest.raises(KeyboardInterrupt):
             send(signal.SIGINT)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_a_launcher_hands_on_as_well_is_the_same_signal(tmp_path: Path, number: int) -> None:
+    with listening(tmp_path / TRIGGER_FILE) as requests, requests.deferred():
+        for _ in range(3):
+            send(number)
+        assert requests.stop_signal == number
+
+
+def test_a_later_sigterm_does_not_cost_the_checkpoint(tmp_path: Path) -> None:
+    with listening(tmp_path / TRIGGER_FILE) as requests, requests.deferred():
+        send(signal.SIGINT)
+        time.sleep(1.05)
+        send(signal.SIGTERM)
+        assert requests.stop_signal == signal.SIGINT
 
 
 def test_outside_training_nothing_waits(tmp_path: Path) -> None:
