@@ -1,10 +1,10 @@
 """What is asked of a run from outside while it trains: signals, and a file to save at once.
 
 SIGTERM (a spot instance that is taken away, Slurm's `--signal=TERM@120`) and Ctrl-C end the run
-after the update under way, with a checkpoint; a second Ctrl-C ends it at once. Launchers hand on what
-Slurm or a terminal has sent to every process already, so one signal often comes twice: what follows
-within a second is the same one, and a further SIGTERM, which nobody sends by hand to be quick, never
-costs the checkpoint. SIGUSR1 saves, and training goes on.
+after the update under way, with a checkpoint; a second Ctrl-C ends it at once. Launchers hand on
+what Slurm or a terminal has sent to every process already, so one signal often comes twice: what
+follows within a second is the same one, and a further SIGTERM never costs the checkpoint. SIGUSR1
+saves, and training goes on.
 """
 
 from __future__ import annotations
