@@ -101,6 +101,8 @@ def described(case: Case) -> str:
     words += [f"limit {train.get('save_total_limit', '-')}"]
     words += [name for name in ("packing", "streaming", "held_out", "mix") if data.get(name)]
     words += ["merge"] * values["export"]["merge"]
+    if aware := values.get("quantization_aware"):
+        words += [f"{aware['method']} inside, {aware['train']}"]
     words += [f"{case.seconds:.1f} s", f"{len(case.operations)} file operations"]
     return ", ".join(words)
 

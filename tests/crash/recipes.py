@@ -52,7 +52,7 @@ def _row(thing: str, colour: str) -> str:
 def draw(random: Random, folder: Path) -> dict[str, Any]:
     data = _data(random, folder)
     has_eval_rows = "eval" in data or "held_out" in data
-    return {
+    values = {
         "data": data,
         "lora": (lora := _lora(random)),
         "quantization": random.choice([{}, {}, {"load_in_4bit": lora.get("init") == "loftq"}]),
@@ -62,6 +62,27 @@ def draw(random: Random, folder: Path) -> dict[str, Any]:
         else {},
         "export": {"merge": has_eval_rows and random.random() < 0.5},
     }
+    if random.random() < 0.2:
+        _train_on_quantized_weights(random, values)
+    return values
+
+
+def _train_on_quantized_weights(random: Random, values: dict[str, Any]) -> None:
+    """Of the adapter, or of the weights themselves, less what has no meaning then."""
+    aware = {
+        "method": random.choice(["nf4", "int8", "int4-group"]),
+        "train": random.choice(["adapter", "full"]),
+        "start_after": random.choice([0.0, 0.5]),
+    }
+    if aware["method"] == "int4-group":
+        aware["group_size"] = 32
+    if aware["train"] == "full":
+        values["lora"] = {}
+        values["train"].pop("loraplus_lr_ratio", None)
+    else:
+        values["lora"] = {"r": 4, "alpha": 8, "init": random.choice(["default", "gaussian"])}
+    values["quantization"] = {"load_in_4bit": False}
+    values["quantization_aware"] = aware
 
 
 def _data(random: Random, folder: Path) -> dict[str, Any]:
@@ -113,7 +134,7 @@ def _train(random: Random, is_streamed: bool, has_eval_rows: bool) -> dict[str, 
         "seed": random.randrange(1000),
         "per_device_train_batch_size": random.choice([2, 3, 4]),
         "gradient_accumulation_steps": random.choice([1, 2, 3]),
-        "gradient_checkpointing": random.random() < 0.5,
+        "gradient_checkpointing": random.choice([True, False, "auto"]),
         "logging_steps": random.choice([1, 2, 3]),
         "lr_scheduler_type": random.choice(["cosine", "linear", "polynomial"]),
         "warmup_steps": random.choice([0, 2]),
