@@ -52,7 +52,7 @@ from qlora_kit.export.merge_run import merge_after_training
 from qlora_kit.launcher import require_going_on, require_launch
 from qlora_kit.model.adapter import Adapted, attach_adapter
 from qlora_kit.model.base import Base, load_base, prepare_for_training
-from qlora_kit.model.qat.attach import aware_of
+from qlora_kit.model.qat.aware import aware_of
 from qlora_kit.model.qat.room import require_memory
 from qlora_kit.model.saved import adapter_files, load_adapter, save_adapter
 from qlora_kit.model.shared import require_same_base, state_checksum
@@ -70,7 +70,8 @@ from qlora_kit.train.continuation import Continuation, shape_for
 from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.requests import TRIGGER_FILE, listening
 from qlora_kit.train.sharded import gathered_trainables
-from qlora_kit.train.train import Surroundings, TrainResult, train_adapter
+from qlora_kit.train.surroundings import Surroundings
+from qlora_kit.train.train import TrainResult, train_adapter
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

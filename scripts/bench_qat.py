@@ -21,7 +21,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
-from qlora_kit.model.qat.attach import Aware
+from qlora_kit.model.qat.aware import Aware
 from qlora_kit.model.qat.linear import FakeQuantization, QuantizedLora
 from qlora_kit.model.qat.nf4 import Nf4, quantize_on_cpu
 from qlora_kit.recipe import QuantizationAwareSpec

@@ -19,7 +19,7 @@ from torchao.quantization.granularity import PerAxis
 from torchao.quantization.qat import IntxFakeQuantizeConfig
 from torchao.quantization.qat.linear import FakeQuantizedLinear
 
-from qlora_kit.model.qat.attach import Aware
+from qlora_kit.model.qat.aware import Aware
 from qlora_kit.model.qat.linear import FakeQuantization, QuantizedLinear
 from qlora_kit.model.source import resolve_source
 from qlora_kit.recipe import QuantizationAwareSpec

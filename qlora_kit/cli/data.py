@@ -11,9 +11,10 @@ import typer
 from qlora_kit.cli.arguments import AsJson, Overrides, RecipePath
 
 if TYPE_CHECKING:
-    from qlora_kit.data.prepare import Part, PartName
+    from qlora_kit.data.prepare import Part
     from qlora_kit.model.vocabulary import Vocabulary
     from qlora_kit.recipe import Recipe
+    from qlora_kit.recipe.data import PartName
 
 NAME = "data"
 

@@ -8,8 +8,8 @@ from qlora_kit.data.fit import NOTHING_LEFT, OVERLENGTH
 
 if TYPE_CHECKING:
     from qlora_kit.data.ledger import Ledger
-    from qlora_kit.data.prepare import PartName
     from qlora_kit.recipe import DataSpec
+    from qlora_kit.recipe.data import PartName
 
 
 def losses(name: PartName, ledger: Ledger, spec: DataSpec) -> str | None:

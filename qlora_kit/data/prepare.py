@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from qlora_kit.atomic import published_folder
 from qlora_kit.data.cache import cache_folder, stamp_used
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora_kit.recipe import DataSpec, SourceSpec
+    from qlora_kit.recipe.data import PartName
 
 UNWANTED = "an answer that is rated as unwanted"
 _ROWS_BETWEEN_CHECKS = 1024
 _LEDGER = "ledger.json"
-PartName = Literal["train", "eval"]
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora_kit.data.ledger import Ledger
-    from qlora_kit.data.prepare import Part, PartName
+    from qlora_kit.data.prepare import Part
     from qlora_kit.recipe import Recipe
+    from qlora_kit.recipe.data import PartName
 
 Sampling = Literal["random", "sequential", "group_by_length"]
 

@@ -12,7 +12,7 @@ from qlora_kit.data.examples import AnyExample
 from qlora_kit.data.fit import fit
 from qlora_kit.data.ledger import Ledger
 from qlora_kit.data.pieces import Shown, show
-from qlora_kit.data.prepare import UNWANTED, PartName, selection_for
+from qlora_kit.data.prepare import UNWANTED, selection_for
 from qlora_kit.data.read import read_source, source_files
 from qlora_kit.data.render import render
 from qlora_kit.data.rows import BadRow, Row, RowRefused
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from qlora_kit.recipe import DataSpec, SourceSpec
+    from qlora_kit.recipe.data import PartName
 
 _MOST_NAMES = 5
 

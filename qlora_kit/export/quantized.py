@@ -22,7 +22,8 @@ from qlora_kit.export.checkpoint import Checkpoint
 from qlora_kit.export.names import NameMap, map_names, module_of
 from qlora_kit.export.shards import ShardWriter
 from qlora_kit.model.base import bitsandbytes_config
-from qlora_kit.model.qat.attach import Aware, quantized_in_training
+from qlora_kit.model.qat.attach import quantized_in_training
+from qlora_kit.model.qat.aware import Aware
 from qlora_kit.model.skeleton import Skeleton, is_linear
 from qlora_kit.recipe import QuantizationSpec
 from qlora_kit.report.reporter import SILENT, Reporter

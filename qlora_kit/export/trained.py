@@ -12,7 +12,7 @@ from qlora_kit.errors import ModelError
 from qlora_kit.export.dense import AsTrained
 from qlora_kit.model.base import prequantized_settings
 from qlora_kit.model.manifest import MANIFEST_FILE, read_manifest
-from qlora_kit.model.qat.attach import Aware
+from qlora_kit.model.qat.aware import Aware
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

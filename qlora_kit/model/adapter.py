@@ -12,7 +12,8 @@ from torch import nn
 from qlora_kit.errors import AdapterError
 from qlora_kit.model.base import Base, num_embeddings
 from qlora_kit.model.loftq import fit_to_quantization_error
-from qlora_kit.model.qat.attach import Aware, make_aware, trained_in_full
+from qlora_kit.model.qat.attach import make_aware, trained_in_full
+from qlora_kit.model.qat.aware import Aware
 from qlora_kit.model.quantized import count_quantized
 from qlora_kit.model.reason import reason_of
 from qlora_kit.model.targets import Targets, find_targets

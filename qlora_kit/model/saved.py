@@ -26,7 +26,8 @@ from qlora_kit.model.manifest import (
     require_own_base,
     write_manifest,
 )
-from qlora_kit.model.qat.attach import Aware, aware_record, make_aware
+from qlora_kit.model.qat.attach import aware_record, make_aware
+from qlora_kit.model.qat.aware import Aware
 from qlora_kit.model.reason import reason_of
 from qlora_kit.model.targets import refuse_dora
 

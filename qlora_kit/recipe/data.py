@@ -25,6 +25,7 @@ SchemaName = Literal[
 ]
 Role = Literal["system", "user", "assistant", "tool"]
 Name = Annotated[str, Field(min_length=1)]
+PartName = Literal["train", "eval"]
 
 _DEMO = "demo/commands"
 # Schemas whose rows are always conversations.

@@ -200,7 +200,7 @@ def _kinds(counts: dict[str, int]) -> str:
 
 def schedule(reporter: Reporter, spec: TrainSpec, batches: Batching, shape: BatchShape) -> None:
     """How many updates there will be, and what each is made of."""
-    from qlora_kit.train.train import num_update_steps
+    from qlora_kit.train.updates import num_update_steps
 
     whole, rows = shape.items_per_update, batches.num_items
     shared = f" × {shape.num_processes} processes" if shape.num_processes > 1 else ""

@@ -13,7 +13,7 @@ from qlora_kit.train.requests import Requests
 
 if TYPE_CHECKING:
     from qlora_kit.recipe import TrainSpec
-    from qlora_kit.train.trainer import Hooks
+    from qlora_kit.train.hooks import Hooks
 
 
 class Cadence(TrainerCallback):

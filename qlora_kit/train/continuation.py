@@ -23,6 +23,7 @@ from qlora_kit.train.snapshot import (
     read_random_state,
     read_snapshot,
 )
+from qlora_kit.train.updates import items_per_update
 
 if TYPE_CHECKING:
     from qlora_kit.recipe import TrainSpec
@@ -47,12 +48,6 @@ class Continuation:
         shared = self.shared
         begun = GlobalBatch(shared.items_per_update, shared.items_per_process, shared.num_processes)
         return begun.from_here_on(items_per_update(spec, 1), num_processes)
-
-
-def items_per_update(spec: TrainSpec, num_processes: int) -> int:
-    """The global batch, in sequences."""
-    per_process = spec.per_device_train_batch_size * spec.gradient_accumulation_steps
-    return per_process * num_processes
 
 
 def shape_for(

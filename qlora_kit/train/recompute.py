@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from qlora_kit.recipe import TrainSpec
     from qlora_kit.train.batching import Batching
     from qlora_kit.train.loader import AnyCollator
-    from qlora_kit.train.train import Surroundings
+    from qlora_kit.train.surroundings import Surroundings
 
 _MIB = 2**20
 _LENGTHS = (16, 32, 64)

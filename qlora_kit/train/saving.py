@@ -20,18 +20,19 @@ from qlora_kit.checkpoint.draft import Draft
 from qlora_kit.errors import DiskError
 from qlora_kit.refusals import refusal_of
 from qlora_kit.train.best import best_checkpoint
-from qlora_kit.train.continuation import items_per_update, moving_parts
+from qlora_kit.train.continuation import moving_parts
 from qlora_kit.train.fitting import fitted
 from qlora_kit.train.loader import BatchShape
 from qlora_kit.train.sharded import gathered_trainables
 from qlora_kit.train.snapshot import Moving, Snapshot, Taken, random_state, snapshot, take
+from qlora_kit.train.updates import items_per_update
 
 if TYPE_CHECKING:
     import torch
 
     from qlora_kit.recipe import TrainSpec
     from qlora_kit.train.callbacks import StepCallback
-    from qlora_kit.train.train import Surroundings
+    from qlora_kit.train.surroundings import Surroundings
     from qlora_kit.train.trainer import QloraTrainer
 
 

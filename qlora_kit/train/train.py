@@ -2,47 +2,41 @@
 
 from __future__ import annotations
 
-import math
 import warnings
-from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 
-from qlora_kit.checkpoint.disk import DISK, Disk
-from qlora_kit.environment import Hardware, launcher_settings
+from qlora_kit.environment import launcher_settings
 from qlora_kit.model.base import Base
 from qlora_kit.model.qat.attach import fake_quantization_of
-from qlora_kit.model.saved import AdapterFiles
 from qlora_kit.out_of_memory import MemoryLimit, limited_memory
-from qlora_kit.processes import ALONE, Processes
 from qlora_kit.report import narrate
-from qlora_kit.report.reporter import Reporter
 from qlora_kit.train.arguments import training_arguments
 from qlora_kit.train.batching import Batching
 from qlora_kit.train.cadence import Cadence
 from qlora_kit.train.callbacks import StepCallback
-from qlora_kit.train.continuation import Continuation, GoOn, items_per_update, shape_for
+from qlora_kit.train.continuation import Continuation, GoOn, shape_for
 from qlora_kit.train.fitting import put_back_what_fits
 from qlora_kit.train.held_out import HeldOutLoss
+from qlora_kit.train.hooks import Hooks
 from qlora_kit.train.loader import BatchShape, MicroBatches
-from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.quantization import QuantizationStart
 from qlora_kit.train.recompute import Recompute, able_to_recompute, choose_recompute
-from qlora_kit.train.requests import Requests
 from qlora_kit.train.saving import Saver
 from qlora_kit.train.shortcuts import choose_shortcuts, taken
 from qlora_kit.train.snapshot import Progress
+from qlora_kit.train.surroundings import Surroundings
 from qlora_kit.train.trackers import Tensorboard, told_in_the_foreground
-from qlora_kit.train.trainer import Hooks, QloraTrainer
+from qlora_kit.train.trainer import QloraTrainer
+from qlora_kit.train.updates import num_update_steps
 from qlora_kit.train.worst_batch import WorstBatch, what_would_help
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from qlora_kit.checkpoint.run_directory import RunDirectory
     from qlora_kit.recipe import TrainSpec
 
 
@@ -69,36 +63,6 @@ class TrainResult:
         values = {**asdict(self), "tokens_per_second": self.tokens_per_second}
         del values["stop_signal"]
         return values
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What training happens in, besides the model and the data."""
-
-    hardware: Hardware
-    precision: str
-    run: RunDirectory
-    memory: MemoryWatch
-    reporter: Reporter
-    requests: Requests
-    adapter_files: AdapterFiles
-    """What a checkpoint holds of the adapter, besides the values of its weights."""
-    keep_adapter: Callable[..., None]
-    """Write the adapter into a folder that appears whole; of a sharded one, the given `weights`."""
-    records: Mapping[str, str]
-    """Further text files of a checkpoint, by name."""
-    processes: Processes = ALONE
-    disk: Disk = DISK
-
-
-def num_update_steps(num_items: int, spec: TrainSpec, per_update: int | None = None) -> int:
-    """Optimizer updates from start to end, of `per_update` sequences each; by default of as many
-    as one process trains on.
-    """
-    if spec.max_steps is not None:
-        return spec.max_steps
-    per_pass = max(math.ceil(num_items / (per_update or items_per_update(spec, 1))), 1)
-    return math.ceil(spec.num_train_epochs * per_pass)
 
 
 def train_adapter(

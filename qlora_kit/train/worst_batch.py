@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from qlora_kit.model.base import Base
     from qlora_kit.recipe import TrainSpec
     from qlora_kit.train.batching import Batching
-    from qlora_kit.train.train import Surroundings
+    from qlora_kit.train.surroundings import Surroundings
     from qlora_kit.train.trainer import QloraTrainer
 
 _MIB = 1024**2

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners import lora
@@ -27,30 +27,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
-    from qlora_kit.model.qat.attach import Aware
-
-
-class Codes(Protocol):
-    """A quantized weight."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """The numbers it stands for, (out, in)."""
-
-    def stored(self) -> dict[str, torch.Tensor]:
-        """Tensors of a checkpoint, by what follows the module's name."""
-
-
-class Scheme(Protocol):
-    """A way of quantizing."""
-
-    @property
-    def name(self) -> str: ...
-
-    def quantize(self, weight: torch.Tensor) -> Codes:
-        """weight: (out, in)."""
+    from qlora_kit.model.qat.aware import Aware
+    from qlora_kit.model.qat.scheme import Codes, Scheme
 
 
 @dataclass

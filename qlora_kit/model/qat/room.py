@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_kit.errors import HardwareError
-from qlora_kit.model.qat.attach import Aware, trained_in_full
+from qlora_kit.model.qat.attach import trained_in_full
+from qlora_kit.model.qat.aware import Aware
 
 if TYPE_CHECKING:
     from qlora_kit.environment import Hardware

@@ -25,7 +25,8 @@ from qlora_kit.export.reopen import reopen_adapter
 from qlora_kit.export.trained import trained_adapter
 from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.base import Base
-from qlora_kit.model.qat.attach import aware_of, fake_quantization_of
+from qlora_kit.model.qat.attach import fake_quantization_of
+from qlora_kit.model.qat.aware import aware_of
 from qlora_kit.model.quantized import never_repacked
 from qlora_kit.model.saved import load_adapter, save_adapter
 from qlora_kit.recipe import MergeSpec, Recipe, load_recipe, save_recipe

@@ -25,7 +25,7 @@ from qlora_kit.errors import HardwareError, RunError
 from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.base import load_base, prepare_for_training
 from qlora_kit.model.manifest import read_manifest
-from qlora_kit.model.qat.attach import Aware
+from qlora_kit.model.qat.aware import Aware
 from qlora_kit.model.saved import adapter_files, save_adapter
 from qlora_kit.processes import Processes
 from qlora_kit.recipe import (
@@ -43,7 +43,8 @@ from qlora_kit.train.loader import lengths_of
 from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.recompute import recomputing_layers
 from qlora_kit.train.requests import TRIGGER_FILE, Requests
-from qlora_kit.train.train import Surroundings, TrainResult, train_adapter
+from qlora_kit.train.surroundings import Surroundings
+from qlora_kit.train.train import TrainResult, train_adapter
 
 SIGTERM = 15
 # Of a line of the log, what a clock or a gauge says.

@@ -25,12 +25,9 @@ from qlora_kit.report.reporter import SILENT
 from qlora_kit.train.batching import Batching
 from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.requests import TRIGGER_FILE, Requests
-from qlora_kit.train.train import (
-    Surroundings,
-    TrainResult,
-    num_update_steps,
-    train_adapter,
-)
+from qlora_kit.train.surroundings import Surroundings
+from qlora_kit.train.train import TrainResult, train_adapter
+from qlora_kit.train.updates import num_update_steps
 
 POISONED_TOKEN = 300
 

@@ -14,13 +14,12 @@ from qlora_kit.errors import AdapterError, ModelError, TrainingError
 from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.base import Base, load_base
 from qlora_kit.model.qat.attach import (
-    Aware,
-    aware_of,
     fake_quantization_of,
     quantized_in_training,
     refuse_unaware,
     trained_in_full,
 )
+from qlora_kit.model.qat.aware import Aware, aware_of
 from qlora_kit.model.qat.linear import QuantizedLinear, QuantizedLora
 from qlora_kit.model.skeleton import build_skeleton
 from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationAwareSpec, QuantizationSpec

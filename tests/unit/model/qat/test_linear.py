@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
-from qlora_kit.model.qat.attach import Aware
+from qlora_kit.model.qat.aware import Aware
 from qlora_kit.model.qat.linear import (
     FakeQuantization,
     QuantizedConv1D,

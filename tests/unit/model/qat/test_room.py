@@ -12,7 +12,7 @@ from transformers import LlamaConfig, Trainer, TrainingArguments
 
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import HardwareError
-from qlora_kit.model.qat.attach import Aware
+from qlora_kit.model.qat.aware import Aware
 from qlora_kit.model.qat.room import STATE_BYTES, require_memory
 from qlora_kit.model.skeleton import build_skeleton
 from qlora_kit.recipe import QuantizationAwareSpec
