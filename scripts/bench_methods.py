@@ -23,15 +23,15 @@ METHODS = {
     "fp4": [],
     "llm-int8": [],
     "int8": [],
-    "gptq": ["--calibration", "RECIPE"],
-    "awq": ["--calibration", "RECIPE"],
+    "gptq": ["--calibration", "RECIPE", "--calibration-tokens", "4096"],
+    "awq": ["--calibration", "RECIPE", "--calibration-tokens", "4096", "grid=5"],
     "gguf:Q8_0": [],
     "gguf:Q4_K_M": [],
     "onnx": [],
     "onnx:int8-dynamic": [],
     "onnx:int8-static": ["--calibration", "RECIPE"],
 }
-"""Every method with what its command needs beside model and folder."""
+"""Every method with what its command needs beside model and folder: on a CPU, little text."""
 
 COLUMNS = (
     "method",
