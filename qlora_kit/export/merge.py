@@ -19,8 +19,14 @@ from qlora_kit.atomic import draft_beside
 from qlora_kit.errors import ModelError, RunError
 from qlora_kit.export.apply import MergedTensor, Merger
 from qlora_kit.export.checkpoint import Checkpoint
-from qlora_kit.export.delta import SavedAdapter, read_adapter, survival
-from qlora_kit.export.dense import AsTrained, iterate_dense, loaded_dtype, requantize
+from qlora_kit.export.delta import read_adapter, survival
+from qlora_kit.export.dense import (
+    AsTrained,
+    DenseTensor,
+    iterate_dense,
+    loaded_dtype,
+    requantize,
+)
 from qlora_kit.export.in_memory import iterate_in_memory
 from qlora_kit.export.names import module_of
 from qlora_kit.export.plan import DtypeName, MergePlan, plan_merge
@@ -107,8 +113,10 @@ def merge_adapter(
         dense.mkdir()
         writer = ShardWriter(dense, max_shard_bytes)
         with reporter.progress(f"merging into the {base} base", plan.num_tensors) as progress:
-            tensors = _merged(trained, base, checkpoint, adapter, plan, progress)
-            for name, value in _rounded(trained, plan, tensors, lost):
+            merger = Merger(adapter, trained.skeleton, plan.ties, plan.vocabulary)
+            tensors = _dense_base(trained, base, checkpoint, plan)
+            rounded = _rounded_sum(trained, plan, merger, tensors, lost, progress)
+            for name, value in _under_stored_names(trained, plan, rounded):
                 writer.add(name, value)
         writer.close()
         _save_surroundings(trained, plan, dense)
@@ -134,7 +142,7 @@ def write_dequantized(trained: TrainedAdapter, out: Path, reporter: Reporter = S
     stand beside. Several adapters of one base share it.
 
     Raises:
-        ModelError: tensors of the checkpoint are fused on loading, or overflow the dtype.
+        ModelError: tensors overflow the dtype.
     """
     if out.exists():
         return out
@@ -144,18 +152,15 @@ def write_dequantized(trained: TrainedAdapter, out: Path, reporter: Reporter = S
         draft_beside(out) as draft,
     ):
         plan = plan_merge(trained, "dequantized", "auto", checkpoint, adapter)
+        plan.say_memory("dequantized", reporter)
         dense = draft / "dense"
         dense.mkdir()
         writer = ShardWriter(dense, MAX_SHARD_BYTES)
         with reporter.progress("dequantizing the base", plan.num_tensors) as progress:
-            for tensor in iterate_dense(
-                checkpoint, plan.names, trained.skeleton, trained.as_trained
+            for name, value in _under_stored_names(
+                trained, plan, _rounded_base(trained, plan, checkpoint, progress)
             ):
-                dtype = plan.dtype
-                if tensor.parameter is not None:
-                    dtype = loaded_dtype(trained.skeleton, tensor.parameter, dtype)
-                writer.add(tensor.name, round_to(tensor.value, dtype, tensor.name))
-                progress.update()
+                writer.add(name, value)
         writer.close()
         _save_surroundings(trained, plan, dense)
         dense.rename(out)
@@ -214,48 +219,58 @@ class _Survivals:
         return Survival(self.shares[worst], statistics.median(self.shares.values()), worst)
 
 
-def _merged(
-    trained: TrainedAdapter,
-    base: BaseKind,
-    checkpoint: Checkpoint,
-    adapter: SavedAdapter,
-    plan: MergePlan,
-    progress: Progress,
-) -> Iterator[MergedTensor]:
-    if plan.streams:
-        is_as_trained = base == "dequantized" or trained.aware is not None
-        as_trained = trained.as_trained if is_as_trained else None
-        tensors = iterate_dense(checkpoint, plan.names, trained.skeleton, as_trained)
-    else:
-        tensors = iterate_in_memory(trained, base)
-    for merged in Merger(adapter, trained.skeleton, plan.ties, plan.vocabulary).merge(tensors):
-        progress.update()
-        yield merged
+def _dense_base(
+    trained: TrainedAdapter, base: BaseKind, checkpoint: Checkpoint, plan: MergePlan
+) -> Iterator[DenseTensor]:
+    """The base, one tensor at a time where that can be."""
+    if not plan.streams:
+        return iterate_in_memory(trained, base)
+    is_as_trained = base == "dequantized" or trained.aware is not None
+    as_trained = trained.as_trained if is_as_trained else None
+    return iterate_dense(checkpoint, plan.names, trained.skeleton, as_trained)
 
 
-def _rounded(
-    trained: TrainedAdapter,
-    plan: MergePlan,
-    tensors: Iterator[MergedTensor],
-    lost: _Survivals,
+def _rounded_base(
+    trained: TrainedAdapter, plan: MergePlan, checkpoint: Checkpoint, progress: Progress
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Round once; under the names of the checkpoint, whichever way they were read."""
-    collected: dict[str, torch.Tensor] = {}
-    for merged in tensors:
+    """As training saw it, in the dtype that it is stored in."""
+    for tensor in _dense_base(trained, "dequantized", checkpoint, plan):
+        yield tensor.name, _round(tensor, trained, plan.dtype)
+        progress.update()
+
+
+def _rounded_sum(
+    trained: TrainedAdapter,
+    plan: MergePlan,
+    merger: Merger,
+    tensors: Iterator[DenseTensor],
+    lost: _Survivals,
+    progress: Progress,
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Base and adapter, rounded once."""
+    for merged in merger.merge(tensors):
+        progress.update()
         rounded = _round(merged, trained, plan.dtype)
         lost.note(merged, rounded)
-        if plan.streams:
-            yield merged.name, rounded
-        else:
-            collected[merged.name] = rounded
-    if collected:
-        yield from revert_weight_conversion(trained.skeleton.model, collected).items()
+        yield merged.name, rounded
 
 
-def _round(merged: MergedTensor, trained: TrainedAdapter, dtype: torch.dtype) -> torch.Tensor:
-    if merged.parameter is not None:
-        dtype = loaded_dtype(trained.skeleton, merged.parameter, dtype)
-    return round_to(merged.value, dtype, merged.name)
+def _under_stored_names(
+    trained: TrainedAdapter, plan: MergePlan, tensors: Iterator[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Under the names of the checkpoint, whichever way they were read."""
+    if plan.streams:
+        yield from tensors
+    else:
+        yield from revert_weight_conversion(trained.skeleton.model, dict(tensors)).items()
+
+
+def _round(
+    tensor: DenseTensor | MergedTensor, trained: TrainedAdapter, dtype: torch.dtype
+) -> torch.Tensor:
+    if tensor.parameter is not None:
+        dtype = loaded_dtype(trained.skeleton, tensor.parameter, dtype)
+    return round_to(tensor.value, dtype, tensor.name)
 
 
 def round_to(value: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tensor:

@@ -42,11 +42,7 @@ class MergePlan:
 
     def say(self, reporter: Reporter) -> None:
         """What the user should know before it starts."""
-        if not self.streams:
-            reporter.warn(
-                f"{self.names.fused[0]} is fused with others when it is loaded, so the whole base "
-                "is merged in memory."
-            )
+        self.say_memory("merged", reporter)
         if self.names.unused:
             reporter.say(
                 f"left out: {len(self.names.unused)} tensors of the checkpoint that this model "
@@ -54,6 +50,14 @@ class MergePlan:
             )
         for target, source in self.ties.broken:
             reporter.warn(f"{target} and {source} were one tensor; the adapter tells them apart.")
+
+    def say_memory(self, done: str, reporter: Reporter) -> None:
+        """Warn where the whole base has to be held at once; `done` says what is done to it."""
+        if not self.streams:
+            reporter.warn(
+                f"{self.names.fused[0]} is fused with others when it is loaded, so the whole base "
+                f"is {done} in memory."
+            )
 
 
 def plan_merge(

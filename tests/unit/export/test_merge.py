@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from qlora_kit.errors import AdapterError, HardwareError, ModelError, RunError
 from qlora_kit.export import merge
 from qlora_kit.export.checkpoint import Checkpoint
-from qlora_kit.export.merge import merge_adapter, predict_bytes, require_absent
+from qlora_kit.export.merge import merge_adapter, predict_bytes, require_absent, write_dequantized
 from qlora_kit.recipe import LoraSpec, QuantizationSpec
 from qlora_kit.report.reporter import Reporter
 
@@ -204,7 +204,8 @@ def test_many_shards_and_a_prefix_that_the_checkpoint_lacks(tmp_path: Path) -> N
         assert set(checkpoint.names()) == set(tensors) - {"h.0.attn.bias"}
 
 
-def test_a_base_that_is_fused_on_loading_is_merged_in_memory(tmp_path: Path) -> None:
+def save_fused_model(folder: Path) -> None:
+    """One whose projections are tensors of their own on disk, and one in memory."""
     config = AutoConfig.for_model(
         "hrm_text",
         vocab_size=NUM_TOKENS,
@@ -219,7 +220,11 @@ def test_a_base_that_is_fused_on_loading_is_merged_in_memory(tmp_path: Path) -> 
         bos_token_id=None,
         pad_token_id=None,
     )
-    save_model(tmp_path / "base", config)
+    save_model(folder, config)
+
+
+def test_a_base_that_is_fused_on_loading_is_merged_in_memory(tmp_path: Path) -> None:
+    save_fused_model(tmp_path / "base")
     tuned = tune(tmp_path / "base", tmp_path / "adapter")
     heard = Heard()
     ids = some_ids()
@@ -231,6 +236,19 @@ def test_a_base_that_is_fused_on_loading_is_merged_in_memory(tmp_path: Path) -> 
     assert (reload_logits(tmp_path / "dequantized", ids) - trained).abs().max() < 1e-5
     assert (reload_logits(tmp_path / "original", ids) - trained).abs().max() > 1e-3
     assert any("merged in memory" in line for line in heard.lines)
+
+
+def test_a_base_that_is_fused_on_loading_is_dequantized_in_memory(tmp_path: Path) -> None:
+    save_fused_model(tmp_path / "base")
+    tuned = tune(tmp_path / "base", tmp_path / "adapter")
+    heard = Heard()
+    folder = write_dequantized(tuned.trained, tmp_path / "dequantized", heard)
+    names = set(load_file(folder / "model.safetensors"))
+    assert names == set(load_file(tmp_path / "base" / "model.safetensors"))
+    ids = some_ids()
+    with tuned.model.disable_adapter():
+        assert (reload_logits(folder, ids) - tuned.logits(ids)).abs().max() < 1e-5
+    assert [line for line in heard.lines if "dequantized in memory" in line] == heard.lines
 
 
 def test_experts_that_nobody_trained_are_passed_on(tmp_path: Path) -> None:
