@@ -190,8 +190,11 @@ def quiet_upstream() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("BITSANDBYTES_NOWELCOME", "1")
-    # llmcompressor shows a bar for each block of a model, and cannot be told not to.
+    # llmcompressor shows a bar for each block of a model, and cannot be told not to. It logs on
+    # stdout from its import on, and compressed_tensors by loguru's own sink on stderr.
     os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "CRITICAL")
+    os.environ.setdefault("LOGURU_LEVEL", "ERROR")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     for name in ("bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

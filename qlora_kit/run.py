@@ -53,7 +53,7 @@ from qlora_kit.launcher import require_going_on, require_launch
 from qlora_kit.model.adapter import Adapted, attach_adapter
 from qlora_kit.model.base import Base, load_base, prepare_for_training
 from qlora_kit.model.qat.aware import aware_of
-from qlora_kit.model.qat.room import require_memory
+from qlora_kit.model.qat.room import require_memory, room_for_each
 from qlora_kit.model.saved import adapter_files, load_adapter, save_adapter
 from qlora_kit.model.shared import require_same_base, state_checksum
 from qlora_kit.model.tokenizer import template_hash, tokenizer_hash
@@ -67,7 +67,7 @@ from qlora_kit.runtime.transformers import TransformersRuntime
 from qlora_kit.train.arguments import require_tf32, resolve_precision
 from qlora_kit.train.batching import Batching, plan_batches
 from qlora_kit.train.continuation import Continuation, shape_for
-from qlora_kit.train.memory import MemoryWatch
+from qlora_kit.train.memory import MemoryWatch, cgroup_limit_bytes
 from qlora_kit.train.requests import TRIGGER_FILE, listening
 from qlora_kit.train.sharded import gathered_trainables
 from qlora_kit.train.surroundings import Surroundings
@@ -252,6 +252,12 @@ def prepare(
 
     dtype: torch.dtype = getattr(torch, compute_dtype)
     aware = aware_of(recipe.quantization_aware, recipe.export.merge_options.dtype, dtype)
+    room = room_for_each(
+        hardware,
+        recipe.train.max_memory_mib,
+        container_bytes=cgroup_limit_bytes(),
+        num_processes_here=processes.count_here,
+    )
     is_shared = processes.count > 1 and recipe.quantization.is_quantized
     base = (processes.first_here if is_shared else processes.together)(
         lambda: load_base(
@@ -264,7 +270,7 @@ def prepare(
             aware=recipe.quantization_aware,
             is_shared=is_shared,
             before_reading=lambda skeleton: require_memory(
-                skeleton, aware, recipe.train.optim, dtype, hardware, recipe.train.max_memory_mib
+                skeleton, aware, recipe.train.optim, dtype, room
             ),
         )
     )

@@ -133,6 +133,7 @@ def _verdict(certificate: dict[str, Any]) -> str:
         f"the budget of {certificate['max_kl']:g} nats per token.\n"
     ]
     lines += [f"- does not come back on loading: {one}" for one in certificate["reload_faults"]]
+    lines += [f"- {note}" for note in certificate["notes"]]
     return "\n".join(lines) + "\n"
 
 

@@ -16,13 +16,14 @@ from qlora_kit.artifact.record import AdapterRef, BaseRef, MadeFrom, write_recor
 from qlora_kit.environment import Hardware, package_versions
 from qlora_kit.evaluate.divergence import Recorded, compare_to_recorded
 from qlora_kit.export.card import write_card
-from qlora_kit.export.choose import Candidate
+from qlora_kit.export.choose import Candidate, why_beyond_budget
 from qlora_kit.export.delta import WEIGHTS_FILE
 from qlora_kit.export.ledger import Row
 from qlora_kit.export.merge import MergeResult
 from qlora_kit.export.reload import load_plain, measuring_dtype, reload_faults
 from qlora_kit.export.trained import TrainedAdapter
 from qlora_kit.model.base import quantization_record
+from qlora_kit.model.bits import quantized_bits
 from qlora_kit.model.manifest import MANIFEST_FILE, lasting_name, read_manifest
 from qlora_kit.model.source import ModelSource
 from qlora_kit.records import file_sha256
@@ -89,6 +90,7 @@ def certify(
         "adapter_sha256": file_sha256(trained.folder / WEIGHTS_FILE),
         "recipe_sha256": recipe_sha256,
         "candidates": [one.as_dict() for one in candidates],
+        "notes": why_beyond_budget(chosen, _num_8bit(trained)),
     }
     if chain:
         certificate["ledger"] = [*chain, asdict(_row_of(chosen))]
@@ -103,6 +105,11 @@ def certify(
         home=home,
     )
     return certificate
+
+
+def _num_8bit(trained: TrainedAdapter) -> int:
+    """Layers that training kept in 8 bits."""
+    return list(quantized_bits(trained.skeleton, trained.quantization).values()).count(8)
 
 
 def _row_of(chosen: Candidate) -> Row:

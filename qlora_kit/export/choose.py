@@ -57,6 +57,20 @@ def better_beyond_budget(candidates: Sequence[Candidate], chosen: Candidate) -> 
     return best if best is not chosen and not best.faults else None
 
 
+def why_beyond_budget(chosen: Candidate, num_8bit: int) -> list[str]:
+    """What of its distance is no loss: of a base with `num_8bit` layers in 8 bits."""
+    if chosen.passed or chosen.faults or not num_8bit or chosen.result.base != "dequantized":
+        return []
+    layers = "1 layer" if num_8bit == 1 else f"{num_8bit} layers"
+    return [
+        f"{layers} of the base {'is' if num_8bit == 1 else 'are'} kept in 8 bits, where LLM.int8() "
+        "rounds what goes into a layer as well as its weight. Merged weights are computed with "
+        "unrounded inputs, and that difference counts as distance from what was trained. A budget "
+        f"that allows for it: --max-kl {_above(chosen.divergence.kl_mean)}, in a recipe "
+        "export.merge_options.max_kl."
+    ]
+
+
 def show_candidates(
     candidates: Sequence[Candidate], chosen: Candidate, max_kl: float | None, reporter: Reporter
 ) -> None:

@@ -203,6 +203,8 @@ def merge_and_certify(
         for fault in chosen.faults:
             reporter.warn(f"the merged model does not come back as it was: {fault}")
         certificate = certify(chosen, candidates, trained, max_kl, recipe_sha256, out, chain)
+        for note in certificate["notes"]:
+            reporter.warn(note)
         flush_folder(chosen.result.folder)
         chosen.result.folder.rename(out)
     if trained.aware is None:

@@ -48,6 +48,7 @@ from qlora_kit.model.tokenizer import (
     stop_ids,
 )
 from qlora_kit.model.weights import readable_weights
+from qlora_kit.model.without_bars import without_bars
 
 if TYPE_CHECKING:
     from transformers import (
@@ -344,7 +345,8 @@ def load_model(
         options["attn_implementation"] = spec.attn_implementation
     loaded: Any
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(quantized or source.folder, **options)
+        with without_bars():
+            loaded = AutoModelForCausalLM.from_pretrained(quantized or source.folder, **options)
     except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
         raise ModelError(f"{source.name} cannot be loaded: {reason_of(error)}") from error
     model, found = loaded

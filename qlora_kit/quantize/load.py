@@ -13,6 +13,7 @@ from qlora_kit.model.base import load_model
 from qlora_kit.model.companions import copy_companions
 from qlora_kit.model.shared import state_checksum
 from qlora_kit.model.source import ModelSource
+from qlora_kit.model.without_bars import without_bars
 from qlora_kit.recipe import ModelSpec
 
 if TYPE_CHECKING:
@@ -83,12 +84,13 @@ def reload(draft: Path, source: Source, dtype: torch.dtype) -> PreTrainedModel:
     """The saved model, by transformers alone."""
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        draft,
-        dtype=dtype,
-        device_map={"": source.hardware.device},
-        trust_remote_code=source.trust_remote_code,
-        local_files_only=True,
-    )
+    with without_bars():
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            draft,
+            dtype=dtype,
+            device_map={"": source.hardware.device},
+            trust_remote_code=source.trust_remote_code,
+            local_files_only=True,
+        )
     loaded: PreTrainedModel = model.eval()
     return loaded

@@ -14,7 +14,8 @@ from peft import PeftModel
 from qlora_kit.data.collate import Collator
 from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.errors import ModelError
-from qlora_kit.out_of_memory import in_batches_that_fit
+from qlora_kit.model.reason import reason_of
+from qlora_kit.out_of_memory import in_batches_that_fit, is_out_of_memory
 from qlora_kit.report.reporter import Progress
 from qlora_kit.runtime.batches import batch_windows, scored_positions
 from qlora_kit.runtime.protocol import Scored
@@ -71,6 +72,25 @@ def inference_context(
 
 
 @contextmanager
+def told_what_fails(model: CausalModel) -> Iterator[None]:
+    """Around a forward pass. Memory that runs out is left to `in_batches_that_fit`.
+
+    Raises:
+        ModelError: transformers loads the model and cannot compute with it; says why.
+    """
+    try:
+        yield
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise ModelError(
+            f"{base_model_of(model).name_or_path} ({model.config.model_type}) was loaded and "
+            f"cannot be run: {reason_of(error)}. Compare the sizes in its config.json with those "
+            "of a model of this kind that works."
+        ) from error
+
+
+@contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """`model.eval()` while the context lasts; then every module is as it was."""
     modes = [(module, module.training) for module in model.modules()]
@@ -93,13 +113,17 @@ def score_windows(
     """Logits at the supervised tokens of every window, longest windows first.
 
     Raises:
-        ModelError: logits are not a number; names the row.
+        ModelError: the model cannot be run, or logits are not a number; names the row.
     """
     keeps = _takes_logits_to_keep(model)
     batches = batch_windows(windows, batch_size, vocab_size(model), not keeps)
 
     def score(batch: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        with evaluation_mode(model), inference_context(model.device, compute_dtype):
+        with (
+            told_what_fails(model),
+            evaluation_mode(model),
+            inference_context(model.device, compute_dtype),
+        ):
             return _score_batch(model, [windows[i] for i in batch], pad_token_id, keeps)
 
     for batch, scored in in_batches_that_fit(batches, score, model.device.type):

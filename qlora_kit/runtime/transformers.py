@@ -20,6 +20,7 @@ from qlora_kit.runtime.forward import (
     context_tokens,
     evaluation_mode,
     inference_context,
+    told_what_fails,
     vocab_size,
 )
 from qlora_kit.runtime.greedy import generate_batch, greedy_config
@@ -99,6 +100,7 @@ class TransformersRuntime:
 
         def answer(batch: Sequence[int]) -> list[list[int]]:
             with (
+                told_what_fails(self.model),
                 evaluation_mode(self.model),
                 inference_context(self.model.device, self.compute_dtype),
             ):

@@ -191,6 +191,28 @@ def test_one_clear_message_and_nothing_written(
     assert sorted(path for path in tmp_path.rglob("*")) == before, "something was written"
 
 
+@pytest.mark.parametrize("verb", ["evaluate", "compare", "quantize", "sensitivity"])
+def test_a_model_that_cannot_be_computed_with(verb: str, tmp_path: Path, call: Call) -> None:
+    """Heads of odd width are loaded without a word, and no rotary embedding fits them."""
+    model = build_llama(tmp_path / "model", head_dim=7)
+    rows = write_rows(tmp_path / "rows.jsonl", [{"text": f"{n} lamps glow."} for n in range(40)])
+    recipe = write_recipe(tmp_path, model)
+    arguments = {
+        "evaluate": ("--recipe", recipe),
+        "compare": (model, "--recipe", recipe, "--repetitions", "0"),
+        "quantize": ("--method", "nf4", "--out", tmp_path / "out", "--data", rows),
+        "sensitivity": ("--cheap", "--num-tokens", "64", "--window-tokens", "16", "--data", rows),
+    }
+    before = sorted(tmp_path.rglob("*"))
+    said = call(verb, str(model), *map(str, arguments[verb]))
+    assert said.code == 1
+    assert "Traceback" not in said.err
+    assert "error: " in said.err
+    for word in (str(model), "llama", "cannot be run", "config.json"):
+        assert word in said.err
+    assert sorted(tmp_path.rglob("*")) == before, "something was written"
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

@@ -50,6 +50,19 @@ def test_verbs_open_it_again(trained: Path, call: Call, tmp_path: Path) -> None:
     assert "is finished" in finished.out
 
 
+def test_a_budget_that_rounded_inputs_exceed_is_explained(
+    trained: Path, call: Call, tmp_path: Path
+) -> None:
+    out = tmp_path / "merged"
+    narrow = ("--base", "dequantized", "--max-kl", "1e-12")
+    merged = call("merge", str(trained), "--out", str(out), *narrow)
+    assert merged.code == 1
+    (note,) = json.loads((out / "certificate.json").read_text())["notes"]
+    assert "layers of the base are kept in 8 bits" in note
+    assert "kept in 8 bits" in merged.err + merged.out
+    assert note in (out / "README.md").read_text()
+
+
 def test_another_mixture_is_another_run(trained: Path) -> None:
     begun = load_recipe(trained / "recipe.yaml")
     now = load_recipe(trained / "recipe.yaml", ["quantization.overrides.down_proj=16"])

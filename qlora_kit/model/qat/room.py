@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,13 +41,43 @@ _CODE_BYTES = {"nf4": 0.5, "int8": 1.0, "int4-group": 1.0}
 _GIB = 1024**3
 
 
-def require_memory(
-    skeleton: Skeleton,
-    aware: Aware | None,
-    optim: str,
-    compute_dtype: torch.dtype,
+@dataclass(frozen=True)
+class Room:
+    """What one process may take."""
+
+    num_bytes: float
+    said_by: str
+    """The sentence that the figure ends: who has or allows it."""
+    device: str
+
+
+def room_for_each(
     hardware: Hardware,
     max_memory_mib: int | None,
+    *,
+    container_bytes: int | None,
+    num_processes_here: int,
+) -> Room:
+    """The narrowest of what there is. A GPU is one process's own, while all processes of a machine
+    hold their weights in its one memory, of which a container may have less.
+    """
+    device = hardware.device
+    each = f"for each of {num_processes_here} processes " if num_processes_here > 1 else ""
+    if hardware.device_memory_bytes is not None:
+        rooms = [Room(hardware.device_memory_bytes, f"{hardware.device_name} has", device)]
+    else:
+        there = hardware.host_memory_bytes / num_processes_here
+        rooms = [Room(there, f"{hardware.device_name} has {each}".rstrip(), device)]
+        if container_bytes is not None:
+            allowed = container_bytes / num_processes_here
+            rooms.append(Room(allowed, f"this container allows {each}".rstrip(), device))
+    if max_memory_mib is not None:
+        rooms.append(Room(max_memory_mib * 1024**2, "train.max_memory_mib allows", device))
+    return min(rooms, key=lambda room: room.num_bytes)
+
+
+def require_memory(
+    skeleton: Skeleton, aware: Aware | None, optim: str, compute_dtype: torch.dtype, room: Room
 ) -> None:
     """Refuse to train all weights where their state alone is more than the memory.
 
@@ -57,7 +88,7 @@ def require_memory(
     """
     if aware is None or aware.spec.train != "full":
         return
-    each = _bytes_of_a_weight(aware, optim, compute_dtype, hardware.device)
+    each = _bytes_of_a_weight(aware, optim, compute_dtype, room.device)
     trained = sum(
         parameter.numel()
         for name in trained_in_full(skeleton)
@@ -65,14 +96,14 @@ def require_memory(
     )
     others = sum(one.numel() for one in skeleton.model.parameters()) - trained
     needed = trained * sum(each.values()) + others * compute_dtype.itemsize
-    there, whose = _memory(hardware, max_memory_mib)
-    if needed <= there:
+    if needed <= room.num_bytes:
         return
     parts = ", ".join(f"{size:g} {what}" for what, size in each.items() if size)
     raise HardwareError(
         f"quantization_aware.train: full takes at least {needed / _GIB:,.1f} GiB: "
         f"{trained / 1e6:,.1f} M weights are trained, of {sum(each.values()):g} bytes each "
-        f"({parts}), beside {others / 1e6:,.1f} M that are not; {whose} {there / _GIB:,.1f} GiB. "
+        f"({parts}), beside {others / 1e6:,.1f} M that are not; {room.said_by} "
+        f"{room.num_bytes / _GIB:,.1f} GiB. "
         "Train an adapter (quantization_aware.train: adapter), take a smaller model, or an "
         f"optimizer with less state (train.optim, now {optim})."
     )
@@ -91,11 +122,3 @@ def _bytes_of_a_weight(
         "its rounding": aware.merged_dtype.itemsize,
         "its code": _CODE_BYTES[aware.spec.method],
     }
-
-
-def _memory(hardware: Hardware, max_memory_mib: int | None) -> tuple[float, str]:
-    """Bytes that may be used, and what says so."""
-    there = hardware.device_memory_bytes or hardware.host_memory_bytes
-    if max_memory_mib is not None and max_memory_mib * 1024**2 < there:
-        return max_memory_mib * 1024**2, "train.max_memory_mib allows"
-    return there, f"{hardware.device_name} has"

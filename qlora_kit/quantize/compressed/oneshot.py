@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from qlora_kit.errors import ModelError
 from qlora_kit.model.reason import reason_of
+from qlora_kit.model.without_bars import without_bars
 from qlora_kit.out_of_memory import is_out_of_memory
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def quantize_with(
     from llmcompressor.core import reset_session
 
     hooks = [_once(model.get_submodule(name), progress) for name in names]
-    with _heard() as warnings:
+    with _heard() as warnings, without_bars():
         try:
             oneshot(
                 model=model,

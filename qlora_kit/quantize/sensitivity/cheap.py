@@ -21,7 +21,7 @@ from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.quantize.rounding import Rounding, image_of
 from qlora_kit.report.reporter import Progress
 from qlora_kit.runtime.batches import LOGITS_BYTES, scored_positions
-from qlora_kit.runtime.forward import evaluation_mode
+from qlora_kit.runtime.forward import evaluation_mode, told_what_fails
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -139,7 +139,11 @@ def _backward(
     for row, window in enumerate(batch):
         is_scored[row, [p - 1 for p in scored_positions(window)]] = True
     narrow = compute_dtype in (torch.bfloat16, torch.float16)
-    with torch.enable_grad(), torch.autocast(model.device.type, compute_dtype, enabled=narrow):
+    with (
+        told_what_fails(model),
+        torch.enable_grad(),
+        torch.autocast(model.device.type, compute_dtype, enabled=narrow),
+    ):
         logits = model(input_ids=ids, use_cache=False).logits[is_scored]
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     drawn = torch.multinomial(logprobs.detach().exp(), 1, generator=generator)

@@ -21,6 +21,7 @@ def certificate(**values: Any) -> dict[str, Any]:
         "dtype": "bfloat16",
         "passed": True,
         "max_kl": 1e-3,
+        "notes": [],
         "reload_faults": [],
         "divergence": {
             "kl_mean": 1.5e-5,

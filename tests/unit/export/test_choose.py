@@ -8,7 +8,12 @@ from pathlib import Path
 import pytest
 
 from qlora_kit.evaluate.divergence import Divergence
-from qlora_kit.export.choose import Candidate, choose_base, show_candidates
+from qlora_kit.export.choose import (
+    Candidate,
+    choose_base,
+    show_candidates,
+    why_beyond_budget,
+)
 from qlora_kit.export.merge import MergeResult, Survival
 from qlora_kit.export.trained import BaseKind
 from qlora_kit.report.reporter import Reporter
@@ -63,6 +68,16 @@ def test_what_does_not_come_back_never_passes() -> None:
     assert not broken.passed
     sound = candidate("original", 9e-4, 1.1)
     assert choose_base([broken, sound]) is sound
+
+
+def test_what_8_bit_layers_add_to_the_distance_is_said() -> None:
+    far, near = candidate("dequantized", 0.00182, 1.0), candidate("dequantized", 1e-4, 1.0)
+    (note,) = why_beyond_budget(far, 3)
+    assert "3 layers of the base are kept in 8 bits" in note
+    assert "--max-kl 0.0019" in note
+    assert why_beyond_budget(far, 0) == why_beyond_budget(near, 3) == []
+    assert why_beyond_budget(candidate("original", 0.2, 1.0), 3) == []
+    assert why_beyond_budget(candidate("dequantized", 0.2, 1.0, ("torn",)), 3) == []
 
 
 class Table(Reporter):

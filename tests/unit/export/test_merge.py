@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from bitsandbytes.nn import Linear8bitLt
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -18,6 +19,7 @@ from qlora_kit.errors import AdapterError, HardwareError, ModelError, RunError
 from qlora_kit.export import merge
 from qlora_kit.export.checkpoint import Checkpoint
 from qlora_kit.export.merge import merge_adapter, predict_bytes, require_absent, write_dequantized
+from qlora_kit.model.weight import dequantized_weight
 from qlora_kit.recipe import LoraSpec, QuantizationSpec
 from qlora_kit.report.reporter import Reporter
 
@@ -89,6 +91,30 @@ def test_an_8_bit_base_differs_only_by_the_rounding_of_activations(tmp_path: Pat
     with tuned.model.disable_adapter():
         effect = (tuned.logits(ids) - trained).abs().max()
     assert (reload_logits(tmp_path / "merged", ids) - trained).abs().max() < effect / 20
+
+
+def test_a_mixed_base_merges_exactly_but_for_the_rounding_of_activations(tmp_path: Path) -> None:
+    save_model(tmp_path / "base", CONFIGS["llama"]())
+    mixture = QuantizationSpec(overrides={"down_proj": 8, "v_proj": 8})
+    tuned = tune(tmp_path / "base", tmp_path / "adapter", quantization=mixture)
+    merge_adapter(tuned.trained, "dequantized", tmp_path / "merged")
+    ids = some_ids()
+    merged = reload_logits(tmp_path / "merged", ids)
+    rounded = (merged - tuned.logits(ids)).abs().max()
+    assert compute_from_weights(tuned.model) == 4
+    assert (merged - tuned.logits(ids)).abs().max() < min(2e-5, rounded / 100)
+
+
+def compute_from_weights(model: torch.nn.Module) -> int:
+    """Let layers of 8 bits compute with unrounded inputs; returns how many there are."""
+    found = [name for name, one in model.named_modules() if isinstance(one, Linear8bitLt)]
+    for name in found:
+        rounded = model.get_submodule(name)
+        plain = torch.nn.Linear(rounded.in_features, rounded.out_features, bias=False)
+        plain.weight.data = dequantized_weight(rounded).float()
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, plain)
+    return len(found)
 
 
 def test_the_original_base_keeps_its_16_bit_weights(tmp_path: Path) -> None:

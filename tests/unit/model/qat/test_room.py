@@ -13,7 +13,7 @@ from transformers import LlamaConfig, Trainer, TrainingArguments
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import HardwareError
 from qlora_kit.model.qat.aware import Aware
-from qlora_kit.model.qat.room import STATE_BYTES, require_memory
+from qlora_kit.model.qat.room import STATE_BYTES, require_memory, room_for_each
 from qlora_kit.model.skeleton import build_skeleton
 from qlora_kit.recipe import QuantizationAwareSpec
 from qlora_kit.recipe.train import Optimizer
@@ -47,9 +47,13 @@ def check(memory: float, seen: Aware | None, **changes: Any) -> None:
             host_memory_bytes=int(memory),
         ),
         "max_memory_mib": None,
+        "container_bytes": None,
+        "num_processes_here": 1,
         **changes,
     }
-    require_memory(build_skeleton(CONFIG), seen, **values)
+    optim, compute_dtype = values.pop("optim"), values.pop("compute_dtype")
+    room = room_for_each(values.pop("hardware"), values.pop("max_memory_mib"), **values)
+    require_memory(build_skeleton(CONFIG), seen, optim, compute_dtype, room)
 
 
 def test_it_fits_or_is_refused_with_the_figures() -> None:
@@ -90,6 +94,27 @@ def test_on_a_gpu_paged_state_need_not_fit() -> None:
 def test_a_limit_of_the_recipe_s_own() -> None:
     with pytest.raises(HardwareError, match=r"train.max_memory_mib allows 2\.0 GiB"):
         check(64 * GIB, aware(), max_memory_mib=2048)
+
+
+def test_a_container_has_less_than_its_machine() -> None:
+    with pytest.raises(HardwareError, match=r"this container allows 2\.0 GiB"):
+        check(64 * GIB, aware(), container_bytes=2 * GIB)
+    check(64 * GIB, aware(), container_bytes=32 * GIB)
+    with pytest.raises(HardwareError, match=r"a machine has 2\.0 GiB"):
+        check(2 * GIB, aware(), container_bytes=32 * GIB)
+
+
+def test_every_process_of_a_machine_holds_its_own_copy() -> None:
+    check(16 * GIB, aware())
+    with pytest.raises(HardwareError, match=r"a machine has for each of 4 processes 4\.0 GiB"):
+        check(16 * GIB, aware(), num_processes_here=4)
+    with pytest.raises(HardwareError, match=r"container allows for each of 2 processes 4\.0 GiB"):
+        check(64 * GIB, aware(), num_processes_here=2, container_bytes=8 * GIB)
+
+
+def test_of_a_gpu_each_process_has_its_own() -> None:
+    gpu = replace(probe_hardware(), device="cuda", device_memory_bytes=8 * GIB)
+    check(0, aware(), hardware=gpu, num_processes_here=8, container_bytes=GIB)
 
 
 def test_an_adapter_is_not_asked() -> None:
