@@ -9,6 +9,7 @@ from functools import wraps
 from typing import Annotated, Any
 
 import typer
+from safetensors import SafetensorError
 
 import qlora_kit
 from qlora_kit.cli import (
@@ -30,6 +31,7 @@ from qlora_kit.cli import (
 )
 from qlora_kit.environment import quiet_upstream, require_one_process
 from qlora_kit.errors import QloraKitError
+from qlora_kit.refusals import refusal_of
 
 # A launcher ends all processes when the first has failed; the one that tells may be slower.
 _TELLING_SECONDS = 10.0
@@ -117,3 +119,9 @@ def main() -> None:
         sys.exit(1)
     except BrokenPipeError:
         sys.exit(141)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        refusal = refusal_of(error)
+        if refusal is None:
+            raise
+        print(f"error: {refusal}", file=sys.stderr)
+        sys.exit(1)
