@@ -15,6 +15,7 @@ from qlora_kit.data.collate import Collator
 from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.errors import ModelError
 from qlora_kit.model.reason import reason_of
+from qlora_kit.model.without_bars import without_bars
 from qlora_kit.out_of_memory import in_batches_that_fit, is_out_of_memory
 from qlora_kit.report.reporter import Progress
 from qlora_kit.runtime.batches import batch_windows, scored_positions
@@ -121,6 +122,7 @@ def score_windows(
     def score(batch: Sequence[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         with (
             told_what_fails(model),
+            without_bars(),  # of packed weights that are unpacked at the first pass
             evaluation_mode(model),
             inference_context(model.device, compute_dtype),
         ):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from peft import PeftModel
 
+from qlora_kit.model.without_bars import without_bars
 from qlora_kit.out_of_memory import in_batches_that_fit
 from qlora_kit.runtime.footprint import disk_bytes, memory_bytes, parameters_by_form
 from qlora_kit.runtime.forward import (
@@ -101,6 +102,7 @@ class TransformersRuntime:
         def answer(batch: Sequence[int]) -> list[list[int]]:
             with (
                 told_what_fails(self.model),
+                without_bars(),
                 evaluation_mode(self.model),
                 inference_context(self.model.device, self.compute_dtype),
             ):

@@ -13,6 +13,7 @@ import torch
 from qlora_kit.errors import ModelError
 from qlora_kit.model.companions import copy_companions
 from qlora_kit.model.skeleton import is_linear
+from qlora_kit.model.without_bars import without_bars
 from qlora_kit.quantize.compressed.oneshot import quantize_with
 from qlora_kit.quantize.compressed.options import CompressedOptions
 from qlora_kit.quantize.layers import quantized_layers
@@ -103,7 +104,7 @@ def _save(model: PreTrainedModel, dtype: torch.dtype, draft: Path) -> None:
     for parameter in model.parameters():  # not buffers: rotary frequencies stay in float32
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), without_bars():
         warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
         model.save_pretrained(draft)
     (draft / "recipe.yaml").rename(draft / "llmcompressor.yaml")
@@ -115,7 +116,7 @@ def _check_ids(calibration: Calibration) -> torch.Tensor:
 
 
 def _logits(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
+    with torch.no_grad(), without_bars():  # of unpacking, at the first pass
         output = model.eval()(input_ids=ids.to(model.device), use_cache=False)
     logits: torch.Tensor = output.logits
     return logits.float().cpu()
