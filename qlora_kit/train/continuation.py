@@ -113,6 +113,18 @@ class GoOn(TrainerCallback):
             put_random_state_back(randoms)
 
 
+class MakeUp(TrainerCallback):
+    """Makes the evaluation that a signal has cut short, once everything stands as it did."""
+
+    def __init__(self, trainer: QloraTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        self.trainer.make_up_evaluation()
+
+
 def cut_log(path: Path, num_bytes: int) -> bool:
     """Drop the lines of updates that will be made again; whether those before are all there."""
     size = path.stat().st_size if path.exists() else 0

@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+class GivenUp(Exception):
+    """An evaluation that a signal has cut short; it is made again by who goes on."""
+
+    def __init__(self, signal_number: int):
+        super().__init__(signal_number)
+        self.signal_number = signal_number
+
+
 @dataclass
 class HeldOutLoss:
     """Measures the same rows again and again, in the same order, drawing no random number.
@@ -33,6 +41,8 @@ class HeldOutLoss:
     batch_size: int
     processes: Processes = ALONE
     limit: MemoryLimit = NO_LIMIT
+    stop_signal: Callable[[], int | None] = lambda: None
+    """Of a signal that has asked this process to stop, its number."""
     _reason: str = ""
     """Why the batch was halved, on this process."""
 
@@ -41,10 +51,13 @@ class HeldOutLoss:
 
         Raises:
             HardwareError: on every process, where one row is too much for any.
+            GivenUp: on every process, where a signal has asked any to stop.
         """
+        self._give_up_where_asked()
         with _evaluating(model):
             total, count = self.processes.together(lambda: self._sums(model))
         self._agree(warn)
+        self._give_up_where_asked()
         if self.processes.count > 1:
             sums = torch.tensor([total, float(count)], dtype=torch.float64, device=_device(model))
             torch.distributed.all_reduce(sums)
@@ -65,7 +78,7 @@ class HeldOutLoss:
     def _sums(self, model: nn.Module) -> tuple[float, int]:
         """Summed loss and number of supervised tokens of the rows of this process."""
         total, count, at = 0.0, 0, self.processes.rank
-        while at < len(self.items):
+        while at < len(self.items) and not self.stop_signal():
             step = self.processes.count
             mine = [self.items[i] for i in range(at, len(self.items), step)[: self.batch_size]]
             loss = self._sum_of(model, mine)
@@ -95,6 +108,12 @@ class HeldOutLoss:
             )
         self.batch_size = -(-self.batch_size // 2)
         return None
+
+    def _give_up_where_asked(self) -> None:
+        """A whole evaluation takes longer than who sends a signal waits before it kills."""
+        asked = max(one or 0 for one in self.processes.gathered(self.stop_signal()))
+        if asked:
+            raise GivenUp(asked)
 
     def _agree(self, warn: Callable[[str], None]) -> None:
         """On the smallest batch of all processes."""

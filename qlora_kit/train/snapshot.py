@@ -67,6 +67,8 @@ class Progress:
     """Length of log.jsonl; what is behind it was logged by updates that will be made again."""
     eval_loss: float | None = None
     """After this very update; None where it was not evaluated."""
+    is_evaluation_due: bool = False
+    """After this very update, and a signal came before it was made."""
     fitted: dict[str, int | None] = field(default_factory=dict)
     """What did not fit the memory as the recipe has it, and how it does: see `train.fitting`."""
     order_digest: str = ""

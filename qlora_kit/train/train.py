@@ -18,9 +18,9 @@ from qlora_kit.train.arguments import training_arguments
 from qlora_kit.train.batching import Batching
 from qlora_kit.train.cadence import Cadence
 from qlora_kit.train.callbacks import StepCallback
-from qlora_kit.train.continuation import Continuation, GoOn, shape_for
+from qlora_kit.train.continuation import Continuation, GoOn, MakeUp, shape_for
 from qlora_kit.train.fitting import put_back_what_fits
-from qlora_kit.train.held_out import HeldOutLoss
+from qlora_kit.train.held_out import GivenUp, HeldOutLoss
 from qlora_kit.train.hooks import Hooks
 from qlora_kit.train.loader import BatchShape, MicroBatches
 from qlora_kit.train.quantization import QuantizationStart
@@ -111,8 +111,13 @@ def train_adapter(
             # On a CPU paged optimizers run unpaged, which is what is meant there.
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
             step.progress = progress
-            trainer.train()
-            stop_signal = cadence.stop_signal or _late_signal(trainer, around)
+            try:
+                trainer.train()
+            except GivenUp as given_up:  # before the first update
+                trainer.stop_signal = given_up.signal_number
+            stop_signal = (
+                cadence.stop_signal or trainer.stop_signal or _late_signal(trainer, around)
+            )
             trainer.hooks.settle()
         if hardware.device == "cuda":
             torch.cuda.synchronize()
@@ -181,6 +186,7 @@ def _trainer(
             spec.per_device_eval_batch_size,
             processes,
             limit,
+            stop_signal=lambda: around.requests.stop_signal,
         )
         if batches.held_out
         else None,
@@ -219,4 +225,5 @@ def _trainer(
         trainer.add_callback(QuantizationStart(quantization, num_updates))
     trainer.add_callback(step)
     trainer.add_callback(cadence)
+    trainer.add_callback(MakeUp(trainer))
     return trainer, step, cadence

@@ -24,6 +24,7 @@ from qlora_kit.out_of_memory import (
     ran_out,
 )
 from qlora_kit.train.exchange import average_gradients
+from qlora_kit.train.held_out import GivenUp
 from qlora_kit.train.loader import AnyCollator, MicroBatches, data_loader, divided
 from qlora_kit.train.snapshot import Progress, put_random_state_back, random_state
 
@@ -73,6 +74,8 @@ class QloraTrainer(Trainer):
         self._faulty: tuple[str, ...] = ()
         """Rows whose loss was not finite; several processes stop together, after the update."""
         self._trainables_checked = False
+        self.stop_signal: int | None = None
+        """Of the signal for which an evaluation was given up."""
 
     def get_train_dataloader(self) -> Any:
         return data_loader(self.batches, self.args.dataloader_pin_memory)
@@ -294,6 +297,30 @@ class QloraTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except GivenUp as given_up:
+            self.stop_signal = given_up.signal_number
+            self.progress.is_evaluation_due = True
+            self.control.should_evaluate = self.control.should_save = False
+            self.control.should_training_stop = True
+            self.hooks.save_last()
+
+    def make_up_evaluation(self) -> None:
+        """Evaluate the update that is gone on from, where a signal came before it was, and save it
+        as it then is.
+
+        Raises:
+            GivenUp: a signal came meanwhile; the checkpoint is as it was.
+        """
+        if not self.progress.is_evaluation_due:
+            return
+        if self.held_out is not None:
+            self._evaluate(None, None)
+        self.progress.is_evaluation_due = False
+        self.hooks.save()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.hooks.save()

@@ -37,6 +37,7 @@ from qlora_kit.recipe import (
 )
 from qlora_kit.report.reporter import Reporter
 from qlora_kit.train.batching import Batching
+from qlora_kit.train.best import best_checkpoint
 from qlora_kit.train.continuation import Continuation, shape_for
 from qlora_kit.train.held_out import HeldOutLoss
 from qlora_kit.train.loader import lengths_of
@@ -255,6 +256,72 @@ def test_stopped_and_gone_on_with_is_the_run_that_was_not_stopped(run: Run, case
     assert (seen is not None) == ("aware" in values)
     for name in ("num_steps", "first_loss", "last_loss", "num_tokens", "num_padding_tokens"):
         assert getattr(resumed.result, name) == getattr(whole.result, name), name
+
+
+PLATEAU = {**CASES["plateau"], "save_strategy": "steps", "save_steps": 4, "keep_best": True}
+
+
+class TestASignalDuringAnEvaluation:
+    """Who sends it waits for less long than an evaluation may take, and then kills."""
+
+    @pytest.fixture
+    def signalled(self, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[int]]:
+        """Let the signal come with the n-th batch of held-out rows; returns the batches taken."""
+
+        def at(number: int) -> list[int]:
+            taken: list[int] = []
+            own = HeldOutLoss._sum_of
+
+            def sum_of(held_out: HeldOutLoss, *arguments: Any) -> Any:
+                taken.append(len(taken) + 1)
+                if len(taken) == number:
+                    held_out.stop_signal = lambda: SIGTERM
+                return own(held_out, *arguments)
+
+            monkeypatch.setattr(HeldOutLoss, "_sum_of", sum_of)
+            return taken
+
+        return at
+
+    @pytest.mark.parametrize("batch", [1, 2, 7])
+    def test_is_answered_with_the_next_batch_and_made_up_for(
+        self, run: Run, signalled: Callable[[int], list[int]], batch: int
+    ) -> None:
+        values = {**PLATEAU, "per_device_eval_batch_size": 2, "save_total_limit": None}
+        whole = run("whole", **values)
+        taken = signalled(batch)
+        stopped = run("parts", **values)
+        assert len(taken) == batch
+        assert stopped.result.stop_signal == SIGTERM
+        newest = find_checkpoints(stopped.folder)[0]
+        assert json.loads((newest / "progress.json").read_text())["is_evaluation_due"]
+        resumed = run("parts", again=True, **values)
+        assert resumed.weights == whole.weights
+        assert resumed.log == whole.log
+        assert best_checkpoint(resumed.folder) is not None
+
+    def test_again_while_it_is_made_up_for_leaves_the_checkpoint(
+        self, run: Run, signalled: Callable[[int], list[int]]
+    ) -> None:
+        values = {**PLATEAU, "per_device_eval_batch_size": 2}
+        whole = run("whole", **values)
+        taken = signalled(2)
+        first = run("parts", **values)
+        taken.clear()
+        again = run("parts", again=True, **values)
+        assert (again.result.stop_signal, again.result.num_steps) == (SIGTERM, 2)
+        assert again.weights == first.weights
+        signalled(0)
+        resumed = run("parts", again=True, **values)
+        assert (resumed.weights, resumed.log) == (whole.weights, whole.log)
+
+    def test_where_one_is_known_none_is_begun(
+        self, run: Run, signalled: Callable[[int], list[int]]
+    ) -> None:
+        values = {**PLATEAU, "per_device_eval_batch_size": 2}
+        taken = signalled(0)
+        stopped = run("parts", stop_after=2, **values)
+        assert (taken, stopped.result.num_steps) == ([], 2)
 
 
 def test_a_log_that_lost_lines_is_told(run: Run) -> None:
