@@ -33,6 +33,7 @@ def told_how_it_ends(recipe: Recipe, requests: Requests) -> Iterator[None]:
     Raises:
         RunStopped: SIGTERM came when no update was under way.
         DiskError: the disk did not take, or give, what it should; with what the run has kept.
+        ProcessLost: another process that takes part is gone; with the same.
     """
     try:
         yield
@@ -40,7 +41,7 @@ def told_how_it_ends(recipe: Recipe, requests: Requests) -> Iterator[None]:
         if requests.stop_signal in (None, signal.SIGINT):
             raise
         raise RunStopped(requests.stop_signal, left_behind(recipe)) from None
-    except DiskError as refused:
+    except (DiskError, ProcessLost) as refused:
         refused.args = (f"{refused} {left_behind(recipe)}",)
         raise
     except (OSError, SafetensorError, RuntimeError) as error:
@@ -52,8 +53,7 @@ def told_how_it_ends(recipe: Recipe, requests: Requests) -> Iterator[None]:
 
 @contextmanager
 def saying_what_is_kept(recipe: Recipe) -> Iterator[None]:
-    """Around training and what follows it: memory or room that runs out, or another process that
-    is gone, takes nothing that was saved.
+    """Around training and what follows it: memory that runs out takes nothing that was saved.
 
     Raises:
         RunError: somebody deleted or moved the folder meanwhile.
@@ -68,7 +68,6 @@ def saying_what_is_kept(recipe: Recipe) -> Iterator[None]:
             "If it was moved, move it back, or name its new place with run_dir=…; the same "
             "command goes on with it. If it was deleted, the same command trains anew."
         ) from error
-    except (ProcessLost, HardwareError) as ended:
-        needs_change = isinstance(ended, HardwareError)
-        ended.args = (f"{ended} {left_behind(recipe, needs_change)}",)
+    except HardwareError as ended:
+        ended.args = (f"{ended} {left_behind(recipe, needs_change=True)}",)
         raise

@@ -70,9 +70,12 @@ def enter(
         return Entry(run, is_new=True, warned=tuple(warned))
     clear_leftovers(run.folder, disk)
     found = newest_whole(run.folder)
-    if not run.recipe.is_file():
-        warned.append(_recipe_put_back(run, found, recipe))
-    held_by_folder = load_recipe(run.recipe)
+    if run.summary.exists():
+        warned.append(_summary_set_aside(run, found, disk))
+    held_by_folder = run.read_recipe()
+    if held_by_folder is None:
+        warned.append(_recipe_put_back(run, found, recipe, disk))
+        held_by_folder = load_recipe(run.recipe)
     drift = _drift(_trained_by(found) or held_by_folder, recipe, found, num_processes)
     holds_work = found.folder is not None or found.damaged or run.adapter.is_dir()
     is_possible = all(change.is_possible for change in drift.breaking)
@@ -130,7 +133,22 @@ def _drift(saved: Recipe, now: Recipe, found: Found, num_processes: int) -> Drif
     return drift.decided() if found.folder is None else drift
 
 
-def _recipe_put_back(run: RunDirectory, found: Found, asked: Recipe) -> str:
+def _summary_set_aside(run: RunDirectory, found: Found, disk: Disk) -> str:
+    """Of a run that was finished, whose figures are lost.
+
+    Raises:
+        RunError: there is no checkpoint, so that all of it would be trained again.
+    """
+    if found.folder is None:
+        raise RunError(
+            f"{run.summary} is damaged, and there is no checkpoint to go on from. Delete it to "
+            "train anew in this folder, or train into a new one with --fresh."
+        )
+    aside = _set_aside(run.summary, disk)
+    return f"{run.summary} is damaged and is set aside as {aside}; what it tells is measured again."
+
+
+def _recipe_put_back(run: RunDirectory, found: Found, asked: Recipe, disk: Disk) -> str:
     """Write the recipe of the newest whole checkpoint as that of the run; says so.
 
     Raises:
@@ -139,9 +157,12 @@ def _recipe_put_back(run: RunDirectory, found: Found, asked: Recipe) -> str:
     recipe = _trained_by(found)
     if recipe is None or found.folder is None:
         raise RunError(without_recipe(run, asked, found))
+    how = "was gone; it"
+    if run.recipe.exists():
+        how = f"cannot be read and is set aside as {_set_aside(run.recipe, disk)}; it"
     save_recipe(recipe, run.recipe)
     return (
-        f"{run.recipe} was gone; it is written again from {found.folder.name}, which holds the "
+        f"{run.recipe} {how} is written again from {found.folder.name}, which holds the "
         "recipe that it was trained by."
     )
 
@@ -215,11 +236,11 @@ def as_it_was(hardware: Hardware, checkpoint: Path | None) -> Hardware:
     )
 
 
-def _set_aside(folder: Path, disk: Disk) -> str:
-    """Give a damaged checkpoint a name under which nothing takes it for one."""
-    number, aside = 1, folder.with_name(f"{folder.name}.damaged")
+def _set_aside(path: Path, disk: Disk) -> str:
+    """Give what is damaged a name under which nothing takes it for what it was."""
+    number, aside = 1, path.with_name(f"{path.name}.damaged")
     while aside.exists():
         number += 1
-        aside = folder.with_name(f"{folder.name}.damaged-{number}")
-    disk.rename(folder, aside)
+        aside = path.with_name(f"{path.name}.damaged-{number}")
+    disk.rename(path, aside)
     return aside.name

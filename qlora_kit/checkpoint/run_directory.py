@@ -81,7 +81,22 @@ class RunDirectory:
 
     @property
     def is_finished(self) -> bool:
-        return self.summary.is_file()
+        return self.read_summary() is not None
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """What a finished run has come to; None where there is none, or not whole."""
+        try:
+            values = json.loads(self.summary.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        return values if isinstance(values, dict) else None
+
+    def read_recipe(self) -> Recipe | None:
+        """The recipe of the run; None where it is gone or cannot be read."""
+        try:
+            return load_recipe(self.recipe)
+        except RecipeError:
+            return None
 
 
 def require_free(recipe: Recipe) -> None:
@@ -138,9 +153,8 @@ def create_run(recipe: Recipe) -> RunDirectory:
 def finished_run(recipe: Recipe) -> RunDirectory | None:
     """The run of this very recipe, where it is there and finished."""
     run = RunDirectory(Path(recipe.run_dir))
-    if not run.is_finished or not run.recipe.is_file():
-        return None
-    return run if recipe_hash(load_recipe(run.recipe)) == recipe_hash(recipe) else None
+    there = run.read_recipe() if run.is_finished else None
+    return run if there is not None and recipe_hash(there) == recipe_hash(recipe) else None
 
 
 def open_run(folder: Path) -> tuple[RunDirectory, Recipe]:
@@ -152,17 +166,17 @@ def open_run(folder: Path) -> tuple[RunDirectory, Recipe]:
     run = RunDirectory(folder)
     if not folder.is_dir():
         raise RunError(f"{folder} does not exist.")
-    if not run.recipe.is_file():
+    recipe = run.read_recipe()
+    if recipe is None:
         copy = next((one / RECIPE_RECORD for one in find_checkpoints(folder)), None)
         if copy is not None and copy.is_file():
             raise RunError(f"{folder} has lost its recipe.yaml. Copy {copy} to {run.recipe}.")
-        raise RunError(f"{folder} is not a run: it has no recipe.yaml.")
+        if not run.recipe.is_file():
+            raise RunError(f"{folder} is not a run: it has no recipe.yaml.")
+        recipe = load_recipe(run.recipe)  # which says what is wrong with it
     if not run.adapter.is_dir():
-        raise RunError(
-            f"{folder} has no adapter: its training did not end. "
-            f"{left_behind(load_recipe(run.recipe))}"
-        )
-    return run, load_recipe(run.recipe)
+        raise RunError(f"{folder} has no adapter: its training did not end. {left_behind(recipe)}")
+    return run, recipe
 
 
 def left_behind(recipe: Recipe, needs_change: bool = False) -> str:
@@ -217,8 +231,9 @@ def without_recipe(run: RunDirectory, recipe: Recipe, found: Found | None = None
     """Why a run cannot be gone on with that has lost its recipe, what is there, and what to do."""
     told = {folder.name: f" ({faults[0]})" for folder, faults in (found.damaged if found else ())}
     listed = ", ".join(name + told.get(name, "") for name in _left_by_a_run(run))
+    how = "cannot be read" if run.recipe.exists() else "is gone"
     return (
-        f"run_dir {run.folder} holds what a run has left ({listed}), but its recipe.yaml is gone, "
+        f"run_dir {run.folder} holds what a run has left ({listed}), but its recipe.yaml {how}, "
         "and no whole checkpoint holds a copy. None of that was touched. Put recipe.yaml back to "
         f"go on, train into a new folder with --fresh, or choose one: {_free(recipe)}."
     )

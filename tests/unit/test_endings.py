@@ -15,7 +15,7 @@ from qlora_kit.checkpoint import run_directory
 from qlora_kit.checkpoint.checkpoints import publish_checkpoint
 from qlora_kit.checkpoint.run_directory import create_run
 from qlora_kit.endings import saying_what_is_kept, told_how_it_ends
-from qlora_kit.errors import CheckpointError, DiskError, RunError, RunStopped
+from qlora_kit.errors import CheckpointError, DiskError, ProcessLost, RunError, RunStopped
 from qlora_kit.recipe import Recipe, recipe_from_dict
 from qlora_kit.train.requests import Requests
 
@@ -87,6 +87,15 @@ def test_a_folder_that_somebody_deleted_is_told_of(recipe: Recipe, error: Except
     gone = pytest.raises(RunError, match="is gone: it was deleted or moved")
     with gone, saying_what_is_kept(recipe):
         raise error
+
+
+def test_what_is_kept_is_told_where_another_process_is_lost(recipe: Recipe) -> None:
+    create_run(recipe)
+    with (
+        pytest.raises(ProcessLost, match=r"another of the 2 .* holds no checkpoint yet"),
+        told_how_it_ends(recipe, Requests(Path("save-now"))),
+    ):
+        raise ProcessLost("another of the 2 processes has ended.")
 
 
 def test_what_another_process_was_told_says_what_is_kept_as_well(recipe: Recipe) -> None:

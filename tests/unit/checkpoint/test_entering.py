@@ -21,7 +21,12 @@ from qlora_kit.checkpoint.fingerprints import (
     fingerprints_text,
 )
 from qlora_kit.checkpoint.global_batch import PROGRESS_FILE
-from qlora_kit.checkpoint.run_directory import RECIPE_RECORD, RunDirectory, open_run
+from qlora_kit.checkpoint.run_directory import (
+    RECIPE_RECORD,
+    RunDirectory,
+    finished_run,
+    open_run,
+)
 from qlora_kit.errors import RunError
 from qlora_kit.recipe import Recipe, load_recipe, recipe_from_dict, recipe_text, save_recipe
 
@@ -122,6 +127,47 @@ class TestARecipeThatIsGone:
         run.recipe.unlink()
         with pytest.raises(RunError, match=r"Copy .*checkpoint-4/checkpoint_recipe.yaml to "):
             open_run(run.folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x00" * 40, b"model: {name_or_", b"data: {train: 3}\n"])
+class TestARecipeThatCannotBeRead:
+    def test_is_set_aside_and_put_back(self, tmp_path: Path, content: bytes) -> None:
+        recipe = recipe_in(tmp_path / "run")
+        run = begun_run(tmp_path / "run", recipe, 4)
+        run.recipe.write_bytes(content)
+        entry, told = entered(recipe)
+        assert entry.checkpoint == run.folder / "checkpoint-4"
+        assert "cannot be read and is set aside as recipe.yaml.damaged" in told
+        assert load_recipe(run.recipe) == recipe
+        assert (run.folder / "recipe.yaml.damaged").read_bytes() == content
+
+    def test_without_a_checkpoint_is_left(self, tmp_path: Path, content: bytes) -> None:
+        run = begun_run(tmp_path / "run", recipe_in(tmp_path / "run"))
+        run.adapter.mkdir()
+        run.recipe.write_bytes(content)
+        with pytest.raises(RunError, match=r"its recipe.yaml cannot be read"):
+            entered(recipe_in(tmp_path / "run"))
+        assert run.recipe.read_bytes() == content
+
+
+class TestASummaryThatIsDamaged:
+    def test_is_measured_again_from_the_checkpoint(self, tmp_path: Path) -> None:
+        recipe = recipe_in(tmp_path / "run")
+        run = begun_run(tmp_path / "run", recipe, 4)
+        run.summary.write_text("")
+        assert finished_run(recipe) is None
+        entry, told = entered(recipe)
+        assert entry.checkpoint == run.folder / "checkpoint-4"
+        assert "summary.json is damaged and is set aside as summary.json.damaged" in told
+        assert not run.summary.exists()
+
+    def test_without_a_checkpoint_nothing_is_trained_again(self, tmp_path: Path) -> None:
+        recipe = recipe_in(tmp_path / "run")
+        run = begun_run(tmp_path / "run", recipe)
+        run.summary.write_text('{"hol')
+        with pytest.raises(RunError, match=r"summary.json is damaged, and there is no checkpoint"):
+            entered(recipe)
+        assert run.summary.read_text() == '{"hol'
 
 
 class TestAFolderWhoseRecipeIsNewerThanItsCheckpoint:

@@ -60,12 +60,12 @@ def test_a_folder_in_use_is_refused_and_untouched(
     folder = tmp_path / "one"
     folder.mkdir()
     for name in left_there:
-        (folder / name).write_text("mine")
+        (folder / name).write_text("{}")
     with pytest.raises(RunError, match=said) as error:
         create_run(recipe_in(folder))
     assert "one-2" in str(error.value)
     assert sorted(path.name for path in folder.iterdir()) == sorted(left_there)
-    assert all((folder / name).read_text() == "mine" for name in left_there)
+    assert all((folder / name).read_text() == "{}" for name in left_there)
 
 
 def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
