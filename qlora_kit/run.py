@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_kit.atomic import require_disk
+from qlora_kit.checkpoint.checkpoints import clear_leftovers
 from qlora_kit.checkpoint.disk import DISK, Disk
 from qlora_kit.checkpoint.entry import (
     Entry,
@@ -44,7 +45,7 @@ from qlora_kit.environment import (
     probe_hardware,
     resolve_compute_dtype,
 )
-from qlora_kit.errors import RunStopped
+from qlora_kit.errors import CheckpointError, RunStopped
 from qlora_kit.evaluate.divergence import DEFAULT_MAX_TOKENS
 from qlora_kit.evaluate.evaluate import evaluate_model, evaluate_side_by_side, window_size
 from qlora_kit.export.export_run import export_after_training
@@ -364,9 +365,18 @@ def finish(
     memory.phase("exporting")
     exports = export_after_training(model, base, held_out, recipe, run, around.hardware, reporter)
     result = RunResult(run, trained, evaluation, certificate, exports)
+    leave_tidy(run, around)
     write_json(run.summary, summary_of(result, memory))
     narrate.summary(reporter, run, recipe)
     return result
+
+
+def leave_tidy(run: RunDirectory, around: Surroundings) -> None:
+    """Remove what a removal has left that the disk did not carry out, and never told."""
+    try:
+        clear_leftovers(run.folder, around.disk)
+    except CheckpointError as refused:
+        around.reporter.warn(str(refused))
 
 
 def write_ledger(run: RunDirectory, train: Part, held_out: Part) -> None:

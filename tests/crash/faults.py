@@ -43,7 +43,7 @@ class Watch:
     at: int = 0
     fault: str = "none"
     delay_seconds: float = 0.0
-    """Of a kill: so long after the operation. For what is done between two of them."""
+    """So long after the operation. For what is done between two of them."""
     only: str = ""
     """Count operations on files with this in their path alone."""
     told: str = ""
@@ -85,13 +85,13 @@ class Watch:
             signal.setitimer(signal.ITIMER_REAL, self.delay_seconds)
         elif self.fault == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
+        elif self.fault in _SIGNALS and self.delay_seconds:
+            self._send_later(_SIGNALS[self.fault])
         elif self.fault in _SIGNALS:
             os.kill(os.getpid(), _SIGNALS[self.fault])
         elif self.fault == "SIGINT twice":
             os.kill(os.getpid(), signal.SIGINT)
-            again = threading.Timer(self.delay_seconds, os.kill, (os.getpid(), signal.SIGINT))
-            again.daemon = True
-            again.start()
+            self._send_later(signal.SIGINT)
         elif self.fault == "short write":
             resource.setrlimit(resource.RLIMIT_FSIZE, (_LARGEST_BYTES, _LARGEST_BYTES))
         elif self.fault == "fill":
@@ -99,6 +99,11 @@ class Watch:
         else:
             number = _REFUSALS[self.fault]
             raise OSError(number, os.strerror(number))
+
+    def _send_later(self, number: int) -> None:
+        again = threading.Timer(self.delay_seconds, os.kill, (os.getpid(), number))
+        again.daemon = True
+        again.start()
 
 
 def fill(folder: str) -> None:

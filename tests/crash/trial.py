@@ -39,7 +39,9 @@ def _draw_blow(random: Random, case: Case) -> Blow:
         delay = random.choice([0.001, 0.01, 0.1, 0.3]) if fault == "kill later" else 0.0
         return Blow("files", at, "kill", delay)
     if kind == "gentle":
-        return Blow("files", at, random.choice(GENTLE), 0.05)
+        fault = random.choice(GENTLE)
+        delays = [0.05, 1.2] if fault == "SIGINT twice" else [0.0, 0.0, 0.02, 0.1, 0.3]
+        return Blow("files", at, fault, random.choice(delays))
     if kind == "disk":
         return Blow("files", at, random.choice(DISK))
     at = random.randint(1, max(len(case.disk_operations), 1))
