@@ -39,6 +39,7 @@ REPORTED_PACKAGES = (
 _NATIVE_BF16_MAX_SLOWDOWN = 1.0
 _USABLE_BF16_MAX_SLOWDOWN = 8.0
 _NUM_TIMINGS = 25
+_QUANTIZED_GIB = 30
 # What processes need in order to meet, and what MPI tells them of their number.
 _MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -54,6 +55,26 @@ def cache_dir() -> Path:
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("qlora_kit"))
+
+
+def quantized_cache_bytes() -> int:
+    """How much of the cache quantized bases may fill; `QLORA_KIT_QUANTIZED_GIB` says it, 0 for
+    none at all.
+
+    Raises:
+        HardwareError: it says something else than a number of GiB.
+    """
+    text = os.environ.get("QLORA_KIT_QUANTIZED_GIB") or str(_QUANTIZED_GIB)
+    try:
+        gib = float(text)
+    except ValueError:
+        gib = float("nan")
+    if not 0 <= gib < float("inf"):
+        raise HardwareError(
+            f"QLORA_KIT_QUANTIZED_GIB is {text!r}; set it to the GiB that quantized bases may fill "
+            "in the cache, 0 for none."
+        )
+    return int(gib * 1024**3)
 
 
 def hub_is_offline() -> bool:

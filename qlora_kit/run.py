@@ -65,6 +65,7 @@ from qlora_kit.report.reporter import SILENT, Reporter
 from qlora_kit.runtime.forward import context_tokens
 from qlora_kit.runtime.protocol import Runtime
 from qlora_kit.runtime.transformers import TransformersRuntime
+from qlora_kit.startup import UNTIMED, Laps
 from qlora_kit.train.arguments import require_tf32, resolve_precision
 from qlora_kit.train.batching import Batching, plan_batches
 from qlora_kit.train.continuation import Continuation, shape_for
@@ -122,6 +123,7 @@ def run_recipe(
     *,
     allow_drift: bool = False,
     disk: Disk = DISK,
+    laps: Laps = UNTIMED,
 ) -> RunResult | None:
     """Train, evaluate, merge and certify what a recipe describes; an unfinished run is gone on
     with from its newest checkpoint.
@@ -147,8 +149,9 @@ def run_recipe(
         processes.together(lambda: require_going_on(launcher_settings(), entry.checkpoint))
         narrate.entry(reporter, entry)
         hardware = as_it_was(hardware, entry.checkpoint)
+        laps.lap("machine and run folder")
         memory.phase("loading")
-        ready = prepare(recipe, hardware, processes, reporter)
+        ready = prepare(recipe, hardware, processes, reporter, laps)
         prints = fingerprints(recipe, ready, hardware)
         require_alike(processes.gathered(prints))
         sources = sources_read(recipe, ready)
@@ -158,6 +161,7 @@ def run_recipe(
         needed = bytes_to_write(recipe, ready.adapted, ready.held_out.sequences)
         run = processes.on_main(lambda: open_folder(recipe, entry, needed))
         processes.on_main(lambda: write_ledger(run, ready.train, ready.held_out))
+        laps.lap("fingerprints and run folder")
         around = Surroundings(
             hardware=hardware,
             precision=ready.precision,
@@ -173,7 +177,9 @@ def run_recipe(
             },
             processes=processes,
             disk=disk,
+            laps=laps,
         )
+        laps.lap("what a checkpoint holds")
         trained, weights = train(recipe, ready, around, continuation)
         if not processes.is_main:
             return None
@@ -238,7 +244,11 @@ def made_whole(recipe: Recipe, ready: Prepared, run: RunDirectory, hardware: Har
 
 
 def prepare(
-    recipe: Recipe, hardware: Hardware, processes: Processes, reporter: Reporter
+    recipe: Recipe,
+    hardware: Hardware,
+    processes: Processes,
+    reporter: Reporter,
+    laps: Laps = UNTIMED,
 ) -> Prepared:
     """Load the base, render the data, attach a fresh adapter."""
     compute_dtype, why = resolve_compute_dtype(recipe.quantization.compute_dtype, hardware)
@@ -273,6 +283,8 @@ def prepare(
             before_reading=lambda skeleton: require_memory(
                 skeleton, aware, recipe.train.optim, dtype, room
             ),
+            reporter=reporter,
+            laps=laps,
         )
     )
     if processes.count > 1:
@@ -284,6 +296,7 @@ def prepare(
         )
     prepare_for_training(base.model)
     narrate.base(reporter, base, recipe.quantization)
+    laps.lap("check of the base")
 
     train, held_out = processes.first_here(
         lambda: (
@@ -292,6 +305,7 @@ def prepare(
         )
     )
     narrate.data(reporter, train, held_out, base.tokenizer)
+    laps.lap("data")
 
     adapted = processes.together(
         lambda: attach_adapter(base, recipe.lora, recipe.train.seed, aware)
@@ -300,6 +314,7 @@ def prepare(
         lambda: plan_batches(adapted.model, base, train, held_out.sequences, recipe.data)
     )
     narrate.adapter(reporter, adapted, recipe)
+    laps.lap("adapter")
     return Prepared(base, train, held_out, adapted, batches, precision)
 
 

@@ -73,7 +73,7 @@ def _with_adapter(
     force: bool,
     reporter: Reporter,
 ) -> tuple[PeftModel, Base]:
-    base = _load(spec, _native(quantization), adapter)
+    base = _load(spec, _native(quantization), adapter, reporter)
     prepare_for_training(base.model)  # the graph that was trained has its norms in float32
     model, findings = load_adapter(base, quantization, adapter, force)
     for finding in findings:
@@ -118,7 +118,20 @@ def _plain(spec: ModelSpec) -> Base:
     return _load(spec, stored_quantization(spec) or QuantizationSpec(load_in_4bit=False))
 
 
-def _load(spec: ModelSpec, quantization: QuantizationSpec, adapter: Path | None = None) -> Base:
+def _load(
+    spec: ModelSpec,
+    quantization: QuantizationSpec,
+    adapter: Path | None = None,
+    reporter: Reporter = SILENT,
+) -> Base:
     hardware = probe_hardware()
     dtype, why = resolve_compute_dtype(quantization.compute_dtype, hardware)
-    return load_base(spec, quantization, getattr(torch, dtype), why, hardware, adapter=adapter)
+    return load_base(
+        spec,
+        quantization,
+        getattr(torch, dtype),
+        why,
+        hardware,
+        adapter=adapter,
+        reporter=reporter,
+    )

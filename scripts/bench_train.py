@@ -39,6 +39,8 @@ import psutil
 
 SIDES = ("kit", "plain", "trl")
 RANK, ALPHA, RATE = 16, 32, 2e-4
+Ends = list[tuple[float, float]]
+"""Of each update: the time, and the CPU seconds of the process so far."""
 TOLERANCE = 1e-4
 """Of each update's loss, relative to plain transformers + peft in float32."""
 
@@ -77,6 +79,8 @@ class Outcome:
     losses: list[float]
     ends: list[float]
     """Seconds since the process was started, at the end of each update."""
+    first_cpu_seconds: float
+    """Of all its threads up to the first update, which neighbours lengthen little."""
     peak_bytes: int
     gauge_before: float
     """Products per second, in 10⁹ floating-point operations."""
@@ -201,7 +205,8 @@ def run(side: str, work: Work, folder: Path, arguments: argparse.Namespace) -> O
     return Outcome(
         side=side,
         losses=found["losses"],
-        ends=[end - started for end in found["ends"]],
+        ends=[end - started for end, _ in found["ends"]],
+        first_cpu_seconds=found["ends"][0][1],
         peak_bytes=peak,
         gauge_before=before,
         gauge_after=gauge(arguments.threads),
@@ -248,6 +253,10 @@ def gauge(threads: int) -> float:
     return statistics.median(rates)
 
 
+def moment() -> tuple[float, float]:
+    return time.time(), time.process_time()
+
+
 def run_side(side: str, folder: Path) -> int:
     """In the child."""
     work = Work(**json.loads((folder / "work.json").read_text()))
@@ -256,7 +265,7 @@ def run_side(side: str, folder: Path) -> int:
     return 0
 
 
-def by_kit(work: Work, folder: Path) -> tuple[list[float], list[float]]:
+def by_kit(work: Work, folder: Path) -> tuple[list[float], Ends]:
     """`qlora-kit train`, from the recipe to the end of training."""
     import shutil
 
@@ -266,11 +275,11 @@ def by_kit(work: Work, folder: Path) -> tuple[list[float], list[float]]:
     from qlora_kit.report.reporter import Progress, Reporter
     from qlora_kit.run import run_recipe
 
-    ends: list[float] = []
+    ends: Ends = []
 
     class Clock(Progress):
         def update(self, advance: int = 1, **fields: str) -> None:
-            ends.append(time.time())
+            ends.append(moment())
 
     class Listening(Reporter):
         def progress(self, name: str, total: int) -> Any:
@@ -288,7 +297,7 @@ def by_kit(work: Work, folder: Path) -> tuple[list[float], list[float]]:
     return [line["loss"] for line in lines if "loss" in line], ends
 
 
-def by_plain(work: Work, _: Path) -> tuple[list[float], list[float]]:
+def by_plain(work: Work, _: Path) -> tuple[list[float], Ends]:
     """A loop as anybody would write it with transformers and peft."""
     import torch
 
@@ -297,7 +306,8 @@ def by_plain(work: Work, _: Path) -> tuple[list[float], list[float]]:
     trained = [one for one in model.parameters() if one.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
     model.train()
-    losses, ends = [], []
+    losses: list[float] = []
+    ends: Ends = []
     for rows, supervised in zip(work.updates, work.supervised_tokens, strict=True):
         total = 0.0
         for start in range(0, len(rows), work.batch):
@@ -310,11 +320,11 @@ def by_plain(work: Work, _: Path) -> tuple[list[float], list[float]]:
         optimizer.step()
         optimizer.zero_grad()
         losses.append(total)
-        ends.append(time.time())
+        ends.append(moment())
     return losses, ends
 
 
-def by_trl(work: Work, folder: Path) -> tuple[list[float], list[float]]:
+def by_trl(work: Work, folder: Path) -> tuple[list[float], Ends]:
     """TRL's SFTTrainer, whose adapter is put back to float32 so that losses can be compared."""
     import torch
     from datasets import Dataset
@@ -322,11 +332,11 @@ def by_trl(work: Work, folder: Path) -> tuple[list[float], list[float]]:
     from trl import SFTConfig, SFTTrainer
 
     torch.set_num_threads(work.threads)
-    ends: list[float] = []
+    ends: Ends = []
 
     class Clock(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            ends.append(time.time())
+            ends.append(moment())
 
     rows = Dataset.from_list([row for update in work.updates for row in update])
     trainer = SFTTrainer(
@@ -437,7 +447,7 @@ def told(
         f"{arguments.recompute}, {arguments.precision}, {arguments.threads} thread(s), "
         f"{arguments.rounds} rounds"
     )
-    print("side    supervised/s     real/s   peak MiB   first update s   share of limit   gauge")
+    print("side    supervised/s     real/s   peak MiB   first update s (CPU)   share of limit   gauge")
     figures = {}
     for side, found in by_side.items():
         seconds = statistics.median(one.seconds for one in found)
@@ -450,6 +460,7 @@ def told(
             "real_per_second": real / seconds,
             "peak_bytes": statistics.median(one.peak_bytes for one in found),
             "first_update_seconds": statistics.median(one.ends[0] for one in found),
+            "first_update_cpu_seconds": statistics.median(one.first_cpu_seconds for one in found),
             "share_of_limit": operations / (rate * 1e9) / seconds,
             "gauge": rate,
             "gauge_drift": drift,
@@ -459,6 +470,7 @@ def told(
         print(
             f"{side:7} {now['supervised_per_second']:12.1f} {now['real_per_second']:10.1f} "
             f"{now['peak_bytes'] / 2**20:10,.0f} {now['first_update_seconds']:16.1f} "
+            f"({now['first_update_cpu_seconds']:4.1f})"
             f"{now['share_of_limit']:16.2f} {rate:7.1f} (× {drift:.2f})"
         )
     ratios = against_kit(rounds)
@@ -494,6 +506,9 @@ def against_kit(rounds: list[list[Outcome]]) -> dict[str, dict[str, str]]:
                 "speed": spread([other.seconds / kit.seconds for kit, other in pairs]),
                 "peak": spread([kit.peak_bytes / other.peak_bytes for kit, other in pairs]),
                 "first update": spread([kit.ends[0] / other.ends[0] for kit, other in pairs]),
+                "in CPU seconds": spread(
+                    [kit.first_cpu_seconds / other.first_cpu_seconds for kit, other in pairs]
+                ),
             }
     return ratios
 

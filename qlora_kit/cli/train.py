@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -26,19 +27,30 @@ def command(
             help="Go on with a run whose recipe, data or base changed; says what that costs.",
         ),
     ] = False,
+    profile_startup: Annotated[
+        bool,
+        typer.Option(
+            "--profile-startup",
+            help="Show what the time from the command to the first update went into.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train, evaluate, and export what the recipe says; an unfinished run is gone on with."""
     from qlora_kit.train.requests import nothing_to_save_yet
 
     with nothing_to_save_yet():
-        _train(recipe, tuple(overrides or ()), fresh, allow_drift, as_json)
+        _train(recipe, tuple(overrides or ()), fresh, allow_drift, profile_startup, as_json)
 
 
 def _train(
-    recipe: Path, overrides: tuple[str, ...], fresh: bool, allow_drift: bool, as_json: bool
+    recipe: Path,
+    overrides: tuple[str, ...],
+    fresh: bool,
+    allow_drift: bool,
+    profile_startup: bool,
+    as_json: bool,
 ) -> None:
-
     from qlora_kit.checkpoint.run_directory import finished_run, left_behind
     from qlora_kit.cli.console import console_reporter
     from qlora_kit.environment import launched
@@ -47,11 +59,14 @@ def _train(
     from qlora_kit.processes import same_everywhere
     from qlora_kit.report import narrate
     from qlora_kit.report.reporter import SILENT
+    from qlora_kit.startup import UNTIMED, Startup
 
     with same_everywhere():
         loaded = load_checked(recipe, overrides)
     is_main = launched()[0] == 0
     reporter = console_reporter(to_stderr=as_json) if is_main else SILENT
+    laps = Startup(partial(narrate.startup, reporter)) if profile_startup and is_main else UNTIMED
+    laps.lap("python, recipe and its files")
     if fresh and Path(loaded.run_dir).exists():
         from qlora_kit.run import in_fresh_folder
 
@@ -68,8 +83,9 @@ def _train(
     else:
         from qlora_kit.run import run_recipe
 
+        laps.lap("imports")
         try:
-            result = run_recipe(loaded, reporter, allow_drift=allow_drift)
+            result = run_recipe(loaded, reporter, allow_drift=allow_drift, laps=laps)
         except RunStopped as stopped:
             reporter.warn(f"stopped by {stopped.signal_name}. {stopped.left_behind}")
             raise typer.Exit(128 + stopped.signal_number) from None

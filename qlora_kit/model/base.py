@@ -12,6 +12,7 @@ import torch
 from qlora_kit.errors import ModelError
 from qlora_kit.model.bits import quantized_bits
 from qlora_kit.model.blocks import refuse_misread
+from qlora_kit.model.load import load_model
 from qlora_kit.model.prequantized import (
     is_foreign,
     make_known,
@@ -20,16 +21,9 @@ from qlora_kit.model.prequantized import (
 )
 from qlora_kit.model.prequantized import prequantized_settings as prequantized_settings
 from qlora_kit.model.qat.attach import refuse_unaware
-from qlora_kit.model.quantized import (
-    Quantized,
-    four_bit_modules,
-    is_four_bit,
-    never_repacked,
-    require_quantized,
-)
-from qlora_kit.model.reason import reason_of
+from qlora_kit.model.quantized import Quantized, require_quantized
+from qlora_kit.model.quantized_cache import entry_folder, load_for_all, load_kept
 from qlora_kit.model.scan import scan_weights
-from qlora_kit.model.shared import load_shared, shared_folder
 from qlora_kit.model.skeleton import (
     Skeleton,
     build_skeleton,
@@ -38,7 +32,7 @@ from qlora_kit.model.skeleton import (
     name_matches,
 )
 from qlora_kit.model.source import ModelSource, resolve_source
-from qlora_kit.model.stored import require_fitting, require_none_missing
+from qlora_kit.model.stored import require_fitting
 from qlora_kit.model.targets import refuse_dora, require_targets
 from qlora_kit.model.tokenizer import (
     PadChoice,
@@ -48,7 +42,8 @@ from qlora_kit.model.tokenizer import (
     stop_ids,
 )
 from qlora_kit.model.weights import readable_weights
-from qlora_kit.model.without_bars import without_bars
+from qlora_kit.report.reporter import SILENT, Reporter
+from qlora_kit.startup import UNTIMED, Laps
 
 if TYPE_CHECKING:
     from transformers import (
@@ -56,7 +51,6 @@ if TYPE_CHECKING:
         PreTrainedModel,
         PreTrainedTokenizerBase,
     )
-    from transformers.utils.quantization_config import QuantizationConfigMixin
 
     from qlora_kit.environment import Hardware
     from qlora_kit.model.mixed_bits import MixedBitsConfig
@@ -64,6 +58,8 @@ if TYPE_CHECKING:
 
 # Architectures whose forward pass scales linear weights in place.
 _REWRITES_ITS_WEIGHTS = ("rwkv",)
+# Quantized parameters, from which on a quantized base is kept in the cache.
+_WORTH_KEEPING = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -80,6 +76,9 @@ class Base:
     pad: PadChoice
     quantized: Quantized
     stop_ids: frozenset[int]
+    origin: str = ""
+    """Whether it was quantized anew or before, in words; empty where nothing was to be quantized or
+    it is too small to be kept."""
 
 
 def load_base(
@@ -94,31 +93,25 @@ def load_base(
     adapter: Path | None = None,
     is_shared: bool = False,
     before_reading: Callable[[Skeleton], None] = lambda _: None,
+    reporter: Reporter = SILENT,
+    laps: Laps = UNTIMED,
 ) -> Base:
     """Resolve, check, load and quantize a base model.
 
     Weights load in `compute_dtype`: forward and backward would otherwise dequantize to
     different ones. Given `lora` and `aware`, whatever would hinder that adapter, or quantizing as
     it is trained, is found before the weights are read. Given `adapter`, the tokenizer is the one
-    saved with it, whose added tokens have no embeddings until the adapter is loaded. With
-    `is_shared` the quantized base is kept in the cache or read from there. A checkpoint
-    that another library quantized is loaded as it is, unless it is to be trained on.
-    `before_reading` may refuse what only its caller can judge, before the weights are read.
+    saved with it, whose added tokens have no embeddings until the adapter is loaded. A large
+    quantized base is kept in the cache or read from there; with `is_shared` every one is, as other
+    processes wait for it. A checkpoint that another library quantized is loaded as it is, unless it
+    is to be trained on. `before_reading` may refuse what only its caller can judge, before the
+    weights are read.
 
     Raises:
         ModelError: see the checks below; each names the tensor or module at fault.
         AdapterError: `lora` does not suit this model.
     """
-    source = resolve_source(
-        spec.name_or_path,
-        spec.revision,
-        spec.gguf_file,
-        spec.allow_pickle,
-        spec.trust_remote_code,
-    )
-    skeleton = build_skeleton(
-        load_config(source.folder, spec.trust_remote_code), spec.trust_remote_code
-    )
+    source, skeleton = _found(spec)
     stored = prequantized_settings(skeleton)
     bits = quantized_bits(skeleton, quantization)
     if stored is not None:
@@ -126,34 +119,29 @@ def load_base(
         as_it_stands = quantization.num_bits == 16 and lora is None and adapter is None
         if not (as_it_stands and is_foreign(stored)):
             require_same_quantization(source, skeleton, stored, quantization, bits)
-    refuse_unquantizable(skeleton, quantization)
-    refuse_misread(skeleton, bits, quantization, hardware.device)
-    trains_adapter = aware is None or aware.train == "adapter"
-    if lora is not None and trains_adapter:
-        require_targets(skeleton, lora, quantization)
-        refuse_dora(lora.use_dora, quantization, hardware.device)
-    if aware is not None:
-        refuse_unaware(skeleton, aware)
+    _refuse_unsuitable(skeleton, quantization, bits, hardware.device, lora, aware)
     before_reading(skeleton)
+    laps.lap("look at the base")
     tokenizer = _load_tokenizer(source, spec, adapter)
     if adapter is None:
         check_vocabulary(skeleton.model, tokenizer)
-    weights = readable_weights(source.folder, spec.allow_pickle)
-    if stored is None and weights.format == "safetensors":
-        require_fitting(skeleton, weights)
-    scan = scan_weights(source.folder, spec.allow_pickle)
-    scan.require_finite()
     pad = ensure_padding(tokenizer, num_embeddings(skeleton.model))
+    laps.lap("tokenizer")
+    fingerprint = _require_sound(source, spec, skeleton, is_stored=stored is not None)
+    laps.lap("scan of the weights")
     bnb = None if stored else loading_config(quantization, skeleton, compute_dtype)
 
     def load(quantized: Path | None) -> PreTrainedModel:
-        return load_model(source, spec, bnb, skeleton, compute_dtype, hardware, quantized)
+        return load_model(source, spec, bnb, skeleton, compute_dtype, hardware, quantized, reporter)
 
-    if is_shared and bnb is not None and not spec.trust_remote_code:
-        folder = shared_folder(scan.fingerprint, bnb.to_dict(), compute_dtype, hardware.device)
-        model = load_shared(folder, load)
+    is_kept = bnb is not None and (is_shared or _is_worth_keeping(skeleton, bits))
+    if bnb is None or not is_kept or spec.trust_remote_code:
+        model, origin = load(None), ""
     else:
-        model = load(None)
+        entry = entry_folder(fingerprint, bnb.to_dict(), compute_dtype, hardware.device)
+        keep = load_for_all if is_shared else load_kept
+        model, origin = keep(entry, load, reporter.warn)
+    laps.lap("load and quantize")
     if stored is not None and not is_foreign(stored):
         on_disk = stored_bits(skeleton, stored)
         bits = {name: width for name, width in bits.items() if name in on_disk}
@@ -162,13 +150,63 @@ def load_base(
         tokenizer=tokenizer,
         source=source,
         skeleton=skeleton,
-        fingerprint=scan.fingerprint,
+        fingerprint=fingerprint,
         compute_dtype=compute_dtype,
         compute_reason=compute_reason,
         pad=pad,
         quantized=require_quantized(model, quantization, bits),
         stop_ids=stop_ids(model, tokenizer),
+        origin=origin,
     )
+
+
+def _found(spec: ModelSpec) -> tuple[ModelSource, Skeleton]:
+    source = resolve_source(
+        spec.name_or_path,
+        spec.revision,
+        spec.gguf_file,
+        spec.allow_pickle,
+        spec.trust_remote_code,
+    )
+    config = load_config(source.folder, spec.trust_remote_code)
+    return source, build_skeleton(config, spec.trust_remote_code)
+
+
+def _refuse_unsuitable(
+    skeleton: Skeleton,
+    quantization: QuantizationSpec,
+    bits: dict[str, int],
+    device: str,
+    lora: LoraSpec | None,
+    aware: QuantizationAwareSpec | None,
+) -> None:
+    """Whatever can be seen without weights that this base cannot be made to do."""
+    refuse_unquantizable(skeleton, quantization)
+    refuse_misread(skeleton, bits, quantization, device)
+    trains_adapter = aware is None or aware.train == "adapter"
+    if lora is not None and trains_adapter:
+        require_targets(skeleton, lora, quantization)
+        refuse_dora(lora.use_dora, quantization, device)
+    if aware is not None:
+        refuse_unaware(skeleton, aware)
+
+
+def _require_sound(
+    source: ModelSource, spec: ModelSpec, skeleton: Skeleton, is_stored: bool
+) -> str:
+    """The fingerprint of weights that fit the model and are finite."""
+    weights = readable_weights(source.folder, spec.allow_pickle)
+    if not is_stored and weights.format == "safetensors":
+        require_fitting(skeleton, weights)
+    scan = scan_weights(source.folder, spec.allow_pickle)
+    scan.require_finite()
+    return scan.fingerprint
+
+
+def _is_worth_keeping(skeleton: Skeleton, bits: dict[str, int]) -> bool:
+    """Whether it takes longer to quantize than to read what was quantized, and to hash it."""
+    counts = (skeleton.model.get_parameter(f"{name}.weight").numel() for name in bits)
+    return sum(counts) >= _WORTH_KEEPING
 
 
 def loading_config(
@@ -310,82 +348,6 @@ def _load_tokenizer(
     tokenizer = load_tokenizer(folder, spec.chat_template, spec.trust_remote_code)
     set_template_values(tokenizer, spec.chat_template_kwargs)
     return tokenizer
-
-
-def load_model(
-    source: ModelSource,
-    spec: ModelSpec,
-    quantization_config: QuantizationConfigMixin | None,
-    skeleton: Skeleton,
-    compute_dtype: torch.dtype,
-    hardware: Hardware,
-    quantized: Path | None = None,
-) -> PreTrainedModel:
-    """From the source, or from a folder that holds it quantized already.
-
-    Raises:
-        ModelError: it cannot be loaded, or lacks weights.
-    """
-    from transformers import AutoModelForCausalLM, PreTrainedModel
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    options: dict[str, Any] = {
-        "dtype": compute_dtype,
-        "device_map": {"": place_of(hardware.device)},
-        "trust_remote_code": spec.trust_remote_code,
-        "use_safetensors": None if spec.allow_pickle else True,
-        "local_files_only": True,
-        "output_loading_info": True,
-    }
-    if quantization_config is not None and quantized is None:
-        options["quantization_config"] = quantization_config
-    if spec.attn_implementation != "auto":
-        options["attn_implementation"] = spec.attn_implementation
-    loaded: Any
-    try:
-        with without_bars():
-            loaded = AutoModelForCausalLM.from_pretrained(quantized or source.folder, **options)
-    except (OSError, ValueError, RuntimeError, ImportError, KeyError) as error:
-        raise ModelError(f"{source.name} cannot be loaded: {reason_of(error)}") from error
-    model, found = loaded
-    assert isinstance(model, PreTrainedModel)
-    model.config._name_or_path = model.name_or_path = str(source.folder)
-    require_none_missing(skeleton, found["missing_keys"])
-    for module in four_bit_modules(model):
-        _compute_in(module, compute_dtype)
-    never_repacked(model)
-    if quantization_config is not None or quantized is not None:
-        _leave_the_file(model)
-    model.requires_grad_(False)
-    model.eval()
-    return model
-
-
-def _leave_the_file(model: PreTrainedModel) -> None:
-    """Copy what is not quantized on a CPU: it lies in the mapped checkpoint, all of which would
-    otherwise stay in memory for it.
-    """
-    for parameter in model.parameters():
-        if parameter.device.type == "cpu" and type(parameter) is torch.nn.Parameter:
-            parameter.data = parameter.data.clone()
-
-
-def place_of(device: str) -> str:
-    """The device of this process: under a launcher each has a GPU of its own, chosen by `join`."""
-    return device if device == "cpu" else f"{device}:{torch.cuda.current_device()}"
-
-
-def _compute_in(module: Any, compute_dtype: torch.dtype) -> None:
-    """Forward computes in the module's dtype, backward dequantizes to its state's: make them one.
-
-    A checkpoint that was stored quantized brings its own of both.
-    """
-    module.compute_dtype = compute_dtype
-    module.compute_type_is_set = True
-    if is_four_bit(module.weight):
-        module.weight.quant_state.dtype = compute_dtype
 
 
 def check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

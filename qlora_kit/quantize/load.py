@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_kit.errors import ModelError
-from qlora_kit.model.base import load_model
 from qlora_kit.model.companions import copy_companions
+from qlora_kit.model.load import load_model
 from qlora_kit.model.shared import state_checksum
 from qlora_kit.model.source import ModelSource
 from qlora_kit.model.without_bars import without_bars

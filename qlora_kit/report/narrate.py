@@ -14,6 +14,7 @@ from qlora_kit.model.tokenizer import writes_the_date
 from qlora_kit.report import data_text
 from qlora_kit.report.reporter import Reporter
 from qlora_kit.report.visible import visible
+from qlora_kit.startup import COLUMNS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from qlora_kit.model.adapter import Adapted
     from qlora_kit.model.base import Base
     from qlora_kit.recipe import QuantizationAwareSpec, QuantizationSpec, Recipe, TrainSpec
+    from qlora_kit.startup import Startup
     from qlora_kit.train.batching import Batching
     from qlora_kit.train.loader import BatchShape
     from qlora_kit.train.recompute import Recompute
@@ -81,6 +83,11 @@ def computing(reporter: Reporter, shortcuts: Shortcuts, recompute: Recompute) ->
         )
 
 
+def startup(reporter: Reporter, took: Startup) -> None:
+    """Where the time went between the command and the first update."""
+    reporter.table("from the command to the first update", COLUMNS, took.rows())
+
+
 def entry(reporter: Reporter, found: Entry) -> None:
     """What was in the folder of the run."""
     for warning in found.warned:
@@ -120,6 +127,8 @@ def base(reporter: Reporter, loaded: Base, quantization: QuantizationSpec) -> No
         f"base      {loaded.source.name}: {counted.num_parameters / 1e6:,.1f} M parameters in "
         f"{counted.weight_bytes / _MIB:,.0f} MiB, {how}{share}"
     )
+    if loaded.origin:
+        reporter.say(f"weights   {loaded.origin}")
     if writes_the_date(loaded.tokenizer):
         reporter.warn(
             "the chat template writes today's date, so another day gives other tokens; fix it with "

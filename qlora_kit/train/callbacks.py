@@ -18,6 +18,7 @@ from transformers import (
 from qlora_kit.processes import ALONE, Processes
 from qlora_kit.refusals import naming
 from qlora_kit.report.reporter import Progress, Reporter
+from qlora_kit.startup import UNTIMED, Laps
 from qlora_kit.train.memory import MemoryWatch
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ class StepCallback(TrainerCallback):
         reporter: Reporter,
         updates_per_pass: int,
         processes: Processes = ALONE,
+        laps: Laps = UNTIMED,
     ):
+        self.laps = laps
         self.processes = processes
         self.updates_per_pass = updates_per_pass
         self.log_path = log_path
@@ -65,6 +68,7 @@ class StepCallback(TrainerCallback):
         if state.global_step:
             state.epoch = state.global_step / self.updates_per_pass
             self.progress.begin_at(state.global_step)
+        self.laps.lap("checkpoint put back")
 
     @property
     def seconds(self) -> float:
@@ -81,6 +85,8 @@ class StepCallback(TrainerCallback):
         assert self.trainer is not None
         self.trainer.progress.update = state.global_step
         state.epoch = state.global_step / self.updates_per_pass
+        self.laps.lap("first update")
+        self.laps.end(self.log_path.parent)
         host, device = self.memory.step()
         now = time.monotonic()
         tokens = self.trainer.progress.num_real_tokens

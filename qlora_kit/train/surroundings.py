@@ -11,6 +11,7 @@ from qlora_kit.environment import Hardware
 from qlora_kit.model.saved import AdapterFiles
 from qlora_kit.processes import ALONE, Processes
 from qlora_kit.report.reporter import Reporter
+from qlora_kit.startup import UNTIMED, Laps
 from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.requests import Requests
 
@@ -36,3 +37,4 @@ class Surroundings:
     """Further text files of a checkpoint, by name."""
     processes: Processes = ALONE
     disk: Disk = DISK
+    laps: Laps = UNTIMED

@@ -88,13 +88,16 @@ def train_adapter(
     is_sharded = launcher_settings().is_sharded
     shape = processes.together(lambda: shape_for(spec, processes, continuation))
     num_updates = num_update_steps(batches.num_items, spec, shape.items_per_update)
+    laps = around.laps
     shortcuts = choose_shortcuts(model, spec, around.precision, is_sharded)
+    laps.lap("trial of the shortcuts")
     with (
         limited_memory(spec.max_memory_mib, hardware.device) as limit,
         taken(model, shortcuts),
         able_to_recompute(model, spec.gradient_checkpointing),
     ):
         recompute = choose_recompute(model, batches, spec, around, is_sharded)
+        laps.lap("count of what layers keep")
         narrate.computing(around.reporter, shortcuts, recompute)
         trainer, step, cadence = _trainer(
             model, base, batches, spec, around, continuation, shape, num_updates, limit, recompute
@@ -210,7 +213,9 @@ def _trainer(
     if continuation is not None:
         put_back_what_fits(trainer, continuation.progress, spec, around.reporter)
     saver.trainer = trainer
-    step = StepCallback(run.log, around.memory, around.reporter, updates_per_pass, processes)
+    step = StepCallback(
+        run.log, around.memory, around.reporter, updates_per_pass, processes, around.laps
+    )
     saver.step = step
     cadence = Cadence(spec, updates_per_pass, num_updates, around.requests, trainer.hooks)
     step.trainer = trainer

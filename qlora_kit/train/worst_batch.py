@@ -48,6 +48,7 @@ class WorstBatch(TrainerCallback):
         model: nn.Module | None = None,
         **_: Any,
     ) -> None:
+        self.around.laps.lap("trainer")
         device = self.around.hardware.device
         if device == "cpu" and self.spec.max_memory_mib is None:
             return
@@ -63,6 +64,7 @@ class WorstBatch(TrainerCallback):
         free_memory(device)
         put_random_state_back(before)
         longest = max(item.num_tokens for item in items)
+        self.around.laps.lap("worst batch")
         self.around.reporter.say(
             f"worst     {len(items)} sequences of up to {longest:,} tokens fit"
             + (f", {-(-len(items) // self.trainer.divisor)} at a time" * (self.trainer.divisor > 1))

@@ -14,7 +14,8 @@ import torch
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import HardwareError, ModelError
 from qlora_kit.model.base import Base, load_base
-from qlora_kit.model.shared import require_same_base, shared_folder, state_checksum
+from qlora_kit.model.quantized_cache import entry_folder
+from qlora_kit.model.shared import require_same_base, state_checksum
 from qlora_kit.recipe import ModelSpec, QuantizationSpec
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -83,7 +84,7 @@ def test_a_damaged_one_is_made_anew(tiny_llama: Path, cache: Path, where: int | 
     (weights,) = cache.glob("*/model.safetensors")
     content = bytearray(weights.read_bytes())
     if where == "state":
-        (weights.parent / "state.json").write_text("{")
+        (weights.parent / "entry.json").write_text("{")
     elif isinstance(where, int):
         content[where] ^= 1
         weights.write_bytes(content)
@@ -120,7 +121,7 @@ def test_everything_that_decides_the_numbers_is_in_the_name() -> None:
         (*given[:2], torch.bfloat16, "cpu"),
         (*given[:3], "cuda"),
     ]
-    assert len({shared_folder(*one) for one in [given, *others]}) == 5
+    assert len({entry_folder(*one) for one in [given, *others]}) == 5
 
 
 def test_other_weights_on_another_process_are_refused() -> None:
