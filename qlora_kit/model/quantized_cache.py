@@ -134,8 +134,11 @@ def load_kept(entry: Path, load: Load, warn: Callable[[str], None]) -> tuple[Pre
 
 
 def _bytes_of(model: PreTrainedModel) -> int:
-    tensors = model.state_dict().values()
-    return sum(one.numel() * one.element_size() for one in tensors) + _OTHER_FILES_BYTES
+    """Of its files, at most; tied weights are written once."""
+    sizes = {
+        one.data_ptr(): one.numel() * one.element_size() for one in model.state_dict().values()
+    }
+    return sum(sizes.values()) + _OTHER_FILES_BYTES
 
 
 def _why_not(entry: Path, needed_bytes: int, limit_bytes: int) -> str | None:

@@ -23,7 +23,7 @@ from qlora_kit.model.weights import weight_files
 _SAMPLE_ELEMENTS = 1024
 # Large enough to keep the cost of a call small, small enough to stay in a processor's cache.
 _BLOCK_ELEMENTS = 1 << 20
-_SCAN_VERSION = 3
+_SCAN_VERSION = 4
 
 # Exponent and fraction, without the sign: (integer of the same width, mask, bits of infinity).
 # Whatever is above or equal to infinity's bits is infinite or not a number (IEEE 754).
@@ -114,10 +114,15 @@ def _pickled(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _kept_at(files: Iterable[Path]) -> Path:
-    """Where the scan of exactly these files is kept: path, size and time of change decide."""
-    identity = [
-        (str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in files
-    ]
+    """Where the scan of exactly these files is kept: their paths, sizes, places on the disk and
+    times decide, of which that of the last change to what the file system knows of a file
+    (st_ctime) cannot be set back, as archives and `cp -p` set the other.
+    """
+    identity = []
+    for path in files:
+        found = path.stat()
+        times = (found.st_mtime_ns, found.st_ctime_ns)
+        identity.append((str(path.resolve()), found.st_size, found.st_dev, found.st_ino, *times))
     digest = hashlib.sha256(json.dumps([_SCAN_VERSION, identity]).encode()).hexdigest()
     return cache_dir() / "scans" / f"{digest[:32]}.json"
 

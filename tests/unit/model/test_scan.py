@@ -176,6 +176,18 @@ class TestTheCache:
         os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
         assert scan_weights(folder) != first
 
+    def test_a_file_that_keeps_its_time_and_its_size_is(self, tmp_path: Path) -> None:
+        """As archives and `cp -p` leave it."""
+        folder = save(tmp_path, tensors())
+        path = folder / "model.safetensors"
+        first, stat = scan_weights(folder), path.stat()
+        values = tensors()
+        values["embed.weight"][1, 1] += 1
+        save(folder, values)
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        assert path.stat().st_size == stat.st_size
+        assert scan_weights(folder).fingerprint != first.fingerprint
+
     @pytest.mark.parametrize("content", ["", "[]", '{"fingerprint": "x"}', "\x00"])
     def test_a_damaged_entry_counts_as_none(self, tmp_path: Path, content: str) -> None:
         folder = save(tmp_path, tensors())
