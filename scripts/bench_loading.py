@@ -5,7 +5,7 @@ python scripts/bench_loading.py --hidden 2048 --layers 16 --shards 5 --rounds 3
 
 Each side loads the same model (a random Llama in bfloat16 of the given shape, in several files, or
 `--model FOLDER`) to NF4 with double quantization, in a process of its own, in turns. The peak is
-what the process holds above what it held when its libraries were imported: resident memory, in
+what the process holds above what it held when it had loaded a small model: resident memory, in
 which pages of mapped files count, and of it the part that is no file's (anonymous); the one by the
 kernel's high-water mark, the other sampled every 5 ms. One tensor's quantization takes up to 14
 bytes per weight for a moment.
@@ -46,11 +46,14 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--small", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        return run_side(arguments.side, arguments.folder)
+        return run_side(arguments.side, arguments.folder, arguments.small)
     with tempfile.TemporaryDirectory(prefix="bench-loading-") as scratch:
         folder = arguments.model or random_llama(Path(scratch) / "model", arguments)
+        small = argparse.Namespace(hidden=256, layers=1, vocabulary=256, shards=1)
+        random_llama(Path(scratch) / "small", small)
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(arguments.threads),
@@ -88,7 +91,8 @@ def random_llama(folder: Path, arguments: argparse.Namespace) -> Path:
 
 def run(side: str, folder: Path, environment: dict[str, str]) -> dict[str, float]:
     """One side, once, in a process of its own."""
-    script = [sys.executable, __file__, "--side", side, "--folder", str(folder)]
+    small = str(Path(environment["QLORA_KIT_CACHE"]).with_name("small"))
+    script = [sys.executable, __file__, "--side", side, "--folder", str(folder), "--small", small]
     done = subprocess.run(script, env=environment, capture_output=True, text=True)
     if done.returncode != 0:
         sys.exit(f"{side} failed:\n{done.stderr[-3000:]}")
@@ -96,9 +100,10 @@ def run(side: str, folder: Path, environment: dict[str, str]) -> dict[str, float
     return figures
 
 
-def run_side(side: str, folder: Path) -> int:
+def run_side(side: str, folder: Path, small: Path) -> int:
     """In the child: figures as one line of JSON."""
     load = {"kit": by_kit, "cache": from_cache, "transformers": by_transformers}[side]
+    load(small)()  # what libraries import and make ready at their first use
     prepared = load(folder)
     Path("/proc/self/clear_refs").write_text("5")  # the kernel's high-water mark begins anew
     resident, anonymous = memory("VmRSS"), memory("RssAnon")
@@ -167,7 +172,7 @@ def kit(folder: Path, keeps: bool) -> Any:
     def load(quantized: Path | None = None) -> Any:
         return load_model(source, spec, config, skeleton, torch.float32, hardware, quantized)
 
-    entry = entry_folder("bench", config.to_dict(), torch.float32, "cpu")
+    entry = entry_folder(str(folder), config.to_dict(), torch.float32, "cpu")
     return (lambda: load_for_all(entry, load, print)[0]) if keeps else load
 
 

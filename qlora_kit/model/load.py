@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import ctypes
+import platform
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 # A smaller model is quantized before anybody wonders.
 _SHOWN_FROM_PARAMETERS = 300_000_000
+_TRIMMED_EVERY_BYTES = 1024**2
 _CANNOT_LOAD = (OSError, ValueError, RuntimeError, ImportError, KeyError)
 
 
@@ -75,8 +78,6 @@ def load_model(
     for module in four_bit_modules(model):
         _compute_in(module, compute_dtype)
     never_repacked(model)
-    if quantization_config is not None or quantized is not None:
-        _leave_the_file(model)
     model.requires_grad_(False)
     model.eval()
     return model
@@ -108,17 +109,23 @@ def _tensor_by_tensor(
     """
     weights = inspect_weights(folder)
     if weights.format == "pickle" or spec.trust_remote_code:
-        return _mapped(folder, spec, options)
+        loaded = _mapped(folder, spec, options)
+        _leave_the_file(loaded[0])
+        return loaded
     kind: Any = type(skeleton.model)
     config: Any = load_config(folder)
     if not isinstance(config, kind.config_class):
         config = config.get_text_config()  # the language model of one that sees as well
     num_parameters = sum(one.numel() for one in skeleton.model.parameters())
     shown = reporter if num_parameters >= _SHOWN_FROM_PARAMETERS else SILENT
-    with (
-        shown.progress("quantizing", len(weights.tensors)) as progress,
-        _slices(weights.files, progress.update) as slices,
-    ):
+    holes = _Holes()
+    with shown.progress("quantizing", len(weights.tensors)) as progress, ExitStack() as files:
+
+        def was_read(tensor: torch.Tensor) -> None:
+            progress.update()
+            holes.come_with(tensor)
+
+        slices = _slices(weights.files, files, was_read)
         return kind.from_pretrained(
             None,
             config=config,
@@ -131,7 +138,7 @@ def _tensor_by_tensor(
 class _Slice:
     """One tensor of a file, not read yet."""
 
-    def __init__(self, inner: Any, was_read: Callable[[], None]):
+    def __init__(self, inner: Any, was_read: Callable[[torch.Tensor], None]):
         self._inner = inner
         self._was_read = was_read
 
@@ -143,20 +150,41 @@ class _Slice:
 
     def __getitem__(self, index: Any) -> torch.Tensor:
         tensor: torch.Tensor = self._inner[index]
-        self._was_read()
+        self._was_read(tensor)
         return tensor
 
 
-@contextmanager
-def _slices(files: tuple[Path, ...], was_read: Callable[[], None]) -> Iterator[dict[str, _Slice]]:
-    """Every tensor of these files by name; they are read, and not mapped."""
-    with ExitStack() as stack:
-        slices: dict[str, _Slice] = {}
-        for path in files:
-            file = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                slices[name] = _Slice(file.get_slice(name), was_read)
-        yield slices
+def _slices(
+    files: tuple[Path, ...], stack: ExitStack, was_read: Callable[[torch.Tensor], None]
+) -> dict[str, _Slice]:
+    """Every tensor of these files by name. They stay open with `stack`; they are not mapped."""
+    slices: dict[str, _Slice] = {}
+    for path in files:
+        file = stack.enter_context(safe_open(path, framework="pt", backend="pread"))
+        for name in file.keys():  # noqa: SIM118 - not a mapping
+            slices[name] = _Slice(file.get_slice(name), was_read)
+    return slices
+
+
+class _Holes:
+    """What tensors leave in memory that were read, quantized and let go.
+
+    The GNU C library keeps blocks of up to 32 MiB that were freed, between those that are in use;
+    it is told to give them back to the system before the next large tensor. Other libraries do so
+    by themselves, or not at all.
+    """
+
+    def __init__(self) -> None:
+        self._since = 0
+        self._trim: Any = None
+        if platform.libc_ver()[0] == "glibc":
+            self._trim = ctypes.CDLL(None).malloc_trim
+
+    def come_with(self, tensor: torch.Tensor) -> None:
+        self._since += tensor.nbytes
+        if self._trim is not None and self._since >= _TRIMMED_EVERY_BYTES:
+            self._trim(0)
+            self._since = 0
 
 
 def _generation_config(folder: Path) -> Any:

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -166,9 +167,14 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     Not of how rows are padded or truncated, which the last call has left behind, nor of the pad
     token, which a tokenizer that was saved knows and the one it was made from may not.
     """
-    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    return _hash_of(tokenizer.backend_tokenizer.to_str(), _text(tokenizer.pad_token))
+
+
+@lru_cache(maxsize=2)
+def _hash_of(backend: str, pad: str | None) -> str:
+    """Remembered: the text is megabytes long, and every adapter that is written asks for it."""
+    state = json.loads(backend)
     state["padding"] = state["truncation"] = None
-    pad = _text(tokenizer.pad_token)
     state["added_tokens"] = [one for one in state["added_tokens"] if one["content"] != pad]
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 

