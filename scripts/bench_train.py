@@ -447,7 +447,9 @@ def told(
         f"{arguments.recompute}, {arguments.precision}, {arguments.threads} thread(s), "
         f"{arguments.rounds} rounds"
     )
-    print("side    supervised/s     real/s   peak MiB   first update s (CPU)   share of limit   gauge")
+    print(
+        "side    supervised/s     real/s   peak MiB   first update s (CPU)   share of limit   gauge"
+    )
     figures = {}
     for side, found in by_side.items():
         seconds = statistics.median(one.seconds for one in found)

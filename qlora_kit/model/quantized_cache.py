@@ -135,7 +135,7 @@ def load_kept(entry: Path, load: Load, warn: Callable[[str], None]) -> tuple[Pre
 
 def _bytes_of(model: PreTrainedModel) -> int:
     """Of its files, at most; tied weights are written once."""
-    sizes = {
+    sizes: dict[int, int] = {
         one.data_ptr(): one.numel() * one.element_size() for one in model.state_dict().values()
     }
     return sum(sizes.values()) + _OTHER_FILES_BYTES
