@@ -66,6 +66,10 @@ def load_model(
     try:
         if quantization_config is None or quantized is not None:
             loaded = _mapped(quantized or source.folder, spec, options)
+        elif hardware.device != "cpu":
+            # The mapped file is the system's to take back; nothing of it is kept on the host.
+            options["quantization_config"] = quantization_config
+            loaded = _mapped(source.folder, spec, options)
         else:
             options["quantization_config"] = quantization_config
             loaded = _tensor_by_tensor(source.folder, spec, skeleton, options, reporter)
