@@ -33,6 +33,8 @@ HARMLESS: dict[str, str] = {
     "train.gradient_checkpointing": "the same numbers for other memory and time",
     "train.fused_loss": "the numbers may differ by rounding, so not to the bit",
     "train.fused_lora": "the numbers may differ by rounding, so not to the bit",
+    "train.fused_mlp": "the numbers may differ by rounding, so not to the bit",
+    "train.fused_norm": "the numbers may differ by rounding, so not to the bit",
     "train.per_device_eval_batch_size": "the eval loss may differ by rounding",
     "train.logging_steps": _LOG,
     "train.report_to": _LOG,

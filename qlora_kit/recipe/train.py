@@ -75,6 +75,14 @@ class TrainSpec(Spec):
     """Compute LoRA and its frozen layer as one operation, and layers that share an input together;
     the same numbers up to rounding. Tried first, too; what it does not cover stays with PEFT."""
 
+    fused_mlp: bool = True
+    """Let gated MLPs keep two of their four wide tensors for the backward pass, and make the others
+    again there: the same numbers. Tried first, too."""
+
+    fused_norm: bool = True
+    """Compute RMSNorm as one operation that keeps its input alone: the same numbers up to rounding
+    of gradients. Tried first, too."""
+
     optim: Optimizer = "paged_adamw_8bit"
     """Optimizer. The paged 8-bit ones keep 2 bytes of state per trainable parameter and spill
     to host memory under pressure; on a CPU they run unpaged."""

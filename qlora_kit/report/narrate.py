@@ -75,6 +75,11 @@ def computing(reporter: Reporter, shortcuts: Shortcuts, recompute: Recompute) ->
     if found is not None and found.left:
         why = "; ".join(found.left)
         parts.append(f"{sum(found.left.values())} LoRA layers left to PEFT ({why})")
+    lean = shortcuts.lean
+    if lean.mlps:
+        parts.append(f"{len(lean.mlps)} MLPs that keep less")
+    if lean.norms:
+        parts.append(f"{len(lean.norms)} norms that keep less")
     tried = f"; on a trial gradients differ by {shortcuts.difference:.1e}" * bool(parts)
     reporter.say(f"shortcuts {'; '.join(parts) or 'none'}{tried}")
     if recompute.reason:

@@ -4,14 +4,16 @@ before it is relied on, and left out, with a warning, where the trial comes out 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qlora_kit.model.fused.attach import Fusion, fused, plan_fusion
+from qlora_kit.model.fused.lean import NO_PARTS, LeanParts, lean, looking_for_lean_parts
+from qlora_kit.model.fused.remade import Origins
 from qlora_kit.out_of_memory import is_out_of_memory
 from qlora_kit.train.supervised_loss import supervised_only
 
@@ -35,6 +37,8 @@ _FAILURES = (
     MemoryError,
     NotImplementedError,
 )
+_LOSS = "the loss of supervised places alone"
+_LORA = "LoRA as one operation"
 _SHARDED = "the model is shared out over several GPUs"
 
 
@@ -42,71 +46,102 @@ _SHARDED = "the model is shared out over several GPUs"
 class Shortcuts:
     """Which are taken, and why others are not."""
 
-    supervised_loss: bool
-    fusion: Fusion | None
+    supervised_loss: bool = False
+    fusion: Fusion | None = None
     """Also where it covers no layer, for the reasons."""
     difference: float = 0.0
     """Of the gradients on a trial, relative."""
     left: tuple[str, ...] = ()
     """What was asked for and cannot be, and why."""
+    lean: LeanParts = NO_PARTS
+    """Gated MLPs and norms that keep less."""
 
 
-NONE = Shortcuts(supervised_loss=False, fusion=None)
+NONE = Shortcuts()
 
 
 def choose_shortcuts(
     model: PeftModel, spec: TrainSpec, precision: str, is_sharded: bool
 ) -> Shortcuts:
-    """Try each that the recipe allows on a short batch.
+    """Try what the recipe allows on a short batch: all at once, and where that comes out
+    otherwise, one after the other.
 
     Args:
         precision: bf16, fp16 or fp32, of autocast.
     """
-    if not (spec.fused_loss or spec.fused_lora):
+    if not (spec.fused_loss or spec.fused_lora or spec.fused_mlp or spec.fused_norm):
         return NONE
     if is_sharded:
-        return Shortcuts(False, None, left=(_SHARDED,))
-    causal = model.get_base_model()
-    trial = _Trial(model, causal, precision)
-    left: list[str] = []
+        return Shortcuts(left=(_SHARDED,))
+    trial = _Trial(model, model.get_base_model(), precision)
     with trial.stirred():
         try:
-            wanted = trial.outcome()
+            with looking_for_lean_parts(model) as seen:
+                wanted = trial.outcome()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            return Shortcuts(False, None, left=("memory ran out on a trial of one short sequence",))
-        supervised, difference = False, 0.0
-        if spec.fused_loss:
-            why = _why_no_supervised_loss(causal)
-            if why is None:
-                with supervised_only(causal):
-                    why, difference = trial.compared(wanted)
-            supervised = why is None
-            if why is not None:
-                left.append(f"the loss of supervised places alone: {why}")
-        fusion = None
-        if spec.fused_lora:
-            fusion = plan_fusion(model, trial.forward)
-            if fusion.groups:
-                with fused(model, fusion):
-                    why, apart = trial.compared(wanted)
+            return Shortcuts(left=("memory ran out on a trial of one short sequence",))
+        candidates, left = _candidates(model, spec, trial, seen.parts)
+        found, why = _tried(trial, wanted, NONE, [one for _, one in candidates])
+        if why is not None:
+            found = NONE
+            for name, changes in candidates:
+                found, why = _tried(trial, wanted, found, [changes])
                 if why is not None:
-                    fusion = None
-                    left.append(f"LoRA as one operation: {why}")
-                else:
-                    difference = max(difference, apart)
-    return Shortcuts(supervised, fusion, difference, tuple(left))
+                    left.append(f"{name}: {why}")
+    return replace(found, left=tuple(left))
+
+
+def _candidates(
+    model: PeftModel, spec: TrainSpec, trial: _Trial, parts: LeanParts
+) -> tuple[list[tuple[str, Mapping[str, Any]]], list[str]]:
+    """(what may be taken, each with its name for people and the fields that it sets; why not)"""
+    candidates: list[tuple[str, Mapping[str, Any]]] = []
+    left = []
+    if spec.fused_loss:
+        why = _why_no_supervised_loss(model.get_base_model())
+        if why is None:
+            candidates.append((_LOSS, {"supervised_loss": True}))
+        else:
+            left.append(f"{_LOSS}: {why}")
+    if spec.fused_lora:
+        candidates.append((_LORA, {"fusion": plan_fusion(model, trial.forward)}))
+    if spec.fused_mlp and parts.mlps:
+        candidates.append(("MLPs that keep less", {"lean": LeanParts(mlps=parts.mlps)}))
+    if spec.fused_norm and parts.norms:
+        candidates.append(("norms that keep less", {"lean": LeanParts(norms=parts.norms)}))
+    return candidates, left
+
+
+def _tried(
+    trial: _Trial,
+    wanted: _Outcome,
+    so_far: Shortcuts,
+    changes: Sequence[Mapping[str, Any]],
+) -> tuple[Shortcuts, str | None]:
+    """(with the changes, or as it was where they come out otherwise; what was wrong)"""
+    attempt = so_far
+    for one in changes:
+        lean = attempt.lean.joined(one.get("lean", NO_PARTS))
+        attempt = replace(attempt, **{**one, "lean": lean})
+    with taken(trial.model, attempt):
+        why, apart = trial.compared(wanted)
+    if why is not None:
+        return so_far, why
+    return replace(attempt, difference=apart), None
 
 
 @contextmanager
 def taken(model: PeftModel, shortcuts: Shortcuts) -> Iterator[None]:
     """Compute so, while the context lasts."""
+    origins = Origins()
     with ExitStack() as stack:
         if shortcuts.supervised_loss:
             stack.enter_context(supervised_only(model.get_base_model()))
         if shortcuts.fusion is not None:
-            stack.enter_context(fused(model, shortcuts.fusion))
+            stack.enter_context(fused(model, shortcuts.fusion, origins))
+        stack.enter_context(lean(model, shortcuts.lean, origins))
         yield
 
 

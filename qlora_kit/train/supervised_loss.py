@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from qlora_kit.data.sequences import IGNORE_INDEX
+from qlora_kit.model.fused.replaced import replaced_forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -148,7 +149,7 @@ class SupervisedForward:
         """
         given = self._output_type(last_hidden_state=hidden[None])
         place = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
-        with _replaced(self.backbone, lambda *_, **__: given):
+        with replaced_forward(self.backbone, lambda *_, **__: given):
             logits: torch.Tensor = self.own_forward(input_ids=place, use_cache=False).logits
         return logits[0]
 
@@ -160,22 +161,8 @@ def chunk_size(num_entries: int, device: str) -> int:
 
 
 @contextmanager
-def _replaced(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Another forward pass for a while, hooks and all else left out."""
-    kept = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if kept is None:
-            del module.forward
-        else:
-            module.forward = kept
-
-
-@contextmanager
 def supervised_only(model: PreTrainedModel) -> Iterator[None]:
     """The model computes no logits beside labels, while the context lasts."""
     forward = SupervisedForward(model)
-    with _replaced(model, forward):
+    with replaced_forward(model, forward):
         yield

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from qlora_kit.model.fused.linear import FrozenLinear, is_frozen_linear, shared_input_lora
+from qlora_kit.model.fused.remade import Origins
+from qlora_kit.model.fused.replaced import replaced_forward
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -116,8 +118,9 @@ class _Group:
 class _FusedForward:
     """The forward pass of one LoRA layer."""
 
-    def __init__(self, layer: Any, group: _Group):
+    def __init__(self, layer: Any, group: _Group, origins: Origins):
         self.layer = layer
+        self.origins = origins
         self.group = group
         self.own_forward: Callable[..., torch.Tensor] = layer.forward
         (self.adapter,) = (name for name in layer.active_adapters if name in layer.lora_A)
@@ -173,23 +176,24 @@ def _computed(
         dtype,
         out_dtype,
         dropped,
+        members[0].origins.of(x),
     )
 
 
 @contextmanager
-def fused(model: PeftModel, fusion: Fusion) -> Iterator[None]:
-    """The layers of a plan computed as one operation, while the context lasts."""
-    changed: list[nn.Module] = []
-    try:
+def fused(model: PeftModel, fusion: Fusion, origins: Origins | None = None) -> Iterator[None]:
+    """The layers of a plan computed as one operation, while the context lasts.
+
+    Args:
+        origins: how inputs came about that need not be kept.
+    """
+    origins = origins or Origins()
+    with ExitStack() as stack:
         for names in fusion.groups:
             group = _Group()
             layers = [model.get_submodule(name) for name in names]
-            members = [_FusedForward(layer, group) for layer in layers]
+            members = [_FusedForward(layer, group, origins) for layer in layers]
             group.members = members
             for layer, member in zip(layers, members, strict=True):
-                layer.forward = member
-                changed.append(layer)
+                stack.enter_context(replaced_forward(layer, member))
         yield
-    finally:
-        for layer in changed:
-            del layer.forward

@@ -11,6 +11,8 @@ from torch.nn import Module
 
 from qlora_kit.checkpoint.run_directory import RunDirectory
 from qlora_kit.model.fused.attach import Fusion
+from qlora_kit.model.fused.lean import LeanParts
+from qlora_kit.model.fused.norm import KINDS
 from qlora_kit.recipe import QuantizationSpec, recipe_from_dict
 from qlora_kit.report import narrate
 from qlora_kit.report.reporter import Reporter
@@ -84,6 +86,11 @@ class TestComputing:
         (line,) = self.lines(Shortcuts(True, fusion, 1e-7))
         assert "3 LoRA layers in 2 operations; 2 LoRA layers left to PEFT (DoRA" in line
         assert line.endswith("gradients differ by 1.0e-07")
+
+    def test_parts_that_keep_less_are_counted(self) -> None:
+        lean = LeanParts(("a", "b"), {"c": KINDS[0]})
+        (line,) = self.lines(Shortcuts(lean=lean))
+        assert "2 MLPs that keep less; 1 norms that keep less" in line
 
     def test_none_is_said_too(self) -> None:
         assert self.lines(NONE) == ["shortcuts none"]

@@ -36,6 +36,7 @@ def test_both_are_taken_and_nothing_is_changed_by_the_trial(model: Any) -> None:
     found = chosen(model)
     assert found.supervised_loss
     assert found.fusion.num_layers == 14
+    assert (len(found.lean.mlps), len(found.lean.norms)) == (2, 5)
     assert 0 < found.difference < 1e-5
     assert found.left == ()
     assert model.training
@@ -46,9 +47,12 @@ def test_both_are_taken_and_nothing_is_changed_by_the_trial(model: Any) -> None:
 
 
 def test_each_can_be_switched_off(model: Any) -> None:
-    assert chosen(model, fused_loss=False, fused_lora=False) == NONE
+    none = {"fused_loss": False, "fused_lora": False, "fused_mlp": False, "fused_norm": False}
+    assert chosen(model, **none) == NONE
     assert chosen(model, fused_loss=False).supervised_loss is False
     assert chosen(model, fused_lora=False).fusion is None
+    assert chosen(model, fused_mlp=False).lean.mlps == ()
+    assert chosen(model, fused_norm=False).lean.norms == {}
     sharded = choose_shortcuts(model, TrainSpec(), "fp32", is_sharded=True)
     assert (sharded.supervised_loss, sharded.fusion) == (False, None)
     assert "several GPUs" in sharded.left[0]

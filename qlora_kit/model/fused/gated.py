@@ -1,0 +1,91 @@
+"""The gated MLP, down(act(gate(x)) · up(x)), without keeping what comes between gate and down.
+
+Of the four wide tensors of an MLP two are kept, gate(x) and up(x); act(gate(x)) and the product
+are made again in the backward pass by the same operations, so that all numbers are the same bits.
+Shazeer 2020, https://arxiv.org/abs/2002.05202.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_kit.model.fused.remade import Origins
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+_CHILDREN = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, act: Activation) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.act = act
+        return _product(gate, up, act)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (given,) = gradients
+        gate, up = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_()
+            activated = ctx.act(leaf)
+        (of_gate,) = torch.autograd.grad(activated, leaf, given * up)
+        return of_gate, activated.detach() * given, None
+
+
+def _product(gate: torch.Tensor, up: torch.Tensor, act: Activation) -> torch.Tensor:
+    """act(gate) · up, where it can be in the memory of act(gate)."""
+    activated = act(gate)
+    is_own = activated.untyped_storage().data_ptr() != gate.untyped_storage().data_ptr()
+    return activated.mul_(up) if is_own else activated * up
+
+
+class GatedForward:
+    """The forward pass of one MLP."""
+
+    def __init__(self, module: Any, origins: Origins):
+        self.module = module
+        self.origins = origins
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        module = self.module
+        gate, up = module.gate_proj(x), module.up_proj(x)
+        y: torch.Tensor
+        if not (torch.is_grad_enabled() and gate.requires_grad and up.requires_grad):
+            y = module.down_proj(_product(gate, up, module.act_fn))
+            return y
+        inner = _Gated.apply(gate, up, module.act_fn)
+        self.origins.note(inner, self._made, gate, up)
+        y = module.down_proj(inner)
+        return y
+
+    def _made(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return _product(gate, up, self.module.act_fn)
+
+
+def looks_gated(module: nn.Module) -> bool:
+    """Three linear layers and an activation without weights, and nothing else."""
+    children = dict(module.named_children())
+    return (
+        children.keys() == _CHILDREN
+        and not list(module.parameters(recurse=False))
+        and not list(children["act_fn"].parameters())
+    )
+
+
+def is_gated(module: Any, x: torch.Tensor) -> bool:
+    """Whether its own forward pass gives the same numbers, also in training."""
+    was_training = module.training
+    module.train()
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        wanted = module.forward(x)
+        torch.manual_seed(0)
+        gate, up = module.gate_proj(x), module.up_proj(x)
+        found = module.down_proj(module.act_fn(gate) * up)
+    module.train(was_training)
+    return gate.dtype == up.dtype and torch.equal(wanted, found)
