@@ -130,8 +130,8 @@ class DataSpec(Spec):
 
     padding_free: Literal["auto"] | bool = "auto"
     """Put a batch's examples into one row, isolated from each other, so that nothing is padded.
-    `auto` does so with the attention kernels that are told where examples end (flash, flex);
-    others compute attention between all tokens of the row and mask it."""
+    `auto` does so with the attention kernels that are told where examples end (flash, flex), and on
+    a CPU with torch's SDPA, which is given each example by itself."""
 
     loss_on: Literal["assistant", "last", "all"] | tuple[Role, ...] = "assistant"
     """Train on what the assistant says and its end-of-turn token, on its last turn only, on

@@ -10,7 +10,8 @@ from qlora_kit.data.collate import Collator, IsolatingCollator
 from qlora_kit.data.pack import PackedSequence, PackedSequences, pack
 from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.data.stream import StreamedSequences
-from qlora_kit.train.isolation import leaking, measure_leakage, require_isolation
+from qlora_kit.model.by_example import attending_by_example, can_attend_by_example
+from qlora_kit.train.isolation import Leakage, leaking, measure_leakage
 from qlora_kit.train.loader import (
     Item,
     Items,
@@ -44,6 +45,9 @@ class Batching:
 
     first: Sequence[Item] = ()
     """Of a stream, the items read beforehand."""
+
+    by_example: bool = False
+    """Whether attention takes the examples of a row one by one."""
 
     @property
     def num_items(self) -> int:
@@ -88,7 +92,9 @@ def plan_batches(
     pad_token_id = base.tokenizer.pad_token_id
     assert isinstance(pad_token_id, int)
     if spec.packing:
-        leakage = require_isolation(model, train.sequences, pad_token_id, base.compute_dtype)
+        leakage, by_example = _probed(model, base, train.sequences, pad_token_id)
+        if not leakage.is_isolated:
+            raise leaking("data.packing", leakage)
         packed: Sequence[Item] | StreamedSequences
         if train.stream is not None:
             packed, what = train.stream.packed(spec.max_length), "examples packed as they come"
@@ -102,20 +108,38 @@ def plan_batches(
             f"{what} of {spec.max_length} tokens, isolated from each other (probed: "
             f"{leakage.difference:.1e} of the logits' range)",
             () if train.stream is None else _packed(train.sequences, spec.max_length),
+            by_example,
         )
     items = train.sequences if train.stream is None else train.stream
     kernel = getattr(base.model.config, "_attn_implementation", None)
-    wanted = kernel in _VARIABLE_LENGTH if spec.padding_free == "auto" else spec.padding_free
+    wanted = spec.padding_free
+    if wanted == "auto":
+        is_on_cpu = next(model.parameters()).device.type == "cpu"
+        wanted = kernel in _VARIABLE_LENGTH or (is_on_cpu and can_attend_by_example(base.model))
     if wanted:
-        leakage = measure_leakage(model, train.sequences, pad_token_id, base.compute_dtype)
-        if leakage.is_isolated:
+        leakage, by_example = _probed(model, base, train.sequences, pad_token_id)
+        if leakage.is_isolated and (by_example or spec.padding_free is True or kernel != "sdpa"):
             collator = IsolatingCollator(pad_token_id, flatten=True)
-            what = f"without padding ({kernel})"
-            return Batching(items, held_out, collator, what, train.sequences)
+            what = f"without padding ({'each example by itself' if by_example else kernel})"
+            return Batching(items, held_out, collator, what, train.sequences, by_example)
         if spec.padding_free is True:
             raise leaking("data.padding_free", leakage)
     what = "padded to the longest of each"
     return Batching(items, held_out, Collator(pad_token_id), what, train.sequences)
+
+
+def _probed(
+    model: nn.Module, base: Base, sequences: Sequence[TokenSequence], pad_token_id: int
+) -> tuple[Leakage, bool]:
+    """What examples in one row see of each other, and whether attention takes them one by one:
+    where it can, unless the model does not tell it where they end.
+    """
+    probe = (model, sequences, pad_token_id, base.compute_dtype)
+    if can_attend_by_example(base.model):
+        leakage = measure_leakage(*probe, lambda: attending_by_example(base.model))
+        if leakage.is_isolated:
+            return leakage, True
+    return measure_leakage(*probe), False
 
 
 def _packed(sequences: Sequence[TokenSequence], capacity: int) -> Sequence[PackedSequence]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.errors import ModelError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import nn
 
@@ -40,15 +40,20 @@ def measure_leakage(
     sequences: Sequence[TokenSequence],
     pad_token_id: int,
     compute_dtype: torch.dtype,
+    attending: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Leakage:
     """Logits of examples packed behind another against those of each alone.
 
     Two rows are packed, the shorter of which is filled up, so that filling is probed too.
+
+    Args:
+        attending: how the packed ones are computed; those alone as the model does by itself.
     """
     parts = [_end_of(sequence) for sequence in sequences[:4]]
     parts = (parts * 4)[:4]
     rows = [PackedSequence((parts[0], parts[1], parts[2])), PackedSequence((parts[3], parts[0]))]
-    packed = _logits(model, rows, pad_token_id, compute_dtype)
+    with attending():
+        packed = _logits(model, rows, pad_token_id, compute_dtype)
     difference = 0.0
     for number, row in enumerate(rows):
         start = 0
@@ -60,19 +65,6 @@ def measure_leakage(
             difference = max(difference, apart / max(scale, 1e-6))
             start = end
     return Leakage(difference, _LIMIT[compute_dtype])
-
-
-def require_isolation(
-    model: nn.Module,
-    sequences: Sequence[TokenSequence],
-    pad_token_id: int,
-    compute_dtype: torch.dtype,
-) -> Leakage:
-    """Raises ModelError where packed examples see each other."""
-    leakage = measure_leakage(model, sequences, pad_token_id, compute_dtype)
-    if not leakage.is_isolated:
-        raise leaking("data.packing", leakage)
-    return leakage
 
 
 def leaking(asked: str, leakage: Leakage) -> ModelError:

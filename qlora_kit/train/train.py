@@ -11,6 +11,7 @@ import transformers
 
 from qlora_kit.environment import launcher_settings
 from qlora_kit.model.base import Base
+from qlora_kit.model.by_example import attending_by_example
 from qlora_kit.model.qat.attach import fake_quantization_of
 from qlora_kit.out_of_memory import MemoryLimit, limited_memory
 from qlora_kit.report import narrate
@@ -94,6 +95,7 @@ def train_adapter(
     with (
         limited_memory(spec.max_memory_mib, hardware.device) as limit,
         taken(model, shortcuts),
+        attending_by_example(model.get_base_model(), batches.by_example),
         able_to_recompute(model, spec.gradient_checkpointing),
     ):
         recompute = choose_recompute(model, batches, spec, around, is_sharded)

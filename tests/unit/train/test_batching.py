@@ -75,10 +75,24 @@ class WithKernel(torch.nn.Module):
         return self.model(**inputs)
 
 
-def test_padded_where_nothing_else_is_said(base: Base) -> None:
+def test_without_padding_where_nothing_else_is_said(base: Base) -> None:
+    """On a CPU, where torch's SDPA is given each example by itself."""
     batching = plan(base)
-    assert isinstance(batching.collator, Collator)
+    assert isinstance(batching.collator, IsolatingCollator)
+    assert batching.collator.flatten
+    assert batching.by_example
     assert [one.num_tokens for one in batching.train] == [10, 20, 12, 5, 32]
+    assert batching.description == "without padding (each example by itself)"
+
+
+def test_padded_where_attention_is_computed_otherwise(base: Base) -> None:
+    base.model.set_attn_implementation("eager")
+    try:
+        batching = plan(base)
+    finally:
+        base.model.set_attn_implementation("sdpa")
+    assert isinstance(batching.collator, Collator)
+    assert not batching.by_example
     assert batching.description == "padded to the longest of each"
 
 
@@ -114,7 +128,7 @@ def test_a_model_that_leaks_is_padded_or_refused(
     """Without packing nobody asked for it, so padding will do; with packing it stops."""
     leaks = Leakage(0.5, 1e-3)
     monkeypatch.setattr("qlora_kit.train.batching.measure_leakage", lambda *_: leaks)
-    monkeypatch.setattr("qlora_kit.train.isolation.measure_leakage", lambda *_: leaks)
+    assert isinstance(plan(base).collator, Collator)
     assert isinstance(plan(base, "flash_attention_2").collator, Collator)
     with pytest.raises(ModelError, match=r"data\.packing"):
         plan(base, packing=True)
@@ -164,7 +178,9 @@ def recipe_of(folder: Path, model: Path, packing: bool, batch_size: int) -> Reci
 @pytest.mark.parametrize("how", ["packing", "padding_free"])
 def test_training_packed_is_training_padded(tmp_path: Path, tiny_llama: Path, how: str) -> None:
     """All examples in each step, so loss and gradients are the same sums, packed or padded."""
-    padded = run_recipe(recipe_of(tmp_path / "padded", tiny_llama, False, 8))
+    recipe = recipe_of(tmp_path / "padded", tiny_llama, False, 8)
+    data = recipe.data.model_copy(update={"padding_free": False})
+    padded = run_recipe(recipe.model_copy(update={"data": data}))
     recipe = recipe_of(tmp_path / "packed", tiny_llama, False, 8)
     data = recipe.data.model_copy(update={how: True})
     packed = run_recipe(recipe.model_copy(update={"data": data}))

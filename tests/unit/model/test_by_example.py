@@ -1,0 +1,124 @@
+"""Attention that takes the examples of a row one by one: what it is given, and what comes of it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+from zoo import COMMON, DENSE
+
+from qlora_kit.data.collate import Batch, Collator, IsolatingCollator
+from qlora_kit.data.pack import PackedSequence
+from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
+from qlora_kit.model import by_example
+from qlora_kit.model.by_example import (
+    attending_by_example,
+    can_attend_by_example,
+    example_lengths,
+)
+
+NAMES = ("llama, untied", "qwen3: norms of queries", "gemma3", "gpt2: Conv1D, tied")
+
+
+def model_of(name: str, attention: str = "sdpa") -> Any:
+    kind, values = DENSE[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **COMMON, **values)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).eval()
+
+
+def rows(*lengths: int) -> list[TokenSequence]:
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for length in lengths:
+        ids = torch.randint(3, 300, (length,), generator=generator).tolist()
+        labels = (IGNORE_INDEX, *ids[1:])
+        made.append(TokenSequence(tuple(ids), labels, ""))
+    return made
+
+
+def outcome(model: Any, batch: Batch) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss over all supervised tokens, and every gradient."""
+    model.zero_grad()
+    inputs = {name: one for name, one in batch.items() if isinstance(one, torch.Tensor)}
+    loss = model(**inputs, use_cache=False, num_items_in_batch=100).loss
+    loss.backward()
+    return float(loss.detach()), {
+        name: one.grad.clone() for name, one in model.named_parameters() if one.grad is not None
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_batch_in_one_row_is_what_it_is_when_padded(name: str) -> None:
+    """Gemma 3 has layers with a sliding window of 8, which the longer examples exceed."""
+    model = model_of(name)
+    wanted = outcome(model, Collator(0)(rows(9, 20, 5, 20)))
+    with attending_by_example(model):
+        found = outcome(model, IsolatingCollator(0, flatten=True)(rows(9, 20, 5, 20)))
+    assert found[0] == pytest.approx(wanted[0], rel=1e-6)
+    for key, one in wanted[1].items():
+        torch.testing.assert_close(found[1][key], one, rtol=1e-4, atol=1e-6)
+
+
+def test_packed_rows_of_several_lengths_are_too() -> None:
+    model = model_of("llama, untied")
+    a, b, c, d = rows(9, 20, 5, 3)
+    batch = IsolatingCollator(0)([PackedSequence((a, b)), PackedSequence((c, d))])
+    wanted = outcome(model, batch)
+    with attending_by_example(model):
+        found = outcome(model, batch)
+    assert found[0] == pytest.approx(wanted[0], rel=1e-6)
+
+
+def test_each_example_is_attended_to_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama, untied")
+    seen: list[tuple[int, Any]] = []
+    own = by_example.sdpa_attention_forward
+
+    def watched(module: Any, query: torch.Tensor, *given: Any, **options: Any) -> Any:
+        seen.append((query.shape[2], options.get("attention_mask")))
+        return own(module, query, *given, **options)
+
+    monkeypatch.setattr(by_example, "sdpa_attention_forward", watched)
+    with attending_by_example(model), torch.no_grad():
+        outcome_of = IsolatingCollator(0, flatten=True)(rows(9, 20, 5))
+        model(outcome_of["input_ids"], position_ids=outcome_of["position_ids"], use_cache=False)
+    assert seen == [(9, None), (20, None), (5, None)] * 2
+
+
+def test_padding_masks_and_caches_are_as_ever() -> None:
+    model = model_of("llama, untied")
+    batch = Collator(0)(rows(9, 20))
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    with torch.no_grad():
+        wanted = model(**inputs, use_cache=False).logits
+        answer = model.generate(inputs["input_ids"][:1, :9], max_new_tokens=4, do_sample=False)
+        with attending_by_example(model):
+            found = model(**inputs, use_cache=False).logits
+            again = model.generate(inputs["input_ids"][:1, :9], max_new_tokens=4, do_sample=False)
+    assert torch.equal(found, wanted)
+    assert torch.equal(again, answer)
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_where_examples_begin() -> None:
+    positions = torch.tensor([[0, 1, 2, 0, 1, 0], [0, 1, 2, 3, 4, 5]])
+    assert example_lengths(positions) == ((3, 2, 1), (6,))
+
+
+def test_positions_are_not_kept_alive() -> None:
+    positions = torch.tensor([[0, 1, 0, 1]])
+    by_example._last_lengths.of(positions)
+    gone = weakref.ref(positions)
+    del positions
+    assert gone() is None
+
+
+def test_who_can() -> None:
+    assert can_attend_by_example(model_of("llama, untied"))
+    assert not can_attend_by_example(model_of("llama, untied", "eager"))
+    assert not can_attend_by_example(model_of("bloom: fused QKV, alibi", "eager"))
+    assert not can_attend_by_example(torch.nn.Linear(2, 2))
