@@ -43,6 +43,7 @@ HARMLESS: dict[str, str] = {
     "train.save_minutes": _CHECKPOINTS,
     "train.save_total_limit": _CHECKPOINTS,
     "train.keep_best": _CHECKPOINTS,
+    "train.memory_budget": "other sequences at a time, so the numbers may differ by rounding",
     "train.max_memory_mib": "other sequences at a time, so the numbers may differ by rounding",
     "evaluate.perplexity": _AFTER_TRAINING,
     "evaluate.window_tokens": _AFTER_TRAINING,

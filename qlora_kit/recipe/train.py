@@ -10,6 +10,7 @@ from pydantic import Field, field_validator
 from qlora_kit.errors import Fault
 from qlora_kit.recipe.base import Spec, without_effect
 from qlora_kit.recipe.schedule import DEFAULT_WARMUP, Schedule, schedule_faults
+from qlora_kit.recipe.size import is_size, size_bytes
 
 # Of which families of optimizers transformers hands each of these on to.
 _READERS_OF = {
@@ -158,8 +159,20 @@ class TrainSpec(Spec):
     """Use no more memory than this, of the GPU where there is one, else of this process, as if
     there were no more. Where it runs out, fewer sequences are trained on at a time."""
 
+    memory_budget: str = "auto"
+    """Train as fast as can be in this much memory, such as 20GiB: of this process on a CPU, of what
+    is allocated on a GPU. How many sequences are taken at a time, how many layers recompute, and
+    whether unpacked weights stay or activations wait in the host's memory is chosen by a count of
+    what the longest batch keeps; every update trains on the same. `auto` takes the recipe's
+    sequences at a time, and lets layers recompute by what is free."""
+
     report_to: tuple[Tracker, ...] = ()
     """Experiment trackers; none by default, and never any telemetry of our own."""
+
+    @property
+    def memory_budget_bytes(self) -> int | None:
+        """None: auto."""
+        return None if self.memory_budget == "auto" else size_bytes(self.memory_budget)
 
     @field_validator("eval_strategy", "save_strategy", mode="before")
     @classmethod
@@ -170,6 +183,9 @@ class TrainSpec(Spec):
     def contradictions(self) -> Iterator[Fault]:
         if self.eval_strategy == "steps" and self.eval_steps is None:
             yield Fault("eval_steps", "eval_strategy: steps needs it", "try eval_steps: 50")
+        if self.memory_budget != "auto" and not is_size(self.memory_budget):
+            message = f"must be auto or a size with its unit, got {self.memory_budget!r}"
+            yield Fault("memory_budget", message, "try memory_budget: 20GiB")
         yield from self._options_without_effect()
         if self.keep_best:
             yield from self._keep_best_faults()

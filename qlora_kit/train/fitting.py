@@ -15,11 +15,27 @@ _EVAL_BATCH = "eval_rows_at_a_time"
 _RECOMPUTE = "all_layers_recompute"
 
 
+def divisor_of(num_sequences: int, at_a_time: int) -> int:
+    """How often a micro-batch is halved into parts, so that no part has more sequences."""
+    divisor = 1
+    while -(-num_sequences // divisor) > at_a_time:
+        divisor *= 2
+    return divisor
+
+
+def sequences_before(progress: Progress | None, spec: TrainSpec) -> int | None:
+    """As many as the attempts before took at a time, of the same recipe; None: nothing is known."""
+    if progress is None or not _is_of(progress.fitted, spec):
+        return None
+    return progress.fitted[_MICRO_BATCH]
+
+
 def fitted(trainer: QloraTrainer, spec: TrainSpec) -> dict[str, int | None]:
     """What `put_back_what_fits` goes by, with what the recipe asked for; empty where that fits."""
     rows = trainer.held_out.batch_size if trainer.held_out else spec.per_device_eval_batch_size
     had_to = trainer.recompute is not None and trainer.recompute.is_forced
-    if trainer.divisor == 1 and rows == spec.per_device_eval_batch_size and not had_to:
+    is_as_asked = trainer.divisor == 1 and rows == spec.per_device_eval_batch_size and not had_to
+    if is_as_asked and spec.memory_budget_bytes is None:
         return {}
     return {
         **_asked(spec),
@@ -35,18 +51,20 @@ def put_back_what_fits(
     """Begin with what the attempts before came down to, unless the recipe now asks for other
     batches or another limit, which are then tried.
     """
-    found, asked = progress.fitted, _asked(spec)
-    if not found or any(found.get(name) != value for name, value in asked.items()):
+    found = progress.fitted
+    if not _is_of(found, spec):
         return
     size, rows = found[_MICRO_BATCH], found[_EVAL_BATCH]
     assert size is not None
     assert rows is not None
-    while trainer.micro_batch > size:
-        trainer.divisor *= 2
+    divisor, trainer.divisor = (
+        trainer.divisor,
+        max(trainer.divisor, divisor_of(spec.per_device_train_batch_size, size)),
+    )
     if found.get(_RECOMPUTE) and trainer.recompute is not None:
         trainer.recompute.all()
         reporter.say("memory    all layers recompute from the start: it ran out before otherwise")
-    told = [f"{size} of {spec.per_device_train_batch_size} sequences"] * (trainer.divisor > 1)
+    told = [f"{size} of {spec.per_device_train_batch_size} sequences"] * (trainer.divisor > divisor)
     if trainer.held_out is not None and rows < spec.per_device_eval_batch_size:
         trainer.held_out.batch_size = rows
         told.append(f"{rows} of {spec.per_device_eval_batch_size} held-out rows")
@@ -57,9 +75,15 @@ def put_back_what_fits(
         )
 
 
+def _is_of(found: dict[str, int | None], spec: TrainSpec) -> bool:
+    """Whether this was found for a recipe that asks for the same."""
+    return bool(found) and all(found.get(name) == value for name, value in _asked(spec).items())
+
+
 def _asked(spec: TrainSpec) -> dict[str, int | None]:
     return {
         "per_device_train_batch_size": spec.per_device_train_batch_size,
         "per_device_eval_batch_size": spec.per_device_eval_batch_size,
         "max_memory_mib": spec.max_memory_mib,
+        "memory_budget_bytes": spec.memory_budget_bytes,
     }

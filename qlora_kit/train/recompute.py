@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.errors import ModelError
+from qlora_kit.model.fused.residents import Residents
 from qlora_kit.out_of_memory import is_out_of_memory
 from qlora_kit.train.memory import cgroup_limit_bytes
 from qlora_kit.train.snapshot import put_random_state_back, random_state
@@ -221,15 +222,19 @@ class Recompute:
     """Of the choice, for people; empty where the recipe made it."""
     is_forced: bool = False
     """Whether memory ran out with what was chosen."""
+    residents: Residents = field(default_factory=Residents)
 
     def __post_init__(self) -> None:
         recompute_first(self.model, self.count)
 
     def can_give_more(self) -> bool:
-        return self.count < self.num_layers
+        return self.count < self.num_layers or self.residents.num_bytes > 0
 
     def all(self) -> None:
-        """Let every layer recompute from here on; the numbers stay the same."""
+        """Let every layer recompute from here on, and keep no unpacked weights; the numbers stay
+        the same.
+        """
+        self.residents.release()
         self.count, self.is_forced = self.num_layers, True
         recompute_first(self.model, self.count)
 
@@ -255,7 +260,7 @@ def choose_recompute(
     if is_sharded or not layers or not longest:
         return Recompute(model, len(layers), len(layers), "what a layer keeps is not known here")
     try:
-        kept = measure_kept(model, lambda n: _loss_of(model, batches.collator, n, around))
+        kept = measure_kept(model, lambda n: loss_of_length(model, batches.collator, n, around))
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -275,7 +280,7 @@ def choose_recompute(
     )
 
 
-def _loss_of(
+def loss_of_length(
     model: PeftModel, collator: AnyCollator, length: int, around: Surroundings
 ) -> torch.Tensor:
     """Of one sequence of that length, the end of which is supervised."""

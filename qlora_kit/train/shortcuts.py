@@ -14,6 +14,7 @@ import torch
 from qlora_kit.model.fused.attach import Fusion, fused, plan_fusion
 from qlora_kit.model.fused.lean import NO_PARTS, LeanParts, lean, looking_for_lean_parts
 from qlora_kit.model.fused.remade import Origins
+from qlora_kit.model.fused.residents import Residents
 from qlora_kit.out_of_memory import is_out_of_memory
 from qlora_kit.train.supervised_loss import supervised_only
 
@@ -133,14 +134,20 @@ def _tried(
 
 
 @contextmanager
-def taken(model: PeftModel, shortcuts: Shortcuts) -> Iterator[None]:
-    """Compute so, while the context lasts."""
+def taken(
+    model: PeftModel, shortcuts: Shortcuts, residents: Residents | None = None
+) -> Iterator[None]:
+    """Compute so, while the context lasts.
+
+    Args:
+        residents: unpacked weights that stay, of fused layers.
+    """
     origins = Origins()
     with ExitStack() as stack:
         if shortcuts.supervised_loss:
             stack.enter_context(supervised_only(model.get_base_model()))
         if shortcuts.fusion is not None:
-            stack.enter_context(fused(model, shortcuts.fusion, origins))
+            stack.enter_context(fused(model, shortcuts.fusion, origins, residents))
         stack.enter_context(lean(model, shortcuts.lean, origins))
         yield
 

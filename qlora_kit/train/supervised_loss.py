@@ -156,8 +156,12 @@ class SupervisedForward:
 
 def chunk_size(num_entries: int, device: str) -> int:
     """Places whose logits are computed at a time."""
-    limit = _CHUNK_BYTES_ON_A_CPU if device == "cpu" else _CHUNK_BYTES
-    return max(limit // (4 * max(num_entries, 1)), _FEWEST)
+    return max(chunk_bytes(device) // (4 * max(num_entries, 1)), _FEWEST)
+
+
+def chunk_bytes(device: str) -> int:
+    """Of the logits of one chunk, at most, unless the vocabulary is huge."""
+    return _CHUNK_BYTES_ON_A_CPU if device == "cpu" else _CHUNK_BYTES
 
 
 @contextmanager

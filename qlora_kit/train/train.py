@@ -12,11 +12,13 @@ import transformers
 from qlora_kit.environment import launcher_settings
 from qlora_kit.model.base import Base
 from qlora_kit.model.by_example import attending_by_example
+from qlora_kit.model.fused.residents import Residents
 from qlora_kit.model.qat.attach import fake_quantization_of
 from qlora_kit.out_of_memory import MemoryLimit, limited_memory
 from qlora_kit.report import narrate
 from qlora_kit.train.arguments import training_arguments
 from qlora_kit.train.batching import Batching
+from qlora_kit.train.budget import Fit, fit_memory
 from qlora_kit.train.cadence import Cadence
 from qlora_kit.train.callbacks import StepCallback
 from qlora_kit.train.continuation import Continuation, GoOn, MakeUp, shape_for
@@ -25,7 +27,7 @@ from qlora_kit.train.held_out import GivenUp, HeldOutLoss
 from qlora_kit.train.hooks import Hooks
 from qlora_kit.train.loader import BatchShape, MicroBatches
 from qlora_kit.train.quantization import QuantizationStart
-from qlora_kit.train.recompute import Recompute, able_to_recompute, choose_recompute
+from qlora_kit.train.recompute import able_to_recompute
 from qlora_kit.train.saving import Saver
 from qlora_kit.train.shortcuts import choose_shortcuts, taken
 from qlora_kit.train.snapshot import Progress
@@ -81,7 +83,8 @@ def train_adapter(
             quantization would set in after the last update.
         RunError: the checkpoint does not fit this model, these data or these processes.
         CheckpointError: a checkpoint could not be written.
-        HardwareError: not even one sequence at a time fits the memory.
+        HardwareError: not even one sequence at a time fits the memory, or nothing fits
+            train.memory_budget.
     """
     processes, hardware = around.processes, around.hardware
     transformers.set_seed(spec.seed + processes.rank)
@@ -92,17 +95,19 @@ def train_adapter(
     laps = around.laps
     shortcuts = choose_shortcuts(model, spec, around.precision, is_sharded)
     laps.lap("trial of the shortcuts")
+    residents = Residents()
     with (
         limited_memory(spec.max_memory_mib, hardware.device) as limit,
-        taken(model, shortcuts),
+        taken(model, shortcuts, residents),
         attending_by_example(model.get_base_model(), batches.by_example),
         able_to_recompute(model, spec.gradient_checkpointing),
     ):
-        recompute = choose_recompute(model, batches, spec, around, is_sharded)
+        progress_before = continuation.progress if continuation else None
+        fit = fit_memory(model, batches, spec, around, is_sharded, residents, progress_before)
         laps.lap("count of what layers keep")
-        narrate.computing(around.reporter, shortcuts, recompute)
+        narrate.computing(around.reporter, shortcuts, fit.recompute)
         trainer, step, cadence = _trainer(
-            model, base, batches, spec, around, continuation, shape, num_updates, limit, recompute
+            model, base, batches, spec, around, continuation, shape, num_updates, limit, fit
         )
         around.memory.phase("training")
         with (
@@ -112,6 +117,7 @@ def train_adapter(
             warnings.catch_warnings(),
             told_in_the_foreground(),
             trainer.hooks.settled(),
+            fit.offloading(),
         ):
             # On a CPU paged optimizers run unpaged, which is what is meant there.
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
@@ -163,7 +169,7 @@ def _trainer(
     shape: BatchShape,
     num_updates: int,
     limit: MemoryLimit,
-    recompute: Recompute,
+    fit: Fit,
 ) -> tuple[QloraTrainer, StepCallback, Cadence]:
     """The trainer and its callbacks, which know each other."""
     start = continuation.progress.update if continuation else 0
@@ -208,7 +214,8 @@ def _trainer(
             limit=limit,
             out_of_memory=lambda found, size: what_would_help(found, size, base, spec, around),
         ),
-        recompute=recompute,
+        recompute=fit.recompute,
+        divisor=fit.divisor,
         progress=continuation.progress if continuation else Progress(),
         loraplus_lr_ratio=spec.loraplus_lr_ratio,
     )

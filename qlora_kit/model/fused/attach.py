@@ -18,6 +18,7 @@ from torch import nn
 from qlora_kit.model.fused.linear import FrozenLinear, is_frozen_linear, shared_input_lora
 from qlora_kit.model.fused.remade import Origins
 from qlora_kit.model.fused.replaced import replaced_forward
+from qlora_kit.model.fused.residents import Residents
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -118,13 +119,13 @@ class _Group:
 class _FusedForward:
     """The forward pass of one LoRA layer."""
 
-    def __init__(self, layer: Any, group: _Group, origins: Origins):
+    def __init__(self, layer: Any, group: _Group, origins: Origins, residents: Residents):
         self.layer = layer
         self.origins = origins
         self.group = group
         self.own_forward: Callable[..., torch.Tensor] = layer.forward
         (self.adapter,) = (name for name in layer.active_adapters if name in layer.lora_A)
-        self.base = FrozenLinear(layer.base_layer)
+        self.base = FrozenLinear(layer.base_layer, residents)
         self.is_four_bit = type(layer).__name__ == "Linear4bit"
 
     def __call__(self, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -181,18 +182,24 @@ def _computed(
 
 
 @contextmanager
-def fused(model: PeftModel, fusion: Fusion, origins: Origins | None = None) -> Iterator[None]:
+def fused(
+    model: PeftModel,
+    fusion: Fusion,
+    origins: Origins | None = None,
+    residents: Residents | None = None,
+) -> Iterator[None]:
     """The layers of a plan computed as one operation, while the context lasts.
 
     Args:
         origins: how inputs came about that need not be kept.
+        residents: unpacked weights that stay.
     """
-    origins = origins or Origins()
+    origins, residents = origins or Origins(), residents or Residents()
     with ExitStack() as stack:
         for names in fusion.groups:
             group = _Group()
             layers = [model.get_submodule(name) for name in names]
-            members = [_FusedForward(layer, group, origins) for layer in layers]
+            members = [_FusedForward(layer, group, origins, residents) for layer in layers]
             group.members = members
             for layer, member in zip(layers, members, strict=True):
                 stack.enter_context(replaced_forward(layer, member))

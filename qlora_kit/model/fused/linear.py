@@ -13,13 +13,14 @@ https://arxiv.org/abs/2106.09685, and Dettmers et al. 2023, https://arxiv.org/ab
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
 from qlora_kit.model.fused.remade import Remade
+from qlora_kit.model.fused.residents import Residents
 from qlora_kit.model.quantized import is_four_bit
 
 
@@ -28,17 +29,25 @@ class FrozenLinear:
     """A linear layer whose weight is not trained: 4-bit, or as it is."""
 
     module: Any
+    residents: Residents = field(default_factory=Residents)
+
+    @property
+    def is_packed(self) -> bool:
+        return is_four_bit(self.module.weight)
 
     def weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """(O, I), unpacked."""
-        weight = self.module.weight
-        if is_four_bit(weight):
-            from bitsandbytes.functional import dequantize_4bit
-
-            dense: torch.Tensor = dequantize_4bit(weight.data, weight.quant_state)
-            return dense.to(dtype)
-        plain: torch.Tensor = weight.detach().to(dtype)
+        """(O, I), unpacked; not to be written to."""
+        if self.is_packed:
+            return self.residents.weight(self.module, dtype, lambda: self._unpacked(dtype))
+        plain: torch.Tensor = self.module.weight.detach().to(dtype)
         return plain
+
+    def _unpacked(self, dtype: torch.dtype) -> torch.Tensor:
+        from bitsandbytes.functional import dequantize_4bit
+
+        weight = self.module.weight
+        dense: torch.Tensor = dequantize_4bit(weight.data, weight.quant_state)
+        return dense.to(dtype)
 
     def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
         bias = self.module.bias

@@ -1,0 +1,223 @@
+"""Training within a budget: what is chosen, that it changes no loss, and what is said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from qlora_kit.errors import HardwareError, RecipeError
+from qlora_kit.model.fused.residents import Residents
+from qlora_kit.recipe import TrainSpec, recipe_from_dict
+from qlora_kit.recipe.size import size_bytes
+from qlora_kit.report.reporter import Reporter
+from qlora_kit.run import run_recipe
+from qlora_kit.train import budget
+from qlora_kit.train.budget import Fit, Situation, Way
+from qlora_kit.train.fitting import divisor_of, sequences_before
+from qlora_kit.train.recompute import Growth, Kept, Recompute
+from qlora_kit.train.snapshot import Progress
+
+
+class Heard(Reporter):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def situation(device: str = "cpu", counts: Any = range(5), tokens: int = 50) -> Situation:
+    """Four layers that keep 100 bytes a token each, beside inputs of 10 and a rest of 7."""
+    kept = Kept((Growth(0, 100, 0),) * 4, Growth(0, 10, 0), Growth(0, 7, 0))
+    return Situation(kept, 8, tokens, 1000.0, device, counts)
+
+
+class TestTheFastest:
+    def test_nothing_is_given_up_where_all_fits(self) -> None:
+        one = situation()
+        assert one.fastest(one.peak_bytes(Way(8, 0))) == Way(8, 0)
+
+    def test_on_a_cpu_fewer_sequences_at_a_time_before_recomputing(self) -> None:
+        one = situation()
+        assert one.fastest(one.peak_bytes(Way(8, 0)) - 1) == Way(4, 0)
+
+    def test_a_gpu_recomputes_before_its_kernels_run_empty(self) -> None:
+        one = situation("cuda")
+        assert one.fastest(one.peak_bytes(Way(8, 2))) == Way(8, 2)
+
+    def test_layers_recompute_where_one_sequence_is_too_much(self) -> None:
+        one = situation()
+        assert one.fastest(one.peak_bytes(Way(1, 3))) == Way(1, 3)
+
+    def test_activations_leave_a_gpu_only_where_nothing_else_helps(self) -> None:
+        one = situation("cuda")
+        on_it = min(one.peak_bytes(way) for way in one.ways() if not way.offloads)
+        found = one.fastest(on_it - 1)
+        assert found is not None
+        assert found.offloads
+        assert not any(way.offloads for way in situation().ways())
+
+    def test_what_the_recipe_says_of_recomputing_holds(self) -> None:
+        one = situation(counts=(4,))
+        assert one.fastest(1e9) == Way(8, 4)
+
+    def test_none_where_nothing_fits_and_the_leanest_is_known(self) -> None:
+        one = situation()
+        assert one.fastest(one.peak_bytes(one.leanest()) - 1) is None
+        assert one.leanest() == Way(1, 3), "the last layer's turn comes at once"
+
+    def test_a_run_that_goes_on_takes_as_many_at_a_time_as_before_if_that_fits(self) -> None:
+        one = situation()
+        assert one.fastest(1e9, at_a_time=2) == Way(2, 0)
+        assert one.fastest(one.peak_bytes(Way(1, 0)), at_a_time=4) in (Way(4, 4), Way(1, 0))
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("20GiB", 20 * 2**30), ("1.5 MiB", 3 * 2**19), ("900MB", 900 * 10**6)],
+)
+def test_sizes_have_a_unit(text: str, wanted: int) -> None:
+    assert size_bytes(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["20", "GiB", "-1GiB", "0GiB", "20 gigs"])
+def test_what_is_no_size_is_a_fault_of_the_recipe(text: str) -> None:
+    with pytest.raises(RecipeError, match=r"train\.memory_budget: must be auto or a size"):
+        recipe_from_dict(
+            {
+                "model": {"name_or_path": "demo/smollm2-135m-instruct"},
+                "data": {"train": [{"path": "a.jsonl"}]},
+                "train": {"memory_budget": text},
+            },
+            "x",
+        )
+
+
+def test_halves_until_it_fits() -> None:
+    assert [divisor_of(8, n) for n in (8, 5, 4, 1)] == [1, 2, 2, 8]
+    assert divisor_of(5, 3) == 2
+
+
+def test_what_a_checkpoint_says_holds_for_the_same_recipe() -> None:
+    spec = TrainSpec(memory_budget="2GiB")
+    fitted: dict[str, int | None] = {
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 8,
+        "max_memory_mib": None,
+        "memory_budget_bytes": 2 * 2**30,
+        "sequences_at_a_time": 2,
+    }
+    assert sequences_before(Progress(fitted=fitted), spec) == 2
+    assert sequences_before(Progress(fitted=fitted), TrainSpec(memory_budget="3GiB")) is None
+    assert sequences_before(Progress(), spec) is None
+    assert sequences_before(None, spec) is None
+
+
+ROWS = [
+    {
+        "messages": [
+            {"role": "user", "content": f"turn lamp {n} to {n * 10} percent" * (1 + n % 3)},
+            {"role": "assistant", "content": '{"lamp":' + "7" * (n % 4) + "}"},
+        ]
+    }
+    for n in range(8)
+]
+
+
+def trained(folder: Path, model: Path, memory_budget: str) -> tuple[list[float], list[str]]:
+    """(the loss of each update, what was said)"""
+    folder.mkdir()
+    rows = folder / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    values = {
+        "model": {"name_or_path": str(model)},
+        "data": {"train": [{"path": str(rows)}], "max_length": 128},
+        "lora": {"r": 4, "alpha": 8},
+        "quantization": {"compute_dtype": "float32"},
+        "train": {
+            "optim": "adamw_torch",
+            "learning_rate": 0.01,
+            "max_steps": 3,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 2,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "precision": "fp32",
+            "memory_budget": memory_budget,
+        },
+        "export": {"merge": False},
+        "run_dir": str(folder / "run"),
+    }
+    heard = Heard()
+    run_recipe(recipe_from_dict(values, "test"), heard)
+    lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").open()]
+    return [line["loss"] for line in lines if "loss" in line], heard.lines
+
+
+def test_losses_are_the_same_whatever_is_chosen(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tensors of so small a model are nothing beside the process, which is left out here."""
+    monkeypatch.setattr(budget, "_taken_bytes", lambda _: 0)
+    monkeypatch.setattr(budget, "_bytes_of_update", lambda *_: 0)
+    wanted, said = trained(tmp_path / "auto", tiny_llama, "auto")
+    assert not any(line.startswith("budget") for line in said)
+    chosen = []
+    for memory_budget in ("8MiB", "1000KiB", "400KiB"):
+        losses, said = trained(tmp_path / memory_budget, tiny_llama, memory_budget)
+        assert losses == pytest.approx(wanted, rel=1e-5)
+        (line,) = [one for one in said if one.startswith("budget")]
+        chosen.append(line)
+    assert "4 of 4 sequences" in chosen[0]
+    assert "0 of 2 layers recomputing" in chosen[0]
+    assert "unpacked weights stay in" in chosen[0]
+    assert len({line.split("; ")[0].split(": ")[1] for line in chosen}) == 3, chosen
+
+
+def test_a_budget_that_nothing_fits_says_the_smallest_that_would(
+    tmp_path: Path, tiny_llama: Path
+) -> None:
+    with pytest.raises(HardwareError, match=r"nothing fits train\.memory_budget") as caught:
+        trained(tmp_path / "small", tiny_llama, "10MiB")
+    smallest = str(caught.value).split("smallest that would: ")[1].split(",")[0]
+    assert size_bytes(smallest) > 10 * 2**20
+    enough = size_bytes(smallest) // 2**20 + 64  # the process may have grown since
+    trained(tmp_path / "again", tiny_llama, f"{enough}MiB")
+
+
+def test_activations_that_wait_elsewhere_give_the_same_bits(tiny_llama: Path) -> None:
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    model = get_peft_model(base.requires_grad_(False), LoraConfig(r=4, target_modules="all-linear"))
+    ids = torch.arange(3, 40)[None]
+    found = []
+    for offloads in (False, True):
+        model.zero_grad()
+        with Fit(Recompute(model, 0, 2), offloads=offloads).offloading():
+            model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found.append([one.grad.clone() for one in model.parameters() if one.grad is not None])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+class TestResidents:
+    def test_they_stay_as_far_as_there_is_room(self) -> None:
+        layers = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)]
+        residents = Residents(room_bytes=4 * 16)
+        made = [residents.weight(one, torch.float32, lambda: torch.zeros(4, 4)) for one in layers]
+        assert residents.num_bytes == 64
+        assert residents.weight(layers[0], torch.float32, pytest.fail) is made[0]
+        assert residents.weight(layers[1], torch.float32, lambda: made[0]) is made[0]
+
+    def test_they_go_before_a_micro_batch_is_halved(self) -> None:
+        residents = Residents(room_bytes=64)
+        recompute = Recompute(torch.nn.Linear(2, 2), 0, 0, residents=residents)
+        assert not recompute.can_give_more()
+        residents.weight(torch.nn.Linear(4, 4), torch.float32, lambda: torch.zeros(4, 4))
+        assert recompute.can_give_more()
+        recompute.all()
+        assert residents.num_bytes == residents.room_bytes == 0
