@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from qlora_kit.cli.arguments import AllowPickle, AsJson, TrustRemoteCode
+from qlora_kit.recipe.size import size_bytes
 
 if TYPE_CHECKING:
     from qlora_kit.quantize.mixed_base import Chosen
@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from qlora_kit.quantize.sensitivity.measure import Sensitivity
 
 NAME = "sensitivity"
-
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
-_UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_BUDGET = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]+)\s*")
 
 
 def command(
@@ -161,10 +157,10 @@ def parse_bytes(text: str) -> int:
     Raises:
         BadParameter: it is no size.
     """
-    found = _BUDGET.fullmatch(text)
-    if found is None or found[2].upper() not in _UNITS:
+    found = size_bytes(text)
+    if found is None:
         raise typer.BadParameter(f"--budget must be a size such as 5.0GiB or 600MB, got {text}.")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    return found
 
 
 def _values(model: str, found: Sensitivity, chosen: Chosen | Descent | None) -> dict[str, Any]:

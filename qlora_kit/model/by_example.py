@@ -68,17 +68,14 @@ def _attention(
     rows = []
     for place, row in enumerate(zip(*(one.split(1) for one in (query, key, value)), strict=True)):
         parts = _split(row, lengths[place])
-        outputs = [
-            sdpa_attention_forward(module, *part, attention_mask=None, **options)[0]
-            for part in parts
-        ]
+        outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in parts]
         rows.append(torch.cat(outputs, dim=1))
     return torch.cat(rows), None
 
 
 def _split(
     row: Sequence[torch.Tensor], lengths: tuple[int, ...]
-) -> Iterator[tuple[torch.Tensor, ...]]:
+) -> Iterator[Sequence[torch.Tensor]]:
     """The query, key and value of each example."""
     return zip(*(one.split(lengths, dim=2) for one in row), strict=True)
 

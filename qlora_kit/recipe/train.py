@@ -10,7 +10,7 @@ from pydantic import Field, field_validator
 from qlora_kit.errors import Fault
 from qlora_kit.recipe.base import Spec, without_effect
 from qlora_kit.recipe.schedule import DEFAULT_WARMUP, Schedule, schedule_faults
-from qlora_kit.recipe.size import is_size, size_bytes
+from qlora_kit.recipe.size import size_bytes
 
 # Of which families of optimizers transformers hands each of these on to.
 _READERS_OF = {
@@ -171,7 +171,7 @@ class TrainSpec(Spec):
 
     @property
     def memory_budget_bytes(self) -> int | None:
-        """None: auto."""
+        """None: auto, or what contradictions() finds fault with."""
         return None if self.memory_budget == "auto" else size_bytes(self.memory_budget)
 
     @field_validator("eval_strategy", "save_strategy", mode="before")
@@ -183,7 +183,7 @@ class TrainSpec(Spec):
     def contradictions(self) -> Iterator[Fault]:
         if self.eval_strategy == "steps" and self.eval_steps is None:
             yield Fault("eval_steps", "eval_strategy: steps needs it", "try eval_steps: 50")
-        if self.memory_budget != "auto" and not is_size(self.memory_budget):
+        if self.memory_budget != "auto" and not self.memory_budget_bytes:
             message = f"must be auto or a size with its unit, got {self.memory_budget!r}"
             yield Fault("memory_budget", message, "try memory_budget: 20GiB")
         yield from self._options_without_effect()

@@ -220,7 +220,9 @@ def _counts(model: PeftModel, spec: TrainSpec) -> Sequence[int]:
 
 
 def _taken_bytes(device: str) -> int:
-    return torch.cuda.memory_allocated() if device == "cuda" else psutil.Process().memory_info().rss
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    return int(psutil.Process().memory_info().rss)
 
 
 def _bytes_of_update(model: PeftModel, device: str) -> int:

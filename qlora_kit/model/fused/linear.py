@@ -82,11 +82,11 @@ class _SharedInput(torch.autograd.Function):
             del weight
             y.addmm_(inner[:, part], up.to(dtype).T, alpha=scale)
             outputs.append(y.view(*x.shape[:-1], -1).to(out_dtype))
-        ctx.make, kept = None, (given,)
-        if dropped is None and remade is not None:
-            ctx.make, kept = remade.make, remade.parts
-        ctx.num_kept = len(kept)
-        ctx.save_for_backward(*kept, inner, *factors)
+        if dropped is not None or remade is None:
+            remade = Remade(_same, (given,))
+        ctx.make = remade.make
+        ctx.num_kept = len(remade.parts)
+        ctx.save_for_backward(*remade.parts, inner, *factors)
         ctx.layers, ctx.scales, ctx.dtype = layers, scales, dtype
         ctx.shape, ctx.x_dtype = x.shape, x.dtype
         ctx.is_dropped = dropped is not None
@@ -122,7 +122,7 @@ class _SharedInput(torch.autograd.Function):
             of_dropped = (inner_gradient @ down).view(ctx.shape).to(ctx.dropped_dtype)
         elif x_needed and of_x is not None:
             of_x.addmm_(inner_gradient, down)
-        given = kept[0] if ctx.make is None else _flat(ctx.make(*kept), dtype)
+        given = _flat(ctx.make(*kept), dtype)
         of_down = inner_gradient.T @ given
         of_downs = [of_down[part].to(one.dtype) for one, part in zip(downs, parts, strict=True)]
         of_factors = [one for pair in zip(of_downs, of_ups, strict=True) for one in pair]
@@ -159,6 +159,10 @@ def shared_input_lora(
             x, dropped, remade, tuple(layers), tuple(scales), dtype, out_dtype, *factors
         )
     return outputs
+
+
+def _same(x: torch.Tensor) -> torch.Tensor:
+    return x
 
 
 def _flat(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

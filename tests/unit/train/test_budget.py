@@ -186,8 +186,10 @@ def test_a_budget_that_nothing_fits_says_the_smallest_that_would(
     with pytest.raises(HardwareError, match=r"nothing fits train\.memory_budget") as caught:
         trained(tmp_path / "small", tiny_llama, "10MiB")
     smallest = str(caught.value).split("smallest that would: ")[1].split(",")[0]
-    assert size_bytes(smallest) > 10 * 2**20
-    enough = size_bytes(smallest) // 2**20 + 64  # the process may have grown since
+    smallest_bytes = size_bytes(smallest)
+    assert smallest_bytes is not None
+    assert smallest_bytes > 10 * 2**20
+    enough = smallest_bytes // 2**20 + 64  # the process may have grown since
     trained(tmp_path / "again", tiny_llama, f"{enough}MiB")
 
 
