@@ -159,7 +159,7 @@ class TrainSpec(Spec):
     """Use no more memory than this, of the GPU where there is one, else of this process, as if
     there were no more. Where it runs out, fewer sequences are trained on at a time."""
 
-    memory_budget: str = "auto"
+    memory_budget: Literal["auto"] | str = "auto"
     """Train as fast as can be in this much memory, such as 20GiB: of this process on a CPU, of what
     is allocated on a GPU. How many sequences are taken at a time, how many layers recompute, and
     whether unpacked weights stay or activations wait in the host's memory is chosen by a count of

@@ -221,7 +221,7 @@ def _counts(model: PeftModel, spec: TrainSpec) -> Sequence[int]:
 
 def _taken_bytes(device: str) -> int:
     if device == "cuda":
-        return torch.cuda.memory_allocated()
+        return int(torch.cuda.memory_allocated())
     return int(psutil.Process().memory_info().rss)
 
 
