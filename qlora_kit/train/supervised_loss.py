@@ -45,10 +45,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + size)
             with torch.set_grad_enabled(gradient is not None):
                 chunk = hidden[part].detach().requires_grad_(gradient is not None)
-                loss = _summed(head(chunk), targets[part])
-            total += loss.detach()
+                logits = head(chunk)
+            loss, of_logits = _with_gradient(logits.detach(), targets[part], gradient is not None)
+            total += loss
             if gradient is not None:
-                (gradient[part],) = torch.autograd.grad(loss, chunk)
+                (gradient[part],) = torch.autograd.grad(logits, chunk, of_logits)
         ctx.gradient = gradient
         return total
 
@@ -85,6 +86,22 @@ def chunked_cross_entropy(
             use_reentrant=False,
         )
     return total
+
+
+def _with_gradient(
+    logits: torch.Tensor, targets: torch.Tensor, is_needed: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """(the sum of cross-entropies, softmax less 1 at the target: its gradient, in the logits' dtype)
+
+    In two tensors of the logits' shape, where autograd takes four.
+    """
+    log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+    loss = F.nll_loss(log_probabilities, targets, reduction="sum")
+    if not is_needed:
+        return loss, None
+    of_logits = log_probabilities.exp_()
+    of_logits[torch.arange(len(targets), device=targets.device), targets] -= 1.0
+    return loss, of_logits.to(logits.dtype)
 
 
 def _summed(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -151,7 +168,7 @@ class SupervisedForward:
         place = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
         with replaced_forward(self.backbone, lambda *_, **__: given):
             logits: torch.Tensor = self.own_forward(input_ids=place, use_cache=False).logits
-        return logits[0]
+        return logits.squeeze(0)  # whose gradient is no copy, as that of logits[0] would be
 
 
 def chunk_size(num_entries: int, device: str) -> int:

@@ -28,9 +28,7 @@ MINIMAL: dict[str, Any] = {
 }
 
 texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8) | (
-    st.sampled_from(
-        ["1e5", "no", "2024-01-01", "12:30", "null", "num_cycles", "a/b", " x "]
-    )
+    st.sampled_from(["1e5", "no", "2024-01-01", "12:30", "null", "num_cycles", "a/b", " x "])
 )
 
 

@@ -74,8 +74,13 @@ def test_a_gradient_that_is_wrong_is_found(model: Any, monkeypatch: pytest.Monke
 
 
 def test_a_loss_that_is_wrong_is_found(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = supervised_loss._summed
-    monkeypatch.setattr(supervised_loss, "_summed", lambda *given: 1.001 * own(*given))
+    own = supervised_loss._with_gradient
+
+    def wrong(*given: Any) -> Any:
+        loss, of_logits = own(*given)
+        return 1.001 * loss, of_logits
+
+    monkeypatch.setattr(supervised_loss, "_with_gradient", wrong)
     found = chosen(model)
     assert not found.supervised_loss
     assert "on a trial the loss is" in found.left[0]
