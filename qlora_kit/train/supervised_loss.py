@@ -91,7 +91,7 @@ def chunked_cross_entropy(
 def _with_gradient(
     logits: torch.Tensor, targets: torch.Tensor, is_needed: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(the sum of cross-entropies, softmax less 1 at the target: its gradient, in the logits' dtype)
+    """(the sum of cross-entropies; its gradient: softmax, less 1 at the target)
 
     In two tensors of the logits' shape, where autograd takes four.
     """

@@ -54,6 +54,35 @@ class FrozenLinear:
         return None if bias is None else bias.detach().to(dtype)
 
 
+class _Inner(torch.autograd.Function):
+    """x Aᵀ of several layers on one input, and all that their backward pass needs.
+
+    It is a node of its own so that, where a layer of the model recomputes, all is there again
+    before its last product with a weight: torch then stops, and that product is not made twice.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        given: torch.Tensor,
+        remade: Remade | None,
+        dtype: torch.dtype,
+        *factors: torch.Tensor,
+    ) -> torch.Tensor:
+        ctx.set_materialize_grads(False)
+        flat = _flat(given, dtype)
+        inner = flat @ _stacked(factors[0::2], dtype).T
+        remade = remade or Remade(_same, (flat,))
+        ctx.make, ctx.num_kept, ctx.num_factors = remade.make, len(remade.parts), len(factors)
+        ctx.save_for_backward(*remade.parts, inner, *factors)
+        return inner
+
+    @staticmethod
+    def backward(ctx: Any, *_: torch.Tensor | None) -> tuple[None, ...]:
+        """Nothing: the gradients are those of `_SharedInput`."""
+        return (None,) * (3 + ctx.num_factors)
+
+
 class _SharedInput(torch.autograd.Function):
     """Several layers on one input; a layer has two factors, A (r, I) and B (O, r)."""
 
@@ -62,18 +91,17 @@ class _SharedInput(torch.autograd.Function):
         ctx: Any,
         x: torch.Tensor,
         dropped: torch.Tensor | None,
-        remade: Remade | None,
+        inner: torch.Tensor,
+        node: Any,
         layers: Sequence[FrozenLinear],
         scales: Sequence[float],
         dtype: torch.dtype,
         out_dtype: torch.dtype,
         *factors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
+        """`node` is the one of `_Inner` that made `inner`."""
         flat = _flat(x, dtype)
-        given = flat if dropped is None else _flat(dropped, dtype)
         downs, ups = factors[0::2], factors[1::2]
-        down = _stacked(downs, dtype)
-        inner = given @ down.T
         outputs = []
         for layer, scale, up, part in zip(layers, scales, ups, _parts(downs), strict=True):
             bias = layer.bias(dtype)
@@ -82,11 +110,7 @@ class _SharedInput(torch.autograd.Function):
             del weight
             y.addmm_(inner[:, part], up.to(dtype).T, alpha=scale)
             outputs.append(y.view(*x.shape[:-1], -1).to(out_dtype))
-        if dropped is not None or remade is None:
-            remade = Remade(_same, (given,))
-        ctx.make = remade.make
-        ctx.num_kept = len(remade.parts)
-        ctx.save_for_backward(*remade.parts, inner, *factors)
+        ctx.node = node
         ctx.layers, ctx.scales, ctx.dtype = layers, scales, dtype
         ctx.shape, ctx.x_dtype = x.shape, x.dtype
         ctx.is_dropped = dropped is not None
@@ -95,8 +119,8 @@ class _SharedInput(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
-        saved = ctx.saved_tensors
-        kept, (inner, *factors) = saved[: ctx.num_kept], saved[ctx.num_kept :]
+        saved, num_kept = ctx.node.saved_tensors, ctx.node.num_kept
+        kept, (inner, *factors) = saved[:num_kept], saved[num_kept:]
         dtype, x_needed = ctx.dtype, ctx.needs_input_grad[0]
         downs, ups = factors[0::2], factors[1::2]
         parts = _parts(downs)
@@ -122,13 +146,13 @@ class _SharedInput(torch.autograd.Function):
             of_dropped = (inner_gradient @ down).view(ctx.shape).to(ctx.dropped_dtype)
         elif x_needed and of_x is not None:
             of_x.addmm_(inner_gradient, down)
-        given = _flat(ctx.make(*kept), dtype)
+        given = _flat(ctx.node.make(*kept), dtype)
         of_down = inner_gradient.T @ given
         of_downs = [of_down[part].to(one.dtype) for one, part in zip(downs, parts, strict=True)]
         of_factors = [one for pair in zip(of_downs, of_ups, strict=True) for one in pair]
         if of_x is not None:
             of_x = of_x.view(ctx.shape).to(ctx.x_dtype)
-        return of_x, of_dropped, None, None, None, None, None, *of_factors
+        return of_x, of_dropped, None, None, None, None, None, None, *of_factors
 
 
 def shared_input_lora(
@@ -155,8 +179,11 @@ def shared_input_lora(
         One (…, O) for each layer.
     """
     with torch.autocast(x.device.type, enabled=False):
+        given, remade = (x, remade) if dropped is None else (dropped, None)
+        inner = _Inner.apply(given, remade, dtype, *factors)
+        how = (tuple(layers), tuple(scales), dtype, out_dtype)
         outputs: tuple[torch.Tensor, ...] = _SharedInput.apply(
-            x, dropped, remade, tuple(layers), tuple(scales), dtype, out_dtype, *factors
+            x, dropped, inner, inner.grad_fn, *how, *factors
         )
     return outputs
 

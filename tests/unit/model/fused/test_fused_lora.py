@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,50 @@ def test_a_weight_is_unpacked_once_in_each_direction(
         loss.backward()
     # Nothing is trained before the first layer, so its own input has no gradient.
     assert len(unpacked) == 28 - 3
+
+
+def test_the_last_product_of_a_layer_is_not_made_again_where_it_recomputes(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that is kept is there before it, and nothing behind it needs its result."""
+    model = adapted(base)
+    fusion = plan(model)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    unpacked: list[Any] = []
+    own = linear.FrozenLinear.weight
+
+    def counted(self: Any, dtype: torch.dtype) -> torch.Tensor:
+        unpacked.append(self.module)
+        return own(self, dtype)
+
+    monkeypatch.setattr(linear.FrozenLinear, "weight", counted)
+    with fused(model, fusion):
+        model(input_ids=IDS, labels=IDS, use_cache=False).loss.backward()
+    layers = model.base_model.model.model.layers
+    times = [unpacked.count(one.mlp.down_proj.base_layer) for one in layers]
+    assert times == [2, 2], "forward and backward"
+    assert [unpacked.count(one.mlp.up_proj.base_layer) for one in layers] == [3, 3]
+
+
+def test_what_is_kept_is_given_back_during_the_backward_pass(base: Path) -> None:
+    """Also where the graph lives on, as a loss does that is still to be logged."""
+    model = adapted(base)
+    kept: list[weakref.ref[torch.Tensor]] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        copy = tensor.clone()
+        kept.append(weakref.ref(copy))
+        return copy
+
+    with (
+        fused(model, plan(model)),
+        torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one),
+    ):
+        loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        assert any(one() is not None for one in kept)
+        loss.backward()
+    assert all(one() is None for one in kept)
+    assert loss.grad_fn is not None
 
 
 def test_inputs_that_are_other_tensors_are_not_mixed_up(base: Path) -> None:
