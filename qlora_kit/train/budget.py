@@ -229,9 +229,9 @@ def _bytes_of_update(model: PeftModel, device: str) -> int:
     """Gradients and the optimizer's state, at most; logits of one chunk with their gradients, the
     largest weight unpacked, and as much again where it is cast.
     """
-    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
+    trained: int = sum(one.numel() for one in model.parameters() if one.requires_grad)
     linear = (one for one in model.modules() if isinstance(one, nn.Linear))
-    largest = max((one.in_features * one.out_features for one in linear), default=0)
+    largest: int = max((one.in_features * one.out_features for one in linear), default=0)
     return 12 * trained + 3 * chunk_bytes(device) + 2 * 4 * largest + _ALLOCATOR_BYTES
 
 

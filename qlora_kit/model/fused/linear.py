@@ -80,7 +80,7 @@ class _Inner(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: torch.Tensor | None) -> tuple[None, ...]:
         """Nothing: the gradients are those of `_SharedInput`."""
-        return (None,) * (3 + ctx.num_factors)
+        return (None, None, None, *(None for _ in range(ctx.num_factors)))
 
 
 class _SharedInput(torch.autograd.Function):
