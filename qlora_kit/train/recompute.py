@@ -168,7 +168,7 @@ def _count(model: nn.Module, layers: Sequence[Any], run: Callable[[], torch.Tens
         nonlocal rest
         storage = _storage(tensor)
         if storage in owned or storage in seen:
-            return tensor
+            return tensor.detach()
         seen.add(storage)
         alive.append(tensor)
         size = tensor.untyped_storage().nbytes()
@@ -177,7 +177,8 @@ def _count(model: nn.Module, layers: Sequence[Any], run: Callable[[], torch.Tens
             rest += size
         else:
             by_layer[owner] += size
-        return tensor
+        # Not itself: an output that its own node keeps would keep that node, and all before it.
+        return tensor.detach()
 
     def entering(number: int) -> Callable[..., None]:
         def hook(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
@@ -204,6 +205,7 @@ def _count(model: nn.Module, layers: Sequence[Any], run: Callable[[], torch.Tens
     finally:
         for handle in handles:
             handle.remove()
+        alive.clear()  # autograd holds the hook, which holds these, and they their graph
     return _Counted(tuple(by_layer), max(inputs, default=0), rest)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,18 @@ def test_what_is_predicted_for_a_longer_sequence_is_kept(model: Any, attention: 
     assert (found.layers[1].square > 1) == (attention == "eager")
     wanted = saved_bytes(model, 200)
     assert found.peak_bytes(0, 1, 200) == pytest.approx(wanted, rel=0.02)
+
+
+def test_what_was_counted_is_let_go(model: Any) -> None:
+    """Autograd's own references are in no cycle that a collector finds."""
+    outputs: list[weakref.ref[torch.Tensor]] = []
+    model.get_base_model().model.layers[0].register_forward_hook(
+        lambda *given: outputs.append(weakref.ref(given[2]))
+    )
+    with able_to_recompute(model):
+        measure_kept(model, lambda length: loss_of(model, length))
+    gc.collect()
+    assert [one() for one in outputs] == [None] * 3
 
 
 def test_layers_recompute_as_told_and_not_afterwards(model: Any) -> None:
