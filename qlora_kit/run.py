@@ -58,6 +58,7 @@ from qlora_kit.model.qat.room import require_memory, room_for_each
 from qlora_kit.model.saved import adapter_files, load_adapter, save_adapter
 from qlora_kit.model.shared import require_same_base, state_checksum
 from qlora_kit.model.tokenizer import template_hash, tokenizer_hash
+from qlora_kit.plan.beside import Beside, note, training_beside
 from qlora_kit.processes import Processes, common_hardware, join, leave
 from qlora_kit.recipe import Recipe, recipe_hash, recipe_text, save_recipe
 from qlora_kit.report import narrate
@@ -381,7 +382,11 @@ def finish(
     exports = export_after_training(model, base, held_out, recipe, run, around.hardware, reporter)
     result = RunResult(run, trained, evaluation, certificate, exports)
     leave_tidy(run, around)
-    write_json(run.summary, summary_of(result, memory))
+    seen = memory.as_dict()  # before the prediction, which takes some itself
+    foretold = training_beside(recipe, ready.batches, trained, around.hardware, memory)
+    if foretold is not None:
+        note(foretold, run.log, trained.num_steps)
+    write_json(run.summary, summary_of(result, seen, foretold))
     narrate.summary(reporter, run, recipe)
     return result
 
@@ -435,11 +440,16 @@ def bytes_to_write(recipe: Recipe, adapted: Adapted, held_out: Sequence[TokenSeq
     return adapter * (1 + 3 * kept) + merged + record
 
 
-def summary_of(result: RunResult, memory: MemoryWatch) -> dict[str, Any]:
+def summary_of(
+    result: RunResult, memory: dict[str, object], foretold: Beside | None = None
+) -> dict[str, Any]:
     """`summary.json`, whose presence says that the run is finished."""
     return {
         "training": result.trained.as_dict(),
-        "memory": memory.as_dict(),
+        "memory": {
+            **memory,
+            "training": None if foretold is None else foretold.as_dict(),
+        },
         "evaluation": result.evaluation,
         "certificate": result.certificate,
         "exports": list(result.exports),

@@ -44,14 +44,15 @@ def count_quantized(model: nn.Module) -> Quantized:
             count = parameter.quant_state.shape.numel()
             beside = quant_state_tensors(parameter.quant_state)
             num_bytes += sum(one.numel() * one.element_size() for one in beside)
-        if type(parameter).__name__ in _QUANTIZED_WEIGHTS:
+        if is_four_bit(parameter) or type(parameter).__name__ in _QUANTIZED_WEIGHTS:
             quantized += count
         total += count
     return Quantized(total, quantized, num_bytes)
 
 
 def is_four_bit(parameter: Any) -> bool:
-    return type(parameter).__name__ == "Params4bit" and parameter.quant_state is not None
+    """Whether a tensor is packed, which is told by what is kept beside it."""
+    return type(getattr(parameter, "quant_state", None)).__name__ == "QuantState"
 
 
 def is_quantized(module: Any) -> bool:

@@ -241,6 +241,13 @@ def summary(reporter: Reporter, run: RunDirectory, recipe: Recipe) -> None:
         f"{training['last_loss']:.3f}; peak memory {memory['peak_bytes'] / _MIB:,.0f} MiB "
         f"({memory['peak_phase']})"
     )
+    foretold = memory.get("training")
+    if foretold is not None:
+        predicted, measured = foretold["predicted_bytes"], foretold["measured_bytes"]
+        reporter.say(
+            f"plan      predicted {predicted / _MIB:,.0f} MiB for training, measured "
+            f"{measured / _MIB:,.0f} MiB ({predicted / measured:.0%})"
+        )
     evaluation(reporter, values["evaluation"], recipe.quantization, recipe.quantization_aware)
     if values["certificate"] is not None:
         certificate(reporter, values["certificate"])

@@ -101,7 +101,7 @@ def _candidates(
     candidates: list[tuple[str, Mapping[str, Any]]] = []
     left = []
     if spec.fused_loss:
-        why = _why_no_supervised_loss(model.get_base_model())
+        why = why_no_supervised_loss(model.get_base_model())
         if why is None:
             candidates.append((_LOSS, {"supervised_loss": True}))
         else:
@@ -152,7 +152,7 @@ def taken(
         yield
 
 
-def _why_no_supervised_loss(model: PreTrainedModel) -> str | None:
+def why_no_supervised_loss(model: PreTrainedModel) -> str | None:
     """What a trial would not show."""
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         return "its loss has a part for the experts' routers"

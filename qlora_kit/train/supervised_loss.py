@@ -138,15 +138,15 @@ class SupervisedForward:
         output = self.backbone(input_ids=input_ids, **inputs)
         hidden, self._output_type = output.last_hidden_state, type(output)
         targets = labels[:, 1:]
-        is_supervised = targets != IGNORE_INDEX
-        chosen = hidden[:, :-1][is_supervised]
+        places = self.places(targets)
+        chosen = hidden[:, :-1][places]
         if not self._num_entries and len(chosen):
             self._look_at_head(chosen)
         total = chunked_cross_entropy(
             chosen,
-            targets[is_supervised],
+            targets[places],
             self.head,
-            chunk_size(self._num_entries, chosen.device.type),
+            self.num_at_a_time(chosen.device.type),
             self._is_head_trained and torch.is_grad_enabled(),
         )
         count = len(chosen) if num_items_in_batch is None else num_items_in_batch
@@ -154,6 +154,14 @@ class SupervisedForward:
             count = count.to(total.device)
         loss: Any = total / count
         return CausalLMOutputWithPast(loss=loss)
+
+    def places(self, targets: torch.Tensor) -> Any:
+        """Which of (B, S - 1) are supervised, as an index into them."""
+        return targets != IGNORE_INDEX
+
+    def num_at_a_time(self, device: str) -> int:
+        """Places whose logits are computed together."""
+        return chunk_size(self._num_entries, device)
 
     def _look_at_head(self, hidden: torch.Tensor) -> None:
         with torch.enable_grad():
@@ -182,8 +190,9 @@ def chunk_bytes(device: str) -> int:
 
 
 @contextmanager
-def supervised_only(model: PreTrainedModel) -> Iterator[None]:
+def supervised_only(
+    model: PreTrainedModel, make: Callable[[PreTrainedModel], SupervisedForward] = SupervisedForward
+) -> Iterator[None]:
     """The model computes no logits beside labels, while the context lasts."""
-    forward = SupervisedForward(model)
-    with replaced_forward(model, forward):
+    with replaced_forward(model, make(model)):
         yield

@@ -55,6 +55,10 @@ class TrainResult:
     num_padding_tokens: int
     seconds: float
     """Of training, over all attempts whose work is in the result."""
+    num_recomputing: int = 0
+    """Layers that did, at the end."""
+    sequences_at_a_time: int = 0
+    """That were trained on together, at the end."""
     stop_signal: int | None = None
     """The signal that ended training before its time."""
 
@@ -134,7 +138,7 @@ def train_adapter(
             torch.cuda.synchronize()
     model.config.use_cache = True
     model.eval()
-    return _result(trainer.progress, step.seconds, stop_signal)
+    return _result(trainer, step.seconds, stop_signal)
 
 
 def _late_signal(trainer: QloraTrainer, around: Surroundings) -> int | None:
@@ -145,7 +149,8 @@ def _late_signal(trainer: QloraTrainer, around: Surroundings) -> int | None:
     return late
 
 
-def _result(progress: Progress, seconds: float, stop_signal: int | None) -> TrainResult:
+def _result(trainer: QloraTrainer, seconds: float, stop_signal: int | None) -> TrainResult:
+    progress, recompute = trainer.progress, trainer.recompute
     assert progress.first_loss is not None
     assert progress.last_loss is not None
     return TrainResult(
@@ -155,6 +160,8 @@ def _result(progress: Progress, seconds: float, stop_signal: int | None) -> Trai
         num_tokens=progress.num_real_tokens,
         num_padding_tokens=progress.num_padding_tokens,
         seconds=seconds,
+        num_recomputing=0 if recompute is None else recompute.count,
+        sequences_at_a_time=trainer.micro_batch,
         stop_signal=stop_signal,
     )
 

@@ -1,0 +1,88 @@
+"""`qlora-kit plan RECIPE`: what it will need, before anything is loaded or trained."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from qlora_kit.cli.arguments import AsJson, Overrides, RecipePath
+
+if TYPE_CHECKING:
+    from qlora_kit.environment import Hardware
+    from qlora_kit.recipe import Recipe
+
+NAME = "plan"
+
+
+def command(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None, typer.Option(help='Plan for this GPU, such as "RTX 4090", not this machine.')
+    ] = None,
+    gpus: Annotated[int, typer.Option(min=1, help="How many of them, each with the model.")] = 1,
+    budget: Annotated[
+        str | None, typer.Option(help="Plan for so much memory: 20GiB. Unset: what there is.")
+    ] = None,
+    rows: Annotated[
+        bool,
+        typer.Option("--rows", help="Read the rows, and plan for the longest that there are."),
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a recipe will need, by component and phase, whether it fits, and what to change."""
+    from qlora_kit.errors import RecipeError
+    from qlora_kit.preflight import preflight
+    from qlora_kit.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    faults = preflight(loaded)
+    if faults:
+        raise RecipeError(str(recipe), faults)
+    from qlora_kit.environment import probe_hardware
+    from qlora_kit.plan.gpus import known_gpu
+
+    hardware = probe_hardware() if gpu is None else known_gpu(gpu, gpus)
+
+    from qlora_kit.cli.console import console_reporter
+    from qlora_kit.model.vocabulary import load_vocabulary
+    from qlora_kit.plan.plan import Planner
+    from qlora_kit.plan.rows import longest_there_is
+    from qlora_kit.plan.suggest import suggestions
+    from qlora_kit.report import plan as report
+
+    vocabulary = load_vocabulary(loaded.model)
+    available = _budget(loaded, hardware, budget)
+    shape = longest_there_is(loaded, vocabulary) if rows else None
+    planner = Planner(vocabulary, hardware, available)
+    found = planner.plan(loaded, shape)
+    changes = [] if found.fits else suggestions(loaded, found, planner)
+    if as_json:
+        values = {
+            "recipe": str(recipe),
+            **found.as_dict(),
+            "suggestions": [one.as_dict() for one in changes],
+        }
+        print(json.dumps(values, indent=2))
+    else:
+        reporter = console_reporter()
+        report.plan(reporter, found, rows)
+        if not found.fits:
+            report.suggestions(reporter, changes)
+    raise typer.Exit(0 if found.fits else 1)
+
+
+def _budget(recipe: Recipe, hardware: Hardware, asked: str | None) -> int:
+    """Bytes that one device may use."""
+    from qlora_kit.cli.sensitivity import parse_bytes
+    from qlora_kit.train.memory import cgroup_limit_bytes
+
+    if asked is not None:
+        return parse_bytes(asked)
+    there = hardware.device_memory_bytes
+    if there is None:
+        there = min(hardware.host_memory_bytes, cgroup_limit_bytes() or hardware.host_memory_bytes)
+    limit = recipe.train.max_memory_mib
+    return there if limit is None else min(there, limit * 2**20)

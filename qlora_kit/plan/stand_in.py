@@ -1,0 +1,154 @@
+"""A base as it will be once it is loaded, of tensors without numbers.
+
+The skeleton's modules, with every tensor in the dtype and every packed weight in the size that
+loading gives it, on what seems to be a CPU: kernels are chosen, and autocast casts, as on one.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qlora_kit.errors import ModelError
+from qlora_kit.model.base import Base, prepare_for_training
+from qlora_kit.model.bits import quantized_bits
+from qlora_kit.model.blocks import BLOCK_SIZE
+from qlora_kit.model.quantized import count_quantized
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from qlora_kit.model.skeleton import Skeleton
+    from qlora_kit.model.vocabulary import Vocabulary
+    from qlora_kit.recipe import QuantizationSpec
+
+_NESTED_BLOCK_SIZE = 256
+_CODE_ENTRIES, _NESTED_CODE_ENTRIES = 16, 256
+
+
+def stand_in_base(
+    skeleton: Skeleton,
+    vocabulary: Vocabulary,
+    quantization: QuantizationSpec,
+    compute_dtype: torch.dtype,
+) -> Base:
+    """As `load_base` returns it, still on the meta device; the skeleton's model becomes the
+    stand-in.
+
+    Raises:
+        ModelError: layers would be kept in 8 bits, whose products are not known to a trial.
+    """
+    model = skeleton.model
+    bits = quantized_bits(skeleton, quantization)
+    if 8 in bits.values():
+        raise ModelError("plan does not know what a base in 8 bits takes; it knows 4 and 16.")
+    for name in bits:
+        layer = _four_bit_layer(model.get_submodule(name), quantization, compute_dtype)
+        model.set_submodule(name, layer, strict=True)
+    model.requires_grad_(False)
+    model.eval()
+    if bits:
+        model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    return Base(
+        model=model,
+        tokenizer=vocabulary.tokenizer,
+        source=vocabulary.source,
+        skeleton=replace(skeleton, model=model),
+        fingerprint="",
+        compute_dtype=compute_dtype,
+        compute_reason="",
+        pad=vocabulary.pad,
+        quantized=count_quantized(model),
+        stop_ids=vocabulary.stop_ids,
+    )
+
+
+def _four_bit_layer(
+    linear: nn.Module, quantization: QuantizationSpec, compute_dtype: torch.dtype
+) -> Any:
+    """What takes the place of a linear layer, still without tensors."""
+    from bitsandbytes.nn import Linear4bit
+    from transformers.pytorch_utils import Conv1D
+
+    weight = linear.weight
+    assert isinstance(weight, torch.Tensor)
+    num_out, num_in = weight.shape[::-1] if isinstance(linear, Conv1D) else weight.shape
+    layer: Any = Linear4bit(
+        num_in,
+        num_out,
+        bias=linear.bias is not None,
+        compute_dtype=compute_dtype,
+        compress_statistics=quantization.double_quant,
+        quant_type=quantization.quant_type,
+        device="meta",
+    )
+    layer.support_avx512bf16_for_cpu = False
+    return layer
+
+
+def give_tensors(
+    model: PreTrainedModel, quantization: QuantizationSpec, compute_dtype: torch.dtype
+) -> None:
+    """Tensors in place of those of the meta device, in the sizes that loading and
+    `prepare_for_training` give them. Call it under FakeTensorMode, with the adapter attached.
+    """
+    kept_whole = tuple(model._keep_in_fp32_modules or ())
+    for name, module in model.named_modules():
+        is_whole = any(part in kept_whole for part in name.split("."))
+        frozen = torch.float32 if is_whole else compute_dtype
+        for key, parameter in list(module.named_parameters(recurse=False)):
+            if type(parameter).__name__ == "Params4bit":
+                module.weight = _packed(module, quantization, compute_dtype)
+                continue
+            dtype = parameter.dtype
+            if dtype.is_floating_point:
+                dtype = torch.float32 if parameter.requires_grad else frozen
+            fresh = torch.empty(parameter.shape, dtype=dtype)
+            setattr(module, key, nn.Parameter(fresh, requires_grad=parameter.requires_grad))
+        for key, buffer in list(module.named_buffers(recurse=False)):
+            module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    model.tie_weights()
+    trained = [one for one in model.parameters() if one.requires_grad]
+    prepare_for_training(model)
+    for parameter in trained:
+        parameter.requires_grad_(True)
+
+
+def _packed(layer: Any, quantization: QuantizationSpec, compute_dtype: torch.dtype) -> nn.Parameter:
+    shape = (layer.out_features, layer.in_features)
+    storage: torch.dtype = getattr(torch, quantization.quant_storage)
+    num_words = -(-math.prod(shape) // (2 * storage.itemsize))
+    packed: Any = nn.Parameter(torch.empty((num_words, 1), dtype=storage), requires_grad=False)
+    packed.quant_state = _quant_state(shape, quantization, compute_dtype)
+    found: nn.Parameter = packed
+    return found
+
+
+def _quant_state(
+    shape: tuple[int, int], quantization: QuantizationSpec, compute_dtype: torch.dtype
+) -> Any:
+    from bitsandbytes.functional import QuantState
+
+    num_blocks = -(-math.prod(shape) // BLOCK_SIZE)
+    nested: Any = None
+    if quantization.double_quant:
+        nested = QuantState(
+            absmax=torch.empty(-(-num_blocks // _NESTED_BLOCK_SIZE)),
+            blocksize=_NESTED_BLOCK_SIZE,
+            code=torch.empty(_NESTED_CODE_ENTRIES),
+            dtype=torch.float32,
+        )
+    return QuantState(
+        absmax=torch.empty(num_blocks, dtype=torch.uint8 if nested else torch.float32),
+        shape=torch.Size(shape),
+        dtype=compute_dtype,
+        blocksize=BLOCK_SIZE,
+        quant_type=quantization.quant_type,
+        code=torch.empty(_CODE_ENTRIES),
+        offset=torch.empty(()) if nested else None,
+        state2=nested,
+    )

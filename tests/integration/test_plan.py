@@ -1,0 +1,60 @@
+"""`qlora-kit plan`, and what a run says beside it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from .conftest import Call, FinishedRun, write_recipe
+
+
+def test_a_plan_is_figures_by_phase_and_component(
+    call: Call, tiny_llama: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama)
+    said = call("plan", str(recipe), "--rows", "--gpu", "RTX 4090", "--json")
+    assert said.code == 0
+    values = json.loads(said.out)
+    assert values["fits"]
+    assert values["machine"] == "RTX 4090"
+    assert set(values["moments"]) == {"loading", "training", "evaluation"}
+    training = values["moments"]["training"]
+    assert sum(training["bytes"].values()) == training["total_bytes"]
+    assert {
+        "4-bit weights",
+        "their constants",
+        "adapter",
+        "activations",
+        "logits",
+        "optimizer",
+    } <= {name for name, size in training["bytes"].items() if size}
+    assert not (tmp_path / "run").exists(), "nothing is trained"
+
+
+def test_what_does_not_fit_is_a_finding(call: Call, tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama)
+    said = call("plan", str(recipe), "--budget", "1MiB")
+    assert said.code == 1
+    assert "It does not fit" in said.out
+    assert "train.per_device_train_batch_size=1" in said.out
+    assert "The smallest budget that would do is" in said.out
+
+
+def test_an_unknown_gpu_lists_those_that_are_known(
+    call: Call, tiny_llama: Path, tmp_path: Path
+) -> None:
+    said = call("plan", str(write_recipe(tmp_path, tiny_llama)), "--gpu", "RTX 9999")
+    assert said.code == 1
+    assert "no GPU 'RTX 9999'" in said.err
+    assert "RTX 4090" in said.err
+
+
+def test_a_run_ends_with_what_was_predicted_beside_what_was_measured(
+    finished: FinishedRun,
+) -> None:
+    summary = json.loads((finished.folder / "summary.json").read_text())
+    found = summary["memory"]["training"]
+    assert 0.5 < found["predicted_bytes"] / found["measured_bytes"] < 2
+    assert found["measured_bytes"] == summary["memory"]["host_peak_bytes"]["training"]
+    last = json.loads((finished.folder / "log.jsonl").read_text().splitlines()[-1])
+    assert last == {"step": summary["training"]["num_steps"], **found}

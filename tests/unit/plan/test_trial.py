@@ -1,0 +1,174 @@
+"""What a trial without numbers says beside what is alive in a step with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qlora_kit.environment import probe_hardware
+from qlora_kit.errors import HardwareError, ModelError
+from qlora_kit.model.vocabulary import load_vocabulary
+from qlora_kit.plan.gpus import GPUS, known_gpu
+from qlora_kit.plan.live import LiveTensors
+from qlora_kit.plan.optimizer import state_bytes
+from qlora_kit.plan.plan import Planner, longest_possible
+from qlora_kit.plan.rows import longest_there_is
+from qlora_kit.plan.suggest import suggestions
+from qlora_kit.processes import ALONE
+from qlora_kit.recipe import Recipe, load_recipe
+from qlora_kit.report.reporter import SILENT
+from qlora_kit.run import Prepared, prepare
+from qlora_kit.train.recompute import able_to_recompute, recompute_first
+from qlora_kit.train.shortcuts import choose_shortcuts, taken
+
+_GIB = 2**30
+
+
+def recipe_for(folder: Path, model: Path, **sections: Any) -> Recipe:
+    rows = folder / "rows.jsonl"
+    texts = [
+        {"prompt": f"paint {n}", "completion": "red and blue " * (1 + n % 3)} for n in range(8)
+    ]
+    rows.write_text("".join(json.dumps(one) + "\n" for one in texts))
+    values: dict[str, Any] = {
+        "model": {"name_or_path": str(model)},
+        "quantization": {"compute_dtype": "float32"},
+        "lora": {"r": 8},
+        "data": {"train": [{"path": str(rows)}], "max_length": 64},
+        "train": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
+        "run_dir": str(folder / "run"),
+    }
+    for name, section in sections.items():
+        values[name] = {**values[name], **section}
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(values))
+    return load_recipe(path)
+
+
+def alive_in_a_step(ready: Prepared, recipe: Recipe, count: int) -> int:
+    """Bytes at the peak of forward and backward on real tensors, which the trial never sees."""
+    model = ready.adapted.model
+    batch = ready.batches.collator(
+        ready.batches.longest(recipe.train.per_device_train_batch_size)  # type: ignore[arg-type]
+    )
+    given = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
+    shortcuts = choose_shortcuts(model, recipe.train, "fp32", is_sharded=False)
+    live = LiveTensors()
+    for one in (*model.parameters(), *model.buffers()):
+        live.hold([one], "weights")
+        state = getattr(one, "quant_state", None)
+        if state is not None:
+            beside = [state.absmax, state.code, state.offset, state.state2.absmax]
+            live.hold([*beside, state.state2.code], "weights")
+    model.train()
+    with taken(model, shortcuts), able_to_recompute(model):
+        recompute_first(model, count)
+        with live:
+            model(**given, use_cache=False).loss.backward()
+    return sum(live.peak.values())
+
+
+@pytest.mark.parametrize(
+    ("count", "changes"),
+    [
+        (0, {}),
+        (2, {}),
+        (0, {"fused_loss": False}),
+        (0, {"fused_lora": False}),
+    ],
+)
+def test_a_trial_says_what_a_step_takes(
+    count: int, changes: dict[str, Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    train = {"gradient_checkpointing": bool(count), **changes}
+    recipe = recipe_for(tmp_path, tiny_llama, train=train)
+    ready = prepare(recipe, probe_hardware(), ALONE, SILENT)
+    wanted = alive_in_a_step(ready, recipe, count)
+    vocabulary = load_vocabulary(recipe.model)
+    planner = Planner(vocabulary, probe_hardware(), 8 * _GIB)
+    plan = planner.plan(recipe, longest_there_is(recipe, vocabulary))
+    assert plan.num_recomputing == count
+    training = plan.moment("training")
+    found = training.tensor_bytes - training.components["optimizer"]
+    assert found == pytest.approx(wanted, rel=0.02)
+
+
+def test_a_base_in_8_bits_is_said_to_be_unknown(tiny_llama: Path, tmp_path: Path) -> None:
+    eight = {"load_in_8bit": True, "load_in_4bit": False}
+    recipe = recipe_for(tmp_path, tiny_llama, quantization=eight)
+    planner = Planner(load_vocabulary(recipe.model), probe_hardware(), _GIB)
+    with pytest.raises(ModelError, match="8 bits"):
+        planner.plan(recipe)
+
+
+def test_what_does_not_fit_is_told_what_each_change_saves(tiny_llama: Path, tmp_path: Path) -> None:
+    many = {"r": 64}  # so that there are tensors large enough for 8 bits of state
+    recipe = recipe_for(tmp_path, tiny_llama, train={"optim": "adamw_torch"}, lora=many)
+    planner = Planner(load_vocabulary(recipe.model), known_gpu("T4"), 2**20)
+    plan = planner.plan(recipe)
+    assert not plan.fits
+    assert plan.shape == longest_possible(recipe)
+    found = suggestions(recipe, plan, planner)
+    keys = {one.overrides[0].partition("=")[0] for one in found}
+    assert {"train.per_device_train_batch_size", "train.optim"} <= keys
+    for one in found:
+        assert one.saved_bytes > 0
+        assert one.peak_bytes <= plan.peak.num_bytes
+    together = found[-1]
+    assert len(together.overrides) > 2
+    assert together.peak_bytes == min(one.peak_bytes for one in found)
+
+
+class TestGpus:
+    @pytest.mark.parametrize("name", ["RTX 4090", "rtx4090", "NVIDIA GeForce RTX 4090"])
+    def test_are_known_by_any_spelling(self, name: str) -> None:
+        found = known_gpu(name, 8)
+        assert (found.device_name, found.num_devices) == ("RTX 4090", 8)
+        assert found.device_memory_bytes == 24 * _GIB
+
+    def test_are_told_apart_by_size(self) -> None:
+        assert known_gpu("A100 80GB").device_memory_bytes == 80 * _GIB
+        assert known_gpu("A100").device_memory_bytes == 40 * _GIB
+
+    def test_an_unknown_one_lists_the_others(self) -> None:
+        with pytest.raises(HardwareError, match=r"no GPU 'RTX 9999'.*T4, .*H200"):
+            known_gpu("RTX 9999")
+
+    def test_every_entry_is_found_by_its_own_name(self) -> None:
+        assert [known_gpu(name).device_name for name in GPUS] == list(GPUS)
+
+
+@pytest.mark.parametrize(
+    ("optim", "sizes", "wanted"),
+    [
+        ("adamw_torch", [100, 10], 8 * 110),
+        ("sgd", [100], 0),
+        ("paged_adamw_8bit", [8192], 2 * (8192 + 4 * 32)),
+        ("adamw_8bit", [100], 2 * 4 * 100),
+    ],
+)
+def test_state_of_an_optimizer(optim: str, sizes: list[int], wanted: int) -> None:
+    assert state_bytes(optim, sizes) == wanted
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "adamw_torch"])
+def test_state_is_what_the_optimizer_keeps(optim: str) -> None:
+    from bitsandbytes.optim import AdamW8bit
+
+    parameters = [torch.nn.Parameter(torch.zeros(size)) for size in (100, 5000)]
+    kind: Any = AdamW8bit if optim == "adamw_8bit" else torch.optim.AdamW
+    optimizer = kind(parameters, lr=1e-3)
+    for one in parameters:
+        one.grad = torch.ones_like(one)
+    optimizer.step()
+    kept = {
+        value.data_ptr(): value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and not name.startswith("qmap") and value.ndim
+    }
+    assert state_bytes(optim, [100, 5000]) == sum(kept.values())
