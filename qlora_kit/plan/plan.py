@@ -151,8 +151,9 @@ class Planner:
 
     def _model_of(self, recipe: Recipe) -> ImaginedTraining:
         """The same one for recipes that differ in batches, optimizer and the like alone."""
-        shortcuts = (recipe.train.fused_loss, recipe.train.fused_lora, recipe.train.precision)
-        key = repr((recipe.model, recipe.quantization, recipe.lora, shortcuts))
+        train = recipe.train
+        shortcuts = (train.fused_loss, train.fused_lora, train.fused_mlp, train.fused_norm)
+        key = repr((recipe.model, recipe.quantization, recipe.lora, shortcuts, train.precision))
         if key not in self._imagined:
             self._imagined[key] = _imagined(recipe, self.vocabulary, self.hardware)
         return self._imagined[key]

@@ -20,13 +20,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from qlora_kit.model.adapter import attach_adapter
-from qlora_kit.model.fused.attach import Fusion, fused, plan_fusion
+from qlora_kit.model.fused.attach import Fusion, plan_fusion
+from qlora_kit.model.fused.gated import looks_gated
+from qlora_kit.model.fused.lean import LeanParts
+from qlora_kit.model.fused.norm import KINDS, looks_like_norm
 from qlora_kit.model.quantized import is_four_bit, quant_state_tensors
 from qlora_kit.plan.live import GRADIENTS, Component, LiveTensors
 from qlora_kit.plan.stand_in import give_tensors, stand_in_base
 from qlora_kit.runtime.forward import CHUNK_CELLS
 from qlora_kit.train.recompute import able_to_recompute, recompute_first, recomputing_layers
-from qlora_kit.train.shortcuts import why_no_supervised_loss
+from qlora_kit.train.shortcuts import Shortcuts, taken, why_no_supervised_loss
 from qlora_kit.train.supervised_loss import SupervisedForward, supervised_only
 
 if TYPE_CHECKING:
@@ -34,7 +37,7 @@ if TYPE_CHECKING:
 
     from qlora_kit.model.skeleton import Skeleton
     from qlora_kit.model.vocabulary import Vocabulary
-    from qlora_kit.recipe import Recipe
+    from qlora_kit.recipe import Recipe, TrainSpec
 
 PACKED, CONSTANTS = "4-bit weights", "their constants"
 UNQUANTIZED, ADAPTER = "unquantized weights", "adapter"
@@ -98,7 +101,10 @@ class ImaginedTraining:
         self.has_own_loss = (
             not recipe.train.fused_loss or why_no_supervised_loss(base.model) is not None
         )
-        self.fusion = self._fusion() if recipe.train.fused_lora else None
+        self.shortcuts = Shortcuts(
+            fusion=self._fusion() if recipe.train.fused_lora else None,
+            lean=_lean_parts(self.model, recipe.train),
+        )
         self._told: dict[tuple[Any, ...], Peak] = {}
 
     def _fusion(self) -> Fusion:
@@ -230,8 +236,7 @@ class ImaginedTraining:
                     _ImaginedForward, device=self.device, num_supervised=shape.num_supervised
                 )
                 stack.enter_context(supervised_only(self.causal, make))
-            if self.fusion is not None:
-                stack.enter_context(fused(self.model, self.fusion))
+            stack.enter_context(taken(self.model, self.shortcuts))
             size = (shape.num_sequences, shape.num_tokens)
             yield {
                 name: torch.zeros(size, dtype=torch.long)
@@ -269,6 +274,17 @@ class _ImaginedForward(SupervisedForward):
     def places(self, targets: torch.Tensor) -> Any:
         count = min(self.num_supervised, targets.numel())
         return torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long)
+
+
+def _lean_parts(model: Any, spec: TrainSpec) -> LeanParts:
+    """By what modules look like, where training tries their numbers too."""
+    named = list(model.named_modules())
+    mlps = [name for name, one in named if spec.fused_mlp and looks_gated(one)]
+    norms = [name for name, one in named if spec.fused_norm and looks_like_norm(one)]
+    kinds = {
+        name: KINDS[type(model.get_submodule(name)).__name__.startswith("Gemma")] for name in norms
+    }
+    return LeanParts(tuple(mlps), kinds)
 
 
 @contextmanager
