@@ -40,7 +40,8 @@ class _Gated(torch.autograd.Function):
 def _product(gate: torch.Tensor, up: torch.Tensor, act: Activation) -> torch.Tensor:
     """act(gate) · up, where it can be in the memory of act(gate)."""
     activated = act(gate)
-    is_own = activated.untyped_storage().data_ptr() != gate.untyped_storage().data_ptr()
+    # Storages by themselves: a trial on tensors without numbers has no addresses.
+    is_own = activated.untyped_storage()._cdata != gate.untyped_storage()._cdata
     return activated.mul_(up) if is_own else activated * up
 
 
