@@ -19,6 +19,7 @@ from qlora_kit.train.snapshot import (
     Progress,
     Shared,
     put_random_state_back,
+    read_place,
     read_progress,
     read_random_state,
     read_snapshot,
@@ -38,10 +39,12 @@ class Continuation:
     progress: Progress
     shared: Shared
     allow_drift: bool = False
+    place: dict[str, Any] | None = None
+    """Where a stream of rows stood."""
 
     @classmethod
     def read(cls, folder: Path, allow_drift: bool = False) -> Continuation:
-        return cls(folder, *read_progress(folder), allow_drift)
+        return cls(folder, *read_progress(folder), allow_drift, read_place(folder))
 
     def items_per_update(self, spec: TrainSpec, num_processes: int) -> int:
         """The global batch that the run began with, unless the recipe now asks for another."""
