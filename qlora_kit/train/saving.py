@@ -23,6 +23,7 @@ from qlora_kit.refusals import refusal_of
 from qlora_kit.train.best import best_checkpoint
 from qlora_kit.train.continuation import moving_parts
 from qlora_kit.train.fitting import fitted
+from qlora_kit.train.history import HISTORY_FILE, history
 from qlora_kit.train.loader import BatchShape, Items
 from qlora_kit.train.sharded import gathered_trainables
 from qlora_kit.train.snapshot import (
@@ -166,7 +167,10 @@ class Saver:
             "num_updates": self.num_updates,
             "num_processes": around.processes.count,
         }
-        records = {**around.records, **self._place_of(progress.update)}
+        with told_of("the log could not be read", around.run.folder, around.disk):
+            log = history(around.run.log, progress.log_bytes)
+        texts = {**around.records, **self._place_of(progress.update)}
+        records = {HISTORY_FILE: log, **{name: text.encode() for name, text in texts.items()}}
         copied = snapshot(taken, progress, shape, randoms, records)
         require_room(around.run.folder, copied.num_bytes, around.disk)
         self._has_begun = True
@@ -183,7 +187,7 @@ class Saver:
         run, disk = self.around.run, self.around.disk
 
         def fill(draft: Draft) -> None:
-            if run.log.exists():  # a checkpoint says how long the log is
+            if run.log.exists():  # which goes on behind what the checkpoint holds of it
                 disk.sync(run.log)
             copied.write(draft)
 

@@ -212,14 +212,14 @@ def snapshot(
     progress: Progress,
     shape: dict[str, int],
     randoms: list[dict[str, Any]],
-    records: Mapping[str, str] | None = None,
+    records: Mapping[str, bytes] | None = None,
 ) -> Snapshot:
     """Copy what was taken.
 
     Args:
         shape: the numbers of `Shared`.
         randoms: `random_state()` of every process.
-        records: further text files, by name.
+        records: further files, by name.
     """
     shared = Shared(**shape, optimizer_kind=taken.optimizer_kind)
     values = {**progress.as_dict(), **asdict(shared)}
@@ -228,7 +228,7 @@ def snapshot(
         OPTIMIZER_FILE: value_parts(taken.state),
         RANDOM_FILE: value_parts(randoms),
         PROGRESS_FILE: [(json.dumps(values, indent=1) + "\n").encode()],
-        **{name: [text.encode()] for name, text in (records or {}).items()},
+        **{name: [content] for name, content in (records or {}).items()},
     }
     return Snapshot(files, taken.adapter)
 

@@ -361,13 +361,13 @@ def test_a_stream_goes_on_where_it_stood(
         assert begun[0] > 0
 
 
-def test_a_log_that_lost_lines_is_told(run: Run) -> None:
+def test_a_log_that_lost_lines_is_told_and_has_them_back(run: Run) -> None:
     whole = run("whole")
     stopped = run("parts", stop_after=5)
     (stopped.folder / "log.jsonl").write_text("")
     resumed = run("parts", again=True)
-    assert resumed.weights == whole.weights
-    assert [one for one in resumed.warnings if "log.jsonl is shorter than it was" in one]
+    assert (resumed.weights, resumed.log) == (whole.weights, whole.log)
+    assert [one for one in resumed.warnings if "were gone from it, and are put back" in one]
     assert not [one for one in whole.warnings if "log.jsonl" in one]
 
 
