@@ -25,7 +25,9 @@ _ADAMS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 
 
 def write_case(folder: Path, model: Path, seed: int, **sections: Any) -> Path:
-    """A recipe of its own for every seed, with its rows; `sections` are merged into it, or left out."""
+    """A recipe of its own for every seed, with its rows; `sections` are merged into it, or left out
+    where they are None.
+    """
     random = Random(seed)
     folder.mkdir(parents=True)
     rows = [_row(thing, colour) for thing in _THINGS for colour in _COLOURS]
