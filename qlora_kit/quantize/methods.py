@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from qlora_kit.environment import package_versions
 from qlora_kit.errors import ModelError
-from qlora_kit.extras import require_extra
+from qlora_kit.extras import distributions, require_extra
 
 if TYPE_CHECKING:
     from qlora_kit.quantize.method import Method
@@ -106,6 +107,12 @@ def resolve_method(name: str) -> Method:
         require_extra(entry.extra, f"--method {name}")
     made: Method = import_module(entry.module).method(name)
     return made
+
+
+def tools_of(name: str) -> dict[str, str | None]:
+    """Versions of what makes it, beside the packages that every installation has."""
+    extra = entry_of(name).extra
+    return package_versions(distributions(extra)) if extra else {}
 
 
 def any_of(name: str) -> Method:

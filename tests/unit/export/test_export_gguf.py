@@ -67,6 +67,7 @@ def test_in_float32_the_file_is_its_merge(exported: Exported) -> None:
     assert certificate["base"] == "dequantized"
     assert kl_of(certificate, "gguf:F32") < 1e-6
     assert certificate["parity"]["num_conversations"] > 5
+    assert certificate["versions"]["llama-cpp-python"]
 
 
 def test_beside_the_base_as_training_saw_it_it_is_what_was_trained(exported: Exported) -> None:

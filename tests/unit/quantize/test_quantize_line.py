@@ -97,6 +97,12 @@ def test_what_is_published_knows_where_it_comes_from(
     assert verify_artifact(out) == ()
     assert certificate["calibration"]["num_tokens"] == 100
     assert certificate["source"]["name"] == "source"  # no path of this machine
+    card = (out / "README.md").read_text()
+    assert "# source, quantized by int8" in card
+    assert "Options: `activations=static`" in card
+    assert "import qlora_kit.quantize.int8  # registers it" in card
+    assert "base_model" not in card, "the hub knows no such model"
+    assert str(tmp_path) not in card
     assert "a fifth of the rows" in certificate["held_out"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
