@@ -26,6 +26,7 @@ _NEEDS = {
     "llm-int8": "bitsandbytes",
     "gptq": "compressed-tensors",
     "awq": "compressed-tensors",
+    "compressed-tensors": "compressed-tensors",
     "int8": "qlora-kit",
 }
 _TRANSFORMERS = (
@@ -56,7 +57,7 @@ def front_matter(family: str, base_model: str | None, relation: str, tags: Seque
 
 
 def how_to_load(family: str, gguf_file: str = "") -> str:
-    """Commands that load a whole model, made by a method of that family or dense."""
+    """Commands that load a whole model. family: of the method that made it, or its format."""
     if family == "gguf":
         return f"```bash\nllama-cli -m {gguf_file} -cnv\n```\n"
     if family == "onnx":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.artifact.card import how_to_load, options_in_words
+from qlora_kit.artifact.card import RECORDS, how_to_load, options_in_words
 from qlora_kit.export.card import CARD_FILE, is_full, ledger_section, tags, trained_from
 from qlora_kit.recipe.yaml import dump_yaml
 
@@ -48,8 +48,7 @@ def export_card(
             _parity(certificate["parity"]),
             "## How to load it\n",
             loading(certificate, gguf_files),
-            "`certificate.json` holds all figures, `artifact.json` what this was made from and the "
-            "SHA-256 of every file (`qlora-kit verify` checks them).\n",
+            RECORDS,
         ]
     )
 
