@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.artifact.card import RECORDS, how_to_load, options_in_words
-from qlora_kit.export.card import CARD_FILE, is_full, ledger_section, tags, trained_from
+from qlora_kit.artifact.card import CARD_FILE, RECORDS, how_to_load, options_in_words
+from qlora_kit.export.card import is_full, ledger_section, tags, trained_from
 from qlora_kit.recipe.yaml import dump_yaml
 
 if TYPE_CHECKING:
