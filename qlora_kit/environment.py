@@ -11,6 +11,7 @@ import os
 import platform
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -369,9 +370,9 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def package_versions() -> dict[str, str | None]:
-    """Installed version of every package a run depends on; None where it is missing."""
-    return {name: _version(name) for name in REPORTED_PACKAGES}
+def package_versions(names: Iterable[str] = REPORTED_PACKAGES) -> dict[str, str | None]:
+    """Installed versions, of every package that a run depends on; None where one is missing."""
+    return {name: _version(name) for name in names}
 
 
 def _version(name: str) -> str | None:

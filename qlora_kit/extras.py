@@ -19,6 +19,15 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 """The modules that each extra makes importable, by its name in `pyproject.toml`."""
 
 
+_OTHERWISE_NAMED = {"llama_cpp": "llama-cpp-python"}
+
+
+def distributions(name: str) -> tuple[str, ...]:
+    """The packages of an extra, by the names that they are installed by."""
+    modules = EXTRAS[name]
+    return tuple(_OTHERWISE_NAMED.get(one, one.replace("_", "-")) for one in modules)
+
+
 def has_extra(name: str) -> bool:
     """Whether everything that it brings is installed."""
     return not missing_modules(name)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.artifact.card import CARD_FILE, RECORDS, how_to_load
 from qlora_kit.export.ledger import Row, markdown
 from qlora_kit.recipe.yaml import dump_yaml
 
-CARD_FILE = "README.md"
+PACKED_INTEGERS = ("int8", "int4-group")
 
 
 def write_card(certificate: dict[str, Any], folder: Path) -> None:
@@ -38,11 +39,16 @@ def model_card(certificate: dict[str, Any]) -> str:
             _figures(certificate),
             *_chain(certificate),
             "## How to load it\n",
-            _loading(),
-            "`certificate.json` holds all figures, `artifact.json` what this was made from and the "
-            "SHA-256 of every file (`qlora-kit verify` checks them).\n",
+            how_to_load(_format(certificate)),
+            RECORDS,
         ]
     )
+
+
+def _format(certificate: dict[str, Any]) -> str:
+    """Integers of quantization-aware training are packed as compressed-tensors does."""
+    dtype: str = certificate["dtype"]
+    return "compressed-tensors" if dtype in PACKED_INTEGERS else dtype
 
 
 def _how_made(certificate: dict[str, Any]) -> str:
@@ -165,13 +171,3 @@ def _chain(certificate: dict[str, Any]) -> list[str]:
     if "ledger" not in certificate:
         return []
     return [ledger_section(certificate["ledger"], certificate["divergence"]["num_tokens"])]
-
-
-def _loading() -> str:
-    return (
-        "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
-        "```\n"
-    )

@@ -15,13 +15,14 @@ import qlora_kit
 from qlora_kit.artifact.record import AdapterRef, BaseRef, MadeFrom, write_record
 from qlora_kit.environment import Hardware, package_versions
 from qlora_kit.evaluate.divergence import Recorded, compare_to_recorded
-from qlora_kit.export.card import write_card
+from qlora_kit.export.card import PACKED_INTEGERS, write_card
 from qlora_kit.export.choose import Candidate, why_beyond_budget
 from qlora_kit.export.delta import WEIGHTS_FILE
 from qlora_kit.export.ledger import Row
 from qlora_kit.export.merge import MergeResult
 from qlora_kit.export.reload import load_plain, measuring_dtype, reload_faults
 from qlora_kit.export.trained import TrainedAdapter
+from qlora_kit.extras import distributions
 from qlora_kit.model.base import quantization_record
 from qlora_kit.model.bits import quantized_bits
 from qlora_kit.model.manifest import MANIFEST_FILE, lasting_name, read_manifest
@@ -76,7 +77,7 @@ def certify(
         "format": _FORMAT,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "qlora_kit_version": qlora_kit.__version__,
-        "versions": package_versions(),
+        "versions": {**package_versions(), **_tools(chosen)},
         "max_kl": max_kl,
         **chosen.as_dict(),
         "trained_on": {
@@ -102,9 +103,15 @@ def certify(
         kind="merged",
         made_from=origin_of(trained, recipe_sha256),
         settings={"base": chosen.result.base, "dtype": chosen.result.dtype},
+        tools=_tools(chosen),
         home=home,
     )
     return certificate
+
+
+def _tools(chosen: Candidate) -> dict[str, str | None]:
+    packs = chosen.result.dtype in PACKED_INTEGERS
+    return package_versions(distributions("qat")) if packs else {}
 
 
 def _num_8bit(trained: TrainedAdapter) -> int:

@@ -79,3 +79,10 @@ def test_what_was_quantized_again_does_not_claim_to_be_rounded() -> None:
     card = model_card(certificate(dtype="nf4", survival=None))
     assert "The sum was quantized again, to nf4." in card
     assert "share of each update" not in card
+    assert "With `transformers` and `bitsandbytes`" in card
+
+
+def test_integers_that_were_trained_for_are_no_int8_of_the_kit() -> None:
+    card = model_card(certificate(dtype="int8", survival=None))
+    assert "With `transformers` and `compressed-tensors`" in card
+    assert "qlora_kit.quantize.int8" not in card
