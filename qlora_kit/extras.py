@@ -18,6 +18,15 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 }
 """The modules that each extra makes importable, by its name in `pyproject.toml`."""
 
+PURPOSES: dict[str, str] = {
+    "gguf": "GGUF files (quantize, export, evaluate, compare, chat)",
+    "onnx": "ONNX (quantize, export, evaluate, compare)",
+    "gptq": "quantize and export by gptq and awq",
+    "lm-eval": "evaluate --tasks",
+    "qat": "loading what quantization_aware: {method: int4-group} exports",
+}
+"""What each of them is for."""
+
 
 def has_extra(name: str) -> bool:
     """Whether everything that it brings is installed."""
