@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.export.card import CARD_FILE, is_full, ledger_section, tags, trained_from
+from qlora_kit.export.card import CARD_FILE, base_model, is_full, ledger_section, tags, trained_from
 from qlora_kit.recipe.yaml import dump_yaml
 
 _LIBRARIES = {"adapter": "peft", "gguf": "gguf", "lora-gguf": "gguf", "ollama": "gguf"}
@@ -26,15 +26,15 @@ def write_export_card(certificate: dict[str, Any], folder: Path) -> None:
 
 def export_card(certificate: dict[str, Any], gguf_files: list[str]) -> str:
     """Markdown with the front matter that the hub reads."""
-    target, name = certificate["target"], certificate["trained_on"]["name"]
+    target, trained_on = certificate["target"], certificate["trained_on"]
+    name = trained_on["name"]
     family = target.partition(":")[0]
     front = dump_yaml(
         {
-            "base_model": name,
-            "base_model_relation": "adapter" if family == "adapter" else "quantized",
+            **base_model(trained_on, "adapter" if family == "adapter" else "quantized"),
             "library_name": _LIBRARIES.get(family, "transformers"),
             "pipeline_tag": "text-generation",
-            "tags": [*tags(certificate["trained_on"]), family, "qlora-kit"],
+            "tags": [*tags(trained_on), family, "qlora-kit"],
         }
     )
     return "\n".join(
