@@ -23,7 +23,7 @@ PURPOSES: dict[str, str] = {
     "onnx": "ONNX (quantize, export, evaluate, compare)",
     "gptq": "quantize and export by gptq and awq",
     "lm-eval": "evaluate --tasks",
-    "qat": "loading what quantization_aware: {method: int4-group} exports",
+    "qat": "storing and loading what quantization_aware trains for int8 and int4-group",
 }
 """What each of them is for."""
 
