@@ -80,14 +80,7 @@ def certify(
         "versions": {**package_versions(), **_tools(chosen)},
         "max_kl": max_kl,
         **chosen.as_dict(),
-        "trained_on": {
-            "name": public_name(trained.source),
-            "kind": trained.source.kind,
-            "revision": trained.source.revision,
-            "fingerprint": _fingerprint(trained.folder),
-            "quantization": quantization_record(trained.quantization, trained.compute_dtype),
-            "quantization_aware": None if trained.aware is None else trained.aware.record(),
-        },
+        "trained_on": trained_on(trained),
         "adapter_sha256": file_sha256(trained.folder / WEIGHTS_FILE),
         "recipe_sha256": recipe_sha256,
         "candidates": [one.as_dict() for one in candidates],
@@ -128,6 +121,18 @@ def _row_of(chosen: Candidate) -> Row:
         divergence.top1_agreement,
         disk_bytes=result.num_bytes,
     )
+
+
+def trained_on(trained: TrainedAdapter) -> dict[str, Any]:
+    """What a certificate says of the base, and how it was trained on."""
+    return {
+        "name": public_name(trained.source),
+        "kind": trained.source.kind,
+        "revision": trained.source.revision,
+        "fingerprint": _fingerprint(trained.folder),
+        "quantization": quantization_record(trained.quantization, trained.compute_dtype),
+        "quantization_aware": None if trained.aware is None else trained.aware.record(),
+    }
 
 
 def origin_of(trained: TrainedAdapter, recipe_sha256: str | None) -> MadeFrom:

@@ -14,7 +14,7 @@ import qlora_kit
 from qlora_kit.artifact.record import read_record, write_record
 from qlora_kit.atomic import draft_beside, flush_folder, require_disk
 from qlora_kit.environment import package_versions
-from qlora_kit.export.certify import CERTIFICATE_FILE, origin_of, public_name
+from qlora_kit.export.certify import CERTIFICATE_FILE, origin_of, trained_on
 from qlora_kit.export.chain import SIXTEEN_BIT, base_name, begin_ledger, free_memory
 from qlora_kit.export.export_card import write_export_card
 from qlora_kit.export.jobs import ExportRequest, Job, placed, sound_jobs
@@ -23,7 +23,6 @@ from qlora_kit.export.makers import MAKERS, Content, Ingredients, needs_dequanti
 from qlora_kit.export.merge import predict_bytes
 from qlora_kit.export.merge_run import merge_and_certify
 from qlora_kit.export.rehearsal import rehearse
-from qlora_kit.model.base import quantization_record
 from qlora_kit.quantize.gguf.parity import Parity, require_parity
 from qlora_kit.quantize.methods import tools_of
 from qlora_kit.records import file_sha256
@@ -275,11 +274,7 @@ def _certificate(
         else job.base,
         "settings": dict(content.settings),
         "calibration": content.calibration and asdict(content.calibration),
-        "trained_on": {
-            "name": public_name(trained.source),
-            "revision": trained.source.revision,
-            "quantization": quantization_record(trained.quantization, trained.compute_dtype),
-        },
+        "trained_on": trained_on(trained),
         "max_kl": max_kl,
         "passed": math.isfinite(kl) if max_kl is None else kl <= max_kl,
         "num_tokens": session.ledger.recorded.num_tokens,

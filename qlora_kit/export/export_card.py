@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.artifact.card import CARD_FILE, RECORDS, how_to_load, options_in_words
-from qlora_kit.export.card import is_full, ledger_section, tags, trained_from
+from qlora_kit.export.card import base_model, is_full, ledger_section, tags, trained_from
 from qlora_kit.recipe.yaml import dump_yaml
 
 if TYPE_CHECKING:
@@ -27,15 +27,15 @@ def export_card(
     certificate: dict[str, Any], options: MethodOptions | None, gguf_files: list[str]
 ) -> str:
     """Markdown with the front matter that the hub reads."""
-    target, name = certificate["target"], certificate["trained_on"]["name"]
+    target, trained_on = certificate["target"], certificate["trained_on"]
+    name = trained_on["name"]
     family = target.partition(":")[0]
     front = dump_yaml(
         {
-            "base_model": name,
-            "base_model_relation": "adapter" if family == "adapter" else "quantized",
+            **base_model(trained_on, "adapter" if family == "adapter" else "quantized"),
             "library_name": _LIBRARIES.get(family, "transformers"),
             "pipeline_tag": "text-generation",
-            "tags": [*tags(certificate["trained_on"]), family, "qlora-kit"],
+            "tags": [*tags(trained_on), family, "qlora-kit"],
         }
     )
     return "\n".join(

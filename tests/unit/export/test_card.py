@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import yaml
 
 from qlora_kit.export.card import model_card
@@ -52,6 +53,23 @@ def test_front_matter_and_figures() -> None:
         "| the same, least (`layers.3.q_proj`) | 50.00% |",
     ):
         assert words in card
+
+
+@pytest.mark.parametrize("kind", ["folder", "demo"])
+def test_a_base_that_the_hub_does_not_have_is_only_named(kind: str) -> None:
+    values = certificate()
+    values["trained_on"] |= {"name": "smollm2", "kind": kind}
+    card = model_card(values)
+    front = yaml.safe_load(card.split("---")[1])
+    assert not [key for key in front if key.startswith("base_model")]
+    assert "`smollm2`" in card
+
+
+@pytest.mark.parametrize("notes", [[], ["eight bits"], ["one", "two"]])
+def test_paragraphs_are_one_blank_line_apart(notes: list[str]) -> None:
+    card = model_card(certificate(notes=notes))
+    assert "\n\n\n" not in card
+    assert ("\n- " in card.partition("## What")[2]) == bool(notes)
 
 
 def test_the_chain_is_a_table() -> None:
