@@ -414,3 +414,30 @@ def test_updates_without_a_checkpoint_are_warned_of(tmp_path: Path) -> None:
     run.log.write_text('{"step": 1}\n')
     entry, _ = entered(recipe)
     assert "holds a log of updates, but no checkpoint" in entry.warned[0]
+
+
+class TestDraftsOfMergesAndExports:
+    HEX = "0123456789abcdef0123456789abcdef"
+
+    def test_of_a_killed_run_are_cleared(self, tmp_path: Path) -> None:
+        recipe = recipe_in(tmp_path / "run")
+        run = begun_run(tmp_path / "run", recipe, 4)
+        run.exports.mkdir()
+        names = (".merged", ".merged-original", ".quantized", ".exports", "exports/.gguf-q4_k_m")
+        for name in names:
+            (run.folder / f"{name}.{self.HEX}.draft" / "inside").mkdir(parents=True)
+        (run.folder / ".merged.mine").mkdir()
+        entered(recipe)
+        assert not list(run.folder.rglob("*.draft"))
+        assert (run.folder / ".merged.mine").is_dir()
+
+    def test_of_a_finished_run_stay(self, tmp_path: Path) -> None:
+        """They may be of a `merge` or an `export` that is at work."""
+        recipe = recipe_in(tmp_path / "run")
+        run = begun_run(tmp_path / "run", recipe, 4)
+        run.summary.write_text("{}")
+        draft = run.folder / f".merged.{self.HEX}.draft"
+        draft.mkdir()
+        with pytest.raises(RunError):
+            entered(recipe)
+        assert draft.is_dir()
