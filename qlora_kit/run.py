@@ -41,6 +41,7 @@ from qlora_kit.data.stream import StreamedSequences
 from qlora_kit.endings import saying_what_is_kept, told_how_it_ends
 from qlora_kit.environment import (
     Hardware,
+    kit_version,
     launcher_settings,
     package_versions,
     probe_hardware,
@@ -333,6 +334,7 @@ def fingerprints(recipe: Recipe, ready: Prepared, hardware: Hardware) -> Fingerp
         hardware=hardware.device_name,
         compute=str(ready.base.compute_dtype).removeprefix("torch."),
         native_bf16="yes" if hardware.native_bf16 else "no",
+        qlora_kit=kit_version(),
     )
 
 

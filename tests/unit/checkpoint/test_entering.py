@@ -441,3 +441,23 @@ class TestDraftsOfMergesAndExports:
         with pytest.raises(RunError):
             entered(recipe)
         assert draft.is_dir()
+
+
+class TestAnotherVersionOfThisProgram:
+    def test_is_accepted_and_listed(self, tmp_path: Path) -> None:
+        run = begun_run(tmp_path / "run", recipe_in(tmp_path / "run"), 4)
+        checkpoint = run.folder / "checkpoint-4"
+        before, now = (replace(PRINTS, qlora_kit=f"0.1.0 at {one * 40}") for one in "ab")
+        (checkpoint / FINGERPRINTS_FILE).write_text(fingerprints_text(before))
+        drift = require_same_work(checkpoint, now, False)
+        assert [one.field for one in drift.accepted] == ["qlora_kit"]
+        assert drift.breaking == ()
+
+    def test_of_one_that_did_not_say_it_is_unknown(self, tmp_path: Path) -> None:
+        run = begun_run(tmp_path / "run", recipe_in(tmp_path / "run"), 4)
+        checkpoint = run.folder / "checkpoint-4"
+        values = json.loads((checkpoint / FINGERPRINTS_FILE).read_text())
+        del values["qlora_kit"]
+        (checkpoint / FINGERPRINTS_FILE).write_text(json.dumps(values))
+        now = replace(PRINTS, qlora_kit="0.1.0")
+        assert require_same_work(checkpoint, now, False).all == ()
