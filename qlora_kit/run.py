@@ -452,7 +452,7 @@ def _bytes_to_merge(
         return 0
     options = recipe.export.merge_options
     is_twice = options.base == "auto" or recipe.quantization_aware is not None
-    vocabulary = adapted.model.config.get_text_config().vocab_size
+    vocabulary: int = adapted.model.config.get_text_config().vocab_size
     measured = sum(one.num_supervised for one in held_out[: options.max_rows])
     record = 4 * vocabulary * min(measured, DEFAULT_MAX_TOKENS)
     return 4 * adapted.num_parameters * (2 if is_twice else 1) + record + SURROUNDINGS_BYTES
