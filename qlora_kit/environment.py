@@ -11,6 +11,7 @@ import os
 import platform
 import time
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import metadata
@@ -369,9 +370,9 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def package_versions() -> dict[str, str | None]:
-    """Installed version of every package a run depends on; None where it is missing."""
-    return {name: _version(name) for name in REPORTED_PACKAGES}
+def package_versions(names: Iterable[str] = REPORTED_PACKAGES) -> dict[str, str | None]:
+    """Installed versions, of every package that a run depends on; None where one is missing."""
+    return {name: _version(name) for name in names}
 
 
 def _version(name: str) -> str | None:
@@ -395,16 +396,31 @@ def describe() -> dict[str, Any]:
     }
 
 
-def _git_commit() -> str | None:
-    """The commit that the working directory is at, with a + where files were changed since."""
+def kit_version() -> str:
+    """Of this package, with the commit that it is at where it is run from a repository."""
+    folder = Path(__file__).parent
+    is_tracked = _git("ls-files", "--error-unmatch", Path(__file__).name, folder=folder) is not None
+    commit = _git_commit(folder) if is_tracked else None
+    version = _version("qlora-kit") or "not installed"
+    return version if commit is None else f"{version} at {commit}"
+
+
+def _git_commit(folder: Path = Path()) -> str | None:
+    """The commit that a folder (or the working directory) is at, with a + where files of its
+    repository were changed since.
+    """
+    commit = _git("rev-parse", "HEAD", folder=folder)
+    changed = _git("status", "--porcelain", "-uno", folder=folder)
+    return commit and commit + ("+" if changed else "")
+
+
+def _git(*arguments: str, folder: Path) -> str | None:
+    """What git says in a folder; None where it is missing or refuses."""
     import subprocess
 
-    def ask(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    commit = ask("rev-parse", "HEAD")
-    return commit and commit + ("+" if ask("status", "--porcelain", "-uno") else "")
+    command = ["git", "-C", str(folder), *arguments]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

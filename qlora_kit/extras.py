@@ -18,6 +18,24 @@ EXTRAS: dict[str, tuple[str, ...]] = {
 }
 """The modules that each extra makes importable, by its name in `pyproject.toml`."""
 
+PURPOSES: dict[str, str] = {
+    "gguf": "GGUF files (quantize, export, evaluate, compare, chat)",
+    "onnx": "ONNX (quantize, export, evaluate, compare)",
+    "gptq": "quantize and export by gptq and awq",
+    "lm-eval": "evaluate --tasks",
+    "qat": "storing and loading what quantization_aware trains for int8 and int4-group",
+}
+"""What each of them is for."""
+
+
+_OTHERWISE_NAMED = {"llama_cpp": "llama-cpp-python"}
+
+
+def distributions(name: str) -> tuple[str, ...]:
+    """The packages of an extra, by the names that they are installed by."""
+    modules = EXTRAS[name]
+    return tuple(_OTHERWISE_NAMED.get(one, one.replace("_", "-")) for one in modules)
+
 
 def has_extra(name: str) -> bool:
     """Whether everything that it brings is installed."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -25,6 +26,8 @@ from qlora_kit.report.reporter import SILENT, Reporter
 DEFAULT_UPDATES = 6
 _SAVE_EVERY = 2
 _POLL_SECONDS = 0.02
+# Each with twice the updates of the one before, where a run ends before it can be killed.
+_TRIES = 6
 
 
 @dataclass(frozen=True)
@@ -84,16 +87,26 @@ def prove_resume(
     """Run the recipe's first updates twice in `folder`, once with a kill in between.
 
     Raises:
-        RunError: one of the runs ended with an error.
+        RunError: one of the runs ended with an error, or all of them before they could be killed.
     """
-    whole = _shortened(recipe, folder / "whole", num_updates)
-    parts = _shortened(recipe, folder / "killed", num_updates)
-    reporter.say(f"proof     {num_updates} updates without a stop …")
-    first = _finished(whole)
-    reporter.say(
-        f"          {first.seconds:.0f} s, loss {first.losses[0]:.4f} → {first.losses[-1]:.4f}"
-    )
-    killed_after, resumed_from = _killed(parts)
+    for _ in range(_TRIES):
+        whole = _shortened(recipe, folder / "whole", num_updates)
+        parts = _shortened(recipe, folder / "killed", num_updates)
+        reporter.say(f"proof     {num_updates} updates without a stop …")
+        first = _finished(whole)
+        reporter.say(
+            f"          {first.seconds:.0f} s, loss {first.losses[0]:.4f} → {first.losses[-1]:.4f}"
+        )
+        killed = _killed(parts)
+        if killed is not None:
+            break
+        reporter.say("          the run to be killed ended too soon; with twice as many …")
+        for name in ("whole", "killed"):
+            shutil.rmtree(folder / name)
+        num_updates *= 2
+    else:
+        raise RunError("the run to be killed ended too soon; ask for more updates (--updates).")
+    killed_after, resumed_from = killed
     reporter.say(
         f"          killed (SIGKILL) after update {killed_after}; checkpoint-{resumed_from} is the "
         "newest …"
@@ -152,8 +165,11 @@ def _finished(recipe: Path) -> Trace:
     return _trace(recipe.with_suffix(""), time.monotonic() - start)
 
 
-def _killed(recipe: Path) -> tuple[int, int]:
-    """Start a run, kill it once it has gone past a checkpoint; updates logged, and checkpoint."""
+def _killed(recipe: Path) -> tuple[int, int] | None:
+    """Start a run, kill it once it has gone past a checkpoint; updates logged, and checkpoint.
+
+    None where it ended before it could be killed.
+    """
     folder = recipe.with_suffix("")
     run = subprocess.Popen(
         _command(recipe), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -166,7 +182,7 @@ def _killed(recipe: Path) -> tuple[int, int]:
         _, said = run.communicate()
     kept = find_checkpoints(folder)
     if RunDirectory(folder).is_finished:
-        raise RunError("the run to be killed ended too soon; ask for more updates (--updates).")
+        return None
     if not kept:
         raise RunError(f"the run to be killed ended before its first checkpoint:\n{said[-2000:]}")
     return len(_losses(folder)), int(kept[0].name.rpartition("-")[2])

@@ -27,6 +27,7 @@ from qlora_kit.checkpoint.fingerprints import (
     SourcePrint,
     fingerprints_text,
 )
+from qlora_kit.checkpoint.room import checkpoint_bytes, merged_bytes
 from qlora_kit.checkpoint.run_directory import (
     RECIPE_RECORD,
     RunDirectory,
@@ -40,6 +41,7 @@ from qlora_kit.data.stream import StreamedSequences
 from qlora_kit.endings import saying_what_is_kept, told_how_it_ends
 from qlora_kit.environment import (
     Hardware,
+    kit_version,
     launcher_settings,
     package_versions,
     probe_hardware,
@@ -50,6 +52,7 @@ from qlora_kit.evaluate.divergence import DEFAULT_MAX_TOKENS
 from qlora_kit.evaluate.evaluate import evaluate_model, evaluate_side_by_side, window_size
 from qlora_kit.export.export_run import export_after_training
 from qlora_kit.export.merge_run import merge_after_training
+from qlora_kit.export.shards import SURROUNDINGS_BYTES
 from qlora_kit.launcher import require_going_on, require_launch
 from qlora_kit.model.adapter import Adapted, attach_adapter
 from qlora_kit.model.base import Base, load_base, prepare_for_training
@@ -159,7 +162,7 @@ def run_recipe(
         continuation = continuation_of(entry, prints, sources, allow_drift, processes, reporter)
         shape = processes.together(lambda: shape_for(recipe.train, processes, continuation))
         narrate.schedule(reporter, recipe.train, ready.batches, shape)
-        needed = bytes_to_write(recipe, ready.adapted, ready.held_out.sequences)
+        needed = bytes_to_write(recipe, ready.adapted, ready.held_out.sequences, entry.run)
         run = processes.on_main(lambda: open_folder(recipe, entry, needed))
         processes.on_main(lambda: write_ledger(run, ready.train, ready.held_out))
         laps.lap("fingerprints and run folder")
@@ -332,6 +335,7 @@ def fingerprints(recipe: Recipe, ready: Prepared, hardware: Hardware) -> Fingerp
         hardware=hardware.device_name,
         compute=str(ready.base.compute_dtype).removeprefix("torch."),
         native_bf16="yes" if hardware.native_bf16 else "no",
+        qlora_kit=kit_version(),
     )
 
 
@@ -422,22 +426,41 @@ def evaluate_held_out(
     return {"model": measured.as_dict()}
 
 
-def bytes_to_write(recipe: Recipe, adapted: Adapted, held_out: Sequence[TokenSequence] = ()) -> int:
-    """At most what the run will leave on the disk: checkpoints, adapter, merged models.
+def bytes_to_write(
+    recipe: Recipe,
+    adapted: Adapted,
+    held_out: Sequence[TokenSequence] = (),
+    run: RunDirectory | None = None,
+) -> int:
+    """At most what the run will leave on the disk beside what it holds already: checkpoints,
+    adapter, merged models.
 
     A checkpoint holds the adapter and its optimizer's two states, each in float32 at most
-    (twenty checkpoints where all are kept); a merge whose base is chosen by measurement is there
-    twice for a while, beside what the trained graph said on the held-out rows.
+    (twenty checkpoints where all are kept). The adapter is written beside the one that is there.
     """
     adapter = 4 * adapted.num_trainable
     kept = 0 if recipe.train.save_strategy == "no" else (recipe.train.save_total_limit or 20) + 1
-    is_twice = recipe.export.merge_options.base == "auto" or recipe.quantization_aware is not None
-    merges = {True: 2 if is_twice else 1, False: 0}
-    merged = 4 * adapted.num_parameters * merges[recipe.export.merge]
-    vocabulary = adapted.model.config.get_text_config().vocab_size
-    measured = sum(one.num_supervised for one in held_out[: recipe.export.merge_options.max_rows])
-    record = 4 * vocabulary * min(measured, DEFAULT_MAX_TOKENS) if recipe.export.merge else 0
-    return adapter * (1 + 3 * kept) + merged + record
+    saved, merged = 3 * adapter * kept, _bytes_to_merge(recipe, adapted, held_out)
+    if run is not None:
+        saved = max(0, saved - checkpoint_bytes(run))
+        merged = max(0, merged - merged_bytes(run))
+    return adapter + saved + merged
+
+
+def _bytes_to_merge(
+    recipe: Recipe, adapted: Adapted, held_out: Sequence[TokenSequence] = ()
+) -> int:
+    """Of a merge whose base is chosen by measurement there are two for a while, beside what the
+    trained graph said on the held-out rows and what stands beside weights.
+    """
+    if not recipe.export.merge:
+        return 0
+    options = recipe.export.merge_options
+    is_twice = options.base == "auto" or recipe.quantization_aware is not None
+    vocabulary: int = adapted.model.config.get_text_config().vocab_size
+    measured = sum(one.num_supervised for one in held_out[: options.max_rows])
+    record = 4 * vocabulary * min(measured, DEFAULT_MAX_TOKENS)
+    return 4 * adapted.num_parameters * (2 if is_twice else 1) + record + SURROUNDINGS_BYTES
 
 
 def summary_of(

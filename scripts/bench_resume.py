@@ -2,10 +2,13 @@
 
 python scripts/bench_resume.py
 python scripts/bench_resume.py --late 100000 --rows 50000 --repeats 9 --json figures.json
+python scripts/bench_resume.py --streaming --rows 20500
 
 A tiny random model is trained on generated rows to update 10 and stopped. Its checkpoint is copied
 and said to be of update 10,000: number, schedule and all. Then `run_recipe`, as `qlora-kit train`
-calls it, goes on with one and the other in turns, each to the end of its first update. Printed are
+calls it, goes on with one and the other in turns, each to the end of its first update. A stream is
+read for one pass without training, so that the checkpoint says where update 10,000 stands: with
+20,500 rows, near the end of the second pass, which is as far as it can be from one. Printed are
 the seconds from the call to that moment and the ratio of each pair (late : early).
 """
 
@@ -29,13 +32,14 @@ from qlora_kit.checkpoint.checkpoints import publish_checkpoint
 from qlora_kit.checkpoint.draft import Draft
 from qlora_kit.checkpoint.manifest import MANIFEST_FILE
 from qlora_kit.checkpoint.tensors import load_values, value_parts
+from qlora_kit.data.prepare import prepare_train
 from qlora_kit.environment import quiet_upstream
 from qlora_kit.errors import RunStopped
 from qlora_kit.model.source import resolve_source
 from qlora_kit.recipe import Recipe, load_recipe
 from qlora_kit.report.reporter import Progress, Reporter
 from qlora_kit.run import run_recipe
-from qlora_kit.train.snapshot import OPTIMIZER_FILE, PROGRESS_FILE
+from qlora_kit.train.snapshot import OPTIMIZER_FILE, PROGRESS_FILE, STREAM_FILE, read_place
 
 PER_UPDATE = 4
 WARM_UPS = 1
@@ -72,6 +76,7 @@ def main() -> int:
     parser.add_argument("--early", type=int, default=10, metavar="UPDATE")
     parser.add_argument("--late", type=int, default=10_000, metavar="UPDATE")
     parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--streaming", action="store_true", help="rows are read while training")
     parser.add_argument("--repeats", type=int, default=7, help="pairs")
     parser.add_argument("--json", type=Path, help="write the figures here")
     arguments = parser.parse_args()
@@ -99,13 +104,15 @@ def measure(scratch: Path, arguments: argparse.Namespace) -> dict[str, Any]:
         for number in range(arguments.rows):
             file.write(json.dumps({"prompt": f"count to {number}", "completion": "done"}) + "\n")
     recipes = {
-        name: recipe_in(scratch / name, model, rows, 2 * arguments.late)
+        name: recipe_in(scratch / name, model, rows, 2 * arguments.late, arguments.streaming)
         for name in ("early", "late")
     }
     go_on(recipes["early"], arguments.early)
     folders = {name: Path(recipe.run_dir) for name, recipe in recipes.items()}
     shutil.copytree(folders["early"], folders["late"])
-    say_it_is_of(folders["late"] / f"checkpoint-{arguments.early}", arguments.early, arguments.late)
+    checkpoint = folders["late"] / f"checkpoint-{arguments.early}"
+    place = place_at(recipes["late"], checkpoint, arguments.late) if arguments.streaming else None
+    say_it_is_of(checkpoint, arguments.early, arguments.late, place)
     seconds: dict[str, list[float]] = {"early": [], "late": []}
     for pair in range(arguments.repeats + WARM_UPS):
         for name in ("early", "late") if pair % 2 else ("late", "early"):
@@ -151,11 +158,11 @@ def tiny_model(folder: Path, tokenizer_of: str) -> Path:
     return folder
 
 
-def recipe_in(folder: Path, model: Path, rows: Path, num_updates: int) -> Recipe:
+def recipe_in(folder: Path, model: Path, rows: Path, num_updates: int, is_streamed: bool) -> Recipe:
     path = folder.with_suffix(".yaml")
     values = {
         "model": {"name_or_path": str(model)},
-        "data": {"train": [{"path": str(rows)}], "max_length": 64},
+        "data": {"train": [{"path": str(rows)}], "max_length": 64, "streaming": is_streamed},
         "train": {
             "max_steps": num_updates,
             "per_device_train_batch_size": PER_UPDATE,
@@ -179,12 +186,31 @@ def go_on(recipe: Recipe, updates: int) -> float:
     raise AssertionError("the run was to be stopped")
 
 
-def say_it_is_of(checkpoint: Path, then: int, now: int) -> None:
+def place_at(recipe: Recipe, checkpoint: Path, update: int) -> dict[str, Any]:
+    """Where the stream of a run stands at a later update, behind its first pass."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(recipe.model.name_or_path)
+    stops = frozenset({tokenizer.eos_token_id})
+    stream = prepare_train(recipe.data, tokenizer, stops).stream
+    assert stream is not None
+    items = iter(stream)
+    num_given = update * PER_UPDATE
+    while "ledger" not in (place := stream.place_of(num_given) or {}):
+        next(items)
+    kept = read_place(checkpoint)
+    assert kept is not None
+    return {**place, "key": kept["key"]}
+
+
+def say_it_is_of(checkpoint: Path, then: int, now: int, place: dict[str, Any] | None) -> None:
     """Publish a checkpoint of update `then` again, as one of update `now`."""
 
     def fill(draft: Draft) -> None:
+        if place is not None:
+            draft.put(STREAM_FILE, [json.dumps(place).encode()])
         for path in checkpoint.iterdir():
-            if path.name not in (MANIFEST_FILE, OPTIMIZER_FILE, PROGRESS_FILE):
+            if path.name not in (MANIFEST_FILE, OPTIMIZER_FILE, PROGRESS_FILE, STREAM_FILE):
                 draft.put(path.name, [path.read_bytes()])
         progress = json.loads((checkpoint / PROGRESS_FILE).read_text(encoding="utf-8"))
         assert progress["update"] == then

@@ -19,6 +19,7 @@ from qlora_kit.checkpoint.fingerprints import (
 )
 from qlora_kit.checkpoint.global_batch import batch_of
 from qlora_kit.checkpoint.lock import hold
+from qlora_kit.checkpoint.room import clear_dead_drafts
 from qlora_kit.checkpoint.run_directory import (
     RECIPE_RECORD,
     RunDirectory,
@@ -69,6 +70,7 @@ def enter(
         clear_leftovers(run.folder, disk)
         return Entry(run, is_new=True, warned=tuple(warned))
     clear_leftovers(run.folder, disk)
+    clear_dead_drafts(run, disk)
     found = newest_whole(run.folder)
     if run.summary.exists():
         warned.append(_summary_set_aside(run, found, disk))

@@ -33,6 +33,8 @@ class Fingerprints:
     """The dtype that the products are computed in. Empty in checkpoints of earlier versions."""
     native_bf16: str = ""
     """Yes or no: what the machine was found to be, which decides what `auto` is."""
+    qlora_kit: str = ""
+    """Version and commit of this program. Empty, so unknown, in checkpoints of earlier ones."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,9 @@ _WORDS = {
     "hardware": "the same recipe may come out otherwise in the last bits",
     "compute": "the products are computed in another dtype, so all numbers are others",
     "native_bf16": "auto may stand for another dtype",
+    "qlora_kit": "the same recipe may come out otherwise in the last bits",
 }
-_ACCEPTED = ("packages", "hardware", "native_bf16")
+_ACCEPTED = ("packages", "hardware", "native_bf16", "qlora_kit")
 
 
 def differences(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import wraps
 from typing import Annotated, Any
 
@@ -30,6 +31,7 @@ from qlora_kit.cli import (
     train,
     verify,
 )
+from qlora_kit.cli.terminated import Terminated, ended_by_sigterm
 from qlora_kit.environment import quiet_upstream, require_one_process
 from qlora_kit.errors import QloraKitError
 from qlora_kit.refusals import refusal_of
@@ -49,12 +51,19 @@ app = typer.Typer(
 
 
 def interruptible(command: Callable[..., None]) -> Callable[..., None]:
-    """A verb that says so when it is interrupted from the keyboard; Typer ends without a word."""
+    """A verb that says so when it is interrupted from the keyboard, where Typer ends without a
+    word, and that puts away what it has begun after SIGTERM too. Training answers that itself.
+    """
+    answering = nullcontext if command is train.command else ended_by_sigterm
 
     @wraps(command)
     def say_so(*arguments: Any, **options: Any) -> None:
         try:
-            command(*arguments, **options)
+            with answering():
+                command(*arguments, **options)
+        except Terminated:
+            print("terminated", file=sys.stderr)
+            raise
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)
             raise typer.Exit(130) from None
@@ -93,7 +102,7 @@ for verb in (
     recipes,
     doctor,
 ):
-    app.command(name=verb.NAME)(interruptible(_launched_rightly(verb.NAME, verb.command)))
+    app.command(name=verb.NAME)(_launched_rightly(verb.NAME, interruptible(verb.command)))
 
 
 @app.callback()

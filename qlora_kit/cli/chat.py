@@ -63,7 +63,7 @@ def command(
         reporter.say(f"{loaded.name} listens. {_HELP}")
     if system is None and is_conversation:
         system = trained_system_message(trained)
-        if system is not None:
+        if system is not None and sys.stdin.isatty():
             reporter.say(f"As in training, it is told beforehand: {system}")
     before = [Message("system", system)] if system is not None else []
     if not converse(loaded, before, is_conversation, max_new_tokens, temperature, reporter):

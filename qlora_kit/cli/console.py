@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeRemainingColumn,
@@ -24,6 +25,11 @@ from qlora_kit.report.visible import bracketed
 # Without a terminal a line is printed this often, so that a log shows life and stays short.
 _LOG_SECONDS = 15.0
 _SHORT_SECONDS = 2.0
+# How long the rest takes is told once the pace says something of it: the first parts are slower
+# than all others, as buffers are made and code is loaded for them.
+_PACE_SECONDS = 5.0
+_PACE_SHARE = 0.05
+_PACE_SURELY_SECONDS = 60.0
 # Without a terminal there is no width to keep to; tables are given this many columns.
 _LOG_WIDTH = 132
 
@@ -34,7 +40,7 @@ class _Bar(Progress):
         self._task = task
 
     def begin_at(self, done: int) -> None:
-        self._bar.reset(self._task, completed=done)
+        self._bar.reset(self._task, completed=done, figures="", before=done)
 
     def update(self, advance: int = 1, **fields: str) -> None:
         self._bar.update(self._task, advance=advance, figures="  ".join(fields.values()))
@@ -73,10 +79,29 @@ class _Lines(Progress):
     def _show(self, now: float, fields: dict[str, str]) -> None:
         self._shown = self._done
         rest, made = max(self._total - self._done, 0), max(self._done - self._before, 1)
-        seconds_left = (now - self._start) * rest / made
-        figures = [*(value for value in fields.values() if value), f"{clock(seconds_left)} left"]
-        line = f"{self._name}: {self._done:,} of {self._total:,}  {'  '.join(figures)}"
+        seconds = now - self._start
+        figures = [value for value in fields.values() if value]
+        if tells_time_left(seconds, made, rest):
+            figures.append(f"{clock(seconds * rest / made)} left")
+        line = "  ".join([f"{self._name}: {self._done:,} of {self._total:,}", *figures])
         self._console.print(Text(line), soft_wrap=True)
+
+
+class _TimeLeft(TimeRemainingColumn):
+    """Nothing until the pace says something of the rest."""
+
+    def render(self, task: Task) -> Text:
+        made = task.completed - task.fields["before"]
+        if not tells_time_left(task.elapsed or 0.0, made, task.remaining or 0.0):
+            return Text("")
+        return super().render(task)
+
+
+def tells_time_left(seconds: float, made: float, rest: float) -> bool:
+    """Whether `made` parts in so many seconds say how long the rest takes."""
+    if seconds < _PACE_SECONDS:
+        return False
+    return made >= _PACE_SHARE * (made + rest) or seconds >= _PACE_SURELY_SECONDS
 
 
 def clock(seconds: float) -> str:
@@ -128,11 +153,11 @@ class ConsoleReporter(Reporter):
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
+            _TimeLeft(),
             console=self._console,
         )
         with bar:
-            yield _Bar(bar, bar.add_task(name, total=total, figures=""))
+            yield _Bar(bar, bar.add_task(name, total=total, figures="", before=0))
 
 
 def console_reporter(to_stderr: bool = False) -> ConsoleReporter:

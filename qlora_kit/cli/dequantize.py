@@ -31,6 +31,7 @@ def command(
 
     from qlora_kit.cli.console import console_reporter
     from qlora_kit.environment import probe_hardware
+    from qlora_kit.export.certify import public_name
     from qlora_kit.export.dequantize import dequantize_checkpoint
     from qlora_kit.export.merge import require_absent
     from qlora_kit.model.source import resolve_source
@@ -43,6 +44,8 @@ def command(
         out,
         probe_hardware(),
         dtype=dtype,
+        public_name=public_name(source),
+        hub_id=source.hub_id,
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
         reporter=reporter,

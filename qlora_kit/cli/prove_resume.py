@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -42,27 +38,12 @@ def command(
     if keep is not None and keep.exists():
         raise RunError(f"--keep {keep} is there already; name a new folder.")
     reporter = console_reporter(to_stderr=as_json)
-    with _ended_by_sigterm():
-        if keep is not None:
-            proof = prove_resume(loaded, keep.absolute(), updates, reporter)
-        else:
-            with tempfile.TemporaryDirectory(prefix="prove-resume-") as folder:
-                proof = prove_resume(loaded, Path(folder), updates, reporter)
+    if keep is not None:
+        proof = prove_resume(loaded, keep.absolute(), updates, reporter)
+    else:
+        with tempfile.TemporaryDirectory(prefix="prove-resume-") as folder:
+            proof = prove_resume(loaded, Path(folder), updates, reporter)
     show_proof(reporter, proof)
     if as_json:
         print(json.dumps({**asdict(proof), "holds": proof.holds}, indent=2))
     raise typer.Exit(0 if proof.holds else 1)
-
-
-@contextmanager
-def _ended_by_sigterm() -> Iterator[None]:
-    """As by Ctrl-C: the run under way and the folder of the proof go as well."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        raise typer.Exit(128 + number)
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -28,12 +28,15 @@ def _describe(name: str | None) -> None:
     """The options of one method."""
     if name is None:
         return
-    from qlora_kit.quantize.methods import entry_of, resolve_method
+    from qlora_kit.quantize.methods import any_of, entry_of
     from qlora_kit.quantize.options import describe_options
 
-    print(f"{name}: {entry_of(name).summary}")
-    for option, default, meaning in describe_options(resolve_method(name).options):
+    method = any_of(name)
+    print(f"{name}: {entry_of(method.name).summary}")
+    for option, default, meaning in describe_options(method.options):
         print(f"\n{option}={default}\n    {meaning}")
+    if not method.options.model_fields:
+        print("\nIt has no options.")
     raise typer.Exit
 
 

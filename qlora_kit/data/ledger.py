@@ -90,6 +90,25 @@ class Ledger:
         if len(shown) < NUM_SHOWN:
             shown.append(origin)
 
+    def add(self, other: Ledger) -> None:
+        """Book what another ledger has booked."""
+        for one in fields(self):
+            mine, theirs = getattr(self, one.name), getattr(other, one.name)
+            if isinstance(mine, Counter):
+                mine.update(theirs)
+            elif isinstance(mine, int):
+                setattr(self, one.name, mine + theirs)
+        for reason, origins in other.examples.items():
+            for origin in origins:
+                self.example(reason, origin)
+        self.schemas |= other.schemas
+        self.ignored |= other.ignored
+        self.left_out |= other.left_out
+        for source, counts in other.repeats.items():
+            repeated = Counter(self.repeats.get(source, {}))
+            repeated.update(counts)
+            self.repeats[source] = dict(repeated)
+
     @property
     def num_lost(self) -> int:
         """Rows dropped or truncated."""

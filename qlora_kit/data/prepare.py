@@ -27,7 +27,7 @@ from qlora_kit.data.schemas import Recogniser, content_key, fine_tuning_example
 from qlora_kit.data.select import DUPLICATE, Selection, held_out_threshold
 from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.data.store import StoredSequences, StoreWriter, is_whole
-from qlora_kit.data.stream import StreamedSequences
+from qlora_kit.data.stream import Pass, StreamedSequences
 from qlora_kit.data.template import PROBE, PROBE_ORIGIN
 from qlora_kit.errors import DataError
 
@@ -104,25 +104,26 @@ def _stream(spec: DataSpec, tokenizer: PreTrainedTokenizerBase, stop_ids: frozen
     can be trained on.
     """
 
-    def one_pass(ledger: Ledger | None) -> Iterator[TokenSequence]:
-        booked = ledger or Ledger()
+    def one_pass(at: Pass) -> Iterator[TokenSequence]:
         selection = selection_for("train", spec)
-        chunks = _chunks(spec.train, spec, selection, tokenizer, stop_ids, booked)
-        sequences = (
-            sequence
-            for chunk in chunks
-            for sequence in fit_each(chunk.examples, chunk.rendered, spec, booked)
-        )
-        for number, sequence in enumerate(sequences, start=1):
-            if number % _ROWS_BETWEEN_CHECKS == 0:
-                _refuse_losses("train", Part((), (), booked), spec)
-            yield sequence
-        _refuse_losses("train", Part((), (), booked), spec)
+        num_rows, number = at.num_rows, at.num_sequences
+        chunks = _chunks(spec.train, spec, selection, tokenizer, stop_ids, at.read, num_rows)
+        for chunk in chunks:
+            at.begin_chunk(num_rows, number)
+            for sequence in fit_each(chunk.examples, chunk.rendered, spec, at.fitted):
+                number += 1
+                if number % _ROWS_BETWEEN_CHECKS == 0:
+                    _refuse_losses("train", Part((), (), at.booked()), spec)
+                yield sequence
+            num_rows += len(chunk.examples)
+        _refuse_losses("train", Part((), (), at.booked()), spec)
 
-    first = tuple(islice(one_pass(None), _ROWS_BETWEEN_CHECKS))
+    first = tuple(islice(one_pass(Pass()), _ROWS_BETWEEN_CHECKS))
     ledger = Ledger()
     digests = tuple(source_fingerprint(one) for one in spec.train)
-    return Part((), first, ledger, StreamedSequences(one_pass, ledger, spec.seed), digests)
+    related = (*digests, *(source_fingerprint(one) for one in spec.eval))
+    key = cache_folder("train", spec, related, tokenizer, stop_ids).name
+    return Part((), first, ledger, StreamedSequences(one_pass, ledger, spec.seed, key=key), digests)
 
 
 def read_part(
@@ -278,11 +279,14 @@ def _chunks(
     tokenizer: PreTrainedTokenizerBase,
     stop_ids: frozenset[int],
     ledger: Ledger,
+    num_passed: int = 0,
 ) -> Iterator[Chunk]:
-    """Rendered rows; those that are not rendered are booked."""
+    """Rendered rows; those that are not used are booked, and the first `num_passed` that are used
+    are read alone.
+    """
     needs_answer, splits = spec.loss_on != "all", spec.split_special_tokens
     found = _examples(sources, needs_answer, ledger, splits, streaming=spec.streaming)
-    rows = _used(found, sources, selection, ledger)
+    rows = islice(_used(found, sources, selection, ledger), num_passed, None)
     proved = False
     for chunk in rendered_chunks(rows, tokenizer, spec.loss_on):
         if not proved and any(isinstance(one, Conversation) for one in chunk.examples):

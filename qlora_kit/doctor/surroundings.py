@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qlora_kit.doctor.apart import Outcome
 from qlora_kit.doctor.findings import Finding
+from qlora_kit.extras import PURPOSES, missing_modules
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 
@@ -56,6 +57,7 @@ def optional_findings(device: str) -> Iterator[Finding]:
         else:
             means = f"train.report_to: [{tracker}] needs pip install 'qlora-kit[{tracker}]'"
             yield Finding(tracker, "missing", "not installed", means)
+    yield from extra_findings()
     has_kernels = _is_there("kernels")
     if _is_there("flash_attn"):
         where = "" if device == "cuda" else "of no use without a GPU"
@@ -70,6 +72,18 @@ def optional_findings(device: str) -> Iterator[Finding]:
         yield Finding("kernels", "note", "installed", means)
     else:
         yield Finding("kernels", "missing", "not installed", "nothing here needs it")
+
+
+def extra_findings() -> Iterator[Finding]:
+    """What some verbs need and the kit itself does not bring."""
+    for name, purpose in PURPOSES.items():
+        missing = missing_modules(name)
+        if not missing:
+            yield Finding(name, "ok", "installed", purpose)
+            continue
+        found = f"{' and '.join(missing)} not installed"
+        means = f"{purpose} needs pip install 'qlora-kit[{name}]'"
+        yield Finding(name, "missing", found, means)
 
 
 def _existing(folder: Path) -> Path:

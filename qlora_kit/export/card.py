@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from qlora_kit.artifact.card import CARD_FILE, RECORDS, how_to_load
 from qlora_kit.export.ledger import Row, markdown
 from qlora_kit.recipe.yaml import dump_yaml
 
-CARD_FILE = "README.md"
+PACKED_INTEGERS = ("int8", "int4-group")
 
 
 def write_card(certificate: dict[str, Any], folder: Path) -> None:
@@ -21,8 +22,7 @@ def model_card(certificate: dict[str, Any]) -> str:
     name = trained_on["name"]
     front = dump_yaml(
         {
-            "base_model": name,
-            "base_model_relation": "finetune",
+            **base_model(trained_on, "finetune"),
             "library_name": "transformers",
             "pipeline_tag": "text-generation",
             "tags": [*tags(trained_on), "merged", "qlora-kit"],
@@ -38,11 +38,23 @@ def model_card(certificate: dict[str, Any]) -> str:
             _figures(certificate),
             *_chain(certificate),
             "## How to load it\n",
-            _loading(),
-            "`certificate.json` holds all figures, `artifact.json` what this was made from and the "
-            "SHA-256 of every file (`qlora-kit verify` checks them).\n",
+            how_to_load(_format(certificate)),
+            RECORDS,
         ]
     )
+
+
+def _format(certificate: dict[str, Any]) -> str:
+    """Integers of quantization-aware training are packed as compressed-tensors does."""
+    dtype: str = certificate["dtype"]
+    return "compressed-tensors" if dtype in PACKED_INTEGERS else dtype
+
+
+def base_model(trained_on: dict[str, Any], relation: str) -> dict[str, str]:
+    """The keys by which the hub links a base; none where it is no model of the hub."""
+    if trained_on["kind"] != "hub":
+        return {}
+    return {"base_model": trained_on["name"], "base_model_relation": relation}
 
 
 def _how_made(certificate: dict[str, Any]) -> str:
@@ -124,17 +136,19 @@ def _verdict(certificate: dict[str, Any]) -> str:
         return (
             f"It was trained to be quantized to {method}, and is kept for that: what was trained "
             "and evaluated is the quantized model made from it. The figures say how far this one "
-            f"is from that, on {certificate['divergence']['num_tokens']} held-out tokens.\n"
+            f"is from that, on {certificate['divergence']['num_tokens']:,} held-out tokens.\n"
         )
     found = "within" if certificate["passed"] else "**not within**"
     lines = [
         f"Measured against {_graph(certificate)}the model that was trained and "
-        f"evaluated, on {certificate['divergence']['num_tokens']} held-out tokens. It is {found} "
+        f"evaluated, on {certificate['divergence']['num_tokens']:,} held-out tokens. It is {found} "
         f"the budget of {certificate['max_kl']:g} nats per token.\n"
     ]
-    lines += [f"- does not come back on loading: {one}" for one in certificate["reload_faults"]]
-    lines += [f"- {note}" for note in certificate["notes"]]
-    return "\n".join(lines) + "\n"
+    points = [f"does not come back on loading: {one}" for one in certificate["reload_faults"]]
+    points += certificate["notes"]
+    if points:
+        lines.append("".join(f"- {point}\n" for point in points))
+    return "\n".join(lines)
 
 
 def _graph(certificate: dict[str, Any]) -> str:
@@ -165,13 +179,3 @@ def _chain(certificate: dict[str, Any]) -> list[str]:
     if "ledger" not in certificate:
         return []
     return [ledger_section(certificate["ledger"], certificate["divergence"]["num_tokens"])]
-
-
-def _loading() -> str:
-    return (
-        "```python\n"
-        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
-        'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
-        "```\n"
-    )

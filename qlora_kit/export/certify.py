@@ -15,13 +15,14 @@ import qlora_kit
 from qlora_kit.artifact.record import AdapterRef, BaseRef, MadeFrom, write_record
 from qlora_kit.environment import Hardware, package_versions
 from qlora_kit.evaluate.divergence import Recorded, compare_to_recorded
-from qlora_kit.export.card import write_card
+from qlora_kit.export.card import PACKED_INTEGERS, write_card
 from qlora_kit.export.choose import Candidate, why_beyond_budget
 from qlora_kit.export.delta import WEIGHTS_FILE
 from qlora_kit.export.ledger import Row
 from qlora_kit.export.merge import MergeResult
 from qlora_kit.export.reload import load_plain, measuring_dtype, reload_faults
 from qlora_kit.export.trained import TrainedAdapter
+from qlora_kit.extras import distributions
 from qlora_kit.model.base import quantization_record
 from qlora_kit.model.bits import quantized_bits
 from qlora_kit.model.manifest import MANIFEST_FILE, lasting_name, read_manifest
@@ -76,17 +77,10 @@ def certify(
         "format": _FORMAT,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "qlora_kit_version": qlora_kit.__version__,
-        "versions": package_versions(),
+        "versions": {**package_versions(), **_tools(chosen)},
         "max_kl": max_kl,
         **chosen.as_dict(),
-        "trained_on": {
-            "name": public_name(trained.source),
-            "kind": trained.source.kind,
-            "revision": trained.source.revision,
-            "fingerprint": _fingerprint(trained.folder),
-            "quantization": quantization_record(trained.quantization, trained.compute_dtype),
-            "quantization_aware": None if trained.aware is None else trained.aware.record(),
-        },
+        "trained_on": trained_on(trained),
         "adapter_sha256": file_sha256(trained.folder / WEIGHTS_FILE),
         "recipe_sha256": recipe_sha256,
         "candidates": [one.as_dict() for one in candidates],
@@ -102,9 +96,15 @@ def certify(
         kind="merged",
         made_from=origin_of(trained, recipe_sha256),
         settings={"base": chosen.result.base, "dtype": chosen.result.dtype},
+        tools=_tools(chosen),
         home=home,
     )
     return certificate
+
+
+def _tools(chosen: Candidate) -> dict[str, str | None]:
+    packs = chosen.result.dtype in PACKED_INTEGERS
+    return package_versions(distributions("qat")) if packs else {}
 
 
 def _num_8bit(trained: TrainedAdapter) -> int:
@@ -121,6 +121,18 @@ def _row_of(chosen: Candidate) -> Row:
         divergence.top1_agreement,
         disk_bytes=result.num_bytes,
     )
+
+
+def trained_on(trained: TrainedAdapter) -> dict[str, Any]:
+    """What a certificate says of the base, and how it was trained on."""
+    return {
+        "name": public_name(trained.source),
+        "kind": trained.source.kind,
+        "revision": trained.source.revision,
+        "fingerprint": _fingerprint(trained.folder),
+        "quantization": quantization_record(trained.quantization, trained.compute_dtype),
+        "quantization_aware": None if trained.aware is None else trained.aware.record(),
+    }
 
 
 def origin_of(trained: TrainedAdapter, recipe_sha256: str | None) -> MadeFrom:

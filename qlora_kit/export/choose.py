@@ -71,10 +71,23 @@ def why_beyond_budget(chosen: Candidate, num_8bit: int) -> list[str]:
     ]
 
 
+def measured_rows(num_rows: int, max_rows: int) -> str:
+    """Which of the held-out rows a merge is measured on, where not all of them may be."""
+    rows = "row" if num_rows == 1 else "rows"
+    if num_rows < max_rows:
+        return f"{num_rows:,} held-out {rows}"
+    return f"the first {num_rows:,} held-out {rows}"
+
+
 def show_candidates(
-    candidates: Sequence[Candidate], chosen: Candidate, max_kl: float | None, reporter: Reporter
+    candidates: Sequence[Candidate],
+    chosen: Candidate,
+    max_kl: float | None,
+    reporter: Reporter,
+    *,
+    measured_on: str = "held-out rows",
 ) -> None:
-    """Figures of every candidate, the trained graph first."""
+    """Figures of every candidate, the trained graph first; `measured_on` names the rows."""
     reference = candidates[0].divergence
     rows = [
         ["as trained", f"{reference.reference_perplexity:.4g}", "", "", "", ""],
@@ -82,7 +95,7 @@ def show_candidates(
     ]
     budget = "before it is quantized" if max_kl is None else f"budget: KL {max_kl:g}"
     reporter.table(
-        f"Merge, on {reference.num_tokens} held-out tokens ({budget})",
+        f"Merge, on {reference.num_tokens:,} tokens of {measured_on} ({budget})",
         ["model", "perplexity", "KL", "same top token", "max |Δ log p|", "ΔW kept"],
         rows,
     )

@@ -26,6 +26,7 @@ from qlora_kit.export.dense import (
     loaded_dtype,
     stored_dtype,
 )
+from qlora_kit.export.dequantized_card import write_certificate
 from qlora_kit.export.merge import MAX_SHARD_BYTES, require_absent, round_to
 from qlora_kit.export.names import NameMap, map_names
 from qlora_kit.export.plan import DtypeName
@@ -82,6 +83,8 @@ def dequantize_checkpoint(
     dtype: DtypeName = "auto",
     max_shard_bytes: int = MAX_SHARD_BYTES,
     compare: bool = True,
+    public_name: str | None = None,
+    hub_id: str | None = None,
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
     reporter: Reporter = SILENT,
@@ -89,7 +92,8 @@ def dequantize_checkpoint(
     """Write `folder` into `out` with every weight dense; `out` appears whole or not at all.
 
     Dequantized in float32 and rounded once, a tensor at a time. `compare` loads both models, one
-    after the other.
+    after the other. `public_name` and `hub_id` are what the card calls the model; unless given, its
+    folder's name, and nothing that the hub knows.
 
     Raises:
         ModelError: it is no bitsandbytes checkpoint, is damaged, or overflows the dtype.
@@ -122,25 +126,27 @@ def dequantize_checkpoint(
             divergence, faults = _compare(
                 folder, dense, draft, rounded, hardware, trust_remote_code, reporter
             )
+        result = DequantizeResult(
+            folder=out,
+            num_bits=num_bits,
+            dtype=str(rounded).removeprefix("torch."),
+            num_modules=num_modules,
+            num_bytes=writer.num_bytes,
+            divergence=divergence,
+            faults=faults,
+            max_kl=max_kl,
+            seconds=time.monotonic() - started,
+        )
+        write_certificate(dense, result, public_name or folder.name, hub_id)
         write_record(
             dense,
             kind="dequantized",
             made_from=made_from(folder, _as_base(folder, allow_pickle)),
-            settings={"dtype": str(rounded).removeprefix("torch."), "num_bits": num_bits},
+            settings={"dtype": result.dtype, "num_bits": num_bits},
             home=out,
         )
         dense.rename(out)
-    return DequantizeResult(
-        folder=out,
-        num_bits=num_bits,
-        dtype=str(rounded).removeprefix("torch."),
-        num_modules=num_modules,
-        num_bytes=writer.num_bytes,
-        divergence=divergence,
-        faults=faults,
-        max_kl=max_kl,
-        seconds=time.monotonic() - started,
-    )
+    return result
 
 
 def _as_base(folder: Path, allow_pickle: bool) -> BaseRef:

@@ -14,7 +14,7 @@ import qlora_kit
 from qlora_kit.artifact.record import read_record, write_record
 from qlora_kit.atomic import draft_beside, flush_folder, require_disk
 from qlora_kit.environment import package_versions
-from qlora_kit.export.certify import CERTIFICATE_FILE, origin_of, public_name
+from qlora_kit.export.certify import CERTIFICATE_FILE, origin_of, trained_on
 from qlora_kit.export.chain import SIXTEEN_BIT, base_name, begin_ledger, free_memory
 from qlora_kit.export.export_card import write_export_card
 from qlora_kit.export.jobs import ExportRequest, Job, placed, sound_jobs
@@ -23,8 +23,8 @@ from qlora_kit.export.makers import MAKERS, Content, Ingredients, needs_dequanti
 from qlora_kit.export.merge import predict_bytes
 from qlora_kit.export.merge_run import merge_and_certify
 from qlora_kit.export.rehearsal import rehearse
-from qlora_kit.model.base import quantization_record
 from qlora_kit.quantize.gguf.parity import Parity, require_parity
+from qlora_kit.quantize.methods import tools_of
 from qlora_kit.records import file_sha256
 from qlora_kit.report.reporter import SILENT, Reporter
 from qlora_kit.runtime.open import open_runtime
@@ -129,7 +129,7 @@ def _export(job: Job, session: _Session) -> dict[str, Any]:
         chain = [*ledger.chain(*names), row]
         certificate = _certificate(job, content, made.parity, chain, session)
         certificate["not_kept"] = None if made.instead_of is None else asdict(made.instead_of)
-        write_export_card(certificate, draft)
+        write_export_card(certificate, job.options, draft)
         text = json.dumps(certificate, indent=2, ensure_ascii=False)
         (draft / CERTIFICATE_FILE).write_text(text + "\n", encoding="utf-8")
         record = write_record(
@@ -138,6 +138,7 @@ def _export(job: Job, session: _Session) -> dict[str, Any]:
             made_from=content.origin,
             settings=content.settings,
             calibration=content.calibration,
+            tools=_tools(job),
             home=job.out,
         )
         flush_folder(draft)
@@ -252,6 +253,10 @@ def _certificate_of(folder: Path) -> dict[str, Any]:
     return values
 
 
+def _tools(job: Job) -> dict[str, str | None]:
+    return {} if job.target.method is None else tools_of(job.target.method)
+
+
 def _certificate(
     job: Job, content: Content, parity: Parity, chain: Sequence[Row], session: _Session
 ) -> dict[str, Any]:
@@ -262,18 +267,14 @@ def _certificate(
         "format": _FORMAT,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "qlora_kit_version": qlora_kit.__version__,
-        "versions": package_versions(),
+        "versions": {**package_versions(), **_tools(job)},
         "target": job.target.name,
         "base": read_record(Path(content.origin.parent.path)).settings["base"]
         if content.origin.parent
         else job.base,
         "settings": dict(content.settings),
         "calibration": content.calibration and asdict(content.calibration),
-        "trained_on": {
-            "name": public_name(trained.source),
-            "revision": trained.source.revision,
-            "quantization": quantization_record(trained.quantization, trained.compute_dtype),
-        },
+        "trained_on": trained_on(trained),
         "max_kl": max_kl,
         "passed": math.isfinite(kl) if max_kl is None else kl <= max_kl,
         "num_tokens": session.ledger.recorded.num_tokens,

@@ -3,57 +3,57 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qlora_kit.export.card import CARD_FILE, is_full, ledger_section, tags, trained_from
+from qlora_kit.artifact.card import CARD_FILE, RECORDS, how_to_load, options_in_words
+from qlora_kit.export.card import base_model, is_full, ledger_section, tags, trained_from
 from qlora_kit.recipe.yaml import dump_yaml
 
+if TYPE_CHECKING:
+    from qlora_kit.quantize.method import MethodOptions
+
 _LIBRARIES = {"adapter": "peft", "gguf": "gguf", "lora-gguf": "gguf", "ollama": "gguf"}
-_TRANSFORMERS = (
-    "```python\n"
-    "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-    'tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")\n'
-    'model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")\n'
-    "```\n"
-)
 
 
-def write_export_card(certificate: dict[str, Any], folder: Path) -> None:
+def write_export_card(
+    certificate: dict[str, Any], options: MethodOptions | None, folder: Path
+) -> None:
     names = sorted(path.name for path in folder.iterdir() if path.suffix == ".gguf")
-    text = export_card(certificate, names)
+    text = export_card(certificate, options, names)
     (folder / CARD_FILE).write_text(text, encoding="utf-8")
 
 
-def export_card(certificate: dict[str, Any], gguf_files: list[str]) -> str:
+def export_card(
+    certificate: dict[str, Any], options: MethodOptions | None, gguf_files: list[str]
+) -> str:
     """Markdown with the front matter that the hub reads."""
-    target, name = certificate["target"], certificate["trained_on"]["name"]
+    target, trained_on = certificate["target"], certificate["trained_on"]
+    name = trained_on["name"]
     family = target.partition(":")[0]
     front = dump_yaml(
         {
-            "base_model": name,
-            "base_model_relation": "adapter" if family == "adapter" else "quantized",
+            **base_model(trained_on, "adapter" if family == "adapter" else "quantized"),
             "library_name": _LIBRARIES.get(family, "transformers"),
             "pipeline_tag": "text-generation",
-            "tags": [*tags(certificate["trained_on"]), family, "qlora-kit"],
+            "tags": [*tags(trained_on), family, "qlora-kit"],
         }
     )
     return "\n".join(
         [
             f"---\n{front}---\n",
             f"# {name.rpartition('/')[2]}, fine-tuned, as {target}\n",
-            _how_made(certificate),
+            _how_made(certificate, options),
             "## What it is worth\n",
             ledger_section(certificate["ledger"], certificate["num_tokens"]),
             _parity(certificate["parity"]),
             "## How to load it\n",
             loading(certificate, gguf_files),
-            "`certificate.json` holds all figures, `artifact.json` what this was made from and the "
-            "SHA-256 of every file (`qlora-kit verify` checks them).\n",
+            RECORDS,
         ]
     )
 
 
-def _how_made(certificate: dict[str, Any]) -> str:
+def _how_made(certificate: dict[str, Any], options: MethodOptions | None) -> str:
     target, base = certificate["target"], certificate["base"]
     text = trained_from(certificate["trained_on"])
     if base is not None and not target.startswith("lora-gguf"):
@@ -69,10 +69,7 @@ def _how_made(certificate: dict[str, Any]) -> str:
     calibration = certificate["calibration"]
     if calibration is not None:
         text += f" Calibrated on {calibration['source']}."
-    options = {key: value for key, value in certificate["settings"].items() if key != "method"}
-    if options:
-        text += " Settings: " + ", ".join(f"{key} {value}" for key, value in options.items()) + "."
-    return text + "\n"
+    return text + ("" if options is None else options_in_words(options)) + "\n"
 
 
 def _parity(parity: dict[str, Any]) -> str:
@@ -89,8 +86,6 @@ def loading(certificate: dict[str, Any], gguf_files: list[str]) -> str:
     target, name = certificate["target"], certificate["trained_on"]["name"]
     family = target.partition(":")[0]
     models = [one for one in gguf_files if not one.startswith("adapter")]
-    if family == "gguf":
-        return f"```bash\nllama-cli -m {models[0]} -cnv\n```\n"
     if family == "lora-gguf":
         return f"```bash\nllama-cli -m {models[0]} --lora adapter.gguf -cnv\n```\n"
     if family == "ollama":
@@ -103,12 +98,4 @@ def loading(certificate: dict[str, Any], gguf_files: list[str]) -> str:
         )
     if family == "adapter":
         return "```bash\nqlora-kit chat path/to/this/folder\n```\n"
-    if family == "onnx":
-        return (
-            "```python\nimport onnxruntime\n\n"
-            'session = onnxruntime.InferenceSession("path/to/this/folder/model.onnx")\n```\n\n'
-            "`qlora-kit chat path/to/this/folder` talks to it.\n"
-        )
-    if family == "int8":
-        return _TRANSFORMERS.replace("\n", "\nimport qlora_kit.quantize.int8  # registers it\n", 1)
-    return _TRANSFORMERS
+    return how_to_load(family, models[0] if models else "")

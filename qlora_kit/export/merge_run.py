@@ -21,7 +21,7 @@ from qlora_kit.environment import Hardware
 from qlora_kit.errors import DataError, RunError
 from qlora_kit.evaluate.divergence import Recorded, record_logprobs
 from qlora_kit.export.certify import BATCH_SIZE, certify, measure
-from qlora_kit.export.choose import choose_base, show_candidates
+from qlora_kit.export.choose import choose_base, measured_rows, show_candidates
 from qlora_kit.export.merge import QuantType, merge_adapter, predict_bytes, require_absent
 from qlora_kit.export.quantized_run import quantize_and_certify, quantized_beside
 from qlora_kit.export.reopen import Reopened
@@ -199,7 +199,8 @@ def merge_and_certify(
             )
             candidates.append(measure(result, trained, recorded, max_kl, hardware, reporter))
         chosen = choose_base(candidates)
-        show_candidates(candidates, chosen, max_kl, reporter)
+        measured_on = measured_rows(len(recorded.windows), options.max_rows)
+        show_candidates(candidates, chosen, max_kl, reporter, measured_on=measured_on)
         for fault in chosen.faults:
             reporter.warn(f"the merged model does not come back as it was: {fault}")
         certificate = certify(chosen, candidates, trained, max_kl, recipe_sha256, out, chain)

@@ -8,10 +8,11 @@ from typing import Any
 
 from qlora_kit.artifact.record import is_artifact, read_record, verify_artifact
 from qlora_kit.checkpoint.run_directory import RunDirectory, is_run, open_run
-from qlora_kit.errors import ArtifactError, RunError
+from qlora_kit.errors import AdapterError, ArtifactError, RunError
 from qlora_kit.recipe import MergeSpec
 
 LEDGER_FILE = "ledger.json"
+_ADAPTER_FILE = "adapter_config.json"
 
 
 @dataclass(frozen=True)
@@ -52,11 +53,16 @@ class Places:
 
 
 def places_of(folder: Path) -> Places:
-    """Of a run, of the adapter in a run, or of an adapter anywhere else."""
+    """Of a run, of the adapter in a run, or of an adapter anywhere else.
+
+    Raises:
+        RunError: nothing is there. AdapterError: it is none of these.
+    """
     if is_run(folder):
         return Places(folder, RunDirectory(folder).exports, folder / "recipe.yaml")
     if folder.name == "adapter" and is_run(folder.parent):
         return places_of(folder.parent)
+    _require_adapter(folder)
     home = folder.with_name(f"{folder.name}-exports")
     return Places(home, home, None)
 
@@ -66,11 +72,23 @@ def merge_options_of(folder: Path, **asked: Any) -> MergeSpec:
     for beside it; None is not asked for.
 
     Raises:
-        RunError: the run has no adapter yet.
+        RunError: nothing is there, or a run that has no adapter yet. AdapterError: it is neither a
+            run nor an adapter.
     """
+    places_of(folder)
     kept = open_run(folder)[1].export.merge_options if is_run(folder) else MergeSpec()
     named = {name: value for name, value in asked.items() if value is not None}
     return MergeSpec.model_validate({**kept.model_dump(), **named})
+
+
+def _require_adapter(folder: Path) -> None:
+    if not folder.exists():
+        raise RunError(f"{folder} does not exist; name the folder of a run or of an adapter.")
+    if not (folder / _ADAPTER_FILE).is_file():
+        raise AdapterError(
+            f"{folder} is neither a run (no recipe.yaml) nor an adapter (no {_ADAPTER_FILE}); name "
+            "the folder of one."
+        )
 
 
 def _fits(folder: Path, base: str, adapter_sha256: str) -> bool:

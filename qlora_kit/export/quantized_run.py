@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.atomic import draft_beside, flush_folder
 from qlora_kit.export.certify import certify, measure
-from qlora_kit.export.choose import show_candidates
+from qlora_kit.export.choose import measured_rows, show_candidates
 from qlora_kit.export.merge import MergeResult, require_absent
 from qlora_kit.export.quantized import Quantizer, write_quantized
 from qlora_kit.report.reporter import SILENT, Reporter
@@ -63,7 +63,8 @@ def quantize_and_certify(
             seconds=written.seconds,
         )
         candidate = measure(result, trained, recorded, options.max_kl, hardware, reporter)
-        show_candidates([candidate], candidate, options.max_kl, reporter)
+        measured_on = measured_rows(len(recorded.windows), options.max_rows)
+        show_candidates([candidate], candidate, options.max_kl, reporter, measured_on=measured_on)
         for fault in candidate.faults:
             reporter.warn(f"the quantized model does not come back as it was: {fault}")
         certificate = certify(

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from qlora_kit.errors import HardwareError
 
 # Tokenizer and configs, generously.
-_SURROUNDINGS_BYTES = 64 * 2**20
+SURROUNDINGS_BYTES = 64 * 2**20
 
 _INDEX = "model.safetensors.index.json"
 
@@ -80,9 +80,9 @@ def require_room(out: Path, needed_bytes: int) -> None:
     while not place.exists():
         place = place.parent
     free_bytes = shutil.disk_usage(place).free
-    if free_bytes < needed_bytes + _SURROUNDINGS_BYTES:
+    if free_bytes < needed_bytes + SURROUNDINGS_BYTES:
         raise HardwareError(
-            f"no room for {out}: it takes {needed_bytes:,} bytes and up to {_SURROUNDINGS_BYTES:,} "
+            f"no room for {out}: it takes {needed_bytes:,} bytes and up to {SURROUNDINGS_BYTES:,} "
             f"for what stands beside them, and {free_bytes:,} are free in {place}; make room, or "
             "name a folder on another disk."
         )

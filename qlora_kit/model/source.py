@@ -34,6 +34,11 @@ class ModelSource:
     gguf_file: str | None = None
     """The file within what `name` names, where it names several."""
 
+    @property
+    def hub_id(self) -> str | None:
+        """What the hub knows it by; None of what lies on this machine alone."""
+        return None if self.revision is None else self.name
+
 
 def resolve_source(
     name_or_path: str,

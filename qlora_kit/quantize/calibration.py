@@ -77,9 +77,15 @@ def draw_calibration(
     pieces = [[piece for row in source for piece in _cut(row, spec.max_length)] for source in rows]
     available = sum(piece.num_tokens for source in pieces for piece in source)
     if spec.num_tokens is not None and available < spec.num_tokens:
+        aside = (
+            " besides the fifth of its rows that is put aside for the comparison (which --data, "
+            "naming other text for that, sets free)"
+            if texts.is_divided
+            else ""
+        )
         raise DataError(
             f"{spec.num_tokens:,} tokens were asked for calibration, and {texts.description} has "
-            f"{available:,}; name more text, or ask for at most {available} with "
+            f"{available:,}{aside}; name more text, or ask for no more than {available:,} with "
             "--calibration-tokens."
         )
     wanted = spec.num_tokens or min(available, DEFAULT_TOKENS)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import qlora_kit
 from qlora_kit.environment import package_versions
+from qlora_kit.quantize.card import write_card
+from qlora_kit.quantize.methods import tools_of
 from qlora_kit.records import file_sha256
 
 if TYPE_CHECKING:
@@ -52,16 +54,17 @@ def write_certificate(
     compared: Compared,
     max_kl: float | None,
 ) -> dict[str, Any]:
-    """Write certificate.json into the draft; returns what it says."""
+    """Write certificate.json and the model card into the draft; returns what the first says."""
     certificate: dict[str, Any] = {
         "format": _FORMAT,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "qlora_kit_version": qlora_kit.__version__,
-        "versions": package_versions(),
+        "versions": {**package_versions(), **tools_of(method)},
         "method": method,
         "options": options.model_dump(mode="json"),
         "source": {
             "name": public_name,
+            "hub_id": source.hub_id,
             "note": note,
             "fingerprint": source.fingerprint,
             "dtype": str(source.dtype).removeprefix("torch."),
@@ -85,6 +88,7 @@ def write_certificate(
     }
     text = json.dumps(certificate, indent=2, ensure_ascii=False)
     (draft / CERTIFICATE_FILE).write_text(text + "\n", encoding="utf-8")
+    write_card(certificate, options, draft)
     return certificate
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from qlora_kit.data.sequences import TokenSequence
@@ -55,6 +55,7 @@ def texts_for(
     if own is None:
         assert texts is not None
         rows, held = _divide(rows, seed)
+        texts = replace(texts, is_divided=True)
         return texts, rows, HeldOut(held, f"a fifth of the rows of {texts.description}")
     known = {row.input_ids for source in rows for row in source}
     found = [row for source in render_texts(own, tokenizer) for row in source]

@@ -64,6 +64,8 @@ class Source:
     stored_bytes: int
     """Of its weights on disk."""
     hardware: Hardware
+    hub_id: str | None = None
+    """`ModelSource.hub_id` of it."""
     allow_pickle: bool = False
     trust_remote_code: bool = False
     is_rounding_told: bool = False

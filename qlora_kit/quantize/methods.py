@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from qlora_kit.environment import package_versions
 from qlora_kit.errors import ModelError
-from qlora_kit.extras import require_extra
+from qlora_kit.extras import distributions, require_extra
 
 if TYPE_CHECKING:
     from qlora_kit.quantize.method import Method
@@ -23,7 +24,8 @@ class Entry:
     summary: str
     variant: str = ""
     """How the part behind the colon is called, where there is one: `TYPE`."""
-    is_variant_needed: bool = False
+    example: str = ""
+    """A variant, where one has to be named. All of them have the same options."""
     extra: str = ""
     """The kit's extra that brings what an installation may lack."""
 
@@ -41,19 +43,19 @@ METHODS: dict[str, Entry] = {
     ),
     "gptq": Entry(
         "qlora_kit.quantize.compressed.gptq",
-        "3 to 8 bits, errors compensated on calibration text, by llmcompressor",
+        "2 to 8 bits, errors compensated on calibration text, by llmcompressor",
         extra="gptq",
     ),
     "awq": Entry(
         "qlora_kit.quantize.compressed.awq",
-        "4 bits, scaled by activations on calibration text, by llmcompressor",
+        "2 to 8 bits, scaled by activations on calibration text, by llmcompressor",
         extra="gptq",
     ),
     "gguf": Entry(
         "qlora_kit.quantize.gguf.make",
         "a GGUF file for llama.cpp: gguf:Q4_K_M, gguf:Q8_0 …",
         variant="TYPE",
-        is_variant_needed=True,
+        example="Q4_K_M",
         extra="gguf",
     ),
     "onnx": Entry(
@@ -68,8 +70,7 @@ METHODS: dict[str, Entry] = {
 def known_methods() -> str:
     """Their names, for a message."""
     return ", ".join(
-        f"{name}:{entry.variant}" if entry.is_variant_needed else name
-        for name, entry in METHODS.items()
+        f"{name}:{entry.variant}" if entry.example else name for name, entry in METHODS.items()
     )
 
 
@@ -87,8 +88,8 @@ def entry_of(name: str) -> Entry:
     entry = METHODS[family]
     if colon and not entry.variant:
         raise ModelError(f"{family} has no variants, got {name}; write --method {family}.")
-    if entry.is_variant_needed and not variant:
-        raise ModelError(f"{family} needs its {entry.variant}: {entry.summary}.")
+    if entry.example and not variant:
+        raise ModelError(f"{family} needs its {entry.variant}, as in {family}:{entry.example}.")
     if colon and not variant:
         raise ModelError(f"{name} names no variant; write {family}, or {family}:{entry.variant}.")
     return entry
@@ -106,3 +107,19 @@ def resolve_method(name: str) -> Method:
         require_extra(entry.extra, f"--method {name}")
     made: Method = import_module(entry.module).method(name)
     return made
+
+
+def tools_of(name: str) -> dict[str, str | None]:
+    """Versions of what makes it, beside the packages that every installation has."""
+    extra = entry_of(name).extra
+    return package_versions(distributions(extra)) if extra else {}
+
+
+def any_of(name: str) -> Method:
+    """The same, but of a family whose variant is not named, some one.
+
+    Raises:
+        ModelError, HardwareError: as `resolve_method`.
+    """
+    entry = METHODS.get(name)
+    return resolve_method(f"{name}:{entry.example}" if entry and entry.example else name)

@@ -7,6 +7,7 @@ saves most KL per byte is widened first, which is optimal for every budget that 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -48,6 +49,17 @@ class Mixture:
     num_bytes: int
     """Of the whole model."""
     expected_kl: float
+
+    @property
+    def name(self) -> str:
+        """Such as `120 in 4 bits, 90 in 8 bits`."""
+        counts = Counter(self.bits.values())
+        return ", ".join(f"{count} in {bits} bits" for bits, count in sorted(counts.items()))
+
+    @property
+    def is_quantized(self) -> bool:
+        """False where all of the model stays in 16 bits."""
+        return any(bits != 16 for bits in self.bits.values())
 
     def widened(self, step: _Step) -> Mixture:
         return Mixture(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from qlora_kit.quantize.sensitivity.measure import Sensitivity
 
 _SIXTEEN = Rounding("none")
+_ALL_SIXTEEN = "16 bits throughout"
 _BYTES_16BIT = 2
 # What a recipe's `quantization` can say of 4-bit weights.
 LOADED_BLOCK_SIZE = 64
@@ -56,7 +57,8 @@ class Chosen:
     """The section of a recipe that loads it."""
     measured: Measured
     others: tuple[Measured, ...]
-    """Uniform ways, and whole blocks in 16 bits: all but the first at least of its size."""
+    """Uniform ways, and whole blocks in 16 bits: all but the first at least of its size, and none
+    that is the mixture itself."""
 
     def as_dict(self) -> dict[str, Any]:
         return {
@@ -134,8 +136,11 @@ def choose_mixture(
                 return kl
 
             mixture = within_kl(ladder, kl_of, max_kl)
-    measured = Measured("mixture", mixture.num_bytes, trial.of(mixture))
+    name = "mixture" if mixture.is_quantized else _ALL_SIXTEEN
+    measured = Measured(name, mixture.num_bytes, trial.of(mixture))
     rivals = _rivals(base.skeleton, rounding, mixture.num_bytes, other_bytes)
+    is_itself = trial.roundings(mixture)
+    rivals = {name: rival for name, rival in rivals.items() if rival[1] != is_itself}
     others = []
     with reporter.progress("comparing with uniform ways", len(rivals)) as progress:
         for name, (num_bytes, roundings) in rivals.items():
@@ -165,10 +170,11 @@ class Trial:
     def of(self, mixture: Mixture) -> Divergence:
         key = tuple(mixture.bits[unit.name] for unit in self.units)
         if key not in self._known:
-            self._known[key] = self.reference.measure_rounded(self._roundings(mixture))
+            self._known[key] = self.reference.measure_rounded(self.roundings(mixture))
         return self._known[key]
 
-    def _roundings(self, mixture: Mixture) -> dict[str, Rounding]:
+    def roundings(self, mixture: Mixture) -> dict[str, Rounding]:
+        """By module."""
         ways = {8: Rounding("int8"), self.rounding.num_bits: self.rounding, 16: _SIXTEEN}
         return {name: ways[mixture.bits[unit.name]] for unit in self.units for name in unit.modules}
 
@@ -203,7 +209,9 @@ def _rivals(
                 break
             kept[name] = _SIXTEEN
             count += 1
-        if count:
+        if count == len(names):
+            rivals[_ALL_SIXTEEN] = kept
+        elif count:
             layers = "layer" if count == 1 else f"{count} layers"
             rivals[f"{rounding}, the {where} {layers} in 16 bits"] = kept
     return {

@@ -38,11 +38,7 @@ class Stage:
 
     @property
     def name(self) -> str:
-        """Such as `120 layers in 4 bits, 90 in 8`."""
-        counts: dict[int, int] = {}
-        for bits in self.mixture.bits.values():
-            counts[bits] = counts.get(bits, 0) + 1
-        return ", ".join(f"{count} in {bits} bits" for bits, count in sorted(counts.items()))
+        return self.mixture.name
 
     def as_dict(self) -> dict[str, Any]:
         return {

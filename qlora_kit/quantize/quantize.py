@@ -26,7 +26,7 @@ from qlora_kit.quantize.calibration import CalibrationSpec, draw_calibration, re
 from qlora_kit.quantize.certificate import Compared, write_certificate
 from qlora_kit.quantize.held_out import NOTHING_NAMED, HeldOut, Named, texts_for
 from qlora_kit.quantize.method import Calibration, Made, Method, MethodOptions, Source
-from qlora_kit.quantize.methods import resolve_method
+from qlora_kit.quantize.methods import resolve_method, tools_of
 from qlora_kit.quantize.options import parse_options
 from qlora_kit.quantize.source import open_source
 from qlora_kit.recipe import ModelSpec
@@ -211,6 +211,7 @@ def record(request: Request, ready: Prepared, draft: Path) -> None:
         calibration=None
         if drawn is None
         else CalibrationRecord(drawn.description, drawn.num_tokens, request.calibration.seed),
+        tools=tools_of(ready.method.name),
         home=request.out,
     )
 

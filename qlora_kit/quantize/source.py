@@ -61,6 +61,7 @@ def open_source(spec: ModelSpec, hardware: Hardware) -> Source:
         fingerprint=scan.fingerprint,
         stored_bytes=weights.total_bytes,
         hardware=hardware,
+        hub_id=found.hub_id,
         allow_pickle=spec.allow_pickle,
         trust_remote_code=spec.trust_remote_code,
     )

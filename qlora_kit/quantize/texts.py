@@ -71,6 +71,8 @@ class Texts:
     loss_on: LossOn
     description: str
     joined_rows: int = 1
+    is_divided: bool = False
+    """Whether some of its rows do not calibrate, because the comparison has no text of its own."""
     recipe_part: tuple[DataSpec, Part] | None = None
     """Where a recipe says which of the rows are used: not those that are held out, for instance."""
 

@@ -142,6 +142,8 @@ def _locate(location: Sequence[str | int]) -> _Place:
 def _fault(place: _Place, details: ErrorDetails) -> Fault:
     path = ".".join(str(part) for part in place.path)
     got, kind = details["input"], details["type"]
+    if got is None and (blank := _missing_blank(place.path)):
+        return Fault(path, "is read as a key without a value", blank)
     if kind == "extra_forbidden":
         return _unknown_key(place)
     if kind == "missing":
@@ -220,6 +222,14 @@ def _as_entry(annotation: Any, got: Any) -> str:
     if len(required) == 1 and annotation.model_fields[required[0]].annotation is str:
         return f"{{{required[0]}: {got}}}"
     return "…"
+
+
+def _missing_blank(path: Sequence[str | int]) -> str:
+    """A hint where YAML has read `a:8` as a key, for want of a blank after the colon."""
+    name, colon, value = str(path[-1] if path else "").rpartition(":")
+    if not (name and colon and value):
+        return ""
+    return f"write '{name}: {value}', with a blank after the colon (in quotes on a command line)"
 
 
 def _unknown_key(place: _Place) -> Fault:

@@ -36,12 +36,20 @@ def shipped_schema() -> str:
 
 
 def field_docs(spec: type[Spec]) -> dict[str, str]:
-    """The docstring under each field of a spec, on one line.
+    """The docstring under each field of a spec, those that it inherits among them, on one line.
 
     pydantic can do this while a class is made (`use_attribute_docstrings`), but that parses
     every spec's source at each start of the program, about 0.1 s of it, for a text that only
     the schema needs.
     """
+    docs: dict[str, str] = {}
+    for one in reversed(spec.__mro__):
+        if issubclass(one, Spec):
+            docs |= _own_field_docs(one)
+    return docs
+
+
+def _own_field_docs(spec: type[Spec]) -> dict[str, str]:
     (definition,) = ast.parse(textwrap.dedent(inspect.getsource(spec))).body
     assert isinstance(definition, ast.ClassDef)
     docs = {}

@@ -324,12 +324,19 @@ def samples(reporter: Reporter, measured: dict[str, Any], count: int = 3) -> Non
 
 
 def certificate(reporter: Reporter, values: dict[str, Any]) -> None:
-    """One line: what the merge is worth, and whether that is within its budget."""
+    """One line: what the merge is worth, or the quantized model that training was for, and whether
+    that is within its budget.
+    """
     measured = values["divergence"]
     verdict = "certified" if values["passed"] else "OVER BUDGET"
+    aware = values["trained_on"].get("quantization_aware")
+    if aware is not None and values["dtype"] == aware["method"]:
+        what, made = "quantized", f"{values['dtype']}, as in training"
+    else:
+        what, made = "merged   ", f"{values['base']} base in {values['dtype']}"
     reporter.say(
-        f"merged    {verdict} on {measured['num_tokens']:,} held-out tokens: {values['base']} base "
-        f"in {values['dtype']}, KL {measured['kl_mean']:.2g} nats/token "
+        f"{what} {verdict} on {measured['num_tokens']:,} held-out tokens: {made}, "
+        f"KL {measured['kl_mean']:.2g} nats/token "
         f"(budget {values['max_kl']:g}), same top token {measured['top1_agreement']:.2%}, "
         f"max |Δ log p| {measured['max_abs_delta_logp']:.2g}, perplexity "
         f"{measured['reference_perplexity']:.4f} → {measured['candidate_perplexity']:.4f}"

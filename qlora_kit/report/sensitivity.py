@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 _MIB = 1024**2
 _SMALLEST = 1e-9
+_HOW_SIZES_COUNT = (
+    "MiB: of all weights, with two bytes for each number that is not quantized, in whatever "
+    "precision the reference was run"
+)
 
 
 def ranking(reporter: Reporter, found: Sensitivity, top: int) -> None:
@@ -25,10 +29,12 @@ def ranking(reporter: Reporter, found: Sensitivity, top: int) -> None:
     plan, entries = found.plan, found.ranked
     how = "measured one at a time" if plan.is_exact else "estimated in one pass"
     total = sum(entry.kl for entry in entries)
+    figures = ("KL", "perplexity", "same top token") if plan.is_exact or plan.check else ()
+    share = "share" if plan.is_exact else "share of the estimates"
     reporter.table(
         f"What each {plan.by} costs in {plan.rounding}, {how} on {found.num_tokens:,} tokens",
-        (plan.by, "parameters", "KL", "share", "perplexity", "same top token", "estimated KL"),
-        [_ranked_row(entry, total) for entry in entries[:top]],
+        (plan.by, "parameters", *figures, "estimated KL", share),
+        [_ranked_row(entry, total, len(figures)) for entry in entries[:top]],
     )
     if len(entries) > top:
         rest = sum(entry.kl for entry in entries[top:])
@@ -49,16 +55,22 @@ def ranking(reporter: Reporter, found: Sensitivity, top: int) -> None:
             )
 
 
-def _ranked_row(entry: Entry, total: float) -> tuple[str, ...]:
-    measured = None if entry.cost is None else entry.cost.divergence
+def _ranked_row(entry: Entry, total: float, num_figures: int) -> tuple[str, ...]:
+    """With as many figures of what was measured; a dash for each where this unit was not."""
+    figures = ("–",) * num_figures
+    if entry.cost is not None:
+        measured = entry.cost.divergence
+        figures = (
+            f"{measured.kl_mean:.3g}",
+            f"{measured.candidate_perplexity:.4f}",
+            f"{measured.top1_agreement:.2%}",
+        )
     return (
         entry.unit.name,
         f"{entry.num_parameters:,}",
-        f"{entry.kl:.3g}",
-        f"{entry.kl / total if total else 0:.1%}",
-        "–" if measured is None else f"{measured.candidate_perplexity:.4f}",
-        "–" if measured is None else f"{measured.top1_agreement:.2%}",
+        *figures,
         f"{entry.estimate:.3g}",
+        f"{entry.kl / total if total else 0:.1%}",
     )
 
 
@@ -112,21 +124,26 @@ def _descent(reporter: Reporter, found: Descent) -> None:
             for stage in found.stages
         ],
     )
+    reporter.say(_HOW_SIZES_COUNT)
 
 
 def _mixture(reporter: Reporter, chosen: Chosen) -> None:
     """The mixture beside uniform ways."""
-    counts: dict[int, int] = {}
-    for bits in chosen.mixture.bits.values():
-        counts[bits] = counts.get(bits, 0) + 1
-    kept = ", ".join(f"{count} in {bits} bits" for bits, count in sorted(counts.items()))
+    mixture = chosen.mixture
+    if not mixture.is_quantized:
+        reporter.say(
+            f"The whole model stays in 16 bits within this budget ({mixture.num_bytes / _MIB:,.1f} "
+            "MiB): nothing needs to be quantized."
+        )
+    what = f"The mixture ({mixture.name})" if mixture.is_quantized else "16 bits"
     tokens = chosen.measured.divergence.num_tokens
     reporter.table(
-        f"The mixture ({kept}) and uniform ways, on {tokens:,} other tokens",
+        f"{what} and uniform ways, on {tokens:,} other tokens",
         ("base", "MiB", "KL", "perplexity", "same top token"),
         [_measured_row(one) for one in (chosen.measured, *chosen.others)],
     )
-    reporter.say(f"expected KL {chosen.mixture.expected_kl:.3g}, the layers' own added up")
+    reporter.say(_HOW_SIZES_COUNT)
+    reporter.say(f"expected KL {mixture.expected_kl:.3g}, the layers' own added up")
 
 
 def _measured_row(one: Measured) -> tuple[str, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qlora_kit.data.collate import Collator, IsolatingCollator
 from qlora_kit.data.pack import PackedSequence, PackedSequences, pack
@@ -58,10 +58,15 @@ class Batching:
         """0 where a stream does not tell."""
         return -(-self.num_items // items_per_update)
 
-    def items(self, spec: TrainSpec, items_per_update: int) -> Items:
-        """What every update trains on, in the order that the recipe asks for."""
+    def items(
+        self, spec: TrainSpec, items_per_update: int, begin: dict[str, Any] | None = None
+    ) -> Items:
+        """What every update trains on, in the order that the recipe asks for.
+
+        `begin` is where a stream stood when the checkpoint to go on from was written.
+        """
         if isinstance(self.train, StreamedSequences):
-            return StreamedItems(self.train, items_per_update)
+            return StreamedItems(self.train, items_per_update, begin)
         by_length = spec.train_sampling_strategy == "group_by_length"
         lengths = lengths_of(self.train).tolist() if by_length else ()
         order = TrainOrder(

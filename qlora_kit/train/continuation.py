@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +12,14 @@ from qlora_kit.checkpoint.global_batch import GlobalBatch
 from qlora_kit.errors import RunError
 from qlora_kit.model.saved import AdapterFiles
 from qlora_kit.processes import Processes
+from qlora_kit.train.history import begin_history, put_history_back
 from qlora_kit.train.loader import BatchShape
 from qlora_kit.train.snapshot import (
     Moving,
     Progress,
     Shared,
     put_random_state_back,
+    read_place,
     read_progress,
     read_random_state,
     read_snapshot,
@@ -38,10 +39,12 @@ class Continuation:
     progress: Progress
     shared: Shared
     allow_drift: bool = False
+    place: dict[str, Any] | None = None
+    """Where a stream of rows stood."""
 
     @classmethod
     def read(cls, folder: Path, allow_drift: bool = False) -> Continuation:
-        return cls(folder, *read_progress(folder), allow_drift)
+        return cls(folder, *read_progress(folder), allow_drift, read_place(folder))
 
     def items_per_update(self, spec: TrainSpec, num_processes: int) -> int:
         """The global batch that the run began with, unless the recipe now asks for another."""
@@ -95,7 +98,7 @@ class GoOn(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         if self.continuation is None:
-            self.processes.on_main(lambda: cut_log(self.log, 0))
+            self._tell(self.processes.on_main(lambda: begin_history(self.log)))
             return
         trainer, folder = self.trainer, self.continuation.folder
         moving, allow_drift = moving_parts(trainer, self.adapter), self.continuation.allow_drift
@@ -103,14 +106,15 @@ class GoOn(TrainerCallback):
             lambda: read_snapshot(folder, moving, allow_drift)
         )
         state.global_step = trainer.progress.update
-        if not self.processes.on_main(lambda: cut_log(self.log, trainer.progress.log_bytes)):
-            trainer.hooks.warn(
-                f"{self.log.name} is shorter than it was at update {state.global_step}: lines "
-                "of earlier updates are gone from it. Training is not affected."
-            )
+        length = trainer.progress.log_bytes
+        self._tell(self.processes.on_main(lambda: put_history_back(self.log, folder, length)))
         randoms = self.processes.together(lambda: read_random_state(folder, self.processes.rank))
         if randoms is not None and self.processes.count == self.continuation.shared.num_processes:
             put_random_state_back(randoms)
+
+    def _tell(self, warning: str | None) -> None:
+        if warning is not None:
+            self.trainer.hooks.warn(warning)
 
 
 class MakeUp(TrainerCallback):
@@ -123,14 +127,6 @@ class MakeUp(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
         self.trainer.make_up_evaluation()
-
-
-def cut_log(path: Path, num_bytes: int) -> bool:
-    """Drop the lines of updates that will be made again; whether those before are all there."""
-    size = path.stat().st_size if path.exists() else 0
-    if size > num_bytes:
-        os.truncate(path, num_bytes)
-    return size >= num_bytes
 
 
 def moving_parts(trainer: QloraTrainer, adapter: AdapterFiles) -> Moving:

@@ -44,6 +44,10 @@ class Items(Protocol):
         """The items of each update, from update number `start` on."""
         ...
 
+    def place(self, update: int) -> dict[str, Any] | None:
+        """Where they stand before an update, as values of JSON; None where its number says it."""
+        ...
+
 
 @dataclass(frozen=True)
 class OrderedItems:
@@ -58,6 +62,9 @@ class OrderedItems:
             yield [self.items[index] for index in self.order.items_of(update)]
             update += 1
 
+    def place(self, update: int) -> None:
+        return None
+
 
 @dataclass(frozen=True)
 class StreamedItems:
@@ -65,13 +72,18 @@ class StreamedItems:
 
     stream: StreamedSequences
     items_per_update: int
+    begin: dict[str, Any] | None = None
+    """The `place` that an earlier attempt has kept of the update to start with."""
 
     def updates(self, start: int) -> Iterator[Sequence[Item]]:
         """What comes before `start` is read at once, also where no update follows: the stream
         books what it has given.
         """
-        given = self.stream.starting_at(start * self.items_per_update)
+        given = self.stream.starting_at(start * self.items_per_update, self.begin)
         return iter(lambda: list(islice(given, self.items_per_update)), [])
+
+    def place(self, update: int) -> dict[str, Any] | None:
+        return self.stream.place_of(update * self.items_per_update)
 
 
 class MicroBatches(IterableDataset[Batch]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
@@ -22,9 +23,18 @@ from qlora_kit.refusals import refusal_of
 from qlora_kit.train.best import best_checkpoint
 from qlora_kit.train.continuation import moving_parts
 from qlora_kit.train.fitting import fitted
-from qlora_kit.train.loader import BatchShape
+from qlora_kit.train.history import HISTORY_FILE, history
+from qlora_kit.train.loader import BatchShape, Items
 from qlora_kit.train.sharded import gathered_trainables
-from qlora_kit.train.snapshot import Moving, Snapshot, Taken, random_state, snapshot, take
+from qlora_kit.train.snapshot import (
+    STREAM_FILE,
+    Moving,
+    Snapshot,
+    Taken,
+    random_state,
+    snapshot,
+    take,
+)
 from qlora_kit.train.updates import items_per_update
 
 if TYPE_CHECKING:
@@ -48,12 +58,15 @@ class Saver:
         shape: BatchShape,
         num_updates: int,
         spec: TrainSpec,
+        items: Items | None = None,
         is_beside: bool = True,
     ):
+        """`items` are those that have a place of their own to keep, if any."""
         self.around = around
         self.shape = shape
         self.num_updates = num_updates
         self.spec = spec
+        self.items = items
         self.is_beside = is_beside
         """False where a limit on the memory of the process would reach the writing too."""
         self.trainer: QloraTrainer | None = None
@@ -154,18 +167,27 @@ class Saver:
             "num_updates": self.num_updates,
             "num_processes": around.processes.count,
         }
-        copied = snapshot(taken, progress, shape, randoms, around.records)
+        with told_of("the log could not be read", around.run.folder, around.disk):
+            log = history(around.run.log, progress.log_bytes)
+        texts = {**around.records, **self._place_of(progress.update)}
+        records = {HISTORY_FILE: log, **{name: text.encode() for name, text in texts.items()}}
+        copied = snapshot(taken, progress, shape, randoms, records)
         require_room(around.run.folder, copied.num_bytes, around.disk)
         self._has_begun = True
         self._writing = self._writer.submit(self._write, progress.update, copied)
         if not self.is_beside:
             self.settle()
 
+    def _place_of(self, update: int) -> dict[str, str]:
+        """The file that says where the items stand, where their number does not."""
+        place = None if self.items is None else self.items.place(update)
+        return {} if place is None else {STREAM_FILE: json.dumps(place) + "\n"}
+
     def _write(self, update: int, copied: Snapshot) -> None:
         run, disk = self.around.run, self.around.disk
 
         def fill(draft: Draft) -> None:
-            if run.log.exists():  # a checkpoint says how long the log is
+            if run.log.exists():  # which goes on behind what the checkpoint holds of it
                 disk.sync(run.log)
             copied.write(draft)
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from torch.amp import GradScaler
 
 RANDOM_FILE = "random.safetensors"
+STREAM_FILE = "stream.json"
 _SETTINGS = ("betas", "eps", "weight_decay", "initial_lr")
 # Of a file system: of each file's last block a part stays empty.
 _BLOCK_BYTES = 4096
@@ -211,14 +212,14 @@ def snapshot(
     progress: Progress,
     shape: dict[str, int],
     randoms: list[dict[str, Any]],
-    records: Mapping[str, str] | None = None,
+    records: Mapping[str, bytes] | None = None,
 ) -> Snapshot:
     """Copy what was taken.
 
     Args:
         shape: the numbers of `Shared`.
         randoms: `random_state()` of every process.
-        records: further text files, by name.
+        records: further files, by name.
     """
     shared = Shared(**shape, optimizer_kind=taken.optimizer_kind)
     values = {**progress.as_dict(), **asdict(shared)}
@@ -227,7 +228,7 @@ def snapshot(
         OPTIMIZER_FILE: value_parts(taken.state),
         RANDOM_FILE: value_parts(randoms),
         PROGRESS_FILE: [(json.dumps(values, indent=1) + "\n").encode()],
-        **{name: [text.encode()] for name, text in (records or {}).items()},
+        **{name: [content] for name, content in (records or {}).items()},
     }
     return Snapshot(files, taken.adapter)
 
@@ -243,6 +244,18 @@ def read_progress(folder: Path) -> tuple[Progress, Shared]:
             f"{folder} is no checkpoint of this version ({type(error).__name__}: {error}). "
             "Go on with the version that wrote it, or train anew with --fresh."
         ) from None
+
+
+def read_place(folder: Path) -> dict[str, Any] | None:
+    """Where a stream of rows stood; None where there is none, or the version had no such file.
+
+    Raises:
+        RunError: it cannot be read.
+    """
+    if not (folder / STREAM_FILE).exists():
+        return None
+    with _readable(folder):
+        return dict(json.loads((folder / STREAM_FILE).read_text(encoding="utf-8")))
 
 
 def kind_of(optimizer: Any) -> str:

@@ -180,10 +180,11 @@ def _trainer(
 ) -> tuple[QloraTrainer, StepCallback, Cadence]:
     """The trainer and its callbacks, which know each other."""
     start = continuation.progress.update if continuation else 0
-    items = batches.items(spec, shape.items_per_update)
+    begin = continuation.place if continuation else None
+    items = batches.items(spec, shape.items_per_update, begin)
     updates_per_pass = batches.updates_per_pass(shape.items_per_update) or num_updates
     run, processes = around.run, around.processes
-    saver = Saver(around, shape, num_updates, spec, is_beside=limit.data_bytes is None)
+    saver = Saver(around, shape, num_updates, spec, items, is_beside=limit.data_bytes is None)
     trainer = QloraTrainer(
         model=model,
         args=training_arguments(

@@ -39,5 +39,6 @@ def case(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path, forks: list
             "save_total_limit": 1,
             "keep_best": True,
         },
+        quantization_aware=None,
         export={"merge": True},
     )

@@ -58,13 +58,15 @@ def differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
 def _names(run: Path) -> list[str]:
     """Of everything that is there, but for checkpoints: a signal or a clock may have asked for
     more of them, and damaged ones are kept aside; and for what trackers write, under dates. A
-    process killed behind its last word leaves its lock, which holds nobody up.
+    process killed behind its last word leaves its lock, which holds nobody up. With damaged
+    checkpoints, the log of their updates is kept aside.
     """
     inside = (path.relative_to(run) for path in run.rglob("*"))
+    more = ("log.jsonl.aside",) if any(run.glob("checkpoint-*.damaged*")) else ()
     return [
         str(path)
         for path in inside
-        if not path.parts[0].startswith(("checkpoint-", ".lock", "tensorboard"))
+        if not path.parts[0].startswith(("checkpoint-", ".lock", "tensorboard", *more))
     ]
 
 

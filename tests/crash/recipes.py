@@ -25,7 +25,9 @@ _ADAMS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 
 
 def write_case(folder: Path, model: Path, seed: int, **sections: Any) -> Path:
-    """A recipe of its own for every seed, with its rows; `sections` are merged into it."""
+    """A recipe of its own for every seed, with its rows; `sections` are merged into it, or left out
+    where they are None.
+    """
     random = Random(seed)
     folder.mkdir(parents=True)
     rows = [_row(thing, colour) for thing in _THINGS for colour in _COLOURS]
@@ -37,7 +39,10 @@ def write_case(folder: Path, model: Path, seed: int, **sections: Any) -> Path:
     values["model"] = {"name_or_path": str(model)}
     values["run_dir"] = str(folder / "run")
     for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
+        if section is None:
+            values.pop(name, None)
+        else:
+            values[name] = {**values.get(name, {}), **section}
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(values, indent=2), encoding="utf-8")
     return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -133,3 +134,30 @@ def test_two_runs_are_the_same_run(tmp_path: Path) -> None:
         train(path, f"run_dir={tmp_path / str(number)}", "export.merge=false")
         hashes.add(file_sha256(tmp_path / str(number) / "adapter" / "adapter_model.safetensors"))
     assert len(hashes) == 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("train.precision=fp16", "quantization.compute_dtype=float16"),
+        ("train.optim=paged_adamw_8bit",),
+    ],
+)
+def test_a_run_is_gone_on_with_to_the_bit(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    """With the scale of fp16, and with an optimizer's state in paged memory. The folder is as a
+    kill after the first checkpoint leaves it.
+    """
+    from qlora_kit.records import file_sha256
+
+    often = ("train.save_strategy=steps", "train.save_steps=4", "train.save_total_limit=4")
+    path = recipe(tmp_path)
+    train(path, *settings, *often, "export.merge=false")
+    folder = tmp_path / "run"
+    weights = folder / "adapter" / "adapter_model.safetensors"
+    whole = file_sha256(weights)
+    (folder / "summary.json").unlink()
+    shutil.rmtree(folder / "adapter")
+    shutil.rmtree(folder / "checkpoint-8")
+    assert (folder / "checkpoint-4").is_dir()
+    train(path, *settings, *often, "export.merge=false")
+    assert file_sha256(weights) == whole

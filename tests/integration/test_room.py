@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,8 @@ import pytest
 from qlora_kit import run as run_module
 from qlora_kit.errors import HardwareError
 from qlora_kit.evaluate.divergence import DEFAULT_MAX_TOKENS
-from qlora_kit.recipe import load_recipe
+from qlora_kit.export.shards import SURROUNDINGS_BYTES
+from qlora_kit.recipe import Recipe, load_recipe
 
 from .conftest import FinishedRun, write_recipe
 
@@ -66,4 +68,81 @@ def test_room_that_a_run_needs_is_what_it_writes(
     assert len(weights) == len(written)
     vocabulary, weighed = 384, sum(path.stat().st_size for path in weights)
     most = 4 * vocabulary * DEFAULT_MAX_TOKENS  # what the trained graph said, were there many rows
-    assert 0.9 * weighed <= asked[0] <= 10 * weighed < most + weighed
+    scratch = SURROUNDINGS_BYTES if merge else 0
+    assert 0.9 * weighed <= asked[0] - scratch <= 10 * weighed < most + weighed
+
+
+class SmallDisk:
+    """A disk of `size_bytes` that holds one run folder and nothing else."""
+
+    def __init__(self, folder: Path, size_bytes: int):
+        self.folder, self.size_bytes = folder, size_bytes
+
+    def usage(self, _: Path) -> DiskUsage:
+        used = sum(one.stat().st_size for one in self.folder.rglob("*") if one.is_file())
+        return DiskUsage(self.size_bytes, used, self.size_bytes - used)
+
+
+@pytest.fixture
+def unended(tmp_path: Path, finished: FinishedRun) -> Recipe:
+    """A run that was killed when it had merged, before its summary."""
+    folder = tmp_path / "run"
+    shutil.copytree(finished.folder, folder)
+    (folder / "summary.json").unlink()
+    return load_recipe(finished.recipe).model_copy(update={"run_dir": str(folder)})
+
+
+def asked(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes that a run of this recipe asks for."""
+    with monkeypatch.context() as patched:
+        patched.setattr(shutil, "disk_usage", lambda _: DiskUsage(0, 0, 0))
+        with pytest.raises(HardwareError) as refused:
+            run_module.run_recipe(recipe)
+    said = re.search(r"([\d,]+) bytes needed", str(refused.value))
+    assert said is not None
+    return int(said[1].replace(",", ""))
+
+
+def in_folder(recipe: Recipe, folder: Path) -> Recipe:
+    return recipe.model_copy(update={"run_dir": str(folder)})
+
+
+def test_checkpoints_that_are_there_are_not_asked_for_again(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = {"lora": {"r": 32, "alpha": 32}, "export": {"merge": False}}
+    recipe = load_recipe(write_recipe(tmp_path, tiny_llama, **changed))
+    often = recipe.train.model_copy(update={"save_strategy": "steps", "save_steps": 1})
+    recipe = in_folder(recipe.model_copy(update={"train": often}), tmp_path / "run")
+    at_first = asked(recipe, monkeypatch)
+    assert run_module.run_recipe(recipe) is not None
+    (tmp_path / "run" / "summary.json").unlink()
+    files = [one for one in (tmp_path / "run").glob("checkpoint-*/*") if one.is_file()]
+    there = sum(one.stat().st_size for one in files)
+    assert 0 < there < at_first
+    assert asked(recipe, monkeypatch) == at_first - there
+
+
+def test_a_merge_that_is_there_is_not_asked_for_again(
+    unended: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = sum(one.stat().st_size for one in Path(unended.run_dir).glob("merged/*"))
+    at_first = asked(in_folder(unended, tmp_path / "new"), monkeypatch)
+    assert asked(unended, monkeypatch) == at_first - there
+
+
+def test_the_disk_that_a_run_began_on_is_large_enough_after_a_kill_in_its_merge(
+    unended: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was half merged fills it, and goes before room is asked for."""
+    folder = Path(unended.run_dir)
+    draft = folder / f".merged.{'0' * 32}.draft"
+    (folder / "merged").rename(draft)
+    needed = asked(in_folder(unended, tmp_path / "new"), monkeypatch)
+    (draft / "more").write_bytes(bytes(needed // 2))
+    small = SmallDisk(folder, needed + 100_000)  # records, log and the like
+    monkeypatch.setattr(shutil, "disk_usage", small.usage)
+    assert small.usage(folder).free < needed
+    result = run_module.run_recipe(unended)
+    assert result is not None
+    assert not draft.exists()

@@ -22,6 +22,7 @@ from qlora_kit.environment import (
     cache_dir,
     describe,
     hub_is_offline,
+    kit_version,
     probe_hardware,
     resolve_compute_dtype,
 )
@@ -236,3 +237,16 @@ class TestTheEnvironment:
     def test_importing_it_imports_no_torch(self) -> None:
         code = "import sys, qlora_kit.environment; sys.exit('torch' in sys.modules)"
         assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_version_of_this_program_names_its_own_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever it is called from, and not that of the folder it is called in."""
+    monkeypatch.chdir(tmp_path)
+    here = subprocess.run(
+        ["git", "-C", str(PACKAGE), "rev-parse", "HEAD"], capture_output=True, text=True
+    )
+    if here.returncode != 0:
+        pytest.skip("not run from a repository")
+    assert here.stdout.strip() in kit_version()

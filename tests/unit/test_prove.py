@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from qlora_kit import prove
+from qlora_kit.errors import RunError
 from qlora_kit.prove import Proof, Trace, apart, differences
+from qlora_kit.recipe import load_recipe
 from qlora_kit.report.reporter import Reporter
 from qlora_kit.report.resume import show_proof
 
+RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart.yaml"
 WHOLE = Trace((2.0, 1.5, 1.25), "o" * 64, "a" * 64, "p" * 64, 1.0)
 
 
@@ -52,3 +58,31 @@ def test_hardware_that_does_not_repeat_itself_is_the_measure() -> None:
     assert "as this hardware repeats itself" in verdict(proof)
     assert not Proof(WHOLE, replace(off, losses=(2.0, 1.5, 1.3)), 3, 2, noisy).holds
     assert not Proof(WHOLE, replace(off, order="x" * 64), 3, 2, noisy).holds
+
+
+def test_a_run_that_ends_too_soon_is_made_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And one that always does is told of in the end."""
+    lengths: list[int] = []
+
+    def finished(path: Path) -> Trace:
+        (tmp_path / path.stem).mkdir()
+        return WHOLE
+
+    def killed(path: Path) -> tuple[int, int] | None:
+        lengths.append(load_recipe(path).train.max_steps or 0)
+        if lengths[-1] == 24:
+            return 3, 2
+        (tmp_path / path.stem).mkdir()
+        return None
+
+    monkeypatch.setattr(prove, "_finished", finished)
+    monkeypatch.setattr(prove, "_killed", killed)
+    recipe = load_recipe(RECIPE)
+    assert prove.prove_resume(recipe, tmp_path, 6).holds
+    assert lengths == [6, 12, 24]
+    for name in ("whole", "killed"):
+        shutil.rmtree(tmp_path / name)
+    with pytest.raises(RunError, match="ended too soon"):
+        prove.prove_resume(recipe, tmp_path, 5)

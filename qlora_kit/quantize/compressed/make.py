@@ -107,7 +107,7 @@ def _save(model: PreTrainedModel, dtype: torch.dtype, draft: Path) -> None:
     with warnings.catch_warnings(), without_bars():
         warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
         model.save_pretrained(draft)
-    (draft / "recipe.yaml").rename(draft / "llmcompressor.yaml")
+    (draft / "recipe.yaml").unlink()  # llmcompressor's own, of a session that has ended: empty
 
 
 def _check_ids(calibration: Calibration) -> torch.Tensor:

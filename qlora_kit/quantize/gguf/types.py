@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import string
 from dataclasses import dataclass
+from itertools import takewhile
 
 from qlora_kit.errors import ModelError
 
@@ -81,8 +83,15 @@ def gguf_type(name: str) -> GgufType:
             "others; take Q4_K_M, or Q2_K for the smallest."
         )
     near_names = difflib.get_close_matches(wanted, types, n=1)
-    hint = f"did you mean {near_names[0]}? " if near_names else ""
-    raise ModelError(f"there is no GGUF type {name}; {hint}There are {', '.join(types)}.")
+    known = ", ".join(sorted(types, key=_by_bits))
+    hint = f"did you mean {near_names[0]}? There are" if near_names else "there are"
+    raise ModelError(f"there is no GGUF type {name}; {hint} {known}.")
+
+
+def _by_bits(name: str) -> tuple[int, str]:
+    """The first number in a type's name is its bits."""
+    digits = takewhile(str.isdigit, name.lstrip(string.ascii_uppercase))
+    return int("".join(digits)), name
 
 
 def _listed() -> dict[str, int]:

@@ -43,7 +43,12 @@ class LayerStatistics:
     def findings(self) -> Iterator[str]:
         """What a person should know, in words."""
         if self.num_non_finite:
-            yield f"{self.name} holds {self.num_non_finite} numbers that are NaN or infinite."
+            numbers = (
+                "a number that is"
+                if self.num_non_finite == 1
+                else f"{self.num_non_finite:,} numbers that are"
+            )
+            yield f"{self.name} holds {numbers} NaN or infinite."
         if self.damaged_error is not None:
             single, double = self.damaged_error
             yield (

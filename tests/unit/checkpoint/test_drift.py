@@ -323,7 +323,9 @@ class TestFingerprints:
         (change,) = drift.accepted + drift.breaking
         assert (change.field, change.before, change.now) == (name, f"{name} 1", "2")
         assert change.consequence
-        assert bool(drift.accepted) == (name in ("packages", "hardware", "native_bf16"))
+        assert bool(drift.accepted) == (
+            name in ("packages", "hardware", "native_bf16", "qlora_kit")
+        )
 
     def test_what_an_earlier_version_did_not_write_is_not_compared(self) -> None:
         assert differences(replace(self.SAVED, compute=""), self.SAVED) == Drift()

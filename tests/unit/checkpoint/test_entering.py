@@ -414,3 +414,50 @@ def test_updates_without_a_checkpoint_are_warned_of(tmp_path: Path) -> None:
     run.log.write_text('{"step": 1}\n')
     entry, _ = entered(recipe)
     assert "holds a log of updates, but no checkpoint" in entry.warned[0]
+
+
+class TestDraftsOfMergesAndExports:
+    HEX = "0123456789abcdef0123456789abcdef"
+
+    def test_of_a_killed_run_are_cleared(self, tmp_path: Path) -> None:
+        recipe = recipe_in(tmp_path / "run")
+        run = begun_run(tmp_path / "run", recipe, 4)
+        run.exports.mkdir()
+        names = (".merged", ".merged-original", ".quantized", ".exports", "exports/.gguf-q4_k_m")
+        for name in names:
+            (run.folder / f"{name}.{self.HEX}.draft" / "inside").mkdir(parents=True)
+        (run.folder / ".merged.mine").mkdir()
+        entered(recipe)
+        assert not list(run.folder.rglob("*.draft"))
+        assert (run.folder / ".merged.mine").is_dir()
+
+    def test_of_a_finished_run_stay(self, tmp_path: Path) -> None:
+        """They may be of a `merge` or an `export` that is at work."""
+        recipe = recipe_in(tmp_path / "run")
+        run = begun_run(tmp_path / "run", recipe, 4)
+        run.summary.write_text("{}")
+        draft = run.folder / f".merged.{self.HEX}.draft"
+        draft.mkdir()
+        with pytest.raises(RunError):
+            entered(recipe)
+        assert draft.is_dir()
+
+
+class TestAnotherVersionOfThisProgram:
+    def test_is_accepted_and_listed(self, tmp_path: Path) -> None:
+        run = begun_run(tmp_path / "run", recipe_in(tmp_path / "run"), 4)
+        checkpoint = run.folder / "checkpoint-4"
+        before, now = (replace(PRINTS, qlora_kit=f"0.1.0 at {one * 40}") for one in "ab")
+        (checkpoint / FINGERPRINTS_FILE).write_text(fingerprints_text(before))
+        drift = require_same_work(checkpoint, now, False)
+        assert [one.field for one in drift.accepted] == ["qlora_kit"]
+        assert drift.breaking == ()
+
+    def test_of_one_that_did_not_say_it_is_unknown(self, tmp_path: Path) -> None:
+        run = begun_run(tmp_path / "run", recipe_in(tmp_path / "run"), 4)
+        checkpoint = run.folder / "checkpoint-4"
+        values = json.loads((checkpoint / FINGERPRINTS_FILE).read_text())
+        del values["qlora_kit"]
+        (checkpoint / FINGERPRINTS_FILE).write_text(json.dumps(values))
+        now = replace(PRINTS, qlora_kit="0.1.0")
+        assert require_same_work(checkpoint, now, False).all == ()

@@ -98,6 +98,16 @@ def test_a_piped_line_is_answered_once_and_only_the_answer_is_on_stdout(talker: 
     assert ended.stderr.decode() == "(cut at 8 tokens; --max-new-tokens allows more)\n"
 
 
+def test_what_it_is_told_beforehand_is_not_among_piped_answers(
+    talker: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_kit.cli.chat.trained_system_message", lambda examples: "Be brief.")
+    said = chat(talker, "hello\n", "--max-new-tokens", "8")
+    before = turn("system", "Be brief.")
+    assert said.stdout == greedy(talker, before + turn("user", "hello") + OPENING, 8) + "\n"
+    assert "beforehand" not in said.stderr
+
+
 def test_turns_see_those_before_until_a_reset(talker: Path) -> None:
     first = turn("system", "be kind") + turn("user", "one")
     one = greedy(talker, first + OPENING, 6)

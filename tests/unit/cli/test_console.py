@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from qlora_kit.cli import console
-from qlora_kit.cli.console import ConsoleReporter, clock
+from qlora_kit.cli.console import ConsoleReporter, clock, tells_time_left
 
 
 @pytest.mark.parametrize(
@@ -32,6 +32,29 @@ def test_a_line_says_what_is_done_and_how_long_the_rest_takes(
     assert written.getvalue() == (
         "training: 2 of 10  loss 2.0  90 tok/s  1:20 left\ntraining: 3 of 10  loss 1.0  1:01 left\n"
     )
+
+
+def test_the_first_parts_do_not_say_how_long_the_rest_takes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = io.StringIO()
+    now = iter([100.0, 116.0, 132.0, 170.0, 171.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(now))
+    reporter = ConsoleReporter(Console(file=written, width=132))
+    with reporter.progress("measuring", 1848) as progress:
+        for _ in range(3):
+            progress.update(25)
+    assert written.getvalue() == (
+        "measuring: 25 of 1,848\nmeasuring: 50 of 1,848\nmeasuring: 75 of 1,848  27:35 left\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "made", "rest", "told"),
+    [(1, 9, 1, False), (6, 1, 99, False), (6, 5, 95, True), (61, 1, 99, True), (6, 0, 0, True)],
+)
+def test_when_the_rest_can_be_told(seconds: float, made: int, rest: int, told: bool) -> None:
+    assert tells_time_left(seconds, made, rest) is told
 
 
 def test_short_work_leaves_no_line(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,3 +89,18 @@ def test_it_comes_back_from_a_cache_as_it_was() -> None:
     assert again.findings() == ledger.findings()
     again.drop("another", "a:4")  # its counters count on
     assert again.dropped["another"] == 1
+
+
+def test_two_ledgers_in_one() -> None:
+    """As if all had been booked in it."""
+    one, other, whole = Ledger(), Ledger(), Ledger()
+    for number, ledger in ((1, one), (2, one), (3, other), (4, other)):
+        for into in (ledger, whole):
+            into.num_rows += 1
+            into.lengths[number % 3] += 1
+            into.drop("broken", f"a.jsonl:{number}", num_tokens=number)
+            into.repeat("a", f"a.jsonl:{number}")
+            into.schemas[f"source {number}"] = "messages"
+    one.add(other)
+    assert one == whole
+    assert one.examples == {"broken": ["a.jsonl:1", "a.jsonl:2", "a.jsonl:3"]}

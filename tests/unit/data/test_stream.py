@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from copy import deepcopy
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from qlora_kit.data import chunks, stream
 from qlora_kit.data.ledger import Ledger
 from qlora_kit.data.pack import PackedSequence
 from qlora_kit.data.prepare import prepare_train
+from qlora_kit.data.render import Rendering
 from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.data.stream import READ_AHEAD, StreamedSequences
 from qlora_kit.errors import DataError
@@ -144,3 +149,142 @@ def test_going_on_books_what_was_given_before_also_where_nothing_follows(
     assert resumed._ledger.as_dict() == whole._ledger.as_dict()
     assert whole._ledger.num_kept == min(len(taken), 20)
     assert next(updates) is not None
+
+
+def untidy(folder: Path) -> Path:
+    """Two files with rows that are there twice, are no JSON, have no answer, or are long."""
+    for name, start in (("one", 0), ("two", 30)):
+        rows: list[str] = []
+        for number in range(start, start + 45):
+            said = "fine " * (60 if number % 7 == 0 else number % 5 + 1)
+            asked = {"role": "user", "content": f"hello {number}"}
+            rows.append(json.dumps({"messages": [asked, {"role": "assistant", "content": said}]}))
+            if number % 10 == 9:
+                rows += ["{broken", json.dumps({"messages": [asked]}), rows[-1]]
+        (folder / f"{name}.jsonl").write_text("\n".join([*rows, "{broken"]) + "\n")
+    return folder
+
+
+def untidy_stream(folder: Path, capacity: int | None, overlength: str) -> StreamedSequences:
+    found = stream_of(
+        folder / "one.jsonl",
+        train=[{"path": str(folder / f"{name}.jsonl")} for name in ("one", "two")],
+        max_length=48,
+        overlength=overlength,
+        max_dropped_share=0.9,
+    )
+    return found if capacity is None else found.packed(capacity)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Buffers and chunks so small that a pass has several."""
+    monkeypatch.setattr(stream, "BUFFER_SEQUENCES", 16)
+    monkeypatch.setattr(chunks, "_CHUNK_ROWS", 6)
+
+
+def as_kept(place: dict[str, Any] | None) -> Any:
+    return json.loads(json.dumps(place))
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a stream has given that nothing has stopped, and what it said after each item."""
+
+    items: list[TokenSequence | PackedSequence]
+    places: list[Any]
+    """As a checkpoint keeps them."""
+    late_places: list[Any]
+    """The same, asked for when the loader was three items ahead."""
+    ledgers: list[Ledger]
+    """Settled."""
+    num_items: int
+    """Of a pass."""
+
+    @classmethod
+    def of(cls, one: StreamedSequences) -> Whole:
+        items, places, late_places, ledgers = [], [None], [], []
+        for number, item in enumerate(one, start=1):
+            if one._is_first_over and number > 2 * one._ends[-1] + 30:
+                break
+            items.append(item)
+            places.append(as_kept(one.place_of(number)))
+            late_places.append(as_kept(one.place_of(max(number - 3, 0))))
+            settled = deepcopy(one)
+            settled.settle()
+            ledgers.append(settled._ledger)
+        return cls(items, places, late_places[2:], [Ledger(), *ledgers], one._ends[-1])
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize(("capacity", "overlength"), [(None, "split"), (48, "split"), (48, "drop")])
+def test_from_its_place_it_goes_on_as_if_nothing_had_happened(
+    tmp_path: Path, capacity: int | None, overlength: str
+) -> None:
+    """What follows, the ledger, and the place of a later item."""
+
+    def fresh() -> StreamedSequences:
+        return untidy_stream(untidy(tmp_path), capacity, overlength)
+
+    whole = Whole.of(fresh())
+    one_pass = whole.num_items
+    assert whole.places[1]["first_pass"]["buffer"] == 0
+    assert whole.places[one_pass]["first_pass"]["buffer"] > 1
+    assert "ledger" in whole.places[one_pass + 1]
+    numbers = (1, 2, 9, 16, 17, 18, 25, one_pass - 1)
+    for num_given in (*numbers, *(one_pass + number for number in (0, *numbers, one_pass))):
+        later = num_given + 7
+        for place in (whole.places[num_given], whole.late_places[num_given]):
+            resumed = fresh()
+            given = resumed.starting_at(num_given, place)
+            assert list(islice(given, 7)) == whole.items[num_given:later], num_given
+            assert as_kept(resumed.place_of(later)) == whole.places[later], num_given
+            resumed.settle()
+            assert resumed._ledger == whole.ledgers[later], num_given
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("num_passes", [1, 3])
+def test_what_came_before_its_place_is_not_rendered_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, num_passes: int
+) -> None:
+    rendered: list[int] = []
+
+    class Counting(Rendering):
+        def __init__(self, examples: Any, *others: Any):
+            rendered.append(len(examples))
+            super().__init__(examples, *others)
+
+    stopped, resumed, anew = (untidy_stream(untidy(tmp_path), 48, "split") for _ in range(3))
+    num_given = len(list(islice(stopped, 40 if num_passes == 1 else 300)))
+    monkeypatch.setattr(chunks, "Rendering", Counting)
+    next(resumed.starting_at(num_given, as_kept(stopped.place_of(num_given))))
+    some, _ = sum(rendered), rendered.clear()
+    next(anew.starting_at(num_given))
+    assert some <= 3 * 16, "a buffer, the chunk that it begins in, and what is read ahead"
+    assert sum(rendered) > num_passes * some
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("num_given", [30, 200])
+def test_a_place_of_other_rows_is_not_believed(tmp_path: Path, num_given: int) -> None:
+    """Rows may change, where drift is allowed; they are then all read as they are now."""
+    path = talks(tmp_path, 70)
+    before = stream_of(path)
+    list(islice(before, num_given))
+    talks(tmp_path, 90)
+    now = islice(stream_of(path), num_given, num_given + 30)
+    place = before.place_of(num_given)
+    assert list(islice(stream_of(path).starting_at(num_given, place), 30)) == list(now)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("num_given", [1, 30, 69])
+def test_a_place_further_on_is_not_used(tmp_path: Path, num_given: int) -> None:
+    """Another number of rows per update, where drift is allowed, begins elsewhere."""
+    path = talks(tmp_path, 70)
+    before = stream_of(path)
+    list(islice(before, 100))
+    now = islice(stream_of(path), num_given, num_given + 30)
+    found = stream_of(path).starting_at(num_given, before.place_of(100))
+    assert list(islice(found, 30)) == list(now)

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 from huggingface_hub import constants
 
+from qlora_kit import extras
 from qlora_kit.doctor import surroundings
 from qlora_kit.doctor.apart import Outcome
 from qlora_kit.doctor.probes import hub_answer
@@ -98,6 +99,17 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     (finding,) = surroundings.disk_findings([tmp_path])
     assert finding.status == "note"
     assert "cannot be written to" in finding.means
+
+
+def test_every_extra_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    present = {"llama_cpp", "lm_eval"}
+    monkeypatch.setattr(extras, "find_spec", lambda name: object() if name in present else None)
+    found = {finding.name: finding for finding in surroundings.optional_findings("cpu")}
+    assert extras.EXTRAS.keys() <= found.keys()
+    assert found["lm-eval"].status == "ok"
+    assert found["gguf"].status == found["onnx"].status == "missing"
+    assert found["gguf"].found == "sentencepiece not installed"
+    assert "pip install 'qlora-kit[gguf]'" in found["gguf"].means
 
 
 def test_optional_packages(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import yaml
 
 from qlora_kit.export.card import model_card
@@ -54,6 +55,23 @@ def test_front_matter_and_figures() -> None:
         assert words in card
 
 
+@pytest.mark.parametrize("kind", ["folder", "demo"])
+def test_a_base_that_the_hub_does_not_have_is_only_named(kind: str) -> None:
+    values = certificate()
+    values["trained_on"] |= {"name": "smollm2", "kind": kind}
+    card = model_card(values)
+    front = yaml.safe_load(card.split("---")[1])
+    assert not [key for key in front if key.startswith("base_model")]
+    assert "`smollm2`" in card
+
+
+@pytest.mark.parametrize("notes", [[], ["eight bits"], ["one", "two"]])
+def test_paragraphs_are_one_blank_line_apart(notes: list[str]) -> None:
+    card = model_card(certificate(notes=notes))
+    assert "\n\n\n" not in card
+    assert ("\n- " in card.partition("## What")[2]) == bool(notes)
+
+
 def test_the_chain_is_a_table() -> None:
     rows = [
         {"name": "16-bit base", "note": "the base is stored quantized"},
@@ -79,3 +97,10 @@ def test_what_was_quantized_again_does_not_claim_to_be_rounded() -> None:
     card = model_card(certificate(dtype="nf4", survival=None))
     assert "The sum was quantized again, to nf4." in card
     assert "share of each update" not in card
+    assert "With `transformers` and `bitsandbytes`" in card
+
+
+def test_integers_that_were_trained_for_are_no_int8_of_the_kit() -> None:
+    card = model_card(certificate(dtype="int8", survival=None))
+    assert "With `transformers` and `compressed-tensors`" in card
+    assert "qlora_kit.quantize.int8" not in card

@@ -11,6 +11,7 @@ from qlora_kit.evaluate.divergence import Divergence
 from qlora_kit.export.choose import (
     Candidate,
     choose_base,
+    measured_rows,
     show_candidates,
     why_beyond_budget,
 )
@@ -29,7 +30,7 @@ def candidate(base: BaseKind, kl: float, loss: float, faults: tuple[str, ...] = 
         candidate_loss=loss,
         reference_perplexity=2.7,
         candidate_perplexity=2.8,
-        num_tokens=10,
+        num_tokens=1239,
     )
     result = MergeResult(
         folder=Path("merged"),
@@ -84,10 +85,12 @@ class Table(Reporter):
     def __init__(self) -> None:
         self.rows: list[Sequence[str]] = []
         self.said: list[str] = []
+        self.titles: list[str] = []
 
     def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         assert all(len(row) == len(columns) for row in rows)
         self.rows += rows
+        self.titles.append(title)
 
     def say(self, text: str) -> None:
         self.said.append(text)
@@ -96,9 +99,13 @@ class Table(Reporter):
 def test_both_lines_of_figures_are_shown() -> None:
     table = Table()
     both = [candidate("dequantized", 1e-6, 1.0), candidate("original", 0.2, 0.5)]
-    show_candidates(both, both[0], 1e-3, table)
+    show_candidates(both, both[0], 1e-3, table, measured_on=measured_rows(64, 64))
     assert len(table.rows) == 3
     assert "kept" in table.rows[1][0]
+    assert table.titles == [
+        "Merge, on 1,239 tokens of the first 64 held-out rows (budget: KL 0.001)"
+    ]
+    assert measured_rows(1, 64) == "1 held-out row"
     assert "over budget" in table.rows[2][2]
     assert both[1].as_dict()["survival"] == {"min": 0.5, "median": 0.9, "worst": "q_proj"}
 

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from qlora_kit.artifact.record import verify_artifact
 from qlora_kit.artifact.verify import verify
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import ModelError, RunError
@@ -47,6 +48,13 @@ def test_4_bit_logits_are_equal(tmp_path: Path, kind: str, quantization: Quantiz
     assert (result.num_bits, result.dtype) == (4, "float32")
     assert result.divergence is not None
     assert result.divergence.kl_mean < 1e-9
+    certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
+    assert certificate["divergence"]["kl_mean"] == result.divergence.kl_mean
+    assert (certificate["passed"], certificate["source"]["num_bits"]) == (True, 4)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "# quantized, dequantized" in card
+    assert 'AutoModelForCausalLM.from_pretrained("path/to/this/folder")' in card
+    assert verify_artifact(tmp_path / "out") == ()
     ids = some_ids()
     assert (reload_logits(tmp_path / "out", ids) - reload_logits(folder, ids)).abs().max() < 1e-5
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

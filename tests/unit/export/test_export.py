@@ -20,7 +20,7 @@ from qlora_kit.export.export import _better, _Made, export_reopened
 from qlora_kit.export.export_run import export_after_training
 from qlora_kit.export.jobs import ExportRequest, Job, placed, sound_jobs
 from qlora_kit.export.ledger import Row
-from qlora_kit.export.places import places_of
+from qlora_kit.export.places import merge_options_of, places_of
 from qlora_kit.export.reopen import reopen_adapter
 from qlora_kit.export.targets import parse_target
 from qlora_kit.recipe import LoraSpec, MergeSpec
@@ -100,8 +100,10 @@ def test_a_certificate_holds_the_chain_to_its_own_folder(exported: Exported) -> 
     assert rows[4]["disk_bytes"] < rows[3]["disk_bytes"]
     stored = json.loads((exported.folder("nf4") / "certificate.json").read_text())
     assert stored == exported.certificates["nf4"]
+    assert {"kind", "quantization_aware"} <= stored["trained_on"].keys(), "as the cards ask"
     card = (exported.folder("nf4") / "README.md").read_text()
-    assert yaml.safe_load(card.split("---")[1])["base_model"] == "base"
+    assert "base_model" not in yaml.safe_load(card.split("---")[1]), "the hub has no such model"
+    assert "trained on `base`" in card
     assert "merged into the original weights, and the sum was exported to nf4" in card
     assert "| nf4 |" in card
 
@@ -362,8 +364,18 @@ class TestNames:
     def test_what_is_calibrated_takes_the_training_rows(self, run: Path) -> None:
         (job,) = self.jobs(run, "onnx:int8-static")
         assert job.calibration == str(run / "recipe.yaml")
+        alone = run / "elsewhere"
+        alone.mkdir()
+        (alone / "adapter_config.json").write_text("{}")
         with pytest.raises(DataError, match="name some with --calibration"):
-            self.jobs(run / "elsewhere", "onnx:int8-static")
+            self.jobs(alone, "onnx:int8-static")
+
+    def test_what_is_no_adapter_is_said_before_what_it_would_need(self, tmp_path: Path) -> None:
+        for of_it in (merge_options_of, places_of):
+            with pytest.raises(RunError, match=r"rmix does not exist; name the folder of a run"):
+                of_it(tmp_path / "rmix")
+            with pytest.raises(AdapterError, match=r"is neither a run \(no recipe.yaml\) nor an"):
+                of_it(tmp_path)
 
     def test_few_bits_that_text_helps_take_them_too(self, run: Path) -> None:
         pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")

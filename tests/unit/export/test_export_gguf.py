@@ -67,6 +67,9 @@ def test_in_float32_the_file_is_its_merge(exported: Exported) -> None:
     assert certificate["base"] == "dequantized"
     assert kl_of(certificate, "gguf:F32") < 1e-6
     assert certificate["parity"]["num_conversations"] > 5
+    assert certificate["versions"]["llama-cpp-python"]
+    card = (exported[0].run.exports / "gguf-F32" / "README.md").read_text()
+    assert not any(word in card for word in ("None", "True", "importance")), "nothing was set"
 
 
 def test_beside_the_base_as_training_saw_it_it_is_what_was_trained(exported: Exported) -> None:

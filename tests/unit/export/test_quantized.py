@@ -165,6 +165,8 @@ class TestFull:
         assert certificate["divergence"]["max_abs_delta_logp"] == 0.0
         assert torch.equal(reloaded(made.run.quantized), made.logits())
         assert not torch.allclose(reloaded(made.run.merged), made.logits(), atol=1e-3)
+        packed = "compressed-tensors" in read_record(made.run.quantized).versions
+        assert packed == (not method.startswith("nf4"))
         for folder in (made.run.quantized, made.run.merged):
             card = (folder / "README.md").read_text()
             assert "The weights of all linear layers but the head were trained" in card

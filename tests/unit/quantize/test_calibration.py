@@ -101,7 +101,9 @@ def test_unasked_there_is_an_upper_limit_and_no_lower_one() -> None:
 
 
 def test_text_that_is_shorter_than_asked_is_refused() -> None:
-    with pytest.raises(DataError, match=r"1,000 tokens were asked .* some rows has 60; .* 60 with"):
+    with pytest.raises(
+        DataError, match=r"1,000 tokens were asked .* some rows has 60; name.* 60 with"
+    ):
         draw_calibration(TEXTS, [rows(20, 40)], CalibrationSpec(num_tokens=1000), None)
 
 
@@ -126,6 +128,27 @@ def test_a_fifth_of_a_file_is_held_out(tmp_path: Path, tokenizer: PreTrainedToke
     assert (len(calibrating), len(held.sequences)) == (40, 10)
     assert not calibrating & {row.input_ids for row in held.sequences}
     assert "a fifth of the rows of" in held.description
+
+
+def test_a_refusal_says_what_was_put_aside(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = str(text_file(tmp_path / "rows.jsonl", 500))
+    more = CalibrationSpec(num_tokens=10**6)
+    texts, kept, _ = texts_for(Named(path, None), tokenizer, seed=0)
+    assert texts is not None
+    with pytest.raises(
+        DataError, match=r"besides the fifth of its rows .*--data.*sets free"
+    ) as said:
+        draw_calibration(texts, kept, more, None)
+    available = sum(row.num_tokens for source in kept for row in source)
+    assert str(said.value).count(f"{available:,}") == 2
+    texts, kept, _ = texts_for(Named(path, "demo/commands"), tokenizer, seed=0)
+    assert texts is not None
+    with pytest.raises(DataError) as said:
+        draw_calibration(texts, kept, more, None)
+    assert "a fifth" not in str(said.value)
+    assert "put aside" not in str(said.value)
 
 
 def test_a_single_text_is_cut_in_two(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from one_layer import Kept, build, by_the_line, calibration, check, logits_of, m
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_kit import extras
+from qlora_kit.artifact.record import read_record
 from qlora_kit.errors import HardwareError, ModelError, RecipeError
 
 
@@ -68,6 +70,7 @@ def test_plain_transformers_loads_it(name: str, request: pytest.FixtureRequest) 
     names = {path.name for path in kept.folder.iterdir()}
     assert {"tokenizer.json", "generation_config.json"} <= names
     assert "recipe.yaml" not in names, "it would be taken for a run's folder"
+    assert not any(one.endswith(".yaml") for one in names), "an empty recipe says nothing"
 
 
 def test_it_is_small(gptq: Kept, qwen: Path) -> None:
@@ -101,6 +104,13 @@ def test_by_the_line_with_layers_that_stay(qwen: Path, tmp_path: Path) -> None:
     assert sizes["quantized"]["disk_bytes"] < sizes["source"]["disk_bytes"]
     assert "int4" in sizes["quantized"]["parameters"], "as stored, not as unpacked at first use"
     assert kept.made.findings["num_layers"] == 6
+    for versions in (certificate["versions"], read_record(kept.folder).versions):
+        assert versions["llmcompressor"] == metadata.version("llmcompressor")
+        assert versions["compressed-tensors"] == metadata.version("compressed-tensors")
+    assert (
+        "Options: `group_size=32`, `skip_modules=[down_proj]`"
+        in (kept.folder / "README.md").read_text()
+    )
     model = AutoModelForCausalLM.from_pretrained(kept.folder)
     source = kept.reference().model.layers[0].mlp.down_proj.weight
     assert torch.equal(model.model.layers[0].mlp.down_proj.weight.float(), source)

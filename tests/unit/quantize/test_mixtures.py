@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,8 @@ from qlora_kit.quantize.sensitivity.measure import (
     reference_of,
 )
 from qlora_kit.recipe import QuantizationSpec
+from qlora_kit.report import sensitivity as report
+from qlora_kit.report.reporter import Reporter
 
 # On matrices this small the table of double quantization would take more than it saves.
 NF4 = Rounding("nf4", 64, False)
@@ -123,6 +126,39 @@ class TestTheChoice:
         assert overrides_of(Mixture({"l.0": 8}, 0, 0.0), blocks, 4) == {"l.0.up": 8, "l.0.q": 8}
 
 
+class Tables(Reporter):
+    """What was said and shown."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.titles: list[str] = []
+        self.columns: tuple[str, ...] = ()
+        self.rows: list[tuple[str, ...]] = []
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def table(self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        self.titles.append(title)
+        self.columns = tuple(columns)
+        self.rows = [tuple(row) for row in rows]
+
+
+def test_a_measured_kl_is_told_from_an_estimated_one(base: Base) -> None:
+    rows = some_rows(4)
+    checked = measure_sensitivity(base, rows, Plan(NF4, is_exact=False, check=3))
+    heard = Tables()
+    report.ranking(heard, checked, 99)
+    shown = {row[0]: dict(zip(heard.columns, row, strict=True)) for row in heard.rows}
+    for entry in checked.entries:
+        row = shown[entry.unit.name]
+        assert row["estimated KL"] == f"{entry.estimate:.3g}"
+        assert row["KL"] == ("–" if entry.cost is None else f"{entry.cost.kl:.3g}")
+    assert sum(row["KL"] != "–" for row in shown.values()) == 3
+    report.ranking(heard, measure_sensitivity(base, rows, Plan(NF4, is_exact=False)), 99)
+    assert heard.columns[2:] == ("estimated KL", "share of the estimates")
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return wide_llama(tmp_path_factory.mktemp("wide"), 4)
@@ -172,6 +208,27 @@ class TestOnAModel:
             assert bits[name] == chosen.mixture.bits[name]
             image = image_of(base.model.get_submodule(name), ways[bits[name]])
             assert torch.equal(dequantized_weight(mixed.model.get_submodule(name)), image), name
+
+    def test_what_is_the_mixture_itself_is_no_other_way(
+        self, base: Base, found: Sensitivity
+    ) -> None:
+        with reference_of(base, some_rows(2)) as reference:
+            whole = choose_mixture(base, found, reference, budget_bytes=2**40)
+            least = narrowest_bytes(base, found)
+            narrow = choose_mixture(base, found, reference, budget_bytes=least)
+        assert not whole.mixture.is_quantized
+        assert whole.measured.name == "16 bits throughout"
+        assert whole.quantization == {"load_in_4bit": False}
+        assert [one.name for one in whole.others] == ["nf4, block 64 throughout"]
+        assert narrow.measured.name == "mixture"
+        assert not [one for one in narrow.others if one.num_bytes == least]
+        heard = Tables()
+        report.chosen(heard, whole)
+        assert heard.lines[0].endswith("MiB): nothing needs to be quantized.")
+        assert "two bytes for each number that is not quantized" in heard.lines[1]
+        assert heard.titles == [
+            f"16 bits and uniform ways, on {whole.measured.divergence.num_tokens} other tokens"
+        ]
 
     def test_its_bytes_are_those_of_the_loaded_base(
         self, base: Base, found: Sensitivity, folder: Path

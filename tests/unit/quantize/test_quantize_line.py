@@ -17,6 +17,7 @@ from qlora_kit.artifact.record import read_record, verify_artifact
 from qlora_kit.cli import app
 from qlora_kit.errors import DataError, HardwareError, ModelError, QloraKitError, RecipeError
 from qlora_kit.evaluate.divergence import measure_divergence
+from qlora_kit.extras import has_extra
 from qlora_kit.quantize import quantize as quantize_module
 from qlora_kit.quantize.calibration import CalibrationSpec
 from qlora_kit.quantize.held_out import Named
@@ -42,6 +43,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return text_file(tmp_path_factory.mktemp("text") / "rows.jsonl", 24)
+
+
+def skip_without_extra(method: str) -> None:
+    extra = METHODS[method.partition(":")[0]].extra
+    if extra and not has_extra(extra):
+        pytest.skip(f"what {method} needs is no must")
 
 
 def asked(model: Path, method: str, out: Path, *options: str, **fields: Any) -> Request:
@@ -90,6 +97,12 @@ def test_what_is_published_knows_where_it_comes_from(
     assert verify_artifact(out) == ()
     assert certificate["calibration"]["num_tokens"] == 100
     assert certificate["source"]["name"] == "source"  # no path of this machine
+    card = (out / "README.md").read_text()
+    assert "# source, quantized by int8" in card
+    assert "Options: `activations=static`" in card
+    assert "import qlora_kit.quantize.int8  # registers it" in card
+    assert "base_model" not in card, "the hub knows no such model"
+    assert str(tmp_path) not in card
     assert "a fifth of the rows" in certificate["held_out"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
@@ -220,8 +233,12 @@ def test_every_fault_of_the_options_at_once() -> None:
     assert [fault.path for fault in caught.value.faults] == ["block_size", "dtype", "doublequant"]
 
 
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize(
+    "name",
+    [*OURS, "gptq", "awq", "gguf:Q4_K_M", "onnx", "onnx:int8-dynamic", "onnx:int8-static"],
+)
 def test_every_option_is_described(name: str) -> None:
+    skip_without_extra(name)
     described = list(describe_options(resolve_method(name).options))
     assert [option for option, _, _ in described] == list(resolve_method(name).options.model_fields)
     assert all(meaning.endswith(".") for _, _, meaning in described)
@@ -234,6 +251,37 @@ def test_methods_are_listed_and_described_on_the_command_line() -> None:
     told = CliRunner().invoke(app, ["quantize", "--describe", "int8"])
     assert told.exit_code == 0
     assert "ema_decay=0.9" in told.output
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("gguf", ("gguf: a GGUF file", "importance=true")),
+        ("gguf:Q8_0", ("gguf:Q8_0: a GGUF file", "importance=true")),
+        ("onnx", ("onnx: a graph", "It has no options.")),
+        ("awq", ("awq: 2 to 8 bits", "bits=4", "grid=20")),
+    ],
+)
+def test_a_family_and_a_method_without_options_are_described(
+    name: str, words: tuple[str, ...]
+) -> None:
+    skip_without_extra(name)
+    told = CliRunner().invoke(app, ["quantize", "--describe", name])
+    assert told.exit_code == 0
+    assert all(word in told.output for word in words), told.output
+
+
+@pytest.mark.parametrize("name", ["gptq", "awq"])
+def test_the_summary_names_the_bits_that_the_options_take(name: str) -> None:
+    skip_without_extra(name)
+    told = METHODS[name].summary.partition(" bits")[0]
+    for bits in range(1, 10):
+        fits = int(told[0]) <= bits <= int(told[-1])
+        if fits:
+            parse_options(resolve_method(name), (f"bits={bits}",))
+        else:
+            with pytest.raises(RecipeError):
+                parse_options(resolve_method(name), (f"bits={bits}",))
 
 
 @pytest.mark.slow

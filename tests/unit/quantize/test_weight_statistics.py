@@ -83,6 +83,9 @@ def test_what_is_not_finite_is_counted_and_left_out() -> None:
     assert found.num_non_finite == 3
     assert found.error == pytest.approx(0.092, abs=0.004)
     assert "3 numbers that are NaN or infinite" in next(found.findings())
+    weight[0, :2] = 0
+    alone = layer_statistics("w", weight, NF4)
+    assert "holds a number that is NaN or infinite" in next(alone.findings())
     zeros = layer_statistics("w", torch.zeros(8, 64), NF4)
     assert (zeros.absmax, zeros.kurtosis, zeros.saturation, zeros.error) == (0, 0, 0, 0)
 

@@ -173,6 +173,12 @@ IN_SECTIONS = [
     ),
     ("export: {merge_options: {max_kl: 0}}", "export.merge_options.max_kl", ["greater than 0"]),
     ("quantization_aware: {}", "quantization_aware.method", ["is required"]),
+    (
+        "quantization: {overrides: {self_attn.v_proj:8}}",
+        "quantization.overrides.self_attn.v_proj:8",
+        ["a key without a value", "write 'self_attn.v_proj: 8', with a blank after the colon"],
+    ),
+    ("lora: {r:8}", "lora.r:8", ["a key without a value", "write 'r: 8', with a blank"]),
     (AWARE.format("int4"), "quantization_aware.method", ["one of", "int4-group", "got 'int4'"]),
     ("quantization_aware: {method: nf4}", "quantization_aware", ["4 bits", "load_in_4bit: false"]),
     (

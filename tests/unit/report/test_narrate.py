@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from torch.nn import Module
 
 from qlora_kit.checkpoint.run_directory import RunDirectory
@@ -71,6 +72,32 @@ def test_what_to_do_next_can_be_pasted_into_a_shell(tmp_path: Path) -> None:
     narrate.summary(heard, run, recipe)
     assert f"  qlora-kit chat '{run.folder}'" in heard.lines
     assert f"  qlora-kit merge '{run.folder}'" in heard.lines
+
+
+@pytest.mark.parametrize(
+    ("aware", "dtype", "line"),
+    [
+        (None, "float32", "merged    certified on 1,239 held-out tokens: original base in float32"),
+        ({"method": "int8"}, "int8", "quantized certified on 1,239 held-out tokens: int8, as in"),
+    ],
+)
+def test_what_is_certified_is_named(aware: dict[str, str] | None, dtype: str, line: str) -> None:
+    figures = {"kl_mean": 0, "top1_agreement": 1, "max_abs_delta_logp": 0}
+    perplexities = {"reference_perplexity": 1, "candidate_perplexity": 1}
+    heard = Heard()
+    narrate.certificate(
+        heard,
+        {
+            "divergence": {"num_tokens": 1239, **figures, **perplexities},
+            "passed": True,
+            "base": "original",
+            "dtype": dtype,
+            "max_kl": 1e-3,
+            "reload_faults": [],
+            "trained_on": {"quantization_aware": aware},
+        },
+    )
+    assert heard.lines[0].startswith(line)
 
 
 class TestComputing:

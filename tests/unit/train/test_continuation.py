@@ -14,7 +14,7 @@ import pytest
 from qlora_kit.errors import RunError
 from qlora_kit.processes import Processes
 from qlora_kit.train import continuation, snapshot
-from qlora_kit.train.continuation import Continuation, GoOn, cut_log
+from qlora_kit.train.continuation import Continuation, GoOn
 from qlora_kit.train.snapshot import RANDOM_FILE, Progress, Shared, read_random_state
 
 T = TypeVar("T")
@@ -51,7 +51,7 @@ def test_one_that_cannot_read_them_ends_all(
     monkeypatch.setattr(continuation, "moving_parts", lambda *_: None)
     monkeypatch.setattr(continuation, "read_snapshot", lambda *_: Progress(4))
     monkeypatch.setattr(snapshot, "load_values", refuse)
-    exchanged = Second(first=[None, (None, True), None])
+    exchanged = Second(first=[None, (None, None), None])
     begun = Continuation(tmp_path, Progress(4), Shared(4, 4, 8, 2, "an optimizer"))
     trainer: Any = SimpleNamespace(progress=None, hooks=None)
     go_on = GoOn(trainer, begun, exchanged, tmp_path / "log.jsonl", None)  # type: ignore[arg-type]
@@ -59,13 +59,3 @@ def test_one_that_cannot_read_them_ends_all(
         go_on.on_train_begin(None, SimpleNamespace(global_step=0), None)  # type: ignore[arg-type]
     assert told.value.is_told_elsewhere
     assert exchanged.first == [], "the others have heard of it"
-
-
-def test_cutting_the_log_says_whether_it_is_all_there(tmp_path: Path) -> None:
-    log = tmp_path / "log.jsonl"
-    assert cut_log(log, 0)
-    assert not cut_log(log, 3)
-    log.write_bytes(b"12345")
-    assert cut_log(log, 3)
-    assert log.read_bytes() == b"123"
-    assert not cut_log(log, 4)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,12 @@ from qlora_kit.checkpoint.checkpoints import find_checkpoints, newest_whole
 from qlora_kit.checkpoint.manifest import faults_of
 from qlora_kit.checkpoint.run_directory import OPTIMIZER_FILE, RunDirectory
 from qlora_kit.checkpoint.tensors import load_values
+from qlora_kit.data import stream as data_stream
 from qlora_kit.data.collate import Collator, IsolatingCollator
+from qlora_kit.data.ledger import Ledger
 from qlora_kit.data.pack import PackedSequences, pack
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
+from qlora_kit.data.stream import Pass, StreamedSequences
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import HardwareError, RunError
 from qlora_kit.model.adapter import attach_adapter
@@ -108,6 +111,19 @@ class Outcome:
 Run = Callable[..., Outcome]
 
 
+def streamed(begun: list[int]) -> StreamedSequences:
+    """The same rows, read in chunks of three; says from which row on each pass has rendered."""
+
+    def one_pass(at: Pass) -> Iterator[TokenSequence]:
+        rows = sequences()
+        begun.append(at.num_rows)
+        for start in range(at.num_rows, len(rows), 3):
+            at.begin_chunk(start, start)
+            yield from rows[start : start + 3]
+
+    return StreamedSequences(one_pass, Ledger(), seed=1)
+
+
 @pytest.fixture
 def run(tiny_llama: Path, tmp_path: Path) -> Run:
     def build(
@@ -117,6 +133,7 @@ def run(tiny_llama: Path, tmp_path: Path) -> Run:
         saves: tuple[int, ...] = (),
         again: bool = False,
         packed: bool = False,
+        stream: StreamedSequences | None = None,
         lora: dict[str, Any] | None = None,
         bits: int = 4,
         aware: dict[str, Any] | None = None,
@@ -169,6 +186,9 @@ def run(tiny_llama: Path, tmp_path: Path) -> Run:
             bins = pack(lengths_of(rows), 40)
             together = PackedSequences(rows, bins, lengths_of(rows))
             batching = Batching(together, held_out, IsolatingCollator(0), "packed")
+        if stream is not None:
+            given = stream.packed(40) if packed else stream
+            batching = replace(batching, train=given, first=batching.train)
         continuation = None
         if again:
             found = newest_whole(folder)
@@ -324,13 +344,30 @@ class TestASignalDuringAnEvaluation:
         assert (taken, stopped.result.num_steps) == ([], 2)
 
 
-def test_a_log_that_lost_lines_is_told(run: Run) -> None:
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_stream_goes_on_where_it_stood(
+    run: Run, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    """Unpacked, that is within the first pass, where it ends, and within the second."""
+    monkeypatch.setattr(data_stream, "BUFFER_SEQUENCES", 4)
+    values = {"packed": packed, "max_steps": 15, "per_device_train_batch_size": 1}
+    whole = run("whole", stream=streamed([]), **values)
+    for stop_after in (5, 11, 14):
+        begun: list[int] = []
+        run(f"parts {stop_after}", stream=streamed([]), stop_after=stop_after, **values)
+        resumed = run(f"parts {stop_after}", stream=streamed(begun), again=True, **values)
+        assert (resumed.weights, resumed.log) == (whole.weights, whole.log), stop_after
+        assert resumed.result.num_tokens == whole.result.num_tokens
+        assert begun[0] > 0
+
+
+def test_a_log_that_lost_lines_is_told_and_has_them_back(run: Run) -> None:
     whole = run("whole")
     stopped = run("parts", stop_after=5)
     (stopped.folder / "log.jsonl").write_text("")
     resumed = run("parts", again=True)
-    assert resumed.weights == whole.weights
-    assert [one for one in resumed.warnings if "log.jsonl is shorter than it was" in one]
+    assert (resumed.weights, resumed.log) == (whole.weights, whole.log)
+    assert [one for one in resumed.warnings if "were gone from it, and are put back" in one]
     assert not [one for one in whole.warnings if "log.jsonl" in one]
 
 

@@ -28,6 +28,7 @@ from qlora_kit.processes import ALONE
 from qlora_kit.recipe import TrainSpec
 from qlora_kit.report.reporter import Reporter
 from qlora_kit.train import saving
+from qlora_kit.train.history import HISTORY_FILE
 from qlora_kit.train.loader import BatchShape
 from qlora_kit.train.saving import Saver
 from qlora_kit.train.snapshot import Progress
@@ -305,3 +306,12 @@ class TestTheBest:
         after = self.training(before.folder)
         assert after.save(12, 0.55) == [4, 12]
         assert after.save(16, 0.4) == [16]
+
+
+def test_a_checkpoint_holds_the_log_up_to_its_update(tmp_path: Path) -> None:
+    training = Training(tmp_path)
+    log = tmp_path / "log.jsonl"
+    log.write_text("one line\nanother, of an update that the checkpoint is not of\n")
+    training.progress.log_bytes = len("one line\n")
+    training.save(1)
+    assert (tmp_path / "checkpoint-1" / HISTORY_FILE).read_text() == "one line\n"

@@ -43,6 +43,18 @@ def test_types_are_those_of_llama_cpp() -> None:
     assert all(types[name].has_few_bits for name in ("Q4_K_M", "Q4_0", "IQ4_NL", "Q3_K_S", "Q2_K"))
 
 
+def test_types_that_there_are_stand_in_the_order_of_their_bits() -> None:
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python, which says the types, is no must")
+    with pytest.raises(ModelError) as caught:
+        gguf_type("Z9")
+    said = str(caught.value)
+    assert said.startswith("there is no GGUF type Z9; there are IQ1_M, ")
+    assert said.endswith(", BF16, F16, F32.")
+    assert said.index(" Q2_K,") < said.index(" IQ3_M,") < said.index(" Q4_K_M,")
+    with pytest.raises(ModelError, match=r"did you mean Q4_K_M\? There are IQ1_M, "):
+        gguf_type("Q4KM")
+
+
 @pytest.mark.parametrize(
     ("name", "said"),
     [
