@@ -39,9 +39,11 @@ def shape_of(batch: Batch) -> Shape:
     """Of tensors as a collator makes them."""
     num_sequences, num_tokens = batch["input_ids"].shape
     mask = batch.get("attention_mask")
+    # Examples of one row see each other by no mask where attention takes them one by one.
+    is_by_example = mask is None and "position_ids" in batch
     return Shape(
         num_sequences,
         num_tokens,
         int((batch["labels"][:, 1:] != IGNORE_INDEX).sum()),
-        is_masked=mask is None or not bool(mask.all()),
+        is_masked=not is_by_example and (mask is None or not bool(mask.all())),
     )

@@ -38,7 +38,7 @@ def recipe_for(folder: Path, model: Path, **sections: Any) -> Recipe:
         "model": {"name_or_path": str(model)},
         "quantization": {"compute_dtype": "float32"},
         "lora": {"r": 8},
-        "data": {"train": [{"path": str(rows)}], "max_length": 64},
+        "data": {"train": [{"path": str(rows)}], "max_length": 64, "padding_free": False},
         "train": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1},
         "run_dir": str(folder / "run"),
     }
