@@ -57,10 +57,11 @@ def test_by_chance(tmp_path: Path, tiny_llama: Path, forks: list[Zygote]) -> Non
 
 
 def test_signals_save_and_end_with_their_own_code(case: Case, forks: list[Zygote]) -> None:
-    """Twice in training and once after it, in one run."""
+    """In training, before the evaluation that is made up for, once it is, and after training."""
     case.clear(cold=False)
     for place, name, code, saved in (
         ("log.jsonl", "SIGTERM", 143, "checkpoint-2"),
+        ("log.jsonl", "SIGINT", 130, "checkpoint-2"),
         ("log.jsonl", "SIGINT", 130, "checkpoint-3"),
         ("evaluation.json", "SIGTERM", 143, "checkpoint-6"),
     ):
