@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qlora_kit.cli.arguments import AllowPickle, AsJson, TrustRemoteCode
-from qlora_kit.recipe.size import size_bytes
 
 if TYPE_CHECKING:
     from qlora_kit.quantize.mixed_base import Chosen
@@ -157,6 +156,8 @@ def parse_bytes(text: str) -> int:
     Raises:
         BadParameter: it is no size.
     """
+    from qlora_kit.recipe.size import size_bytes
+
     found = size_bytes(text)
     if found is None:
         raise typer.BadParameter(f"--budget must be a size such as 5.0GiB or 600MB, got {text}.")
