@@ -131,7 +131,10 @@ def short_of_memory(short: tuple[int, int, int] | None) -> Iterator[None]:
         outputs = forward(model, *args, **inputs)
         if model.training:
             passed += 1
-            if passed > after and len(inputs["input_ids"]) > fits:
+            # Examples of one row begin where positions do.
+            rows = inputs.get("position_ids")
+            num_sequences = len(inputs["input_ids"]) if rows is None else int((rows == 0).sum())
+            if passed > after and num_sequences > fits:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
         return outputs
 
