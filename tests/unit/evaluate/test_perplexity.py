@@ -181,7 +181,7 @@ def test_16_bits_with_norms_in_float32() -> None:
     measured = perplexity(model, sequences, dtype=torch.bfloat16)
     assert measured.loss == pytest.approx(expected.loss, rel=0.05)
     assert measured.loss != expected.loss
-    with pytest.raises(RuntimeError, match="dtype"):
+    with pytest.raises(ModelError, match="dtype"):
         perplexity(model, sequences)
 
 
