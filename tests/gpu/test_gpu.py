@@ -125,6 +125,19 @@ def test_fsdp2_gives_the_loss_of_one_gpu(tmp_path: Path) -> None:
     assert sharded["evaluation"]["tuned"]
 
 
+@several_gpus
+@pytest.mark.parametrize("name", ["deepspeed_zero2.yaml", "deepspeed_zero3.yaml"])
+def test_deepspeed_gives_the_loss_of_one_gpu(tmp_path: Path, name: str) -> None:
+    """Without checkpoints, which are refused there."""
+    pytest.importorskip("deepspeed", reason="deepspeed is not installed")
+    common = (*UNMERGED, *FULL_PRECISION, "train.optim=adamw_torch", "train.save_strategy='no'")
+    alone = train(recipe(tmp_path / "one"), *common)["training"]
+    path = recipe(tmp_path / "two")
+    halved = (*common, "train.gradient_accumulation_steps=2")
+    shared = launch(path, name, overrides=halved)["training"]
+    assert shared["last_loss"] == pytest.approx(alone["last_loss"], rel=1e-3)
+
+
 def test_two_runs_are_the_same_run(tmp_path: Path) -> None:
     from qlora_kit.records import file_sha256
 
