@@ -24,6 +24,7 @@ from qlora_kit.train.best import best_checkpoint
 from qlora_kit.train.continuation import moving_parts
 from qlora_kit.train.fitting import fitted
 from qlora_kit.train.history import HISTORY_FILE, history
+from qlora_kit.train.known_shortcuts import Choice
 from qlora_kit.train.loader import BatchShape, Items
 from qlora_kit.train.sharded import gathered_trainables
 from qlora_kit.train.snapshot import (
@@ -58,6 +59,7 @@ class Saver:
         shape: BatchShape,
         num_updates: int,
         spec: TrainSpec,
+        choice: Choice,
         items: Items | None = None,
         is_beside: bool = True,
     ):
@@ -66,6 +68,7 @@ class Saver:
         self.shape = shape
         self.num_updates = num_updates
         self.spec = spec
+        self.choice = choice
         self.items = items
         self.is_beside = is_beside
         """False where a limit on the memory of the process would reach the writing too."""
@@ -92,6 +95,7 @@ class Saver:
         assert self.step is not None
         self.trainer.progress.seconds = self.step.seconds
         self.trainer.progress.fitted = fitted(self.trainer, self.spec)
+        self.trainer.progress.shortcuts = self.choice.as_dict()
         randoms = self.around.processes.gathered(random_state())
         if self._moving is None:
             self._moving = moving_parts(self.trainer, self.around.adapter_files)

@@ -41,6 +41,7 @@ _FAILURES = (
 _LOSS = "the loss of supervised places alone"
 _LORA = "LoRA as one operation"
 _SHARDED = "the model is shared out over several GPUs"
+_RAN_OUT = "memory ran out on a trial of one short sequence"
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def choose_shortcuts(
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            return Shortcuts(left=("memory ran out on a trial of one short sequence",))
+            return Shortcuts(left=(_RAN_OUT,))
         candidates, left = _candidates(model, spec, trial, seen.parts)
         found, why = _tried(trial, wanted, NONE, [one for _, one in candidates])
         if why is not None:

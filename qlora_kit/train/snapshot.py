@@ -72,6 +72,8 @@ class Progress:
     """After this very update, and a signal came before it was made."""
     fitted: dict[str, int | None] = field(default_factory=dict)
     """What did not fit the memory as the recipe has it, and how it does: see `train.fitting`."""
+    shortcuts: dict[str, Any] = field(default_factory=dict)
+    """Which were taken, and for which model and machine: see `train.known_shortcuts`."""
     order_digest: str = ""
     """Chained over the origins of every row trained on, update by update."""
 

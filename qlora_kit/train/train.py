@@ -13,29 +13,20 @@ from qlora_kit.environment import launcher_settings
 from qlora_kit.model.base import Base
 from qlora_kit.model.by_example import attending_by_example
 from qlora_kit.model.fused.residents import Residents
-from qlora_kit.model.qat.attach import fake_quantization_of
-from qlora_kit.out_of_memory import MemoryLimit, limited_memory
+from qlora_kit.out_of_memory import limited_memory
 from qlora_kit.report import narrate
-from qlora_kit.train.arguments import training_arguments
+from qlora_kit.train.assembly import Course, assembled
 from qlora_kit.train.batching import Batching
-from qlora_kit.train.budget import Fit, fit_memory
-from qlora_kit.train.cadence import Cadence
-from qlora_kit.train.callbacks import StepCallback
-from qlora_kit.train.continuation import Continuation, GoOn, MakeUp, shape_for
-from qlora_kit.train.fitting import put_back_what_fits
-from qlora_kit.train.held_out import GivenUp, HeldOutLoss
-from qlora_kit.train.hooks import Hooks
-from qlora_kit.train.loader import BatchShape, MicroBatches
-from qlora_kit.train.quantization import QuantizationStart
+from qlora_kit.train.budget import fit_memory
+from qlora_kit.train.continuation import Continuation, shape_for
+from qlora_kit.train.held_out import GivenUp
+from qlora_kit.train.known_shortcuts import known_or_tried
 from qlora_kit.train.recompute import able_to_recompute
-from qlora_kit.train.saving import Saver
-from qlora_kit.train.shortcuts import choose_shortcuts, taken
-from qlora_kit.train.snapshot import Progress
+from qlora_kit.train.shortcuts import taken
 from qlora_kit.train.surroundings import Surroundings
-from qlora_kit.train.trackers import Tensorboard, told_in_the_foreground
+from qlora_kit.train.trackers import told_in_the_foreground
 from qlora_kit.train.trainer import QloraTrainer
 from qlora_kit.train.updates import num_update_steps
-from qlora_kit.train.worst_batch import WorstBatch, what_would_help
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -97,22 +88,33 @@ def train_adapter(
     shape = processes.together(lambda: shape_for(spec, processes, continuation))
     num_updates = num_update_steps(batches.num_items, spec, shape.items_per_update)
     laps = around.laps
-    shortcuts = choose_shortcuts(model, spec, around.precision, is_sharded)
+    progress_before = continuation.progress if continuation else None
+    choice = known_or_tried(model, spec, around, is_sharded, progress_before)
     laps.lap("trial of the shortcuts")
     residents = Residents()
     with (
         limited_memory(spec.max_memory_mib, hardware.device) as limit,
-        taken(model, shortcuts, residents),
+        taken(model, choice.shortcuts, residents),
         attending_by_example(model.get_base_model(), batches.by_example),
         able_to_recompute(model, spec.gradient_checkpointing),
     ):
-        progress_before = continuation.progress if continuation else None
         fit = fit_memory(model, batches, spec, around, is_sharded, residents, progress_before)
         laps.lap("count of what layers keep")
-        narrate.computing(around.reporter, shortcuts, fit.recompute)
-        trainer, step, cadence = _trainer(
-            model, base, batches, spec, around, continuation, shape, num_updates, limit, fit
+        narrate.computing(around.reporter, choice.shortcuts, fit.recompute)
+        course = Course(
+            model,
+            base,
+            batches,
+            spec,
+            around,
+            continuation,
+            shape,
+            num_updates,
+            limit,
+            fit,
+            choice,
         )
+        trainer, step, cadence = assembled(course)
         around.memory.phase("training")
         with (
             around.reporter.progress("training", num_updates) as progress,
@@ -164,88 +166,3 @@ def _result(trainer: QloraTrainer, seconds: float, stop_signal: int | None) -> T
         sequences_at_a_time=trainer.micro_batch,
         stop_signal=stop_signal,
     )
-
-
-def _trainer(
-    model: PeftModel,
-    base: Base,
-    batches: Batching,
-    spec: TrainSpec,
-    around: Surroundings,
-    continuation: Continuation | None,
-    shape: BatchShape,
-    num_updates: int,
-    limit: MemoryLimit,
-    fit: Fit,
-) -> tuple[QloraTrainer, StepCallback, Cadence]:
-    """The trainer and its callbacks, which know each other."""
-    start = continuation.progress.update if continuation else 0
-    begin = continuation.place if continuation else None
-    items = batches.items(spec, shape.items_per_update, begin)
-    updates_per_pass = batches.updates_per_pass(shape.items_per_update) or num_updates
-    run, processes = around.run, around.processes
-    saver = Saver(around, shape, num_updates, spec, items, is_beside=limit.data_bytes is None)
-    trainer = QloraTrainer(
-        model=model,
-        args=training_arguments(
-            spec,
-            around.precision,
-            around.hardware,
-            run.folder,
-            run.folder.name,
-            num_updates=num_updates,
-            accumulation=shape.accumulation,
-        ),
-        eval_dataset=batches.held_out or None,
-        batches=MicroBatches(items, batches.collator, shape, start, num_updates),
-        collator=batches.collator,
-        held_out=HeldOutLoss(
-            batches.held_out,
-            batches.collator,
-            spec.per_device_eval_batch_size,
-            processes,
-            limit,
-            stop_signal=lambda: around.requests.stop_signal,
-        )
-        if batches.held_out
-        else None,
-        hooks=Hooks(
-            can_save=saver.can_save,
-            save=saver.save,
-            save_last=saver.save_last,
-            settle=lambda: processes.on_main(saver.settle),
-            settled=saver.settled,
-            has_failed=saver.has_failed,
-            keep_last_good=saver.keep_last_good,
-            warn=around.reporter.warn,
-            gathered=processes.gathered,
-            limit=limit,
-            out_of_memory=lambda found, size: what_would_help(found, size, base, spec, around),
-        ),
-        recompute=fit.recompute,
-        divisor=fit.divisor,
-        progress=continuation.progress if continuation else Progress(),
-        loraplus_lr_ratio=spec.loraplus_lr_ratio,
-    )
-    if continuation is not None:
-        put_back_what_fits(trainer, continuation.progress, spec, around.reporter)
-    saver.trainer = trainer
-    step = StepCallback(
-        run.log, around.memory, around.reporter, updates_per_pass, processes, around.laps
-    )
-    saver.step = step
-    cadence = Cadence(spec, updates_per_pass, num_updates, around.requests, trainer.hooks)
-    step.trainer = trainer
-    trainer.remove_callback(transformers.PrinterCallback)
-    if "tensorboard" in spec.report_to and processes.is_main:
-        trainer.add_callback(Tensorboard(run.folder, start, around.reporter.warn))
-    # In this order: the worst batch is tried, then what was saved is put back.
-    trainer.add_callback(WorstBatch(trainer, batches, spec, around))
-    trainer.add_callback(GoOn(trainer, continuation, processes, run.log, around.adapter_files))
-    quantization = fake_quantization_of(model)
-    if quantization is not None:
-        trainer.add_callback(QuantizationStart(quantization, num_updates))
-    trainer.add_callback(step)
-    trainer.add_callback(cadence)
-    trainer.add_callback(MakeUp(trainer))
-    return trainer, step, cadence

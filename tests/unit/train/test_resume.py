@@ -27,6 +27,7 @@ from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import HardwareError, RunError
 from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.base import load_base, prepare_for_training
+from qlora_kit.model.fused import linear
 from qlora_kit.model.manifest import read_manifest
 from qlora_kit.model.qat.aware import Aware
 from qlora_kit.model.saved import adapter_files, save_adapter
@@ -276,6 +277,25 @@ def test_stopped_and_gone_on_with_is_the_run_that_was_not_stopped(run: Run, case
     assert (seen is not None) == ("aware" in values)
     for name in ("num_steps", "first_loss", "last_loss", "num_tokens", "num_padding_tokens"):
         assert getattr(resumed.result, name) == getattr(whole.result, name), name
+
+
+def test_shortcuts_that_a_run_began_without_stay_left_out(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory that runs out on their trial does so in one start and not in the next."""
+
+    def runs_out(*_: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    values = {"gradient_checkpointing": False, "optim": "adamw_torch"}
+    monkeypatch.setenv("QLORA_KIT_CACHE", str(run("other", **values).folder / "cache"))
+    with monkeypatch.context() as patch:
+        patch.setattr(linear._SharedInput, "forward", staticmethod(runs_out))
+        whole = run("whole", **values)
+        run("parts", stop_after=5, **values)
+    resumed = run("parts", again=True, **values)
+    assert any("LoRA as one operation" in one for one in resumed.warnings)
+    assert resumed.weights == whole.weights
 
 
 PLATEAU = {**CASES["plateau"], "save_strategy": "steps", "save_steps": 4, "keep_best": True}

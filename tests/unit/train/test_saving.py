@@ -29,8 +29,10 @@ from qlora_kit.recipe import TrainSpec
 from qlora_kit.report.reporter import Reporter
 from qlora_kit.train import saving
 from qlora_kit.train.history import HISTORY_FILE
+from qlora_kit.train.known_shortcuts import Choice
 from qlora_kit.train.loader import BatchShape
 from qlora_kit.train.saving import Saver
+from qlora_kit.train.shortcuts import NONE
 from qlora_kit.train.snapshot import Progress
 
 PATIENCE_SECONDS = 60.0
@@ -67,7 +69,7 @@ class Training:
         self.optimizer = torch.optim.Adam(self.model.parameters())
         self.progress = Progress()
         self.spec = TrainSpec(**{"save_total_limit": None, **spec})
-        self.saver = Saver(around, BatchShape(1, 1, 1, 0), 100, self.spec)
+        self.saver = Saver(around, BatchShape(1, 1, 1, 0), 100, self.spec, Choice(NONE, None))
         self.saver.step = SimpleNamespace(seconds=1.0)  # type: ignore[assignment]
         self.trainer: Any = SimpleNamespace(
             progress=self.progress,

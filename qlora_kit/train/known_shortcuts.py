@@ -1,0 +1,183 @@
+"""Which shortcuts a start takes: those of its checkpoint, those that an earlier start has tried on
+the same model, libraries and machine, or else those that a trial proves now.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import qlora_kit
+from qlora_kit import kept
+from qlora_kit.environment import package_versions
+from qlora_kit.model.fused.attach import Fusion
+from qlora_kit.model.fused.lean import LeanParts
+from qlora_kit.model.fused.norm import NormKind
+from qlora_kit.model.qat.attach import fake_quantization_of
+from qlora_kit.records import file_sha256
+from qlora_kit.train.shortcuts import Shortcuts, choose_shortcuts
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+    from qlora_kit.recipe import TrainSpec
+    from qlora_kit.train.snapshot import Progress
+    from qlora_kit.train.surroundings import Surroundings
+
+_KIND = "shortcuts"
+# Whose code is told by a version, or by its digest.
+_KNOWN_PACKAGES = {"torch", "transformers", "peft", "bitsandbytes", "qlora_kit"}
+_DECIDING_CODE = ("model", "train")
+_SWITCHES = ("fused_loss", "fused_lora", "fused_mlp", "fused_norm")
+_DIFFERS = "processes came to different choices"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is taken, and for which model, libraries and machine that was found."""
+
+    shortcuts: Shortcuts
+    key: str | None
+    """None where nobody can tell whether a later start is of the same kind."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """As a checkpoint keeps it."""
+        return {"key": self.key, "found": _as_values(self.shortcuts)}
+
+
+def known_or_tried(
+    model: PeftModel,
+    spec: TrainSpec,
+    around: Surroundings,
+    is_sharded: bool,
+    before: Progress | None,
+) -> Choice:
+    """The same on all processes; a warning where a checkpoint was trained with others.
+
+    Args:
+        before: of the checkpoint that training goes on from.
+    """
+    key = None if is_sharded else key_of(model, spec, around.precision)
+    found = _of_checkpoint(before, key) or _of_cache(key)
+    if found is None:
+        found = choose_shortcuts(model, spec, around.precision, is_sharded)
+        if key is not None and not found.left:  # what was left out may be for want of memory
+            kept.keep(_KIND, key, _as_values(found))
+    others = around.processes.gathered(_taken(found))
+    if any(one != others[0] for one in others):
+        found = Shortcuts(left=(_DIFFERS,))
+    _tell_drift(before, found, around)
+    return Choice(found, key)
+
+
+def key_of(model: PeftModel, spec: TrainSpec, precision: str) -> str | None:
+    """Of what decides which shortcuts are exact; None where other code takes part than that of the
+    libraries, or fake quantization does.
+    """
+    classes = {type(one) for one in model.modules()}
+    roots = {one.__module__.partition(".")[0] for one in classes}
+    is_patched = any("forward" in one.__dict__ for one in model.modules())
+    if roots - _KNOWN_PACKAGES or is_patched or fake_quantization_of(model) is not None:
+        return None
+    device = next(model.parameters()).device
+    is_cuda = device.type == "cuda"
+    return kept.key_of(
+        {
+            "code": _code(),
+            "versions": {**package_versions(), "python": sys.version},
+            "machine": torch.cuda.get_device_name(device)
+            if is_cuda
+            else torch.backends.cpu.get_cpu_capability(),
+            "products": torch.get_float32_matmul_precision(),
+            "precision": precision,
+            "switches": {name: getattr(spec, name) for name in _SWITCHES},
+            "config": model.get_base_model().config.to_dict(),
+            "adapters": {name: one.to_dict() for name, one in model.peft_config.items()},
+            "modules": [(name, type(one).__qualname__) for name, one in model.named_modules()],
+            "parameters": [
+                (name, tuple(one.shape), str(one.dtype), one.requires_grad)
+                for name, one in model.named_parameters()
+            ],
+        }
+    )
+
+
+@lru_cache(maxsize=1)
+def _code() -> list[str]:
+    """The digests of what of this package computes and decides."""
+    package = Path(qlora_kit.__file__).parent
+    files = [path for part in _DECIDING_CODE for path in sorted((package / part).rglob("*.py"))]
+    return [file_sha256(path) for path in files]
+
+
+def _of_checkpoint(before: Progress | None, key: str | None) -> Shortcuts | None:
+    if before is None or key is None or before.shortcuts.get("key") != key:
+        return None
+    return _from_values(before.shortcuts["found"])
+
+
+def _of_cache(key: str | None) -> Shortcuts | None:
+    values = None if key is None else kept.recall(_KIND, key)
+    return None if values is None else _from_values(values)
+
+
+def _tell_drift(before: Progress | None, found: Shortcuts, around: Surroundings) -> None:
+    """Where other ones are taken than the checkpoint was trained with."""
+    if before is None or not before.shortcuts:
+        return
+    then = _from_values(before.shortcuts["found"])
+    if _taken(then) == _taken(found):
+        return
+    around.reporter.warn(
+        f"the checkpoint was trained with other shortcuts ({_counted(then)}) than are taken from "
+        f"here on ({_counted(found)}): numbers may differ by rounding."
+    )
+
+
+def _counted(one: Shortcuts) -> str:
+    num_layers = one.fusion.num_layers if one.fusion else 0
+    loss = "logits at supervised places alone" if one.supervised_loss else "all logits"
+    return (
+        f"{loss}, {num_layers} fused LoRA layers, {len(one.lean.mlps)} MLPs and "
+        f"{len(one.lean.norms)} norms that keep less"
+    )
+
+
+def _taken(one: Shortcuts) -> dict[str, Any]:
+    """Without what is only told."""
+    values = _as_values(one)
+    return {name: values[name] for name in ("supervised_loss", "groups", "mlps", "norms")}
+
+
+def _as_values(one: Shortcuts) -> dict[str, Any]:
+    fusion = one.fusion
+    return {
+        "supervised_loss": one.supervised_loss,
+        "groups": None if fusion is None else [list(group) for group in fusion.groups],
+        "not_fused": {} if fusion is None else dict(fusion.left),
+        "mlps": list(one.lean.mlps),
+        "norms": {name: asdict(kind) for name, kind in one.lean.norms.items()},
+        "difference": one.difference,
+        "left": list(one.left),
+    }
+
+
+def _from_values(values: Mapping[str, Any]) -> Shortcuts:
+    groups = values["groups"]
+    norms = {name: NormKind(**kind) for name, kind in values["norms"].items()}
+    return Shortcuts(
+        supervised_loss=values["supervised_loss"],
+        fusion=None
+        if groups is None
+        else Fusion(tuple(map(tuple, groups)), Counter(values["not_fused"])),
+        difference=values["difference"],
+        left=tuple(values["left"]),
+        lean=LeanParts(tuple(values["mlps"]), norms),
+    )

@@ -1,0 +1,181 @@
+"""A start takes the shortcuts that are known to be exact, and tries where nothing is known."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from qlora_kit.model.fused import linear
+from qlora_kit.processes import ALONE
+from qlora_kit.recipe import TrainSpec
+from qlora_kit.train import known_shortcuts
+from qlora_kit.train.known_shortcuts import Choice, key_of, known_or_tried
+from qlora_kit.train.shortcuts import choose_shortcuts
+from qlora_kit.train.snapshot import Progress
+
+
+class Heard:
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+class Start:
+    """One start after the other on the same model."""
+
+    def __init__(self, model: Any, monkeypatch: pytest.MonkeyPatch):
+        self.model = model
+        self.num_trials = 0
+        self.heard = Heard()
+
+        def counted(*arguments: Any) -> Any:
+            self.num_trials += 1
+            return choose_shortcuts(*arguments)
+
+        monkeypatch.setattr(known_shortcuts, "choose_shortcuts", counted)
+
+    def __call__(
+        self,
+        before: Choice | None = None,
+        precision: str = "fp32",
+        is_sharded: bool = False,
+        others: Any = None,
+        **train: Any,
+    ) -> Choice:
+        gathered = ALONE.gathered if others is None else lambda one: [one, others]
+        around: Any = SimpleNamespace(
+            precision=precision,
+            reporter=self.heard,
+            processes=SimpleNamespace(gathered=gathered),
+        )
+        progress = None
+        if before is not None:  # through a checkpoint's file
+            values = Progress(shortcuts=before.as_dict()).as_dict()
+            progress = Progress.from_dict(json.loads(json.dumps(values)))
+        return known_or_tried(self.model, TrainSpec(**train), around, is_sharded, progress)
+
+
+@pytest.fixture
+def model(tiny_llama: Path) -> Any:
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    base.requires_grad_(False)
+    torch.manual_seed(1)
+    return get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")).train()
+
+
+@pytest.fixture
+def start(model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Start:
+    monkeypatch.setenv("QLORA_KIT_CACHE", str(tmp_path / "cache"))
+    return Start(model, monkeypatch)
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that fails on this machine."""
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no kernel for this device")
+
+    monkeypatch.setattr(linear._SharedInput, "forward", staticmethod(fails))
+
+
+def test_a_second_start_takes_what_the_first_has_tried(start: Start) -> None:
+    first = start()
+    assert first.shortcuts.fusion is not None
+    assert first.shortcuts.supervised_loss
+    assert start() == first
+    assert start.num_trials == 1
+    assert not start.heard.warnings
+
+
+@pytest.mark.parametrize(
+    "other", [{"precision": "bf16"}, {"fused_lora": False}, {"is_sharded": True}]
+)
+def test_what_was_tried_for_something_else_does_not_count(start: Start, other: Any) -> None:
+    first, second = start(), start(**other)
+    assert start.num_trials == 2
+    assert second != first
+
+
+def test_another_adapter_is_tried_anew(start: Start, model: Any) -> None:
+    start()
+    base = model.unload()
+    start.model = get_peft_model(base, LoraConfig(r=8, target_modules="all-linear")).train()
+    start()
+    assert start.num_trials == 2
+
+
+def test_other_code_of_ours_is_tried_anew(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    start()
+    monkeypatch.setattr(known_shortcuts, "_code", lambda: ["another"])
+    start()
+    assert start.num_trials == 2
+
+
+def test_a_model_with_code_of_its_own_is_tried_at_every_start(start: Start, model: Any) -> None:
+    class Own(torch.nn.Dropout):
+        pass
+
+    model.base_model.model.model.own = Own()
+    assert key_of(model, TrainSpec(), "fp32") is None
+    assert start().key is None
+    start()
+    assert start.num_trials == 2
+
+
+def test_what_had_to_be_left_out_is_tried_again(start: Start, broken: None) -> None:
+    assert "no kernel" in start().shortcuts.left[0]
+    start()
+    assert start.num_trials == 2
+
+
+def test_a_checkpoint_that_did_without_goes_on_without(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where memory ran out on the trial, on a machine that was busy then."""
+    with monkeypatch.context() as patch:
+        patch.setattr(linear._SharedInput, "forward", staticmethod(_runs_out))
+        before = start()
+    assert before.shortcuts.fusion is None
+    again = start(before)
+    assert again == before
+    assert start.num_trials == 1
+    assert start().shortcuts.fusion is not None, "a run that begins tries all"
+
+
+def _runs_out(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_other_shortcuts_than_a_checkpoint_had_are_told(start: Start, broken: None) -> None:
+    first = start()
+    whole = replace(first.shortcuts, lean=replace(first.shortcuts.lean, mlps=("one", "two")))
+    start(Choice(whole, "another machine"))
+    (warning,) = start.heard.warnings
+    assert "the checkpoint was trained with other shortcuts" in warning
+    assert "2 MLPs" in warning
+    start(Choice(first.shortcuts, "another machine"))
+    assert len(start.heard.warnings) == 1
+
+
+def test_a_checkpoint_of_an_older_version_says_nothing(start: Start) -> None:
+    around: Any = SimpleNamespace(precision="fp32", reporter=start.heard, processes=ALONE)
+    known_or_tried(start.model, TrainSpec(), around, False, Progress.from_dict({"update": 3}))
+    assert not start.heard.warnings
+
+
+def test_processes_that_differ_take_none(start: Start) -> None:
+    found = start(others={"supervised_loss": False})
+    assert found.shortcuts.fusion is None
+    assert not found.shortcuts.supervised_loss
+    assert found.shortcuts.left == ("processes came to different choices",)
