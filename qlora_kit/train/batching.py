@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from qlora_kit import kept
 from qlora_kit.data.collate import Collator, IsolatingCollator
 from qlora_kit.data.pack import PackedSequence, PackedSequences, pack
 from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.data.stream import StreamedSequences
 from qlora_kit.model.by_example import attending_by_example, can_attend_by_example
+from qlora_kit.train.facts import facts_of
 from qlora_kit.train.isolation import Leakage, leaking, measure_leakage
 from qlora_kit.train.loader import (
     Item,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from qlora_kit.model.base import Base
     from qlora_kit.recipe import DataSpec, TrainSpec
 
+_KIND = "isolation"  # in the cache
 # Kernels that are given where each example ends, and so do not pay for a row of many of them.
 _VARIABLE_LENGTH = ("flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -136,9 +139,24 @@ def plan_batches(
 def _probed(
     model: nn.Module, base: Base, sequences: Sequence[TokenSequence], pad_token_id: int
 ) -> tuple[Leakage, bool]:
-    """What examples in one row see of each other, and whether attention takes them one by one:
-    where it can, unless the model does not tell it where they end.
+    """What examples in one row see of each other, and whether attention takes them one by one;
+    as an earlier start has found it on the same model, libraries and machine.
     """
+    facts = facts_of(model)
+    key = None if facts is None else kept.key_of({**facts, "dtype": str(base.compute_dtype)})
+    known = None if key is None else kept.recall(_KIND, key)
+    if known is not None:
+        return Leakage(known["difference"], known["limit"]), known["by_example"]
+    leakage, by_example = _measured(model, base, sequences, pad_token_id)
+    if key is not None and leakage.is_isolated:
+        kept.keep(_KIND, key, {**asdict(leakage), "by_example": by_example})
+    return leakage, by_example
+
+
+def _measured(
+    model: nn.Module, base: Base, sequences: Sequence[TokenSequence], pad_token_id: int
+) -> tuple[Leakage, bool]:
+    """One by one where attention can, unless the model does not tell it where they end."""
     probe = (model, sequences, pad_token_id, base.compute_dtype)
     if can_attend_by_example(base.model):
         leakage = measure_leakage(*probe, lambda: attending_by_example(base.model))

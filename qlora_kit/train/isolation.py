@@ -54,12 +54,16 @@ def measure_leakage(
     rows = [PackedSequence((parts[0], parts[1], parts[2])), PackedSequence((parts[3], parts[0]))]
     with attending():
         packed = _logits(model, rows, pad_token_id, compute_dtype)
+    distinct = {id(part): part for part in parts}
+    each = {
+        key: _logits(model, [one], pad_token_id, compute_dtype)[0] for key, one in distinct.items()
+    }
     difference = 0.0
     for number, row in enumerate(rows):
         start = 0
         for part in row.parts:
             end = start + len(part.input_ids)
-            alone = _logits(model, [part], pad_token_id, compute_dtype)[0]
+            alone = each[id(part)]
             scale = float(alone.max() - alone.min())
             apart = float((packed[number, start:end] - alone).abs().max())
             difference = max(difference, apart / max(scale, 1e-6))

@@ -4,24 +4,16 @@ the same model, libraries and machine, or else those that a trial proves now.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-import qlora_kit
 from qlora_kit import kept
-from qlora_kit.environment import package_versions
 from qlora_kit.model.fused.attach import Fusion
 from qlora_kit.model.fused.lean import LeanParts
 from qlora_kit.model.fused.norm import NormKind
-from qlora_kit.model.qat.attach import fake_quantization_of
-from qlora_kit.records import file_sha256
+from qlora_kit.train.facts import facts_of
 from qlora_kit.train.shortcuts import Shortcuts, choose_shortcuts
 
 if TYPE_CHECKING:
@@ -32,9 +24,6 @@ if TYPE_CHECKING:
     from qlora_kit.train.surroundings import Surroundings
 
 _KIND = "shortcuts"
-# Whose code is told by a version, or by its digest.
-_KNOWN_PACKAGES = {"torch", "transformers", "peft", "bitsandbytes", "qlora_kit"}
-_DECIDING_CODE = ("model", "train")
 _SWITCHES = ("fused_loss", "fused_lora", "fused_mlp", "fused_norm")
 _DIFFERS = "processes came to different choices"
 
@@ -78,43 +67,12 @@ def known_or_tried(
 
 
 def key_of(model: PeftModel, spec: TrainSpec, precision: str) -> str | None:
-    """Of what decides which shortcuts are exact; None where other code takes part than that of the
-    libraries, or fake quantization does.
-    """
-    classes = {type(one) for one in model.modules()}
-    roots = {one.__module__.partition(".")[0] for one in classes}
-    is_patched = any("forward" in one.__dict__ for one in model.modules())
-    if roots - _KNOWN_PACKAGES or is_patched or fake_quantization_of(model) is not None:
+    """Of what decides which shortcuts are exact; None where nobody can tell."""
+    facts = facts_of(model)
+    if facts is None:
         return None
-    device = next(model.parameters()).device
-    is_cuda = device.type == "cuda"
-    return kept.key_of(
-        {
-            "code": _code(),
-            "versions": {**package_versions(), "python": sys.version},
-            "machine": torch.cuda.get_device_name(device)
-            if is_cuda
-            else torch.backends.cpu.get_cpu_capability(),
-            "products": torch.get_float32_matmul_precision(),
-            "precision": precision,
-            "switches": {name: getattr(spec, name) for name in _SWITCHES},
-            "config": model.get_base_model().config.to_dict(),
-            "adapters": {name: one.to_dict() for name, one in model.peft_config.items()},
-            "modules": [(name, type(one).__qualname__) for name, one in model.named_modules()],
-            "parameters": [
-                (name, tuple(one.shape), str(one.dtype), one.requires_grad)
-                for name, one in model.named_parameters()
-            ],
-        }
-    )
-
-
-@lru_cache(maxsize=1)
-def _code() -> list[str]:
-    """The digests of what of this package computes and decides."""
-    package = Path(qlora_kit.__file__).parent
-    files = [path for part in _DECIDING_CODE for path in sorted((package / part).rglob("*.py"))]
-    return [file_sha256(path) for path in files]
+    switches = {name: getattr(spec, name) for name in _SWITCHES}
+    return kept.key_of({**facts, "precision": precision, "switches": switches})
 
 
 def _of_checkpoint(before: Progress | None, key: str | None) -> Shortcuts | None:

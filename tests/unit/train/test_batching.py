@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from qlora_kit.data.collate import Collator, IsolatingCollator
@@ -30,7 +32,7 @@ from qlora_kit.recipe import (
 )
 from qlora_kit.run import run_recipe
 from qlora_kit.train.batching import Batching, plan_batches
-from qlora_kit.train.isolation import Leakage
+from qlora_kit.train.isolation import Leakage, measure_leakage
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +56,15 @@ def sequences(*lengths: int) -> list[TokenSequence]:
     return made
 
 
-def plan(base: Base, kernel: str | None = None, **values: Any) -> Batching:
+def plan(
+    base: Base, kernel: str | None = None, adapted: torch.nn.Module | None = None, **values: Any
+) -> Batching:
     spec = DataSpec(train=(SourceSpec(path="rows.jsonl"),), max_length=32, **values)
     model = base.model
     if kernel is not None:
         model = WithKernel(model, kernel)
     train, held_out = Part((), sequences(10, 20, 12, 5, 32), Ledger()), sequences(7, 9)
-    return plan_batches(model, replace(base, model=model), train, held_out, spec)
+    return plan_batches(adapted or model, replace(base, model=model), train, held_out, spec)
 
 
 class WithKernel(torch.nn.Module):
@@ -215,3 +219,57 @@ def test_micro_batches_of_packed_rows_weigh_every_token_alike(
         adapters.append(load_file(result.run.adapter / "adapter_model.safetensors"))
     for name, tensor in adapters[0].items():
         torch.testing.assert_close(adapters[1][name], tensor, rtol=1e-4, atol=1e-6)
+
+
+def with_adapter(base: Base, rank: int) -> PeftModel:
+    """Taken off again by `unload`."""
+    base.model.__dict__.pop("peft_config", None)  # which that leaves
+    model = get_peft_model(base.model, LoraConfig(r=rank, target_modules=["q_proj"]))
+    assert isinstance(model, PeftModel)
+    return model
+
+
+class TestASecondStart:
+    @pytest.fixture
+    def num_probes(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> Callable[..., list[int]]:
+        """Of so many starts after each other, each with an adapter of its own."""
+        monkeypatch.setenv("QLORA_KIT_CACHE", str(tmp_path / "cache"))
+        probes: list[int] = []
+
+        def probe(*arguments: Any) -> Leakage:
+            probes.append(1)
+            return measure_leakage(*arguments)
+
+        monkeypatch.setattr("qlora_kit.train.batching.measure_leakage", probe)
+
+        def counted(base: Base, *ranks: int, **values: Any) -> list[int]:
+            counts = []
+            for rank in ranks:
+                model = with_adapter(base, rank)
+                batching = plan(base, adapted=model, **values)
+                counts.append(len(probes))
+                assert batching.by_example
+                model.unload()
+            return counts
+
+        return counted
+
+    @pytest.mark.parametrize("packing", [False, True])
+    def test_probes_nothing_again(
+        self, base: Base, num_probes: Callable[..., list[int]], packing: bool
+    ) -> None:
+        assert num_probes(base, 2, 2, 3, packing=packing) == [1, 1, 2]
+
+    def test_where_the_attention_is_another_is_probed(
+        self, base: Base, num_probes: Callable[..., list[int]]
+    ) -> None:
+        assert num_probes(base, 2) == [1]
+        base.model.set_attn_implementation("eager")
+        try:
+            model = with_adapter(base, 2)
+            assert not plan(base, adapted=model, padding_free=True).by_example
+            model.unload()
+        finally:
+            base.model.set_attn_implementation("sdpa")

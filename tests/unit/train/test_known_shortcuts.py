@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 from qlora_kit.model.fused import linear
 from qlora_kit.processes import ALONE
 from qlora_kit.recipe import TrainSpec
-from qlora_kit.train import known_shortcuts
+from qlora_kit.train import facts, known_shortcuts
 from qlora_kit.train.known_shortcuts import Choice, key_of, known_or_tried
 from qlora_kit.train.shortcuts import choose_shortcuts
 from qlora_kit.train.snapshot import Progress
@@ -117,7 +117,7 @@ def test_another_adapter_is_tried_anew(start: Start, model: Any) -> None:
 
 def test_other_code_of_ours_is_tried_anew(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     start()
-    monkeypatch.setattr(known_shortcuts, "_code", lambda: ["another"])
+    monkeypatch.setattr(facts, "_code", lambda: ["another"])
     start()
     assert start.num_trials == 2
 
