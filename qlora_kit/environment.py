@@ -6,6 +6,7 @@ Functions that probe the hardware import it when called.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import platform
@@ -397,12 +398,18 @@ def describe() -> dict[str, Any]:
 
 
 def kit_version() -> str:
-    """Of this package, with the commit that it is at where it is run from a repository."""
+    """Of this package, with the commit that it is at where it is run from a repository, and a
+    digest of what was changed there since.
+    """
     folder = Path(__file__).parent
     is_tracked = _git("ls-files", "--error-unmatch", Path(__file__).name, folder=folder) is not None
-    commit = _git_commit(folder) if is_tracked else None
+    commit = _git("rev-parse", "HEAD", folder=folder) if is_tracked else None
     version = _version("qlora-kit") or "not installed"
-    return version if commit is None else f"{version} at {commit}"
+    if commit is None:
+        return version
+    changed = _git("diff", "HEAD", "--", ".", folder=folder)
+    digest = hashlib.sha256(changed.encode()).hexdigest()[:8] if changed else ""
+    return f"{version} at {commit}" + f" with changes {digest}" * bool(digest)
 
 
 def _git_commit(folder: Path = Path()) -> str | None:

@@ -250,3 +250,26 @@ def test_the_version_of_this_program_names_its_own_commit(
     if here.returncode != 0:
         pytest.skip("not run from a repository")
     assert here.stdout.strip() in kit_version()
+
+
+def test_two_states_of_one_checkout_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "package"
+    package.mkdir()
+    code, other = package / "environment.py", package / "other.py"
+    code.write_text("one\n")
+    other.write_text("one\n")
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
+        subprocess.run([*git, *command], check=True)
+    monkeypatch.setattr(environment, "__file__", str(code))
+    seen = [kit_version()]
+    for text in ("two\n", "three\n"):
+        other.write_text(text)
+        seen.append(kit_version())
+    assert "with changes" not in seen[0]
+    assert all(one.startswith(f"{seen[0]} with changes ") for one in seen[1:])
+    assert len(set(seen)) == 3
+    other.write_text("one\n")
+    assert kit_version() == seen[0]
