@@ -1,0 +1,395 @@
+"""How the time of an update and its memory grow with length, layers, width, rank, batch and rows.
+
+python scripts/bench_scaling.py --json found.json --plot found.png
+python scripts/bench_scaling.py --only length --rounds 1
+python scripts/bench_scaling.py --read found.json --extrapolate
+
+One thing at a time is varied on a model of random weights of SmolLM2-135M's shape, with four layers
+and a vocabulary of 8,192, trained through `run_recipe`, in a process of its own for each shape. CPU
+seconds of an update are then fitted by least squares, without negative terms, to what there is to
+compute (see `Terms`), and each shape is held against a fit that was made without it. Memory is told
+by `qlora-kit plan` and measured. The exit code is 1 where such a fit is off by more than 25 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from bench_plan import Case, case, prediction, prepared
+
+MOST_OFF = 0.25
+UPDATES = 3
+_MIB = 2**20
+_TOKENIZER_ENTRIES = 8192
+_BASE = case(
+    "base", "llama", 576, 1536, 4, 9, 3, _TOKENIZER_ENTRIES, 512, 1, 16,
+    train={"gradient_checkpointing": False, "optim": "adamw_torch"},
+)  # fmt: skip
+_ROWS = 64
+
+
+def _width(hidden: int) -> Case:
+    heads = hidden // 64
+    return replace(_BASE, hidden=hidden, inner=hidden * 8 // 3, heads=heads, kv_heads=heads // 3)
+
+
+SWEEPS: dict[str, Sequence[Case]] = {
+    "length": [replace(_BASE, tokens=n) for n in (256, 512, 1024, 2048, 4096, 8192)],
+    "layers": [replace(_BASE, layers=n) for n in (2, 4, 8, 16)],
+    "width": [_width(n) for n in (192, 384, 576, 1152, 1728)],
+    "rank": [replace(_BASE, rank=n) for n in (4, 16, 64, 256)],
+    "batch": [replace(_BASE, batch=n, tokens=256) for n in (1, 2, 4, 8)],
+    "recompute": [replace(_BASE, train={**_BASE.train, "gradient_checkpointing": True})],
+}
+_DEMO = replace(
+    _BASE, name="SmolLM2-135M, 2 x 256", layers=30, vocabulary=49152, tokens=256, batch=2
+)
+_8B = ("llama", 4096, 14336, 32, 32, 8, 128256)
+_70B = ("llama", 8192, 28672, 80, 64, 8, 128256)
+_ALL = {"gradient_checkpointing": True}
+LARGE = {
+    one.name: one
+    for one in (
+        _DEMO,
+        case("8B, 2,048, no recompute", *_8B, 2048, 1, 16, train=_BASE.train),
+        case("8B, 2,048", *_8B, 2048, 1, 16, train=_ALL),
+        case("8B, 8,192", *_8B, 8192, 1, 16, train=_ALL),
+        case("70B, 2,048", *_70B, 2048, 1, 16, train=_ALL),
+    )
+}
+"""Whose time is extrapolated; all layers recompute but where it says otherwise."""
+# Peaks of dense products in bfloat16, 10¹² operations a second, as their makers say.
+GPUS = (("RTX 4090", 165.2), ("A100", 312.0), ("H100", 989.4))
+PRODUCT_SHARE = 0.5
+ROW_COUNTS = (64, 1024, 16384)
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What an update has to compute, in 10⁹ floating-point operations (a product and a sum are 2).
+
+    The backward pass takes as much again as the forward pass for frozen weights (the gradient of
+    the input alone), and twice as much for the adapter; layers that recompute do the forward pass
+    twice.
+    """
+
+    products: float
+    """With frozen weights, the head among them."""
+    adapter: float
+    attention: float
+    """Of queries with keys and of scores with values; a causal mask leaves half of them."""
+    elements: float
+    """Numbers that pass through norms, activations and residual sums, in 10⁹."""
+    optimizer: float
+    """Trained parameters, in 10⁹."""
+
+    @classmethod
+    def of(cls, one: Case) -> Terms:
+        tokens = one.tokens * one.batch
+        head_size = one.hidden // one.heads
+        kv = one.kv_heads * head_size
+        sizes = [(one.hidden, one.hidden + 2 * kv), (one.hidden, one.hidden)]
+        sizes += [(one.hidden, 2 * one.inner), (one.inner, one.hidden)]
+        linear = one.layers * sum(inner * outer for inner, outer in sizes)
+        # Each of the seven projections has its own A and B.
+        pairs = [(one.hidden, one.hidden), (one.hidden, kv), (one.hidden, kv)]
+        pairs += (
+            [(one.hidden, one.hidden)] + 2 * [(one.hidden, one.inner)] + [(one.inner, one.hidden)]
+        )
+        adapter = one.layers * one.rank * sum(inner + outer for inner, outer in pairs)
+        again = 1 if one.train["gradient_checkpointing"] else 0
+        supervised = tokens / 2  # see `bench_plan.prepared`
+        head = supervised * one.hidden * one.vocabulary
+        scores = one.layers * one.batch * one.tokens**2 / 2 * one.hidden
+        return cls(
+            products=2 * (tokens * linear * (2 + again) + 2 * head) / 1e9,
+            adapter=2 * tokens * adapter * (3 + again) / 1e9,
+            attention=2 * 2 * scores * (3.5 + again) / 1e9,
+            elements=tokens * one.layers * (4 * one.hidden + 3 * one.inner) * (2 + again) / 1e9,
+            optimizer=adapter / 1e9,
+        )
+
+    def as_row(self) -> list[float]:
+        return [*asdict(self).values(), 1.0]
+
+
+TERM_NAMES = ("products", "adapter", "attention", "elements", "optimizer", "each update")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", choices=[*SWEEPS, "rows"], help="unset: all of them")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--extrapolate", action="store_true", help="to 8B and 70B, also on GPUs")
+    parser.add_argument("--read", type=Path, help="tell what was found before, and measure nothing")
+    parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child:
+        return measure(arguments.child)
+    found = json.loads(arguments.read.read_text()) if arguments.read else all_measured(arguments)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(tables(found))
+    off = tell_fit(found["shapes"])
+    if arguments.extrapolate:
+        print(extrapolated(found["shapes"]))
+    if arguments.plot:
+        plot(found["shapes"], arguments.plot)
+    return 1 if off else 0
+
+
+def all_measured(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every shape in turns, so that the machine's mood is shared out."""
+    chosen = arguments.only or [*SWEEPS, "rows"]
+    shapes: dict[str, dict[str, Any]] = {}
+    for number in range(arguments.rounds):
+        for sweep in (name for name in chosen if name != "rows"):
+            for one in SWEEPS[sweep]:
+                key = json.dumps(asdict(one), sort_keys=True)
+                row = shapes.setdefault(
+                    key, {"case": asdict(one), "sweeps": [], "cpu_seconds": [], "process": []}
+                )
+                if sweep not in row["sweeps"]:
+                    row["sweeps"].append(sweep)
+                if len(row["cpu_seconds"]) > number:
+                    continue  # of another sweep in this round
+                real, predicted = run(one, _ROWS // 8, arguments.threads, "tensors" not in row)
+                row["cpu_seconds"].append(real["cpu_seconds"])
+                row["process"].append(real["process"])
+                if predicted is not None:
+                    row["tensors"], row["predicted"] = predicted["tensors"], predicted["process"]
+                told = f"{sweep} {one.tokens} x {one.batch}, {one.layers} layers of {one.hidden}"
+                print(f"{told}, r {one.rank}: {real['cpu_seconds']:.2f} s", flush=True)
+    rows = []
+    if "rows" in chosen:
+        for count in ROW_COUNTS:
+            real, _ = run(replace(_BASE, tokens=128), count, arguments.threads, False)
+            rows.append({"rows": count, **real})
+            print(f"{count} rows: {real['start_cpu_seconds']:.1f} s to the start", flush=True)
+    return {"shapes": list(shapes.values()), "rows": rows}
+
+
+def run(
+    one: Case, num_rows: int, threads: int, predicts: bool
+) -> tuple[dict[str, float], dict[str, int] | None]:
+    """What was measured of it, and what `plan` says of it."""
+    with tempfile.TemporaryDirectory(prefix="bench-scaling-") as scratch:
+        folder = Path(scratch)
+        recipe = prepared(one, folder)
+        allow_length(folder / "model", one.tokens)
+        write_rows(folder / "rows.jsonl", one, num_rows)
+        values = json.loads(recipe.read_text())
+        values["train"]["max_steps"] = UPDATES
+        recipe.write_text(json.dumps(values))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        command = [sys.executable, __file__, "--child", str(recipe)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{one} failed:\n{done.stderr[-3000:]}")
+        measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        return measured, prediction(recipe) if predicts else None
+
+
+def allow_length(model: Path, num_tokens: int) -> None:
+    path = model / "config.json"
+    values = json.loads(path.read_text())
+    path.write_text(json.dumps({**values, "max_position_embeddings": max(num_tokens, 4096)}))
+
+
+def write_rows(path: Path, one: Case, count: int) -> None:
+    """Half of each is supervised; each is another, or it would be a duplicate."""
+    lines = []
+    for number in range(max(count, UPDATES * one.batch)):
+        prompt = f"{number:06}".ljust(one.tokens // 2, "?")
+        lines.append(json.dumps({"prompt": prompt, "completion": "a" * (one.tokens - len(prompt))}))
+    path.write_text("\n".join(lines) + "\n")
+
+
+def measure(recipe: Path) -> int:
+    """In the child: CPU seconds of each update, of which the first begins the optimizer's state."""
+    from qlora_kit.environment import quiet_upstream
+
+    quiet_upstream()
+    from contextlib import nullcontext
+
+    from qlora_kit.recipe import load_recipe
+    from qlora_kit.report.reporter import Progress, Reporter
+    from qlora_kit.run import run_recipe
+
+    ends: list[float] = []
+
+    class Clock(Progress):
+        def update(self, advance: int = 1, **fields: str) -> None:
+            ends.append(time.process_time())
+
+    class Listening(Reporter):
+        def progress(self, name: str, total: int) -> Any:
+            if name == "training":
+                ends.append(time.process_time())
+            return nullcontext(Clock() if name == "training" else Progress())
+
+    result = run_recipe(load_recipe(recipe), Listening())
+    assert result is not None
+    memory = json.loads(result.run.summary.read_text())["memory"]
+    spans = [end - start for start, end in pairwise(ends[1:])]
+    print(
+        json.dumps(
+            {
+                "cpu_seconds": statistics.median(spans),
+                "start_cpu_seconds": ends[0],
+                "process": memory["host_peak_bytes"]["training"],
+            }
+        )
+    )
+    return 0
+
+
+def tables(found: dict[str, Any]) -> str:
+    lines = []
+    for sweep in SWEEPS:
+        rows = rows_of(sweep, found["shapes"])
+        if not rows:
+            continue
+        lines += ["", f"{sweep:12} CPU s/update  tokens/s   tensors MiB   process MiB"]
+        for row in rows:
+            one = row["case"]
+            seconds = min(row["cpu_seconds"])
+            rate = one["tokens"] * one["batch"] / seconds
+            lines.append(
+                f"{value_of(sweep, one):12} {seconds:12.2f} {rate:9.0f}"
+                f" {row['tensors'] / _MIB:13,.0f} {max(row['process']) / _MIB:13,.0f}"
+            )
+    if found["rows"]:
+        lines += ["", "rows         CPU s to the start  process MiB"]
+        lines += [
+            f"{one['rows']:<12,} {one['start_cpu_seconds']:18.1f} {one['process'] / _MIB:12,.0f}"
+            for one in found["rows"]
+        ]
+    return "\n".join(lines)
+
+
+def rows_of(sweep: str, shapes: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    found = [one for one in shapes if sweep in one["sweeps"]]
+    return sorted(found, key=lambda one: quantity_of(sweep, one["case"]))
+
+
+def quantity_of(sweep: str, one: dict[str, Any]) -> int:
+    """What a sweep varies, of one of its shapes."""
+    return int(
+        one[{"length": "tokens", "width": "hidden", "recompute": "layers"}.get(sweep, sweep)]
+    )
+
+
+def value_of(sweep: str, one: dict[str, Any]) -> str:
+    return "all layers" if sweep == "recompute" else f"{quantity_of(sweep, one):,}"
+
+
+def tell_fit(shapes: Sequence[dict[str, Any]]) -> list[str]:
+    """Print the fitted rates, and how each shape stands to a fit without it; returns those off."""
+    cases = [Case(**one["case"]) for one in shapes]
+    terms = np.array([Terms.of(one).as_row() for one in cases])
+    seconds = np.array([min(one["cpu_seconds"]) for one in shapes])
+    if len(cases) <= terms.shape[1] + 1:
+        print("too few shapes for a fit")
+        return []
+    rates = fitted(terms, seconds)
+    print("\nfit, seconds for 10⁹ of each (operations, numbers, parameters), and for an update:")
+    for name, rate in zip(TERM_NAMES, rates, strict=True):
+        print(f"  {name:12} {rate:.4g}" + (f"  {1 / rate:,.1f} 10⁹/s" if rate > 0 else ""))
+    off = []
+    print("each shape by a fit without it:")
+    for number, row in enumerate(shapes):
+        rest = np.arange(len(cases)) != number
+        told = float(terms[number] @ fitted(terms[rest], seconds[rest]))
+        ratio = told / seconds[number]
+        name = f"{row['sweeps'][0]} {value_of(row['sweeps'][0], row['case'])}"
+        is_off = bool(abs(ratio - 1) > MOST_OFF)
+        off += [name] * is_off
+        print(
+            f"  {name:20} {told:8.2f} of {seconds[number]:8.2f} s  {ratio:.2f}" + "  OFF" * is_off
+        )
+    return off
+
+
+def extrapolated(shapes: Sequence[dict[str, Any]]) -> str:
+    """What the fit says of models that were not measured. Of a GPU it knows the share of the time
+    that products have here, and assumes that products reach `PRODUCT_SHARE` of its peak and that
+    everything else is as much faster as they are; small models leave a GPU idle, and are left out.
+    """
+    terms = np.array([Terms.of(Case(**one["case"])).as_row() for one in shapes])
+    rates = fitted(terms, np.array([min(one["cpu_seconds"]) for one in shapes]))
+    columns = [
+        "10⁹/token",
+        "products",
+        "here",
+        *(f"{n} {name}" for n in (1, 8) for name, _ in GPUS),
+    ]
+    lines = [
+        "",
+        "EXTRAPOLATED, tokens per second",
+        " " * 26 + "".join(f"{one:>12}" for one in columns),
+    ]
+    for name, one in LARGE.items():
+        row = np.array(Terms.of(one).as_row())
+        seconds = float(row @ rates)
+        share = float(row[0] * rates[0]) / seconds
+        tokens, operations = one.tokens * one.batch, float(sum(row[:3]))
+        on_gpus = [
+            count * tokens * 1e3 * peak * PRODUCT_SHARE * share / operations
+            for count in (1, 8)
+            for _, peak in GPUS
+        ]
+        values = [f"{operations / tokens:.1f}", f"{share:.0%}", f"{tokens / seconds:.2f}"]
+        values += [f"{speed:,.0f}" for speed in on_gpus] if one is not _DEMO else []
+        lines.append(f"{name:26}" + "".join(f"{value:>12}" for value in values))
+    return "\n".join(lines)
+
+
+def fitted(terms: np.ndarray, seconds: np.ndarray) -> np.ndarray:
+    """Non-negative least squares of relative errors, by Lawson and Hanson's method."""
+    from scipy.optimize import nnls
+
+    rates: np.ndarray = nnls(terms / seconds[:, None], np.ones(len(seconds)))[0]
+    return rates
+
+
+def plot(shapes: Sequence[dict[str, Any]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    sweeps = [name for name in SWEEPS if name != "recompute"]
+    figure, axes = plt.subplots(2, len(sweeps), figsize=(3.2 * len(sweeps), 6))
+    for column, sweep in enumerate(sweeps):
+        rows = rows_of(sweep, shapes)
+        x = [quantity_of(sweep, one["case"]) for one in rows]
+        seconds = [min(one["cpu_seconds"]) for one in rows]
+        axes[0][column].loglog(x, seconds, "o-", base=2)
+        axes[1][column].loglog(x, [one["tensors"] / _MIB for one in rows], "o-", base=2)
+        axes[0][column].set_title(sweep)
+        axes[1][column].set_xlabel(sweep)
+    axes[0][0].set_ylabel("CPU seconds an update")
+    axes[1][0].set_ylabel("tensors at the peak, MiB")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
