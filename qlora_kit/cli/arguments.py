@@ -1,4 +1,4 @@
-"""Arguments that several verbs share."""
+"""Arguments that several verbs share, and how they are read."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe, as
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE …", help="Overrides, such as train.max_steps=10."),
+]
+MethodOptions = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE …", help="The method's options, as block_size=32."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Figures as JSON on standard output.")]
 SubjectName = Annotated[
@@ -36,3 +40,17 @@ HeldOutRows = Annotated[
 Force = Annotated[
     bool, typer.Option("--force", help="Load an adapter onto another base than its own.")
 ]
+
+
+def parse_bytes(text: str) -> int:
+    """What --budget says, in bytes: `5.0GiB`, `600 MB`.
+
+    Raises:
+        BadParameter: it is no size.
+    """
+    from qlora_kit.recipe.size import size_bytes
+
+    found = size_bytes(text)
+    if found is None:
+        raise typer.BadParameter(f"--budget must be a size such as 5.0GiB or 600MB, got {text}.")
+    return found

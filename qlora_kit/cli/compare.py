@@ -4,73 +4,51 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, NamedTuple
 
 import typer
 
 from qlora_kit.cli.arguments import AsJson, Force
+from qlora_kit.cli.options import compare as options
 from qlora_kit.errors import DataError, Fault, RecipeError, RunError
 
 if TYPE_CHECKING:
-    from qlora_kit.recipe import DataSpec, EvaluateSpec, Recipe
+    from qlora_kit.recipe import DataSpec, EvaluateSpec, ModelSpec
 
 NAME = "compare"
 
 
+class _Rows(NamedTuple):
+    """What all models are measured on."""
+
+    evaluate: EvaluateSpec
+    data: DataSpec
+    model: ModelSpec | None = None
+
+
 def command(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="A B [C …]",
-            help="Runs, adapters, model folders, GGUF files, ONNX folders or hub ids; the others "
-            "are compared with the first.",
-        ),
-    ],
-    recipe: Annotated[
-        Path | None,
-        typer.Option(help="Whose eval rows and metrics are used; else those of the first run."),
-    ] = None,
-    text: Annotated[
-        Path | None, typer.Option(help="A plain text to measure perplexity and KL on instead.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe."),
-    ] = None,
-    window: Annotated[
-        int, typer.Option(min=8, help="Tokens of the sliding window over --text.")
-    ] = 512,
-    max_tokens: Annotated[
-        int, typer.Option(min=1, help="Compare predictions at so many tokens at most.")
-    ] = 4096,
-    prompt_tokens: Annotated[
-        int, typer.Option(min=1, help="Prompt that reading speed is timed with.")
-    ] = 256,
-    new_tokens: Annotated[
-        int, typer.Option(min=2, help="Answer that writing speed is timed with.")
-    ] = 32,
-    repetitions: Annotated[
-        int, typer.Option(min=0, help="How often to time each; 0 leaves speed out.")
-    ] = 5,
-    plot: Annotated[Path | None, typer.Option(help="Picture to write: .png, .svg or .pdf.")] = None,
+    models: options.Models,
+    recipe: options.RecipeOfRows = None,
+    text: options.Text = None,
+    settings: options.Settings = None,
+    window: options.Window = 512,
+    max_tokens: options.MaxTokens = 4096,
+    prompt_tokens: options.PromptTokens = 256,
+    new_tokens: options.NewTokens = 32,
+    repetitions: options.Repetitions = 5,
+    plot: options.Plot = None,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure several models, each alone in a process, and show them side by side."""
-    from qlora_kit.preflight import looks_local
-
-    if len(models) < 2:
-        raise typer.BadParameter("name two models or more; `evaluate` measures one.")
-    for name in models:
-        if looks_local(name) and not Path(name).expanduser().exists():
-            raise RunError(f"{name} does not exist.")
+    _require_several(models)
     _require_picture(plot)
-    if text is not None and (recipe is not None or settings):
+    if text is None:
+        rows = _rows_of(models, recipe, settings or [])
+    elif recipe is not None or settings:
         raise typer.BadParameter("--text stands for a recipe; name one of the two.")
-    loaded = None if text is not None else _recipe_of(models, recipe, settings or [])
-    evaluate, data = (
-        (loaded.evaluate, loaded.data) if loaded else _plain_text(text or Path(), window)
-    )
+    else:
+        rows = _plain_text(text, window)
 
     from functools import partial
     from tempfile import gettempdir
@@ -82,14 +60,13 @@ def command(
     from qlora_kit.report.comparison import comparison
     from qlora_kit.report.plot import plot as draw
 
-    speed = SpeedPlan(prompt_tokens, new_tokens, repetitions) if repetitions else None
     task = Task(
-        evaluate=evaluate,
-        data=data,
+        evaluate=rows.evaluate,
+        data=rows.data,
         scratch=Path(gettempdir()),
         max_tokens=max_tokens,
-        model=loaded.model if loaded else None,
-        speed=speed,
+        model=rows.model,
+        speed=SpeedPlan(prompt_tokens, new_tokens, repetitions) if repetitions else None,
         force=force,
         make_reporter=partial(console_reporter, to_stderr=as_json),
     )
@@ -101,6 +78,17 @@ def command(
     if plot is not None:
         draw(found, plot)
     raise typer.Exit(1 if found.failures else 0)
+
+
+def _require_several(models: list[str]) -> None:
+    """Two models or more, of which those that are paths are there."""
+    from qlora_kit.preflight import looks_local
+
+    if len(models) < 2:
+        raise typer.BadParameter("name two models or more; `evaluate` measures one.")
+    for name in models:
+        if looks_local(name) and not Path(name).expanduser().exists():
+            raise RunError(f"{name} does not exist.")
 
 
 def _require_picture(plot: Path | None) -> None:
@@ -116,8 +104,8 @@ def _require_picture(plot: Path | None) -> None:
             pass
 
 
-def _recipe_of(models: list[str], path: Path | None, settings: list[str]) -> Recipe:
-    """The recipe whose eval rows are used, with its rows looked up."""
+def _rows_of(models: list[str], path: Path | None, settings: list[str]) -> _Rows:
+    """The eval rows of a recipe, or of the first run's; looked up."""
     from qlora_kit.checkpoint.run_directory import is_run
     from qlora_kit.preflight import data_faults
     from qlora_kit.recipe import load_recipe
@@ -138,10 +126,10 @@ def _recipe_of(models: list[str], path: Path | None, settings: list[str]) -> Rec
     faults = [fault for fault in data_faults(loaded) if fault.path.startswith("data.eval")]
     if faults:
         raise RecipeError(str(path), faults)
-    return loaded
+    return _Rows(loaded.evaluate, loaded.data, loaded.model)
 
 
-def _plain_text(text: Path, window: int) -> tuple[EvaluateSpec, DataSpec]:
+def _plain_text(text: Path, window: int) -> _Rows:
     """What reads a text file through in a sliding window, and asks nothing."""
     from qlora_kit.recipe import DataSpec, EvaluateSpec, SourceSpec
 
@@ -149,4 +137,4 @@ def _plain_text(text: Path, window: int) -> tuple[EvaluateSpec, DataSpec]:
         raise DataError(f"{text} does not exist." if not text.exists() else f"{text} is no file.")
     source = SourceSpec(path=str(text), format="text")
     data = DataSpec(train=(source,), eval=(source,), max_length=window)
-    return EvaluateSpec(window_tokens=window), data
+    return _Rows(EvaluateSpec(window_tokens=window), data)

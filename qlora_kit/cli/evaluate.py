@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from qlora_kit.cli.arguments import AsJson, Force, Overrides, SubjectName
+from qlora_kit.cli.options import evaluate as options
 from qlora_kit.errors import Fault, RecipeError, RunError
+
+if TYPE_CHECKING:
+    from qlora_kit.recipe import Recipe
 
 NAME = "evaluate"
 
@@ -17,35 +21,18 @@ NAME = "evaluate"
 def command(
     subject: SubjectName,
     overrides: Overrides = None,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(
-            help="The recipe whose data and evaluate sections are used; a run has its own."
-        ),
-    ] = None,
-    tasks: Annotated[
-        str | None,
-        typer.Option(metavar="TASK,…", help="Ask these tasks of lm-eval instead of eval rows."),
-    ] = None,
-    include_path: Annotated[
-        Path | None, typer.Option(help="Folder with YAML files of your own tasks.")
-    ] = None,
-    num_fewshot: Annotated[
-        int | None, typer.Option(min=0, help="Examples before each question of a task.")
-    ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="Ask only the first rows of each task.")
-    ] = None,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Ask tasks through the chat template.")
-    ] = False,
+    recipe: options.RecipeOfRows = None,
+    tasks: options.Tasks = None,
+    include_path: options.IncludePath = None,
+    num_fewshot: options.NumFewshot = None,
+    limit: options.Limit = None,
+    chat: options.Chat = False,
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a run (base and tuned side by side) or any model on held-out rows."""
     from qlora_kit.checkpoint.run_directory import is_run
     from qlora_kit.preflight import looks_local
-    from qlora_kit.recipe import load_recipe
 
     folder = Path(subject).expanduser()
     if looks_local(subject) and not folder.exists():
@@ -54,25 +41,43 @@ def command(
         if recipe is not None or overrides:
             raise typer.BadParameter("--tasks brings its own rows; leave the recipe out.")
         names = tuple(name.strip() for name in tasks.split(",") if name.strip())
-        _tasks(subject, names, include_path, num_fewshot, limit, chat, force, as_json)
+        _ask_tasks(subject, names, include_path, num_fewshot, limit, chat, force, as_json)
         return
     if include_path or limit or chat or num_fewshot is not None:
         raise typer.BadParameter(
             "--include-path, --num-fewshot, --limit and --chat are for --tasks; name some."
         )
-    own = folder / "recipe.yaml" if is_run(folder) else None
-    path = recipe or own
+    run = folder if is_run(folder) else None
+    loaded = _recipe_of_rows(subject, run, recipe, overrides or [])
+    keeps = run if recipe is None and not overrides else None
+    _measure(subject, loaded, run is not None, keeps, force, as_json)
+
+
+def _recipe_of_rows(
+    subject: str, run: Path | None, path: Path | None, overrides: list[str]
+) -> Recipe:
+    """The recipe that is named, or else the run's own; it has eval rows."""
+    from qlora_kit.recipe import load_recipe
+
+    if path is None and run is not None:
+        path = run / "recipe.yaml"
     if path is None:
         raise typer.BadParameter(
             f"{subject} is not a run, so its eval rows are not known; name a recipe that has some "
             "with --recipe RECIPE."
         )
-    loaded = load_recipe(path, overrides or ())
+    loaded = load_recipe(path, overrides)
     if not loaded.data.has_eval_rows:
         raise RecipeError(
             str(path), [Fault("data.eval", "names no source to measure on", "add one")]
         )
+    return loaded
 
+
+def _measure(
+    subject: str, recipe: Recipe, is_of_run: bool, keeps: Path | None, force: bool, as_json: bool
+) -> None:
+    """On the recipe's eval rows; `keeps` is the run whose record this is."""
     from qlora_kit.checkpoint.run_directory import RunDirectory, write_json
     from qlora_kit.cli.console import console_reporter
     from qlora_kit.data.prepare import prepare_eval
@@ -81,19 +86,19 @@ def command(
     from qlora_kit.runtime.open import open_runtime
 
     reporter = console_reporter(to_stderr=as_json)
-    tested = open_runtime(subject, loaded.model if own is None else None, force, reporter)
-    part = prepare_eval(loaded.data, tested.tokenizer, tested.stop_ids)
-    values = evaluate_held_out(tested, part, loaded, reporter)
-    if own is not None and not overrides and recipe is None:
-        write_json(RunDirectory(folder).evaluation, values)
+    tested = open_runtime(subject, None if is_of_run else recipe.model, force, reporter)
+    part = prepare_eval(recipe.data, tested.tokenizer, tested.stop_ids)
+    values = evaluate_held_out(tested, part, recipe, reporter)
+    if keeps is not None:
+        write_json(RunDirectory(keeps).evaluation, values)
     if as_json:
         print(json.dumps(values, indent=2, ensure_ascii=False))
     else:
-        narrate.evaluation(reporter, values, loaded.quantization)
+        narrate.evaluation(reporter, values, recipe.quantization)
         narrate.samples(reporter, values.get("tuned") or values["model"])
 
 
-def _tasks(
+def _ask_tasks(
     subject: str,
     names: tuple[str, ...],
     include_path: Path | None,

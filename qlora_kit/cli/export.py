@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated, Literal
 
 import typer
 
@@ -15,69 +13,31 @@ from qlora_kit.cli.arguments import (
     Force,
     HeldOutRows,
     MergeDtype,
+    MethodOptions,
     TrustRemoteCode,
 )
+from qlora_kit.cli.options import export as options
 
 NAME = "export"
 
 
-def _show_targets(wanted: bool) -> None:
-    """Every target with what it is."""
-    if not wanted:
-        return
-    from qlora_kit.export.targets import known_targets
-
-    for name, summary in known_targets().items():
-        print(f"{name:30} {summary}")
-    raise typer.Exit
-
-
 def command(
     run: AdapterPath,
-    to: Annotated[
-        list[str],
-        typer.Option(
-            metavar="TARGET",
-            help="adapter, merged, gguf[:TYPE], lora-gguf, ollama, onnx, gptq, nf4 … (--targets "
-            "lists them); may be given several times.",
-        ),
-    ],
-    options: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE …", help="The method's options, as block_size=32."),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Where to; unset: exports/TARGET in the run's folder.")
-    ] = None,
-    base: Annotated[
-        Literal["auto", "dequantized", "original"] | None,
-        typer.Option(
-            help="What is merged into; auto: the original weights where few bits are left, else "
-            "the merge that is there."
-        ),
-    ] = None,
+    to: options.To,
+    settings: MethodOptions = None,
+    out: options.Out = None,
+    base: options.Base = None,
     dtype: MergeDtype = None,
-    max_kl: Annotated[
-        float | None,
-        typer.Option(help="Budget: mean KL in nats per token from the trained model."),
-    ] = None,
+    max_kl: options.MaxKl = None,
     data: HeldOutRows = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(help="Text for what is calibrated, instead of the run's training rows."),
-    ] = None,
-    calibration_tokens: Annotated[
-        int | None, typer.Option(help="How much of it; unset: up to 16384 tokens.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seeds the drawing of calibration text.")] = 42,
+    calibration: options.Calibration = None,
+    calibration_tokens: options.CalibrationTokens = None,
+    seed: options.Seed = 42,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     force: Force = False,
     as_json: AsJson = False,
-    targets: Annotated[
-        bool,
-        typer.Option("--targets", help="List them.", is_eager=True, callback=_show_targets),
-    ] = False,
+    targets: options.Targets = False,
 ) -> None:
     """Export a trained adapter, and show what each step cost in one table."""
     from qlora_kit.cli.console import console_reporter
@@ -90,7 +50,7 @@ def command(
     request = ExportRequest(
         targets=tuple(parse_target(name) for name in to),
         out=out,
-        options=tuple(options or ()),
+        options=tuple(settings or ()),
         base=base,
         merge=merge_options_of(run, dtype=dtype),
         max_kl=max_kl,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qlora_kit.cli.arguments import AsJson, Overrides, RecipePath
+from qlora_kit.cli.arguments import AsJson, Overrides, RecipePath, parse_bytes
 
 if TYPE_CHECKING:
     from qlora_kit.environment import Hardware
@@ -76,7 +76,6 @@ def command(
 
 def _budget(recipe: Recipe, hardware: Hardware, asked: str | None) -> int:
     """Bytes that one device may use."""
-    from qlora_kit.cli.sensitivity import parse_bytes
     from qlora_kit.train.memory import cgroup_limit_bytes
 
     if asked is not None:

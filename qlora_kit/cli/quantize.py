@@ -3,99 +3,33 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from typing import Annotated, Literal
 
 import typer
 
-from qlora_kit.cli.arguments import AllowPickle, AsJson, TrustRemoteCode
-from qlora_kit.quantize.methods import METHODS
+from qlora_kit.cli.arguments import AllowPickle, AsJson, MethodOptions, TrustRemoteCode
+from qlora_kit.cli.options import quantize as options
 
 NAME = "quantize"
 
 
-def _show_methods(wanted: bool) -> None:
-    """Every method with its summary."""
-    if not wanted:
-        return
-    for name, entry in METHODS.items():
-        print(f"{name:9} {entry.summary}")
-    print("--describe METHOD tells a method's options.")
-    raise typer.Exit
-
-
-def _describe(name: str | None) -> None:
-    """The options of one method."""
-    if name is None:
-        return
-    from qlora_kit.quantize.methods import any_of, entry_of
-    from qlora_kit.quantize.options import describe_options
-
-    method = any_of(name)
-    print(f"{name}: {entry_of(method.name).summary}")
-    for option, default, meaning in describe_options(method.options):
-        print(f"\n{option}={default}\n    {meaning}")
-    if not method.options.model_fields:
-        print("\nIt has no options.")
-    raise typer.Exit
-
-
 def command(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL|RUN", help="A model in 16 or 32 bits; of a run, its 16-bit merge."
-        ),
-    ],
-    method: Annotated[
-        str, typer.Option(help="nf4, fp4, llm-int8, int8, gptq, awq, gguf:TYPE, onnx …")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
-    options: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="KEY=VALUE …", help="The method's options, as block_size=32."),
-    ] = None,
-    calibration: Annotated[
-        str | None,
-        typer.Option(help="Text to calibrate on: a recipe, a file, wikitext2, c4, a hub data set."),
-    ] = None,
-    calibration_tokens: Annotated[
-        int | None, typer.Option(min=2, help="How much of it; unset: up to 16384 tokens.")
-    ] = None,
-    calibration_length: Annotated[
-        int, typer.Option(min=8, help="Tokens that are read at once; longer rows are cut.")
-    ] = 512,
-    sampling: Annotated[
-        Literal["whole", "random", "by-source", "by-length"],
-        typer.Option(help="From the start, at random, or evenly over sources or lengths."),
-    ] = "random",
-    seed: Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seeds the drawing.")] = 42,
-    data: Annotated[
-        str | None,
-        typer.Option(help="Held-out text to compare on: a recipe (its eval rows), a file …"),
-    ] = None,
-    max_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of it that are compared, at most.")
-    ] = 4096,
-    max_kl: Annotated[
-        float | None,
-        typer.Option(
-            min=0, help="Budget: mean KL in nats per token from the source; exit 1 above it."
-        ),
-    ] = None,
+    model: options.Model,
+    method: options.Method,
+    out: options.Out,
+    settings: MethodOptions = None,
+    calibration: options.Calibration = None,
+    calibration_tokens: options.CalibrationTokens = None,
+    calibration_length: options.CalibrationLength = 512,
+    sampling: options.Sampling = "random",
+    seed: options.Seed = 42,
+    data: options.Data = None,
+    max_tokens: options.MaxTokens = 4096,
+    max_kl: options.MaxKl = None,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     as_json: AsJson = False,
-    methods: Annotated[
-        bool,
-        typer.Option("--methods", help="List the methods.", is_eager=True, callback=_show_methods),
-    ] = False,
-    describe: Annotated[
-        str | None,
-        typer.Option(
-            metavar="METHOD", help="Tell a method's options.", is_eager=True, callback=_describe
-        ),
-    ] = None,
+    methods: options.Methods = False,
+    describe: options.Describe = None,
 ) -> None:
     """Quantize a model, load the result again, and compare it with the model it was made from."""
     from qlora_kit.cli.console import console_reporter
@@ -117,7 +51,7 @@ def command(
         model=read_as,
         method=method,
         out=out,
-        options=tuple(options or ()),
+        options=tuple(settings or ()),
         texts=Named(calibration, data),
         calibration=spec,
         max_tokens=max_tokens,
