@@ -129,7 +129,7 @@ def prepared(arguments: argparse.Namespace, folder: Path) -> tuple[Work, dict[st
     from qlora_kit.processes import ALONE
     from qlora_kit.recipe import load_recipe
     from qlora_kit.report.reporter import SILENT
-    from qlora_kit.run import prepare
+    from qlora_kit.stages.prepare import prepare
 
     rows = arguments.rows or "demo/commands"
     values = {

@@ -81,8 +81,8 @@ def _measure(
     from qlora_kit.checkpoint.run_directory import RunDirectory, write_json
     from qlora_kit.cli.console import console_reporter
     from qlora_kit.data.prepare import prepare_eval
+    from qlora_kit.evaluate.held_out import evaluate_held_out
     from qlora_kit.report import narrate
-    from qlora_kit.run import evaluate_held_out
     from qlora_kit.runtime.open import open_runtime
 
     reporter = console_reporter(to_stderr=as_json)

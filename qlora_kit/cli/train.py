@@ -68,7 +68,7 @@ def _train(
     laps = Startup(partial(narrate.startup, reporter)) if profile_startup and is_main else UNTIMED
     laps.lap("python, recipe and its files")
     if fresh and Path(loaded.run_dir).exists():
-        from qlora_kit.run import in_fresh_folder
+        from qlora_kit.stages.folder import in_fresh_folder
 
         loaded = in_fresh_folder(loaded)
         reporter.say(

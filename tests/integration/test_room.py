@@ -60,7 +60,7 @@ def test_room_that_a_run_needs_is_what_it_writes(
         asked.append(num_bytes)
         raise Stop
 
-    monkeypatch.setattr(run_module, "require_disk", note)
+    monkeypatch.setattr("qlora_kit.stages.folder.require_disk", note)
     with pytest.raises(Stop):
         run_module.run_recipe(recipe)
     written = ["adapter", "merged"] if merge else ["adapter"]
