@@ -1,0 +1,113 @@
+"""The work that every side does: model, first values of the adapter, rows, settings."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qlora_kit.data.sequences import TokenSequence
+
+RANK, ALPHA, RATE = 16, 32, 2e-4
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every side does, as a file that it reads."""
+
+    model: str
+    adapter: str
+    batch: int
+    accumulation: int
+    recompute: str
+    precision: str
+    threads: int
+    updates: list[list[dict[str, list[int]]]]
+    """Rows of each update, with `input_ids` and `labels`."""
+
+    @property
+    def real_tokens(self) -> list[int]:
+        return [sum(len(row["input_ids"]) for row in update) for update in self.updates]
+
+    @property
+    def supervised_tokens(self) -> list[int]:
+        return [
+            sum(label != -100 for row in update for label in row["labels"][1:])
+            for update in self.updates
+        ]
+
+
+def prepared(arguments: argparse.Namespace, folder: Path) -> tuple[Work, dict[str, Any]]:
+    """The work, as the kit renders the rows and begins the adapter, and the recipe for it."""
+    from qlora_kit.environment import probe_hardware
+    from qlora_kit.processes import ALONE
+    from qlora_kit.recipe import load_recipe
+    from qlora_kit.report.reporter import SILENT
+    from qlora_kit.stages.prepare import prepare
+
+    values = recipe_of(arguments, folder / "run")
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(values))
+    recipe = load_recipe(path)
+    ready = prepare(recipe, probe_hardware(), ALONE, SILENT)
+    ready.adapted.model.save_pretrained(folder / "adapter")
+    work = Work(
+        model=str(ready.base.source.folder),
+        adapter=str(folder / "adapter"),
+        batch=arguments.batch,
+        accumulation=arguments.accumulation,
+        recompute=arguments.recompute,
+        precision=arguments.precision,
+        threads=arguments.threads,
+        updates=dealt(ready.train.sequences, arguments),
+    )
+    (folder / "work.json").write_text(json.dumps(asdict(work)))
+    return work, values
+
+
+def recipe_of(arguments: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
+    """What the kit trains by."""
+    rows = arguments.rows or "demo/commands"
+    return {
+        "model": {"name_or_path": arguments.model},
+        "quantization": {"load_in_4bit": True, "quant_type": "nf4", "double_quant": True},
+        "lora": {"r": RANK, "alpha": ALPHA, "dropout": 0.0, "target_modules": "all-linear"},
+        "data": {"train": [{"path": rows}], "max_length": arguments.max_length},
+        "train": {
+            "learning_rate": RATE,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+            "max_steps": arguments.updates,
+            "per_device_train_batch_size": arguments.batch,
+            "gradient_accumulation_steps": arguments.accumulation,
+            "optim": "adamw_torch",
+            "train_sampling_strategy": "sequential",
+            "precision": arguments.precision,
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "gradient_checkpointing": {"auto": "auto", "none": False, "all": True}[
+                arguments.recompute
+            ],
+        },
+        "evaluate": {"perplexity": False},
+        "export": {"merge": False},
+        "run_dir": str(run_dir),
+    }
+
+
+def dealt(
+    sequences: Sequence[TokenSequence], arguments: argparse.Namespace
+) -> list[list[dict[str, list[int]]]]:
+    """Rows of each update, in their order, and from the first on again after the last."""
+    size = arguments.batch * arguments.accumulation
+    return [
+        [
+            {"input_ids": list(row.input_ids), "labels": list(row.labels)}
+            for row in (sequences[(n * size + k) % len(sequences)] for k in range(size))
+        ]
+        for n in range(arguments.updates)
+    ]
