@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.artifact.card import CARD_FILE, RECORDS, how_to_load
+from qlora_kit.artifact.card import CARD_FILE, RECORDS, front_matter, how_to_load
 from qlora_kit.export.ledger import Row, markdown
-from qlora_kit.recipe.yaml import dump_yaml
 
 PACKED_INTEGERS = ("int8", "int4-group")
 
@@ -20,17 +19,9 @@ def model_card(certificate: dict[str, Any]) -> str:
     """Markdown with the front matter that the hub reads."""
     trained_on = certificate["trained_on"]
     name = trained_on["name"]
-    front = dump_yaml(
-        {
-            **base_model(trained_on, "finetune"),
-            "library_name": "transformers",
-            "pipeline_tag": "text-generation",
-            "tags": [*tags(trained_on), "merged", "qlora-kit"],
-        }
-    )
     return "\n".join(
         [
-            f"---\n{front}---\n",
+            front_matter("merged", hub_id(trained_on), "finetune", [*tags(trained_on), "merged"]),
             f"# {name.rpartition('/')[2]}, fine-tuned and merged\n",
             _how_made(certificate),
             "## What it is worth\n",
@@ -50,11 +41,9 @@ def _format(certificate: dict[str, Any]) -> str:
     return "compressed-tensors" if dtype in PACKED_INTEGERS else dtype
 
 
-def base_model(trained_on: dict[str, Any], relation: str) -> dict[str, str]:
-    """The keys by which the hub links a base; none where it is no model of the hub."""
-    if trained_on["kind"] != "hub":
-        return {}
-    return {"base_model": trained_on["name"], "base_model_relation": relation}
+def hub_id(trained_on: dict[str, Any]) -> str | None:
+    """What the hub knows the base by; None where it is no model of the hub."""
+    return trained_on["name"] if trained_on["kind"] == "hub" else None
 
 
 def _how_made(certificate: dict[str, Any]) -> str:

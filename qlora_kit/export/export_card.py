@@ -5,14 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.artifact.card import CARD_FILE, RECORDS, how_to_load, options_in_words
-from qlora_kit.export.card import base_model, is_full, ledger_section, tags, trained_from
-from qlora_kit.recipe.yaml import dump_yaml
+from qlora_kit.artifact.card import CARD_FILE, RECORDS, front_matter, how_to_load, options_in_words
+from qlora_kit.export.card import hub_id, is_full, ledger_section, tags, trained_from
 
 if TYPE_CHECKING:
     from qlora_kit.quantize.method import MethodOptions
-
-_LIBRARIES = {"adapter": "peft", "gguf": "gguf", "lora-gguf": "gguf", "ollama": "gguf"}
 
 
 def write_export_card(
@@ -30,17 +27,10 @@ def export_card(
     target, trained_on = certificate["target"], certificate["trained_on"]
     name = trained_on["name"]
     family = target.partition(":")[0]
-    front = dump_yaml(
-        {
-            **base_model(trained_on, "adapter" if family == "adapter" else "quantized"),
-            "library_name": _LIBRARIES.get(family, "transformers"),
-            "pipeline_tag": "text-generation",
-            "tags": [*tags(trained_on), family, "qlora-kit"],
-        }
-    )
+    relation = "adapter" if family == "adapter" else "quantized"
     return "\n".join(
         [
-            f"---\n{front}---\n",
+            front_matter(family, hub_id(trained_on), relation, [*tags(trained_on), family]),
             f"# {name.rpartition('/')[2]}, fine-tuned, as {target}\n",
             _how_made(certificate, options),
             "## What it is worth\n",

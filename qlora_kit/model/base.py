@@ -24,13 +24,7 @@ from qlora_kit.model.qat.attach import refuse_unaware
 from qlora_kit.model.quantized import Quantized, require_quantized
 from qlora_kit.model.quantized_cache import entry_folder, load_for_all, load_kept
 from qlora_kit.model.scan import scan_weights
-from qlora_kit.model.skeleton import (
-    Skeleton,
-    build_skeleton,
-    is_linear,
-    load_config,
-    name_matches,
-)
+from qlora_kit.model.skeleton import Skeleton, find_skeleton, is_linear, name_matches
 from qlora_kit.model.source import ModelSource, resolve_source
 from qlora_kit.model.stored import require_fitting
 from qlora_kit.model.targets import refuse_dora, require_targets
@@ -111,7 +105,7 @@ def load_base(
         ModelError: see the checks below; each names the tensor or module at fault.
         AdapterError: `lora` does not suit this model.
     """
-    source, skeleton = _found(spec)
+    source, skeleton = find_skeleton(spec)
     stored = prequantized_settings(skeleton)
     bits = quantized_bits(skeleton, quantization)
     if stored is not None:
@@ -158,18 +152,6 @@ def load_base(
         stop_ids=stop_ids(model, tokenizer),
         origin=origin,
     )
-
-
-def _found(spec: ModelSpec) -> tuple[ModelSource, Skeleton]:
-    source = resolve_source(
-        spec.name_or_path,
-        spec.revision,
-        spec.gguf_file,
-        spec.allow_pickle,
-        spec.trust_remote_code,
-    )
-    config = load_config(source.folder, spec.trust_remote_code)
-    return source, build_skeleton(config, spec.trust_remote_code)
 
 
 def _refuse_unsuitable(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.errors import ModelError
 from qlora_kit.model.skeleton import load_config, name_matches
-from qlora_kit.model.source import resolve_source
+from qlora_kit.model.source import find_source
 from qlora_kit.recipe import QuantizationSpec
 
 if TYPE_CHECKING:
@@ -48,13 +48,7 @@ def make_known(stored: dict[str, Any]) -> None:
 
 def stored_quantization(spec: ModelSpec) -> QuantizationSpec | None:
     """The settings that a bitsandbytes checkpoint was saved with; None where it is not one."""
-    source = resolve_source(
-        spec.name_or_path,
-        spec.revision,
-        spec.gguf_file,
-        spec.allow_pickle,
-        spec.trust_remote_code,
-    )
+    source = find_source(spec)
     stored = _settings(load_config(source.folder, spec.trust_remote_code))
     if stored is None or is_foreign(stored):
         return None

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from qlora_kit.environment import cache_dir
 from qlora_kit.errors import ModelError
 from qlora_kit.model.weights import weight_files
+from qlora_kit.model.word_sum import word_sum
 
 # What the fingerprint takes of a tensor besides the sum of all its words: its two ends and its
 # middle, which tell apart what a sum cannot, the order.
@@ -183,18 +184,7 @@ def _digest(shape: tuple[int, ...], flat: torch.Tensor) -> str:
         flat[middle : middle + _SAMPLE_ELEMENTS],
         flat[-_SAMPLE_ELEMENTS:],
     ]
-    digest = hashlib.sha256(f"{flat.dtype}{shape}{_word_sum(flat)}".encode())
+    digest = hashlib.sha256(f"{flat.dtype}{shape}{word_sum(flat)}".encode())
     for piece in pieces:
         digest.update(piece.contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _word_sum(flat: torch.Tensor) -> int:
-    """The sum of all 8-byte words modulo 2^64, and of the bytes that are left over.
-
-    Integers, because a sum of floats differs with the number of threads.
-    """
-    data = flat.view(torch.uint8)
-    whole = data.numel() // 8 * 8
-    words = int(data[:whole].view(torch.int64).sum())
-    return words + int(data[whole:].sum(dtype=torch.int64))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_kit.errors import ModelError
+from qlora_kit.model.word_sum import word_sum
 
 if TYPE_CHECKING:
     from torch import nn
@@ -25,7 +26,7 @@ def state_checksum(model: nn.Module) -> str:
     for name, tensor in sorted(model.state_dict().items()):
         flat = tensor.detach().reshape(-1)
         ends = torch.cat([flat[:_SAMPLE_ELEMENTS], flat[-_SAMPLE_ELEMENTS:]]).cpu()
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {_word_sum(flat)}".encode())
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} {word_sum(flat)}".encode())
         digest.update(ends.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
@@ -44,13 +45,3 @@ def require_same_base(checksums: Sequence[str]) -> None:
             "round otherwise. Train on GPUs of one kind, or let QLORA_KIT_CACHE name a folder "
             "that all machines share."
         )
-
-
-def _word_sum(flat: torch.Tensor) -> int:
-    """The sum of all 8-byte words modulo 2^64, and of the bytes that are left over."""
-    data = flat.contiguous().view(torch.uint8)
-    if data.data_ptr() % 8:
-        data = data.clone()
-    whole = data.numel() // 8 * 8
-    words = int(data[:whole].view(torch.int64).sum())
-    return words + int(data[whole:].sum(dtype=torch.int64))

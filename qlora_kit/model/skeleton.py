@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +12,14 @@ from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from qlora_kit.errors import ModelError
+from qlora_kit.model.json_file import read_json
 from qlora_kit.model.reason import reason_of
+from qlora_kit.model.source import ModelSource, find_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+
+    from qlora_kit.recipe import ModelSpec
 
 # A configuration's values reach upstream's arithmetic, look-ups and imports unchecked.
 _BAD_CONFIG = (
@@ -100,14 +103,20 @@ def _what(folder: Path) -> str:
 
 def _require_mapping(path: Path) -> None:
     """transformers takes any JSON for a configuration, and stumbles over it later."""
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError):
-        raise ModelError(f"{path} is not JSON; fetch it again.") from None
+    content = read_json(path)
     if not isinstance(content, dict):
         raise ModelError(f"{path} is no configuration: it holds a {type(content).__name__}.")
+
+
+def find_skeleton(spec: ModelSpec) -> tuple[ModelSource, Skeleton]:
+    """The model that a recipe's section names: where it lies, and what it is made of.
+
+    Raises:
+        ModelError: it is not there, or is not a causal language model that transformers knows.
+    """
+    source = find_source(spec)
+    config = load_config(source.folder, spec.trust_remote_code)
+    return source, build_skeleton(config, spec.trust_remote_code)
 
 
 def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> Skeleton:

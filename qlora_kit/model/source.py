@@ -6,13 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from qlora_kit.environment import hub_is_offline
 from qlora_kit.errors import ModelError
 from qlora_kit.model.demo import DEMO_MODEL, demo_model_folder
 from qlora_kit.model.gguf import convert_cached
 from qlora_kit.model.reason import reason_of
+
+if TYPE_CHECKING:
+    from qlora_kit.recipe import ModelSpec
 
 # What a hub snapshot needs: weights, configuration, tokenizer, templates; no other formats.
 _WEIGHTS = "*.safetensors"
@@ -84,6 +87,22 @@ def resolve_source(
     ]
     folder = _hub_snapshot(name_or_path, revision, patterns, local_only)
     return ModelSource(name_or_path, folder, "hub", folder.name)
+
+
+def find_source(spec: ModelSpec, with_weights: bool = True) -> ModelSource:
+    """What a recipe's section names, as `resolve_source` finds it.
+
+    Raises:
+        ModelError: it is not there, or cannot be had.
+    """
+    return resolve_source(
+        spec.name_or_path,
+        spec.revision,
+        spec.gguf_file,
+        spec.allow_pickle,
+        spec.trust_remote_code,
+        with_weights,
+    )
 
 
 def looks_local(name_or_path: str) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.errors import ModelError
 from qlora_kit.model.skeleton import load_config
-from qlora_kit.model.source import ModelSource, resolve_source
+from qlora_kit.model.source import ModelSource, find_source, resolve_source
 from qlora_kit.model.tokenizer import (
     PadChoice,
     ensure_padding,
@@ -40,14 +40,7 @@ def load_vocabulary(spec: ModelSpec) -> Vocabulary:
     Raises:
         ModelError: the model is not there, or has no tokenizer that can be used.
     """
-    source = resolve_source(
-        spec.name_or_path,
-        spec.revision,
-        spec.gguf_file,
-        spec.allow_pickle,
-        spec.trust_remote_code,
-        with_weights=False,
-    )
+    source = find_source(spec, with_weights=False)
     config = load_config(source.folder, spec.trust_remote_code)
     folder = source.folder
     if spec.tokenizer_name_or_path is not None:

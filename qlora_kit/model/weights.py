@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qlora_kit.errors import ModelError
+from qlora_kit.model.json_file import read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -165,12 +166,7 @@ def read_index(path: Path) -> dict[str, str]:
     Raises:
         ModelError: it cannot be read, or names files outside its folder.
     """
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
-    except (ValueError, RecursionError):
-        raise ModelError(f"{path} is not JSON; fetch it again.") from None
+    content = read_json(path)
     shard_of = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(shard_of, dict) or not shard_of:
         raise ModelError(f"{path} has no weight_map, so it does not say where the tensors are.")

@@ -10,8 +10,7 @@ import torch
 from qlora_kit.errors import ModelError
 from qlora_kit.model.base import check_vocabulary, num_embeddings, prequantized_settings
 from qlora_kit.model.scan import scan_weights
-from qlora_kit.model.skeleton import build_skeleton, load_config
-from qlora_kit.model.source import resolve_source
+from qlora_kit.model.skeleton import find_skeleton
 from qlora_kit.model.stored import require_fitting
 from qlora_kit.model.tokenizer import ensure_padding, load_tokenizer
 from qlora_kit.model.weights import readable_weights
@@ -31,16 +30,7 @@ def open_source(spec: ModelSpec, hardware: Hardware) -> Source:
     Raises:
         ModelError: it is not there, is damaged, or is quantized already.
     """
-    found = resolve_source(
-        spec.name_or_path,
-        spec.revision,
-        spec.gguf_file,
-        spec.allow_pickle,
-        spec.trust_remote_code,
-    )
-    skeleton = build_skeleton(
-        load_config(found.folder, spec.trust_remote_code), spec.trust_remote_code
-    )
+    found, skeleton = find_skeleton(spec)
     stored = prequantized_settings(skeleton)
     if stored is not None:
         raise ModelError(_quantized_already(found.name, str(stored.get("quant_method"))))

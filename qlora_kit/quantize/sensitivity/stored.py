@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from qlora_kit.errors import ModelError
 from qlora_kit.model.prequantized import prequantized_settings
 from qlora_kit.model.scan import iterate_tensors
-from qlora_kit.model.skeleton import Skeleton, build_skeleton, load_config
-from qlora_kit.model.source import resolve_source
+from qlora_kit.model.skeleton import Skeleton, find_skeleton
 from qlora_kit.model.stored import match_names
 from qlora_kit.model.weights import readable_weights
 from qlora_kit.quantize.rounding import Rounding
@@ -31,16 +30,7 @@ def stored_statistics(
     Raises:
         ModelError: the model cannot be read, is stored quantized, or has no such layer.
     """
-    source = resolve_source(
-        spec.name_or_path,
-        spec.revision,
-        spec.gguf_file,
-        spec.allow_pickle,
-        spec.trust_remote_code,
-    )
-    skeleton = build_skeleton(
-        load_config(source.folder, spec.trust_remote_code), spec.trust_remote_code
-    )
+    source, skeleton = find_skeleton(spec)
     if prequantized_settings(skeleton) is not None:
         raise ModelError(f"{source.name} is stored quantized; take the model in 16 bits.")
     names = skeleton.linear_modules
