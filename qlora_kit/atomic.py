@@ -71,7 +71,7 @@ def published_folder(folder: Path) -> Iterator[Path]:
         except OSError:
             if not folder.is_dir():
                 raise
-        _fsync(folder.parent)
+        sync(folder.parent)
 
 
 @contextmanager
@@ -88,7 +88,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
             if folder.exists():
                 folder.rename(aside)
             draft.rename(folder)
-            _fsync(folder.parent)
+            sync(folder.parent)
         finally:
             if aside.exists() and not folder.exists():
                 aside.rename(folder)
@@ -100,8 +100,8 @@ def flush_folder(draft: Path) -> None:
     for path in draft.iterdir():
         # safetensors writes files that only their owner may read; the others follow the umask.
         path.chmod(draft.stat().st_mode & 0o666)
-        _fsync(path)
-    _fsync(draft)
+        sync(path)
+    sync(draft)
 
 
 def publish_lines(path: Path, lines: Iterable[str], overwrite: bool = False) -> None:
@@ -152,7 +152,8 @@ def require_disk(
         )
 
 
-def _fsync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from qlora_kit.model.base import Base
     from qlora_kit.quantize.gguf.scripts import LlamaCpp
     from qlora_kit.quantize.method import Made
+    from qlora_kit.recipe import QuantizationSpec
 
     GgufFiles = dict[str, tuple[Path, Made]]
 
@@ -83,6 +85,24 @@ def build_llama(folder: Path, *, tied: bool = True, seed: int = 0, **config: obj
     }
     LlamaForCausalLM(LlamaConfig(**{**values, **config})).save_pretrained(folder)
     return folder
+
+
+def load_tiny(folder: Path, quantization: QuantizationSpec | None = None, **options: Any) -> Base:
+    """A base in float32, 4 bits unless told otherwise; options of `load_base`."""
+    import torch
+
+    from qlora_kit.environment import probe_hardware
+    from qlora_kit.model.base import load_base
+    from qlora_kit.recipe import ModelSpec, QuantizationSpec
+
+    return load_base(
+        ModelSpec(name_or_path=str(folder)),
+        quantization or QuantizationSpec(),
+        torch.float32,
+        "a test",
+        probe_hardware(),
+        **options,
+    )
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -5,9 +5,10 @@ They are methods so that a test can pass a disk that fails, fills up or kills th
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
+
+from qlora_kit.atomic import sync
 
 
 class Disk:
@@ -18,11 +19,7 @@ class Disk:
 
     def sync(self, path: Path) -> None:
         """Return when a file's content, or a folder's list of names, is on the disk."""
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        sync(path)
 
     def rename(self, source: Path, target: Path) -> None:
         source.rename(target)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qlora_kit.cli.arguments import AllowPickle, Force, SubjectName, TrustRemoteCode
+from qlora_kit.cli.reading import model_spec
 from qlora_kit.data.examples import AnyExample, Conversation, Message
 from qlora_kit.errors import DataError
 
@@ -41,13 +42,10 @@ def command(
 ) -> None:
     """Talk to a run or a model; lines that are piped in are answered one by one."""
     from qlora_kit.cli.console import console_reporter
-    from qlora_kit.recipe import ModelSpec
     from qlora_kit.subject import load_subject
 
     reporter = console_reporter(to_stderr=True)
-    read_as = ModelSpec(
-        name_or_path=subject, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
-    )
+    read_as = model_spec(subject, trust_remote_code, allow_pickle)
     loaded = load_subject(subject, read_as, force, reporter)
     trained = first_examples(loaded.recipe) if loaded.recipe is not None else []
     is_conversation = bool(loaded.base.tokenizer.chat_template)

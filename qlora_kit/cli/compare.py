@@ -10,7 +10,8 @@ import typer
 
 from qlora_kit.cli.arguments import AsJson, Force
 from qlora_kit.cli.options import compare as options
-from qlora_kit.errors import DataError, Fault, RecipeError, RunError
+from qlora_kit.cli.reading import recipe_with_eval_rows
+from qlora_kit.errors import DataError, RecipeError, RunError
 
 if TYPE_CHECKING:
     from qlora_kit.recipe import DataSpec, EvaluateSpec, ModelSpec
@@ -108,7 +109,6 @@ def _rows_of(models: list[str], path: Path | None, settings: list[str]) -> _Rows
     """The eval rows of a recipe, or of the first run's; looked up."""
     from qlora_kit.checkpoint.run_directory import is_run
     from qlora_kit.preflight import data_faults
-    from qlora_kit.recipe import load_recipe
 
     runs = [Path(name).expanduser() for name in models if is_run(Path(name).expanduser())]
     if path is None and not runs:
@@ -118,11 +118,7 @@ def _rows_of(models: list[str], path: Path | None, settings: list[str]) -> _Rows
         )
     if path is None:
         path = runs[0] / "recipe.yaml"
-    loaded = load_recipe(path, settings)
-    if not loaded.data.has_eval_rows:
-        raise RecipeError(
-            str(path), [Fault("data.eval", "names no source to measure on", "add one")]
-        )
+    loaded = recipe_with_eval_rows(path, settings)
     faults = [fault for fault in data_faults(loaded) if fault.path.startswith("data.eval")]
     if faults:
         raise RecipeError(str(path), faults)

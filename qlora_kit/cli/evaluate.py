@@ -10,7 +10,8 @@ import typer
 
 from qlora_kit.cli.arguments import AsJson, Force, Overrides, SubjectName
 from qlora_kit.cli.options import evaluate as options
-from qlora_kit.errors import Fault, RecipeError, RunError
+from qlora_kit.cli.reading import recipe_with_eval_rows
+from qlora_kit.errors import RunError
 
 if TYPE_CHECKING:
     from qlora_kit.recipe import Recipe
@@ -57,8 +58,6 @@ def _recipe_of_rows(
     subject: str, run: Path | None, path: Path | None, overrides: list[str]
 ) -> Recipe:
     """The recipe that is named, or else the run's own; it has eval rows."""
-    from qlora_kit.recipe import load_recipe
-
     if path is None and run is not None:
         path = run / "recipe.yaml"
     if path is None:
@@ -66,12 +65,7 @@ def _recipe_of_rows(
             f"{subject} is not a run, so its eval rows are not known; name a recipe that has some "
             "with --recipe RECIPE."
         )
-    loaded = load_recipe(path, overrides)
-    if not loaded.data.has_eval_rows:
-        raise RecipeError(
-            str(path), [Fault("data.eval", "names no source to measure on", "add one")]
-        )
-    return loaded
+    return recipe_with_eval_rows(path, overrides)
 
 
 def _measure(

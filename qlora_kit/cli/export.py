@@ -17,6 +17,7 @@ from qlora_kit.cli.arguments import (
     TrustRemoteCode,
 )
 from qlora_kit.cli.options import export as options
+from qlora_kit.cli.reading import model_spec
 
 NAME = "export"
 
@@ -45,7 +46,6 @@ def command(
     from qlora_kit.export.places import merge_options_of, places_of
     from qlora_kit.export.targets import parse_target
     from qlora_kit.quantize.calibration import CalibrationSpec
-    from qlora_kit.recipe import ModelSpec
 
     request = ExportRequest(
         targets=tuple(parse_target(name) for name in to),
@@ -66,9 +66,7 @@ def command(
 
     reporter = console_reporter(to_stderr=as_json)
     hardware = probe_hardware()
-    read_as = ModelSpec(
-        name_or_path=str(run), trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
-    )
+    read_as = model_spec(str(run), trust_remote_code, allow_pickle)
     reopened = reopen_adapter(
         run, hardware, data=data, force=force, read_as=read_as, reporter=reporter
     )

@@ -17,6 +17,7 @@ from qlora_kit.cli.arguments import (
     MergeDtype,
     TrustRemoteCode,
 )
+from qlora_kit.cli.reading import model_spec
 
 NAME = "merge"
 
@@ -55,7 +56,6 @@ def command(
     from qlora_kit.export.merge_run import merge_reopened
     from qlora_kit.export.places import merge_options_of
     from qlora_kit.export.reopen import reopen_adapter
-    from qlora_kit.recipe import ModelSpec
     from qlora_kit.report import narrate
 
     options = merge_options_of(run, base=base, dtype=dtype, max_kl=max_kl)
@@ -63,9 +63,7 @@ def command(
     require_absent(target)
     reporter = console_reporter(to_stderr=as_json)
     hardware = probe_hardware()
-    read_as = ModelSpec(
-        name_or_path=str(run), trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
-    )
+    read_as = model_spec(str(run), trust_remote_code, allow_pickle)
     reopened = reopen_adapter(
         run, hardware, data=data, force=force, read_as=read_as, reporter=reporter
     )

@@ -8,6 +8,7 @@ import typer
 
 from qlora_kit.cli.arguments import AllowPickle, AsJson, MethodOptions, TrustRemoteCode
 from qlora_kit.cli.options import quantize as options
+from qlora_kit.cli.reading import model_spec
 
 NAME = "quantize"
 
@@ -37,16 +38,13 @@ def command(
     from qlora_kit.quantize.calibration import CalibrationSpec
     from qlora_kit.quantize.held_out import Named
     from qlora_kit.quantize.quantize import Request, quantize, require_sound
-    from qlora_kit.recipe import ModelSpec
     from qlora_kit.report.quantized import quantized
 
     reporter = console_reporter(to_stderr=as_json)
     spec = CalibrationSpec(
         num_tokens=calibration_tokens, max_length=calibration_length, sampling=sampling, seed=seed
     )
-    read_as = ModelSpec(
-        name_or_path=model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
-    )
+    read_as = model_spec(model, trust_remote_code, allow_pickle)
     request = Request(
         model=read_as,
         method=method,

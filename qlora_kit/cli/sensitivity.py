@@ -10,6 +10,7 @@ import typer
 
 from qlora_kit.cli.arguments import AllowPickle, AsJson, TrustRemoteCode, parse_bytes
 from qlora_kit.cli.options import sensitivity as options
+from qlora_kit.cli.reading import model_spec
 
 if TYPE_CHECKING:
     from qlora_kit.quantize.mixed_base import Chosen
@@ -56,12 +57,9 @@ def command(
 
     from qlora_kit.cli.console import console_reporter
     from qlora_kit.quantize.rounding import Rounding
-    from qlora_kit.recipe import ModelSpec
 
     rounding = Rounding(method, block_size, double_quant)
-    spec = ModelSpec(
-        name_or_path=model, trust_remote_code=trust_remote_code, allow_pickle=allow_pickle
-    )
+    spec = model_spec(model, trust_remote_code, allow_pickle)
     reporter = console_reporter(to_stderr=as_json)
     if statistics:
         _weights_alone(spec, rounding, top, as_json, reporter)

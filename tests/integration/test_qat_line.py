@@ -24,6 +24,22 @@ def read(path: Path) -> dict[str, Any]:
     return values
 
 
+def require_measured_again(call: Call, run: Path, recipe: Path, evaluation: dict[str, Any]) -> None:
+    """A second evaluation of the run, and one of what it ships, come to what it said itself."""
+    said = call("evaluate", str(run), "--json")
+    assert said.code == 0, said.err
+    for name, wanted in evaluation.items():
+        again = json.loads(said.out)[name]
+        assert again["perplexity"]["perplexity"] == wanted["perplexity"]["perplexity"], name
+
+    said = call("evaluate", str(run / "quantized"), "--recipe", str(recipe), "--json")
+    assert said.code == 0, said.err
+    shipped = json.loads(said.out)["model"]
+    trained = evaluation["tuned"]
+    assert shipped["perplexity"]["loss"] == pytest.approx(trained["perplexity"]["loss"], abs=1e-6)
+    assert shipped["num_exact"] == trained["num_exact"]
+
+
 def test_the_whole_line(tmp_path: Path, tiny_llama: Path, call: Call) -> None:
     recipe = write_recipe(
         tmp_path, tiny_llama, quantization_aware={"method": "nf4", "start_after": 0.2}, **AWARE
@@ -40,18 +56,7 @@ def test_the_whole_line(tmp_path: Path, tiny_llama: Path, call: Call) -> None:
     assert summary["training"]["last_loss"] < summary["training"]["first_loss"]
     assert str(run / "quantized") in said.out
 
-    said = call("evaluate", str(run), "--json")
-    assert said.code == 0, said.err
-    for name, wanted in summary["evaluation"].items():
-        again = json.loads(said.out)[name]
-        assert again["perplexity"]["perplexity"] == wanted["perplexity"]["perplexity"], name
-
-    said = call("evaluate", str(run / "quantized"), "--recipe", str(recipe), "--json")
-    assert said.code == 0, said.err
-    shipped = json.loads(said.out)["model"]
-    trained = summary["evaluation"]["tuned"]
-    assert shipped["perplexity"]["loss"] == pytest.approx(trained["perplexity"]["loss"], abs=1e-6)
-    assert shipped["num_exact"] == trained["num_exact"]
+    require_measured_again(call, run, recipe, summary["evaluation"])
 
     said = call(
         "quantize", str(run / "merged"), "--method", "nf4", "--out", str(tmp_path / "again")
@@ -112,18 +117,7 @@ def test_the_whole_line_of_all_weights(tmp_path: Path, tiny_llama: Path, call: C
     assert summary["certificate"]["divergence"]["kl_mean"] <= 1e-6
     assert summary["training"]["last_loss"] < summary["training"]["first_loss"] - 0.5
 
-    said = call("evaluate", str(run), "--json")
-    assert said.code == 0, said.err
-    for name, wanted in summary["evaluation"].items():
-        again = json.loads(said.out)[name]
-        assert again["perplexity"]["perplexity"] == wanted["perplexity"]["perplexity"], name
-
-    said = call("evaluate", str(run / "quantized"), "--recipe", str(recipe), "--json")
-    assert said.code == 0, said.err
-    shipped = json.loads(said.out)["model"]
-    trained = summary["evaluation"]["tuned"]
-    assert shipped["perplexity"]["loss"] == pytest.approx(trained["perplexity"]["loss"], abs=1e-6)
-    assert shipped["num_exact"] == trained["num_exact"]
+    require_measured_again(call, run, recipe, summary["evaluation"])
 
 
 def test_all_weights_killed_and_gone_on_with(tmp_path: Path, tiny_llama: Path, call: Call) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import load_tiny
 
 from qlora_kit.data.prepare import Part, prepare_eval
 from qlora_kit.data.render import render, render_prompt
-from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import ModelError
 from qlora_kit.evaluate.evaluate import (
     ModelEvaluation,
@@ -22,8 +22,8 @@ from qlora_kit.evaluate.evaluate import (
 from qlora_kit.evaluate.generation import generate_answers
 from qlora_kit.evaluate.perplexity import measure_perplexity
 from qlora_kit.model.adapter import attach_adapter
-from qlora_kit.model.base import Base, load_base
-from qlora_kit.recipe import DataSpec, EvaluateSpec, LoraSpec, ModelSpec, QuantizationSpec
+from qlora_kit.model.base import Base
+from qlora_kit.recipe import DataSpec, EvaluateSpec, LoraSpec
 from qlora_kit.report.reporter import Reporter
 from qlora_kit.runtime.forward import CausalScorer, context_tokens
 from qlora_kit.runtime.transformers import TransformersRuntime
@@ -51,13 +51,7 @@ class Said(Reporter):
 
 @pytest.fixture
 def base(tiny_llama: Path) -> Base:
-    return load_base(
-        ModelSpec(name_or_path=str(tiny_llama)),
-        QuantizationSpec(),
-        torch.float32,
-        "test",
-        probe_hardware(),
-    )
+    return load_tiny(tiny_llama)
 
 
 def alone(base: Base, name: str = "it") -> TransformersRuntime:

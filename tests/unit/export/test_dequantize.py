@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_kit.artifact.record import verify_artifact
 from qlora_kit.artifact.verify import verify
@@ -17,7 +17,7 @@ from qlora_kit.errors import ModelError, RunError
 from qlora_kit.export.dequantize import DequantizeResult, dequantize_checkpoint
 from qlora_kit.recipe import QuantizationSpec
 
-from .tiny_runs import CONFIGS, NUM_TOKENS, load, reload_logits, save_model, some_ids
+from .tiny_runs import CONFIGS, load, reload_logits, save_fused_model, save_model, some_ids
 
 pytestmark = pytest.mark.filterwarnings("ignore:MatMul8bitLt")
 
@@ -97,21 +97,7 @@ def test_the_dtype_is_what_was_asked(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_is_fused_on_loading_is_refused(tmp_path: Path) -> None:
     """transformers cannot read back what it saves of such a model in 4 bits."""
-    config = AutoConfig.for_model(
-        "hrm_text",
-        vocab_size=NUM_TOKENS,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=64,
-        eos_token_id=1,
-        bos_token_id=None,
-        pad_token_id=None,
-    )
-    save_model(tmp_path / "dense", config)
+    save_fused_model(tmp_path / "dense")
     load(tmp_path / "dense").model.save_pretrained(tmp_path / "quantized")
     with pytest.raises(ModelError):
         dequantize(tmp_path / "quantized")

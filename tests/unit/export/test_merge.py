@@ -23,7 +23,16 @@ from qlora_kit.model.weight import dequantized_weight
 from qlora_kit.recipe import LoraSpec, QuantizationSpec
 from qlora_kit.report.reporter import Reporter
 
-from .tiny_runs import CONFIGS, NUM_TOKENS, load, reload_logits, save_model, some_ids, tune
+from .tiny_runs import (
+    CONFIGS,
+    NUM_TOKENS,
+    load,
+    reload_logits,
+    save_fused_model,
+    save_model,
+    some_ids,
+    tune,
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`"),
@@ -228,25 +237,6 @@ def test_many_shards_and_a_prefix_that_the_checkpoint_lacks(tmp_path: Path) -> N
     assert (reload_logits(tmp_path / "merged", ids) - tuned.logits(ids)).abs().max() < 1e-5
     with Checkpoint(tmp_path / "merged") as checkpoint:
         assert set(checkpoint.names()) == set(tensors) - {"h.0.attn.bias"}
-
-
-def save_fused_model(folder: Path) -> None:
-    """One whose projections are tensors of their own on disk, and one in memory."""
-    config = AutoConfig.for_model(
-        "hrm_text",
-        vocab_size=NUM_TOKENS,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        head_dim=32,
-        max_position_embeddings=64,
-        eos_token_id=1,
-        bos_token_id=None,
-        pad_token_id=None,
-    )
-    save_model(folder, config)
 
 
 def test_a_base_that_is_fused_on_loading_is_merged_in_memory(tmp_path: Path) -> None:

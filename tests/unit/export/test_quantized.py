@@ -123,6 +123,16 @@ def make_run(
     return AwareRun(run, recipe, base, model, held_out)
 
 
+def require_same_again(made: AwareRun, out: Path) -> None:
+    """Merged from the disk into `out`, it is the model that the run has shipped."""
+    first = made.merge()
+    reopened = reopen_adapter(made.run.folder, probe_hardware())
+    second = merge_reopened(reopened, out, MergeSpec(max_kl=1e-6), probe_hardware())
+    assert second["divergence"] == first["divergence"]
+    again = out.with_name(f"{out.name}-quantized") / "model.safetensors"
+    assert file_sha256(again) == file_sha256(made.run.quantized / "model.safetensors")
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_quantized_model_is_the_trained_graph(tmp_path: Path, method: str) -> None:
     made = make_run(tmp_path, METHODS[method])
@@ -211,15 +221,7 @@ class TestFull:
 
     def test_it_is_merged_again_from_the_disk(self, tmp_path: Path) -> None:
         made = make_run(tmp_path, {"method": "int8", "train": "full"})
-        first = made.merge()
-        reopened = reopen_adapter(made.run.folder, probe_hardware())
-        out = tmp_path / "again"
-        second = merge_reopened(reopened, out, MergeSpec(max_kl=1e-6), probe_hardware())
-        assert second["divergence"] == first["divergence"]
-        name = "model.safetensors"
-        assert file_sha256(tmp_path / "again-quantized" / name) == file_sha256(
-            made.run.quantized / name
-        )
+        require_same_again(made, tmp_path / "again")
 
 
 def test_layers_without_an_adapter_are_quantized_as_well(tmp_path: Path) -> None:
@@ -276,16 +278,8 @@ def test_from_the_disk_it_is_the_graph_that_was_trained(tmp_path: Path) -> None:
 
 def test_it_is_merged_again_from_the_disk(tmp_path: Path) -> None:
     made = make_run(tmp_path, {"method": "int4-group", "group_size": 32})
-    first = made.merge()
-    reopened = reopen_adapter(made.run.folder, probe_hardware())
-    out = tmp_path / "again"
-    second = merge_reopened(reopened, out, MergeSpec(max_kl=1e-6), probe_hardware())
-    assert second["divergence"] == first["divergence"]
-    name = "model.safetensors"
-    assert file_sha256(tmp_path / "again-quantized" / name) == file_sha256(
-        made.run.quantized / name
-    )
-    assert (out / name).is_file()
+    require_same_again(made, tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").is_file()
 
 
 def test_an_unfinished_attempt_is_made_again(tmp_path: Path) -> None:

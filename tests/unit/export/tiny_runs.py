@@ -12,6 +12,7 @@ import torch
 from peft import PeftModel
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     GPT2Config,
     LlamaConfig,
@@ -131,6 +132,25 @@ class Tuned:
         self.model.eval()
         with torch.no_grad():
             return self.model(input_ids=input_ids).logits
+
+
+def save_fused_model(folder: Path) -> None:
+    """One whose projections are tensors of their own on disk, and one in memory."""
+    config = AutoConfig.for_model(
+        "hrm_text",
+        vocab_size=NUM_TOKENS,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=64,
+        eos_token_id=1,
+        bos_token_id=None,
+        pad_token_id=None,
+    )
+    save_model(folder, config)
 
 
 def load(

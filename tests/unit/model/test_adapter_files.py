@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import load_tiny
 from safetensors.torch import load_file
 
-from qlora_kit.environment import probe_hardware
 from qlora_kit.model.adapter import attach_adapter
-from qlora_kit.model.base import load_base, prepare_for_training
+from qlora_kit.model.base import prepare_for_training
 from qlora_kit.model.manifest import MANIFEST_FILE
 from qlora_kit.model.saved import WEIGHTS_FILE, adapter_files, write_adapter
-from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec
+from qlora_kit.recipe import LoraSpec, QuantizationSpec
 
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -29,13 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_same_files_and_tensors(kind: str, tiny_llama: Path, tmp_path: Path) -> None:
     quantization = QuantizationSpec()
-    base = load_base(
-        ModelSpec(name_or_path=str(tiny_llama)),
-        quantization,
-        torch.float32,
-        "test",
-        probe_hardware(),
-    )
+    base = load_tiny(tiny_llama, quantization)
     prepare_for_training(base.model)
     model = attach_adapter(base, LoraSpec(r=4, alpha=8, **KINDS[kind]), 1).model
     described = (model, base, quantization, "0" * 64)

@@ -11,15 +11,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import build_llama
+from conftest import build_llama, load_tiny
 
-from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import HardwareError
-from qlora_kit.model.base import Base, load_base
+from qlora_kit.model.base import Base
 from qlora_kit.model.load import load_model
 from qlora_kit.model.quantized_cache import entry_folder
 from qlora_kit.model.shared import state_checksum
-from qlora_kit.recipe import ModelSpec, QuantizationSpec
+from qlora_kit.recipe import QuantizationSpec
 from qlora_kit.report.reporter import SILENT, Reporter
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -49,15 +48,8 @@ def load(
     is_shared: bool = True,
     reporter: Reporter = SILENT,
 ) -> Base:
-    return load_base(
-        ModelSpec(name_or_path=str(model)),
-        QuantizationSpec(**KINDS[kind]),
-        torch.float32,
-        "test",
-        probe_hardware(),
-        is_shared=is_shared,
-        reporter=reporter,
-    )
+    quantization = QuantizationSpec(**KINDS[kind])
+    return load_tiny(model, quantization, is_shared=is_shared, reporter=reporter)
 
 
 def tensors_of(state: Any) -> Iterator[torch.Tensor]:

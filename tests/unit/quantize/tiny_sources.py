@@ -47,7 +47,11 @@ WORDS = ["turn", "the", "kitchen", "lamp", "percent", "please", "quick", "brown"
 
 
 def build(
-    folder: Path, model_type: str, values: dict[str, Any], dtype: torch.dtype = torch.float32
+    folder: Path,
+    model_type: str,
+    values: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    spread: float = 0.02,
 ) -> Path:
     """A random model whose biases and norms are not the trivial ones of a fresh one."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +63,7 @@ def build(
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.02)
+            parameter.add_(torch.randn_like(parameter) * spread)
     model.to(dtype).save_pretrained(folder)
     return folder
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import load_tiny
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
@@ -19,13 +20,10 @@ from qlora_kit.data.ledger import Ledger
 from qlora_kit.data.pack import PackedSequence
 from qlora_kit.data.prepare import Part
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
-from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import ModelError
-from qlora_kit.model.base import Base, load_base
+from qlora_kit.model.base import Base
 from qlora_kit.recipe import (
     DataSpec,
-    ModelSpec,
-    QuantizationSpec,
     Recipe,
     SourceSpec,
     recipe_from_dict,
@@ -37,13 +35,7 @@ from qlora_kit.train.isolation import Leakage, measure_leakage
 
 @pytest.fixture(scope="module")
 def base(tiny_llama: Path) -> Base:
-    return load_base(
-        ModelSpec(name_or_path=str(tiny_llama)),
-        QuantizationSpec(),
-        torch.float32,
-        "test",
-        probe_hardware(),
-    )
+    return load_tiny(tiny_llama)
 
 
 def sequences(*lengths: int) -> list[TokenSequence]:

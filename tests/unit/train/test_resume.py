@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import load_tiny
 
 from qlora_kit.checkpoint.checkpoints import find_checkpoints, newest_whole
 from qlora_kit.checkpoint.manifest import faults_of
@@ -26,7 +27,7 @@ from qlora_kit.data.stream import Pass, StreamedSequences
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import HardwareError, RunError
 from qlora_kit.model.adapter import attach_adapter
-from qlora_kit.model.base import load_base, prepare_for_training
+from qlora_kit.model.base import prepare_for_training
 from qlora_kit.model.fused import linear
 from qlora_kit.model.manifest import read_manifest
 from qlora_kit.model.qat.aware import Aware
@@ -34,7 +35,6 @@ from qlora_kit.model.saved import adapter_files, save_adapter
 from qlora_kit.processes import Processes
 from qlora_kit.recipe import (
     LoraSpec,
-    ModelSpec,
     QuantizationAwareSpec,
     QuantizationSpec,
     TrainSpec,
@@ -144,13 +144,7 @@ def run(tiny_llama: Path, tmp_path: Path) -> Run:
         **spec: Any,
     ) -> Outcome:
         quantization = QuantizationSpec(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
-        base = load_base(
-            ModelSpec(name_or_path=str(tiny_llama)),
-            quantization,
-            torch.float32,
-            "test",
-            probe_hardware(),
-        )
+        base = load_tiny(tiny_llama, quantization)
         prepare_for_training(base.model)
         options = {"r": 4, "alpha": 8, "dropout": 0.1, **(lora or {})}
         seen = Aware(QuantizationAwareSpec(**aware), torch.float32) if aware else None

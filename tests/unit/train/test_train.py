@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import load_tiny
 
 from qlora_kit.checkpoint.run_directory import RunDirectory
 from qlora_kit.data.collate import Collator
@@ -18,9 +19,9 @@ from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import TrainingError
 from qlora_kit.model.adapter import Adapted, attach_adapter, require_float32_trainables
-from qlora_kit.model.base import Base, load_base, prepare_for_training
+from qlora_kit.model.base import Base, prepare_for_training
 from qlora_kit.model.saved import adapter_files, load_adapter, save_adapter
-from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec, TrainSpec
+from qlora_kit.recipe import LoraSpec, QuantizationSpec, TrainSpec
 from qlora_kit.report.reporter import SILENT
 from qlora_kit.train.batching import Batching
 from qlora_kit.train.memory import MemoryWatch
@@ -56,14 +57,7 @@ Start = Callable[..., Setup]
 @pytest.fixture
 def start(tiny_llama: Path) -> Start:
     def build(seed: int = 1, folder: Path = tiny_llama, **lora: object) -> Setup:
-        hardware = probe_hardware()
-        base = load_base(
-            ModelSpec(name_or_path=str(folder)),
-            QuantizationSpec(),
-            torch.float32,
-            "test",
-            hardware,
-        )
+        base = load_tiny(folder)
         prepare_for_training(base.model)
         return Setup(base, attach_adapter(base, LoraSpec(r=4, alpha=8, **lora), seed))
 

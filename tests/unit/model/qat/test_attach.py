@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import load_tiny
 from transformers import GPT2Config, MixtralConfig
 
-from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import AdapterError, ModelError, TrainingError
 from qlora_kit.model.adapter import attach_adapter
-from qlora_kit.model.base import Base, load_base
+from qlora_kit.model.base import Base
 from qlora_kit.model.qat.attach import (
     fake_quantization_of,
     quantized_in_training,
@@ -22,7 +22,7 @@ from qlora_kit.model.qat.attach import (
 from qlora_kit.model.qat.aware import Aware, aware_of
 from qlora_kit.model.qat.linear import QuantizedLinear, QuantizedLora
 from qlora_kit.model.skeleton import build_skeleton
-from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationAwareSpec, QuantizationSpec
+from qlora_kit.recipe import LoraSpec, QuantizationAwareSpec, QuantizationSpec
 from qlora_kit.train.quantization import QuantizationStart
 
 
@@ -30,15 +30,21 @@ def aware(**values: Any) -> Aware:
     return Aware(QuantizationAwareSpec(**{"method": "nf4", **values}), torch.float32)
 
 
-def base_of(folder: Path, spec: QuantizationAwareSpec | None = None) -> Base:
-    return load_base(
-        ModelSpec(name_or_path=str(folder)),
-        QuantizationSpec(load_in_4bit=False),
-        torch.float32,
-        "test",
-        probe_hardware(),
-        aware=spec,
+def mixtral() -> MixtralConfig:
+    """Experts in one tensor, and a router."""
+    return MixtralConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        num_local_experts=2,
     )
+
+
+def base_of(folder: Path, spec: QuantizationAwareSpec | None = None) -> Base:
+    return load_tiny(folder, QuantizationSpec(load_in_4bit=False), aware=spec)
 
 
 def test_every_linear_layer_but_the_head(tiny_llama_untied: Path) -> None:
@@ -129,16 +135,7 @@ class TestFull:
         assert sum("down_proj" in name for name in trained) == 2
 
     def test_routers_stay_as_they_are(self) -> None:
-        config = MixtralConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=2,
-        )
-        skeleton = build_skeleton(config)
+        skeleton = build_skeleton(mixtral())
         names = trained_in_full(skeleton)
         assert {name.rpartition(".")[2] for name in names} == {
             "q_proj",
@@ -148,12 +145,9 @@ class TestFull:
         }
 
     def test_what_of_lora_does_not_suit_the_model_does_not_matter(self, tiny_llama: Path) -> None:
-        base = load_base(
-            ModelSpec(name_or_path=str(tiny_llama)),
+        base = load_tiny(
+            tiny_llama,
             QuantizationSpec(load_in_4bit=False),
-            torch.float32,
-            "test",
-            probe_hardware(),
             lora=LoraSpec(target_modules=("no_such",)),
             aware=aware(train="full").spec,
         )
@@ -184,17 +178,8 @@ class TestRecord:
 
 class TestRefused:
     def test_experts_in_one_tensor(self) -> None:
-        config = MixtralConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            num_local_experts=2,
-        )
         with pytest.raises(ModelError, match=r"mixtral.*experts.*dense model"):
-            refuse_unaware(build_skeleton(config), aware().spec)
+            refuse_unaware(build_skeleton(mixtral()), aware().spec)
 
     def test_a_group_that_does_not_divide(self, tiny_llama: Path) -> None:
         spec = QuantizationAwareSpec(method="int4-group", group_size=128)
