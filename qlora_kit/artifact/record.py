@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import qlora_kit
-from qlora_kit.environment import package_versions
 from qlora_kit.errors import ArtifactError
 from qlora_kit.records import (
     DamagedRecordError,
@@ -28,6 +27,7 @@ from qlora_kit.records import (
     seal_of,
     sealed_bytes,
 )
+from qlora_kit.versions import package_versions
 
 ARTIFACT_FILE = "artifact.json"
 _FORMAT = 1

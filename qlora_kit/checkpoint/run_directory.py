@@ -9,7 +9,6 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from qlora_kit import environment
 from qlora_kit.checkpoint.checkpoints import Found, find_checkpoints, is_half_written
 from qlora_kit.checkpoint.drift import compare
 from qlora_kit.checkpoint.lock import LOCK_FILE
@@ -17,6 +16,7 @@ from qlora_kit.checkpoint.manifest import faults_at_a_glance
 from qlora_kit.errors import RecipeError, RunError
 from qlora_kit.recipe import Recipe, load_recipe, recipe_hash, save_recipe
 from qlora_kit.refusals import naming
+from qlora_kit.versions import describe
 
 OPTIMIZER_FILE = "optimizer.safetensors"  # of a checkpoint
 RECIPE_RECORD = "checkpoint_recipe.yaml"  # of a checkpoint
@@ -143,7 +143,7 @@ def create_run(recipe: Recipe) -> RunDirectory:
             "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
             "recipe_sha256": recipe_hash(recipe),
             "seed": recipe.train.seed,
-            **environment.describe(),
+            **describe(),
         },
     )
     save_recipe(recipe, run.recipe)  # last: its presence makes the folder a run

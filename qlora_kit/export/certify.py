@@ -13,7 +13,7 @@ import torch
 
 import qlora_kit
 from qlora_kit.artifact.record import AdapterRef, BaseRef, MadeFrom, write_record
-from qlora_kit.environment import Hardware, package_versions
+from qlora_kit.environment import Hardware
 from qlora_kit.evaluate.divergence import Recorded, compare_to_recorded
 from qlora_kit.export.card import PACKED_INTEGERS, write_card
 from qlora_kit.export.choose import Candidate, why_beyond_budget
@@ -30,6 +30,7 @@ from qlora_kit.model.source import ModelSource
 from qlora_kit.records import file_sha256
 from qlora_kit.report.reporter import SILENT, Reporter
 from qlora_kit.runtime.forward import CausalScorer
+from qlora_kit.versions import package_versions
 
 CERTIFICATE_FILE = "certificate.json"
 BATCH_SIZE = 64

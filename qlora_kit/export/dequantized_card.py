@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import qlora_kit
 from qlora_kit.artifact.card import CARD_FILE, RECORDS, front_matter, how_to_load
-from qlora_kit.environment import package_versions
+from qlora_kit.versions import package_versions
 
 if TYPE_CHECKING:
     from qlora_kit.evaluate.divergence import Divergence

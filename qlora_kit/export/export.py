@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import qlora_kit
 from qlora_kit.artifact.record import read_record, write_record
 from qlora_kit.atomic import draft_beside, flush_folder, require_disk
-from qlora_kit.environment import package_versions
 from qlora_kit.export.certify import CERTIFICATE_FILE, origin_of, trained_on
 from qlora_kit.export.chain import SIXTEEN_BIT, base_name, begin_ledger, free_memory
 from qlora_kit.export.export_card import write_export_card
@@ -28,6 +27,7 @@ from qlora_kit.quantize.methods import tools_of
 from qlora_kit.records import file_sha256
 from qlora_kit.report.reporter import SILENT, Reporter
 from qlora_kit.runtime.open import open_runtime
+from qlora_kit.versions import package_versions
 
 if TYPE_CHECKING:
     from qlora_kit.environment import Hardware

@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import qlora_kit
-from qlora_kit.environment import package_versions
 from qlora_kit.errors import AdapterError
 from qlora_kit.model.base import Base, quantization_record
 from qlora_kit.model.source import ModelSource
 from qlora_kit.model.tokenizer import template_hash, tokenizer_hash
 from qlora_kit.recipe import ModelSpec, QuantizationSpec
 from qlora_kit.records import file_sha256
+from qlora_kit.versions import package_versions
 
 MANIFEST_FILE = "qlora_kit.json"
 _FORMAT = 1

@@ -24,12 +24,7 @@ import torch
 from safetensors import SafetensorError
 
 from qlora_kit.atomic import ANOTHER_CACHE, published_folder, require_disk
-from qlora_kit.environment import (
-    available_cpus,
-    cache_dir,
-    package_versions,
-    quantized_cache_bytes,
-)
+from qlora_kit.environment import available_cpus, cache_dir, quantized_cache_bytes
 from qlora_kit.errors import HardwareError, ModelError
 from qlora_kit.model.shared import state_checksum
 from qlora_kit.records import (
@@ -43,6 +38,7 @@ from qlora_kit.records import (
     sealed_bytes,
 )
 from qlora_kit.refusals import said_by_the_disk
+from qlora_kit.versions import package_versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

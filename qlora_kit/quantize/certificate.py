@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import qlora_kit
-from qlora_kit.environment import package_versions
 from qlora_kit.quantize.card import write_card
 from qlora_kit.quantize.methods import tools_of
 from qlora_kit.records import file_sha256
+from qlora_kit.versions import package_versions
 
 if TYPE_CHECKING:
     from qlora_kit.evaluate.divergence import Divergence

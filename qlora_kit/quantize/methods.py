@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from qlora_kit.environment import package_versions
 from qlora_kit.errors import ModelError
 from qlora_kit.extras import distributions, require_extra
+from qlora_kit.versions import package_versions
 
 if TYPE_CHECKING:
     from qlora_kit.quantize.method import Method

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from qlora_kit.checkpoint.entry import Entry, require_same_work
 from qlora_kit.checkpoint.fingerprints import Fingerprints, SourcePrint
 from qlora_kit.data.prepare import fingerprint_of
-from qlora_kit.environment import Hardware, kit_version, package_versions
+from qlora_kit.environment import Hardware
 from qlora_kit.model.tokenizer import template_hash, tokenizer_hash
 from qlora_kit.processes import Processes
 from qlora_kit.recipe import Recipe
@@ -15,6 +15,7 @@ from qlora_kit.report import narrate
 from qlora_kit.report.reporter import Reporter
 from qlora_kit.stages.prepare import Prepared
 from qlora_kit.train.continuation import Continuation
+from qlora_kit.versions import kit_version, package_versions
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -12,9 +12,9 @@ from peft import PeftModel
 from torch import nn
 
 import qlora_kit
-from qlora_kit.environment import package_versions
 from qlora_kit.model.qat.attach import fake_quantization_of
 from qlora_kit.records import file_sha256
+from qlora_kit.versions import package_versions
 
 # Whose code is told by a version, or by its digest.
 _KNOWN_PACKAGES = {"torch", "transformers", "peft", "bitsandbytes", "qlora_kit"}

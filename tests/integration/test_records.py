@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from qlora_kit.environment import REPORTED_PACKAGES, package_versions
 from qlora_kit.recipe import load_recipe, recipe_hash
+from qlora_kit.versions import REPORTED_PACKAGES, package_versions
 
 from .conftest import ROOT, Call, FinishedRun, write_recipe
 

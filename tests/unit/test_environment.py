@@ -15,19 +15,19 @@ import pytest
 import torch
 
 import qlora_kit
-from qlora_kit import environment
+from qlora_kit import environment, versions
 from qlora_kit.environment import (
     Hardware,
     available_cpus,
     cache_dir,
     describe,
     hub_is_offline,
-    kit_version,
     probe_hardware,
     resolve_compute_dtype,
 )
 from qlora_kit.errors import HardwareError
 from qlora_kit.train.arguments import resolve_precision
+from qlora_kit.versions import kit_version
 
 PACKAGE = Path(qlora_kit.__file__).parent
 
@@ -263,7 +263,7 @@ def test_two_states_of_one_checkout_are_told_apart(
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
     for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "first"]):
         subprocess.run([*git, *command], check=True)
-    monkeypatch.setattr(environment, "__file__", str(code))
+    monkeypatch.setattr(versions, "__file__", str(code))
     seen = [kit_version()]
     for text in ("two\n", "three\n"):
         other.write_text(text)
