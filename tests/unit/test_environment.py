@@ -20,14 +20,13 @@ from qlora_kit.environment import (
     Hardware,
     available_cpus,
     cache_dir,
-    describe,
     hub_is_offline,
     probe_hardware,
     resolve_compute_dtype,
 )
 from qlora_kit.errors import HardwareError
 from qlora_kit.train.arguments import resolve_precision
-from qlora_kit.versions import kit_version
+from qlora_kit.versions import describe, kit_version
 
 PACKAGE = Path(qlora_kit.__file__).parent
 
