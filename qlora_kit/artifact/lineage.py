@@ -78,6 +78,7 @@ def parent_link(parent: ParentRef) -> Link:
 
 
 def adapter_link(adapter: AdapterRef) -> Link:
+    """The adapter that something was made from: there, with the same weights."""
     weights = Path(adapter.path) / _ADAPTER_WEIGHTS
     if not weights.is_file():
         faults: tuple[str, ...] = ("is not there any more",)
@@ -89,6 +90,7 @@ def adapter_link(adapter: AdapterRef) -> Link:
 
 
 def recipe_link(path: Path, sha256: str) -> Link:
+    """The recipe of a run, whose hash may be over the keys that were set, or over every field."""
     from qlora_kit.recipe import load_recipe
     from qlora_kit.recipe.identity import every_field_hash, recipe_hash
 

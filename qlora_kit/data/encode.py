@@ -210,6 +210,7 @@ def _broken(text: str, tokens: re.Pattern[str]) -> list[str]:
 def decode(
     tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special_tokens: bool = False
 ) -> str:
+    """The text of ids as it stands: no spaces are tidied up around punctuation."""
     text = tokenizer.decode(
         list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
     )

@@ -84,6 +84,7 @@ def packages_finding(version: str, outcome: Outcome) -> Finding:
 
 
 def torch_finding(outcome: Outcome) -> Finding:
+    """Whether torch can be imported, and what it was built for."""
     if outcome.fault:
         return Finding("torch", "broken", outcome.fault, "nothing but `check` works; reinstall it")
     build: TorchBuild = outcome.value
@@ -190,6 +191,7 @@ def memory_finding(memory: Memory, machine: Hardware) -> Finding:
 
 
 def speed_finding(outcome: Outcome) -> Finding:
+    """How fast matrices are multiplied, and what that allows a model of 1 B parameters at most."""
     if outcome.fault:
         return Finding("speed", "note", f"could not be measured: {outcome.fault}")
     rate: float = outcome.value

@@ -52,6 +52,7 @@ class FourBit:
 
 
 def torch_build() -> TorchBuild:
+    """What the installed torch was built for."""
     import torch
 
     kinds = (("CUDA", torch.version.cuda), ("ROCm", torch.version.hip))
@@ -68,6 +69,7 @@ def hardware() -> Hardware:
 
 
 def memory() -> Memory:
+    """Of the device that trains; of a CPU what the container allows."""
     import psutil
     import torch
 

@@ -115,6 +115,7 @@ def show(value: Any, limit: int = 60) -> str:
 
 
 def show_kind(value: Any) -> str:
+    """A value with what kind of thing it is: `text ('4')`."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):

@@ -55,6 +55,7 @@ _HIGHEST_FULL_RATE = 1e-4
 def hardware(
     reporter: Reporter, machine: Hardware, compute_dtype: str, why: str, precision: str
 ) -> None:
+    """The device, its memory, and the dtypes that follow from it, with why."""
     memory = machine.device_memory_bytes or machine.host_memory_bytes
     reporter.say(
         f"machine   {machine.device_name}, {machine.num_cpus} cores, {memory / _GIB:.0f} GiB"
@@ -110,6 +111,7 @@ def drift(reporter: Reporter, found: Drift) -> None:
 
 
 def base(reporter: Reporter, loaded: Base, quantization: QuantizationSpec) -> None:
+    """What was loaded: its parameters, how many of them at which width, how it was come by."""
     counted = loaded.quantized
     double = " with double quantization" if quantization.double_quant else ""
     names = {
@@ -145,6 +147,7 @@ def base(reporter: Reporter, loaded: Base, quantization: QuantizationSpec) -> No
 def data(
     reporter: Reporter, train: Part, held_out: Part, tokenizer: PreTrainedTokenizerBase
 ) -> None:
+    """Where rows and tokens of both parts went, and one example as it is trained on."""
     rows = [
         _ledger_row(name, part.ledger)
         for name, part in (("train", train), ("eval", held_out))
@@ -184,6 +187,7 @@ def _ledger_row(name: str, ledger: Ledger) -> tuple[str, ...]:
 
 
 def adapter(reporter: Reporter, adapted: Adapted, recipe: Recipe) -> None:
+    """Parameters that are trained, of how many in all, and where they are."""
     share = adapted.num_trainable / adapted.num_parameters
     trained = (
         f"{adapted.num_trainable:,} of {adapted.num_parameters:,} parameters trained ({share:.2%})"

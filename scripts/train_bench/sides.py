@@ -15,6 +15,7 @@ Ends = list[tuple[float, float]]
 
 
 def moment() -> tuple[float, float]:
+    """The time, and the CPU seconds of this process so far."""
     return time.time(), time.process_time()
 
 

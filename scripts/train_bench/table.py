@@ -129,10 +129,12 @@ def against_kit(rounds: list[list[Outcome]]) -> dict[str, dict[str, str]]:
 
 
 def spread(values: list[float]) -> str:
+    """Median, with the lowest and the highest."""
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
 def worst_difference(by_side: dict[str, list[Outcome]]) -> float:
+    """Of any update's loss from that of the first run of `plain`, relative to it."""
     reference = by_side.get("plain", next(iter(by_side.values())))[0].losses
     return max(
         abs(loss - wanted) / max(abs(wanted), 1e-12)
