@@ -45,7 +45,7 @@ def test_environment_says_where_and_with_what_it_ran(finished: FinishedRun) -> N
 def test_the_commit_is_that_of_the_working_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qlora_kit.environment import describe
+    from qlora_kit.versions import describe
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
