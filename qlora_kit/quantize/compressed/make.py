@@ -16,6 +16,7 @@ from qlora_kit.model.skeleton import is_linear
 from qlora_kit.model.without_bars import without_bars
 from qlora_kit.quantize.compressed.oneshot import quantize_with
 from qlora_kit.quantize.compressed.options import CompressedOptions
+from qlora_kit.quantize.compressed.warnings import notes_of
 from qlora_kit.quantize.layers import quantized_layers
 from qlora_kit.quantize.load import kept_dtype, load_source, reload
 from qlora_kit.quantize.method import Calibration, Made, Source
@@ -89,7 +90,7 @@ def make_compressed(
             "reload_logit_difference": difference,
             "warnings": told,
         },
-        notes=(f"{len(names)} linear layers in {options.bits} bits", *told),
+        notes=(f"{len(names)} linear layers in {options.bits} bits", *notes_of(told)),
     )
 
 

@@ -2,7 +2,7 @@
 
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html: `value = scale *
 (q - zero_point)`; activations in 0 … 255 over one range of the whole tensor that holds zero,
-weights in −64 … 64 (7 bits) with one scale for each output. Nothing of it can saturate here.
+weights in −64 … 64 or −127 … 127 with one scale for each output. Nothing of it can saturate here.
 """
 
 from __future__ import annotations
@@ -17,19 +17,22 @@ from transformers.pytorch_utils import Conv1D
 
 from qlora_kit.data.sequences import TokenSequence
 
-WEIGHT_LEVELS = 64
+REDUCED, WHOLE = 64, 127  # the largest integer of a weight, in 7 and in 8 bits
 ACTIVATION_STEPS = 255
 
 Ranges = Mapping[str, tuple[float, float]]
 
 
 def rounded_to_8_bits(
-    model: PreTrainedModel, names: Sequence[str], ranges: Ranges | None = None
+    model: PreTrainedModel,
+    names: Sequence[str],
+    ranges: Ranges | None = None,
+    largest: int = REDUCED,
 ) -> PreTrainedModel:
     """The model with these layers rounded, in place; without ranges each tensor has its own."""
     for name in names:
         layer = model.get_submodule(name)
-        _round_weight(layer)
+        _round_weight(layer, largest)
         fixed = None if ranges is None else ranges[name]
 
         def round_input(layer: nn.Module, given: Any, fixed: Any = fixed) -> Any:
@@ -72,8 +75,8 @@ def _rounded(inputs: torch.Tensor, low: float, high: float) -> torch.Tensor:
     return (q - zero_point) * scale
 
 
-def _round_weight(layer: nn.Module) -> None:
+def _round_weight(layer: nn.Module, largest: int) -> None:
     weight = layer.weight.data.T if isinstance(layer, Conv1D) else layer.weight.data
-    scale = weight.abs().amax(dim=1, keepdim=True) / WEIGHT_LEVELS
+    scale = weight.abs().amax(dim=1, keepdim=True) / largest
     rounded = torch.round(weight / scale) * scale
     layer.weight.data = (rounded.T if isinstance(layer, Conv1D) else rounded).contiguous()

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from in_floats import observed_ranges, rounded_to_8_bits
+from in_floats import WHOLE, observed_ranges, rounded_to_8_bits
 from one_layer import (
     SMALL,
     Kept,
@@ -27,7 +27,8 @@ from qlora_kit.errors import ModelError, RecipeError
 from qlora_kit.model.companions import copy_companions
 from qlora_kit.quantize.layers import quantized_layers
 from qlora_kit.quantize.onnx import int8
-from qlora_kit.quantize.onnx.make import Int8DynamicOptions
+from qlora_kit.quantize.onnx.make import Int8DynamicOptions, saturation_notes
+from qlora_kit.quantize.onnx.saturation import products_saturate
 from qlora_kit.runtime.onnx import OnnxRuntime
 from qlora_kit.runtime.onnx_weights import stored_weights
 
@@ -119,6 +120,7 @@ def test_the_footprint_counts_what_is_stored(plain: Kept, runtime: OnnxRuntime) 
     assert counted.disk_bytes > 4 * wanted
 
 
+ROWS = windows((20, 7, 12))
 LINEAR = 64 * (64 + 32 + 32 + 64 + 3 * 128)
 
 
@@ -146,6 +148,23 @@ def test_eight_bits_dynamic_leave_out_what_is_skipped(plain: Kept, tmp_path: Pat
     assert parameters_of(tmp_path / "int8", plain) == 2 * 64 * 128
 
 
+def test_where_products_saturate_the_whole_range_is_warned_of(llama: Path, tmp_path: Path) -> None:
+    """What this machine's products are is asked of the machine, and seen in the logits."""
+    made = make(llama, tmp_path / "made", "onnx:int8-dynamic", "reduce_range=false")
+    names = quantized_layers(made.source.skeleton, ())
+    honest = rounded_to_8_bits(made.reference(), names, largest=WHOLE)
+    is_warned = any("cuts off sums" in note for note in made.made.notes)
+    assert is_warned == products_saturate()
+    assert is_warned == (max(distances(made.folder, honest, made)) > 0.01)
+
+
+def test_the_default_never_saturates(plain: Kept, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qlora_kit.quantize.onnx.saturation.products_saturate", lambda: True)
+    assert not list(saturation_notes(Int8DynamicOptions()))
+    (note,) = saturation_notes(Int8DynamicOptions(reduce_range=False))
+    assert "reduce_range=true" in note
+
+
 def in_8_bits(plain: Kept, names: list[str], folder: Path) -> None:
     """The float32 graph of a model with these layers quantized, as the method does by default."""
     folder.mkdir()
@@ -161,16 +180,26 @@ def require_honest(folder: Path, calculated: PreTrainedModel, source: Kept) -> N
     """What is lost is what rounding loses, and nothing else.
 
     Rounded numbers on the edge of two steps may fall to either side: 1e-6 was measured, and 0.04
-    with the weights' range one step off. Row by row: one range spans all that is computed at once.
+    with the weights' range one step off.
     """
-    runtime = OnnxRuntime.open(folder)
-    whole, rows = source.reference(), windows((20, 7, 12))
-    for one in runtime.score(rows, batch_size=1):
-        row = rows[one.index]
+    assert max(distances(folder, calculated, source)) < 0.01
+    whole = source.reference()
+    for row in ROWS:
         wanted, exact = logits_of(calculated, row), logits_of(whole, row)
         assert 1e-3 < (wanted - exact).norm() / exact.norm() < 0.1
-        assert (one.logits - wanted).norm() / exact.norm() < 0.01
+
+
+def distances(folder: Path, calculated: PreTrainedModel, source: Kept) -> list[float]:
+    """Of a graph's logits from these, as shares of the whole model's; one row at a time, as one
+    range spans all that is computed at once."""
+    runtime = OnnxRuntime.open(folder)
+    whole, found = source.reference(), []
+    for one in runtime.score(ROWS, batch_size=1):
+        row = ROWS[one.index]
+        difference = (one.logits - logits_of(calculated, row)).norm()
+        found.append(float(difference / logits_of(whole, row).norm()))
     runtime.close()
+    return found
 
 
 def parameters_of(folder: Path, source: Kept) -> int:
