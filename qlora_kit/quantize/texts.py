@@ -103,6 +103,16 @@ def find_texts(name: str, part: Part) -> Texts:
     return Texts((SourceSpec(path=name),), "assistant", name)
 
 
+def require_rows(name: str, part: Part) -> None:
+    """That what is named can be read: its first row is. No model is needed for that.
+
+    Raises:
+        DataError: a source is not there or cannot be read. RecipeError: the recipe is at fault.
+    """
+    for source in find_texts(name, part).sources:
+        next(iter(read_source(source, streaming=True)), None)
+
+
 def render_texts(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> list[list[TokenSequence]]:
     """The rows of each source as sequences, whole, in order; rows that cannot be used are left out.
 
