@@ -99,13 +99,13 @@ def _save(model: PreTrainedModel, dtype: torch.dtype, draft: Path) -> None:
     from compressed_tensors.compressors import ModelCompressor
 
     compressor = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
-    # Saving prepares the model to unpack itself at its next pass, which can happen only once.
-    compressor.remove_decompression_hook(model)
-    for parameter in model.parameters():  # not buffers: rotary frequencies stay in float32
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
     with warnings.catch_warnings(), without_bars():
+        compressor.compress_model(model)
+        # Saving prepares the model to unpack itself at its next pass, which can happen only once.
+        compressor.remove_decompression_hook(model)
+        for parameter in model.parameters():  # not buffers: rotary frequencies stay in float32
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
         warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
         model.save_pretrained(draft)
     (draft / "recipe.yaml").unlink()  # llmcompressor's own, of a session that has ended: empty
