@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from .conftest import Call, FinishedRun, task_rows, write_rows
+from .conftest import Call, FinishedRun, task_rows, write_recipe, write_rows
 
 
 @pytest.fixture
@@ -14,15 +14,10 @@ def rows(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "rows.jsonl", task_rows())
 
 
-@pytest.fixture
-def no_merge(monkeypatch: pytest.MonkeyPatch) -> None:
-    def merge(*_: object, **__: object) -> None:
-        pytest.fail("it was merged first")
-
-    monkeypatch.setattr("qlora_kit.export.sixteen_bit.merge_reopened", merge)
+def never(*_: object, **__: object) -> None:
+    pytest.fail("work was begun")
 
 
-@pytest.mark.usefixtures("no_merge")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -55,7 +50,9 @@ def test_a_run_is_not_merged_for_what_cannot_be_made(
     rows: Path,
     tmp_path: Path,
     call: Call,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("qlora_kit.export.sixteen_bit.merge_reopened", never)
     method, *others = (one.format(rows=rows) for one in arguments)
     before = sorted(tmp_path.rglob("*"))
     out = str(tmp_path / "out")
@@ -68,11 +65,39 @@ def test_a_run_is_not_merged_for_what_cannot_be_made(
 
 
 @pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("gptq", "group_size=96"), "group_size=96 does not divide"),
+        (("gptq", "group_size=32", "--calibration-tokens", "99999"), "99,999 tokens were asked"),
+        (("gptq", "group_size=32", "--calibration", "none.jsonl"), "none.jsonl"),
+        (("gguf:Q9",), "Q9"),
+        (("tensorrt",), "tensorrt"),
+    ],
+)
+def test_nothing_is_measured_for_an_export_that_cannot_be_made(
+    arguments: tuple[str, ...],
+    words: str,
+    finished: FinishedRun,
+    call: Call,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("qlora_kit.export.export.begin_ledger", never)
+    before = sorted(finished.folder.rglob("*"))
+    said = call("export", str(finished.folder), "--to", *arguments)
+    assert said.code in (1, 2)
+    assert words in said.err
+    assert "Traceback" not in said.err
+    assert sorted(finished.folder.rglob("*")) == before, "something was written"
+
+
+@pytest.mark.parametrize(
     "arguments",
     [
         ("quantize", "--method", "int8", "activations=static", "--calibration", "{none}"),
         ("quantize", "--method", "nf4", "--data", "{none}"),
         ("sensitivity", "--data", "{none}"),
+        ("export", "--to", "nf4", "--data", "{none}"),
+        ("merge", "--data", "{none}"),
     ],
 )
 def test_text_that_is_not_there_is_told_without_the_model(
@@ -82,18 +107,30 @@ def test_text_that_is_not_there_is_told_without_the_model(
     call: Call,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    def open_source(*_: object, **__: object) -> None:
-        pytest.fail("the model was opened first")
-
-    for place in (
-        "qlora_kit.quantize.quantize.open_source",
-        "qlora_kit.export.sixteen_bit.reopen_adapter",
-        "qlora_kit.quantize.sensitivity.run.load_reference",
-    ):
-        monkeypatch.setattr(place, open_source)
+    for place in ("quantize.quantize.open_source", "quantize.sensitivity.run.load_reference"):
+        monkeypatch.setattr(f"qlora_kit.{place}", never)
+    monkeypatch.setattr("qlora_kit.export.reopen.load_base", never)
     verb, *others = (one.format(none=tmp_path / "none.jsonl") for one in arguments)
     out = ("--out", str(tmp_path / "out"))
     said = call(verb, str(finished.folder), *out, *others)
     assert said.code == 1
     assert "none.jsonl" in said.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "compare"])
+def test_eval_rows_that_are_not_there_are_told_without_the_model(
+    verb: str,
+    tiny_llama: Path,
+    tmp_path: Path,
+    call: Call,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("qlora_kit.runtime.open.open_runtime", never)
+    monkeypatch.setattr("qlora_kit.evaluate.compare.measure_apart", never)
+    recipe = write_recipe(tmp_path, tiny_llama)
+    (tmp_path / "held-out.jsonl").unlink()
+    others = (str(tiny_llama),) if verb == "compare" else ()
+    said = call(verb, str(tiny_llama), *others, "--recipe", str(recipe))
+    assert said.code == 1
+    assert "held-out.jsonl" in said.err
