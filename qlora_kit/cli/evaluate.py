@@ -75,10 +75,12 @@ def _measure(
     from qlora_kit.checkpoint.run_directory import RunDirectory, write_json
     from qlora_kit.cli.console import console_reporter
     from qlora_kit.data.prepare import prepare_eval
+    from qlora_kit.data.read import require_readable
     from qlora_kit.evaluate.held_out import evaluate_held_out
     from qlora_kit.report import narrate
     from qlora_kit.runtime.open import open_runtime
 
+    require_readable(recipe.data.eval)
     reporter = console_reporter(to_stderr=as_json)
     tested = open_runtime(subject, None if is_of_run else recipe.model, force, reporter)
     part = prepare_eval(recipe.data, tested.tokenizer, tested.stop_ids)

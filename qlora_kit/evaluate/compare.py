@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from qlora_kit.data.read import require_readable
 from qlora_kit.environment import quiet_upstream
 from qlora_kit.errors import HardwareError, QloraKitError
 from qlora_kit.evaluate.one import Measurement, Task, measure_one
@@ -48,6 +49,7 @@ def compare_models(names: Sequence[str], task: Task) -> Comparison:
     Raises:
         QloraKitError: the first one cannot be measured.
     """
+    require_readable(task.data.eval)
     measured: list[Measurement] = []
     failures: list[Failure] = []
     with TemporaryDirectory(prefix="qlora-kit-compare-", dir=task.scratch) as scratch:

@@ -73,14 +73,8 @@ def export_reopened(
     for job in jobs:
         for base in job.merge_bases:
             places.require_room_for_merge(base, adapter_sha256)
+    rows = reopened.held_out[: request.merge.max_rows]
     with draft_beside(places.exports) as scratch:
-        needed = rehearse(jobs, trained, scratch / "rehearsal", hardware)
-        needed += _merge_bytes(jobs, trained, places, adapter_sha256)
-        needed += _LOGITS_BYTES * trained.skeleton.model.config.get_text_config().vocab_size
-        require_disk(places.exports, needed, "these exports", "remove what is not needed")
-        rows = reopened.held_out[: request.merge.max_rows]
-        ledger = begin_ledger(reopened, request.merge.max_rows, scratch, places.ledger, reporter)
-        free_memory(hardware.device)
         given = Ingredients(
             trained=trained,
             origin=origin_of(trained, reopened.recipe_sha256),
@@ -90,6 +84,12 @@ def export_reopened(
             scratch=scratch,
             reporter=reporter,
         )
+        needed = rehearse(jobs, given, scratch / "rehearsal")
+        needed += _merge_bytes(jobs, trained, places, adapter_sha256)
+        needed += _LOGITS_BYTES * trained.skeleton.model.config.get_text_config().vocab_size
+        require_disk(places.exports, needed, "these exports", "remove what is not needed")
+        ledger = begin_ledger(reopened, request.merge.max_rows, scratch, places.ledger, reporter)
+        free_memory(hardware.device)
         session = _Session(
             trained, request, places, given, ledger, reopened.recipe_sha256, reporter
         )

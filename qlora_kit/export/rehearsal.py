@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_kit.export.jobs import Job
+from qlora_kit.export.makers import Ingredients, calibration_of
 from qlora_kit.export.surroundings import save_config, save_generation_config, save_tokenizer
 from qlora_kit.model.base import num_embeddings
 from qlora_kit.quantize.method import Source
@@ -22,21 +23,24 @@ if TYPE_CHECKING:
     from qlora_kit.export.trained import TrainedAdapter
 
 
-def rehearse(jobs: Sequence[Job], trained: TrainedAdapter, folder: Path, hardware: Hardware) -> int:
+def rehearse(jobs: Sequence[Job], given: Ingredients, folder: Path) -> int:
     """Run every method's checks, and return the bytes that all of them need.
 
     Raises:
-        QloraKitError: a method cannot take this model; says why.
+        QloraKitError: a method cannot take this model, or calibration text is missing or too
+            short; says why.
     """
     methods = [job for job in jobs if job.method is not None]
     if not methods:
         return 0
-    source = expected_source(trained, folder, hardware)
+    source = expected_source(given.trained, folder, given.hardware)
     needed = 0
     for job in methods:
         assert job.method is not None
         job.method.check(source, job.options)
         needed += job.method.predict_bytes(source, job.options)
+        if job.is_calibration_needed:
+            calibration_of(job, source, given)
     return needed
 
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from qlora_kit.export.trained import TrainedAdapter
 from qlora_kit.model.quantized import never_repacked
+from qlora_kit.model.without_bars import without_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,15 +35,16 @@ def load_plain(
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model as anybody would load it, and what was wrong with its weights, in words."""
     num_bytes = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=dtype,
-        device_map=_placement(num_bytes, hardware),
-        offload_folder=folder.with_name(f"{folder.name}.offload"),
-        trust_remote_code=trust_remote_code,
-        local_files_only=True,
-        output_loading_info=True,
-    )
+    with without_bars():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            device_map=_placement(num_bytes, hardware),
+            offload_folder=folder.with_name(f"{folder.name}.offload"),
+            trust_remote_code=trust_remote_code,
+            local_files_only=True,
+            output_loading_info=True,
+        )
     model, info = loaded
     never_repacked(model)
     faults = [

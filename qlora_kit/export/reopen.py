@@ -10,6 +10,7 @@ import torch
 
 from qlora_kit.checkpoint.run_directory import is_run, open_run
 from qlora_kit.data.prepare import prepare_eval
+from qlora_kit.data.read import require_readable
 from qlora_kit.environment import Hardware
 from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.export.delta import read_config
@@ -93,6 +94,7 @@ def reopen_adapter(
         raise DataError(
             f"{folder} names no held-out rows to measure the merge on; name a file with --data."
         )
+    require_readable(spec.eval)
     _warn_of_emulation(origin.compute_dtype, hardware, reporter)
     own_tokenizer = (origin.folder / "tokenizer_config.json").is_file()
     base = load_base(

@@ -18,13 +18,14 @@ from qlora_kit.checkpoint.run_directory import is_run, open_run
 from qlora_kit.environment import probe_hardware
 from qlora_kit.export.certify import CERTIFICATE_FILE
 from qlora_kit.export.merge_run import merge_reopened
+from qlora_kit.export.rehearsal import expected_source
 from qlora_kit.export.reopen import reopen_adapter
 from qlora_kit.export.trained import BaseKind
 from qlora_kit.quantize.held_out import Named
+from qlora_kit.quantize.quantize import Request, examine
 from qlora_kit.recipe import MergeSpec, ModelSpec
 
 if TYPE_CHECKING:
-    from qlora_kit.quantize.quantize import Request
     from qlora_kit.report.reporter import Reporter
 
 
@@ -48,6 +49,7 @@ def sixteen_bit(request: Request, reporter: Reporter) -> Iterator[Request]:
     reporter.say(f"{run} is merged into its 16-bit base first; that merge is not kept.")
     with draft_beside(request.out) as scratch:
         reopened = reopen_adapter(run, hardware, read_as=request.model, reporter=reporter)
+        examine(request, expected_source(reopened.trained, scratch / "rehearsal", hardware))
         base: BaseKind = "original" if "original" in reopened.trained.bases else "dequantized"
         if base == "dequantized":
             reporter.warn(

@@ -13,8 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import TextIO
 
-# As tqdm writes one: back to the start of the line, text, percent, bar, counts.
-_BAR = re.compile(r"^\r.*\d+%\|.*\| \d+/\d+ \[")
+# As tqdm writes one: back to the start of the line, text, percent, bar, counts; of nothing to do
+# the count alone.
+_BAR = re.compile(r"^\r.*(\d+%\|.*\| \d+/\d+|\b0it) \[")
 
 
 class _WithoutBars(io.TextIOBase):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field
@@ -74,7 +76,10 @@ def draw_calibration(
             f"calibration in sequences of {spec.max_length} tokens exceeds the model's context of "
             f"{context}; set --calibration-length {context} or less."
         )
-    pieces = [[piece for row in source for piece in _cut(row, spec.max_length)] for source in rows]
+    pieces = [
+        [_Piece(place, piece) for row in source for piece in _cut(row, spec.max_length)]
+        for place, source in enumerate(rows)
+    ]
     available = sum(piece.num_tokens for source in pieces for piece in source)
     if spec.num_tokens is not None and available < spec.num_tokens:
         aside = (
@@ -91,15 +96,49 @@ def draw_calibration(
     wanted = spec.num_tokens or min(available, DEFAULT_TOKENS)
     drawn = _up_to(wanted, _order(pieces, spec))
     num_tokens = sum(piece.num_tokens for piece in drawn)
-    how = "" if spec.sampling == "whole" else f", seed {spec.seed}"
+    of_each = _tokens_of_each(texts, drawn)
     return Calibration(
-        sequences=tuple(drawn),
+        sequences=tuple(piece.sequence for piece in drawn),
         num_tokens=num_tokens,
         description=(
             f"{num_tokens:,} of {available:,} tokens of {texts.description} in {len(drawn)} "
-            f"sequences of at most {spec.max_length}, drawn {spec.sampling}{how}"
+            f"sequences of at most {spec.max_length}, drawn {_how(spec, of_each)}"
         ),
+        tokens_by_source=of_each,
     )
+
+
+@dataclass(frozen=True)
+class _Piece:
+    source: int
+    """Place among the sources."""
+    sequence: TokenSequence
+
+    @property
+    def num_tokens(self) -> int:
+        return self.sequence.num_tokens
+
+
+def _tokens_of_each(texts: Texts, drawn: Sequence[_Piece]) -> dict[str, int]:
+    """Tokens that were drawn from each source; of a file its name is told, and not where it is."""
+    found: dict[str, int] = {}
+    for place, source in enumerate(texts.sources):
+        name = Path(source.name).name if Path(source.path).exists() else source.name
+        if name in found:
+            name = f"{name} ({place + 1})"
+        found[name] = sum(piece.num_tokens for piece in drawn if piece.source == place)
+    return found
+
+
+def _how(spec: CalibrationSpec, tokens_by_source: Mapping[str, int]) -> str:
+    """How they were drawn, and what each source gave where there are several."""
+    parts = [spec.sampling if spec.sampling == "whole" else f"{spec.sampling}, seed {spec.seed}"]
+    if len(tokens_by_source) > 1:
+        each = ", ".join(f"{number:,} of {name}" for name, number in tokens_by_source.items())
+        parts.append(f" ({each})")
+    elif spec.sampling == "by-source":
+        parts.append(" (there is one source, so at random)")
+    return "".join(parts)
 
 
 def _cut(row: TokenSequence, max_length: int) -> Iterator[TokenSequence]:
@@ -110,9 +149,7 @@ def _cut(row: TokenSequence, max_length: int) -> Iterator[TokenSequence]:
             yield TokenSequence(row.input_ids[start:end], row.labels[start:end], row.origin)
 
 
-def _order(
-    pieces: Sequence[Sequence[TokenSequence]], spec: CalibrationSpec
-) -> Iterator[TokenSequence]:
+def _order(pieces: Sequence[Sequence[_Piece]], spec: CalibrationSpec) -> Iterator[_Piece]:
     """All pieces in the order in which they are drawn."""
     rng = random.Random(spec.seed)
     flat = [piece for source in pieces for piece in source]
@@ -128,7 +165,7 @@ def _order(
     return _balanced([rng.sample(stratum, len(stratum)) for stratum in strata])
 
 
-def _balanced(strata: Sequence[Sequence[TokenSequence]]) -> Iterator[TokenSequence]:
+def _balanced(strata: Sequence[Sequence[_Piece]]) -> Iterator[_Piece]:
     """Always from the stratum that has given the fewest tokens so far, while it has any."""
     left = [list(reversed(stratum)) for stratum in strata]
     given = [0] * len(strata)
@@ -139,15 +176,17 @@ def _balanced(strata: Sequence[Sequence[TokenSequence]]) -> Iterator[TokenSequen
         yield piece
 
 
-def _up_to(num_tokens: int, pieces: Iterator[TokenSequence]) -> list[TokenSequence]:
+def _up_to(num_tokens: int, pieces: Iterator[_Piece]) -> list[_Piece]:
     """The first ones, of `num_tokens` tokens together; the last is cut to fit."""
-    drawn: list[TokenSequence] = []
+    drawn: list[_Piece] = []
     left = num_tokens
     for piece in pieces:
         if left <= 1:
             break
-        if piece.num_tokens > left:
-            piece = TokenSequence(piece.input_ids[:left], piece.labels[:left], piece.origin)
+        whole = piece.sequence
+        if whole.num_tokens > left:
+            part = TokenSequence(whole.input_ids[:left], whole.labels[:left], whole.origin)
+            piece = replace(piece, sequence=part)
         drawn.append(piece)
         left -= piece.num_tokens
     return drawn

@@ -71,7 +71,11 @@ def write_certificate(
         },
         "calibration": None
         if calibration is None
-        else {"description": calibration.description, "num_tokens": calibration.num_tokens},
+        else {
+            "description": calibration.description,
+            "num_tokens": calibration.num_tokens,
+            "tokens_by_source": dict(calibration.tokens_by_source),
+        },
         "held_out": held_out.description,
         "max_kl": max_kl,
         "passed": passes(compared, max_kl),

@@ -84,6 +84,8 @@ class Calibration:
     num_tokens: int
     description: str
     """Where it comes from and how it was drawn, for a person and for the certificate."""
+    tokens_by_source: Mapping[str, int] = field(default_factory=dict)
+    """How many of them each source gave."""
 
 
 @dataclass(frozen=True)

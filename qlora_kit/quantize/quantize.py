@@ -29,6 +29,7 @@ from qlora_kit.quantize.method import Calibration, Made, Method, MethodOptions, 
 from qlora_kit.quantize.methods import resolve_method, tools_of
 from qlora_kit.quantize.options import parse_options
 from qlora_kit.quantize.source import open_source
+from qlora_kit.quantize.texts import require_rows
 from qlora_kit.recipe import ModelSpec
 from qlora_kit.report.reporter import SILENT, Reporter
 from qlora_kit.runtime.open import open_runtime
@@ -118,13 +119,28 @@ def require_sound(request: Request) -> tuple[Method, MethodOptions]:
     options = parse_options(method, request.options)
     need = method.calibration(options)
     require_wanted(need, method.name, request.texts.calibration is not None)
+    if request.texts.calibration is not None:
+        require_rows(request.texts.calibration, "train")
+    if request.texts.data is not None:
+        require_rows(request.texts.data, "eval")
     return method, options
 
 
 def prepare(request: Request, reporter: Reporter = SILENT) -> Prepared:
     """Find and check all that was named."""
+    require_sound(request)
+    ready = examine(request, open_source(request.model, probe_hardware()))
+    _tell(reporter, request, ready)
+    return ready
+
+
+def examine(request: Request, source: Source) -> Prepared:
+    """Check what can be told without a source's weights: shapes, texts, room on the disk.
+
+    Raises:
+        QloraKitError: the method cannot take it, there is too little text or room.
+    """
     method, options = require_sound(request)
-    source = open_source(request.model, probe_hardware())
     method.check(source, options)
     texts, rows, held_out = texts_for(request.texts, source.tokenizer, request.calibration.seed)
     calibration = None
@@ -133,7 +149,6 @@ def prepare(request: Request, reporter: Reporter = SILENT) -> Prepared:
     _require_supervised(held_out)
     needed = _bytes_to_write(request, source, method, options)
     require_disk(request.out, needed, "this model", "name another folder with --out")
-    _tell(reporter, request, source, calibration, held_out)
     return Prepared(source, method, options, calibration, held_out)
 
 
@@ -240,20 +255,15 @@ def _bytes_to_write(
     return method.predict_bytes(source, options) + logits + _OTHER_FILES_BYTES
 
 
-def _tell(
-    reporter: Reporter,
-    request: Request,
-    source: Source,
-    calibration: Calibration | None,
-    held_out: HeldOut,
-) -> None:
+def _tell(reporter: Reporter, request: Request, ready: Prepared) -> None:
+    source, calibration = ready.source, ready.calibration
     dtype = str(source.dtype).removeprefix("torch.")
     reporter.say(
         f"source    {request.note or source.name}: {source.num_parameters:,} parameters in {dtype}"
     )
     if calibration is not None:
         reporter.say(f"calibrate {calibration.description}")
-    reporter.say(f"compare   on {held_out.description}")
+    reporter.say(f"compare   on {ready.held_out.description}")
     if request.texts == NOTHING_NAMED:
         reporter.say("          (named none; --data RECIPE or FILE compares on text of your own)")
 

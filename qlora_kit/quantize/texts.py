@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from qlora_kit.data.examples import Conversation, Example, PlainText
 from qlora_kit.data.prepare import selection_for
-from qlora_kit.data.read import BadRow, read_source
+from qlora_kit.data.read import BadRow, read_source, require_readable
 from qlora_kit.data.render import render
 from qlora_kit.data.rows import RowRefused
 from qlora_kit.data.schemas import Recogniser, fine_tuning_example
@@ -101,6 +101,14 @@ def find_texts(name: str, part: Part) -> Texts:
         split = "train" if part == "train" else "test"
         return Texts((SourceSpec(path=name, split=split),), "assistant", f"{name} ({split})")
     return Texts((SourceSpec(path=name),), "assistant", name)
+
+
+def require_rows(name: str, part: Part) -> None:
+    """
+    Raises:
+        DataError: a source is not there or cannot be read. RecipeError: the recipe is at fault.
+    """
+    require_readable(find_texts(name, part).sources)
 
 
 def render_texts(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> list[list[TokenSequence]]:

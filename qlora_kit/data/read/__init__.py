@@ -8,6 +8,7 @@ from qlora_kit.data.read.opened import SourceFile
 from qlora_kit.data.read.sources import (
     files_left_out,
     read_source,
+    require_readable,
     source_files,
     source_fingerprint,
 )
@@ -20,6 +21,7 @@ __all__ = [
     "SourceFile",
     "files_left_out",
     "read_source",
+    "require_readable",
     "source_files",
     "source_fingerprint",
 ]

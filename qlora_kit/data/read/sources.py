@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -68,6 +68,16 @@ def read_source(spec: SourceSpec, *, streaming: bool = False) -> Iterator[Row | 
         yield row
     if not num_rows:
         raise DataError(f"{spec.path} holds no rows; there is nothing to read.")
+
+
+def require_readable(sources: Iterable[SourceSpec]) -> None:
+    """That they are there and begin with a row: to be told before any model is loaded.
+
+    Raises:
+        DataError: as `read_source`.
+    """
+    for source in sources:
+        next(read_source(source, streaming=True))
 
 
 def source_files(spec: SourceSpec) -> tuple[SourceFile, ...]:

@@ -16,6 +16,7 @@ from qlora_kit.model.skeleton import is_linear
 from qlora_kit.model.without_bars import without_bars
 from qlora_kit.quantize.compressed.oneshot import quantize_with
 from qlora_kit.quantize.compressed.options import CompressedOptions
+from qlora_kit.quantize.compressed.warnings import notes_of
 from qlora_kit.quantize.layers import quantized_layers
 from qlora_kit.quantize.load import kept_dtype, load_source, reload
 from qlora_kit.quantize.method import Calibration, Made, Source
@@ -89,7 +90,7 @@ def make_compressed(
             "reload_logit_difference": difference,
             "warnings": told,
         },
-        notes=(f"{len(names)} linear layers in {options.bits} bits", *told),
+        notes=(f"{len(names)} linear layers in {options.bits} bits", *notes_of(told)),
     )
 
 
@@ -98,13 +99,13 @@ def _save(model: PreTrainedModel, dtype: torch.dtype, draft: Path) -> None:
     from compressed_tensors.compressors import ModelCompressor
 
     compressor = ModelCompressor.from_pretrained_model(model)
-    compressor.compress_model(model)
-    # Saving prepares the model to unpack itself at its next pass, which can happen only once.
-    compressor.remove_decompression_hook(model)
-    for parameter in model.parameters():  # not buffers: rotary frequencies stay in float32
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
     with warnings.catch_warnings(), without_bars():
+        compressor.compress_model(model)
+        # Saving prepares the model to unpack itself at its next pass, which can happen only once.
+        compressor.remove_decompression_hook(model)
+        for parameter in model.parameters():  # not buffers: rotary frequencies stay in float32
+            if parameter.is_floating_point():
+                parameter.data = parameter.data.to(dtype)
         warnings.filterwarnings("ignore", "Attempting to save a model with offloaded modules")
         model.save_pretrained(draft)
     (draft / "recipe.yaml").unlink()  # llmcompressor's own, of a session that has ended: empty

@@ -133,6 +133,7 @@ def _make(
         shutil.rmtree(folder)
         findings["num_layers"] = len(names)
         notes.append(f"{len(names)} linear layers in 8 bits; the rest, the head too, in float32")
+        notes.extend(saturation_notes(options))
     _check_graph(draft / GRAPH_FILE)
     return Made(findings=findings, notes=tuple(notes))
 
@@ -156,6 +157,17 @@ def _quantize(
         reader = int8.SequenceReader(graph, calibration.sequences, progress)
         int8.quantize_statically(
             graph, out, nodes, options.reduce_range, reader, options.activation_range
+        )
+
+
+def saturation_notes(options: Int8DynamicOptions) -> Iterator[str]:
+    """What is measured on this machine is then not what the graph is worth on another."""
+    from qlora_kit.quantize.onnx.saturation import products_saturate
+
+    if not options.reduce_range and products_saturate():
+        yield (
+            "this processor cuts off sums of weights in 8 bits (AVX2 without VNNI), so the figures "
+            "are worse here than on one that does not; reduce_range=true is right on both"
         )
 
 

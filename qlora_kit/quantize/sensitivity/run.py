@@ -25,6 +25,7 @@ from qlora_kit.quantize.sensitivity.measure import (
 from qlora_kit.quantize.sensitivity.reference import Reference
 from qlora_kit.quantize.sensitivity.text import deal, read_rows
 from qlora_kit.quantize.sensitivity.units import By
+from qlora_kit.quantize.texts import require_rows
 from qlora_kit.recipe import ModelSpec, QuantizationSpec
 from qlora_kit.report.reporter import SILENT, Reporter
 
@@ -68,6 +69,7 @@ def run_sensitivity(
     """
     if request.out is not None:
         _require_writable(request.out)
+    require_rows(request.data, "train")
     if request.chooses:
         require_loadable(request.rounding)
     base = load_reference(spec, reporter)

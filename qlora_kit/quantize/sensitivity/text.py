@@ -47,8 +47,9 @@ def deal(
     found = [sum(one.num_supervised for one in part) for part in dealt]
     if min(found) < num_tokens:
         available = sum(one.num_supervised for one in split_windows(rows, window_tokens))
+        sets = "" if num_sets == 1 else f"{num_sets} sets of "
         raise DataError(
-            f"{num_sets} sets of {num_tokens} tokens are needed, and the rows have {available} "
+            f"{sets}{num_tokens:,} tokens are needed, and the rows have {available:,} "
             "supervised ones; name more rows, or set a smaller --num-tokens."
         )
     return dealt

@@ -15,6 +15,8 @@ def test_bars_are_left_out_and_nothing_else(capsys: pytest.CaptureFixture[str]) 
         print("before", file=sys.stderr)
         for _ in tqdm(range(3), desc="Applying quantization config", disable=False):
             pass
+        for _ in tqdm((), desc="Compressing model", disable=False):
+            pass
         print("10 % done | 3/4 [sic]\n", file=sys.stderr)
         sys.stderr.write("\rours: 1 of 3")
     print("after", file=sys.stderr)

@@ -73,6 +73,25 @@ def test_plain_transformers_loads_it(name: str, request: pytest.FixtureRequest) 
     assert not any(one.endswith(".yaml") for one in names), "an empty recipe says nothing"
 
 
+def test_what_llmcompressor_says_is_kept_and_what_matters_is_told(gptq: Kept, awq: Kept) -> None:
+    """Two heads share their values, so that what they are made of feeds nothing of its width."""
+    (layers,) = gptq.made.notes
+    assert layers == "7 linear layers in 4 bits"
+    layers, unscaled = awq.made.notes
+    assert unscaled.startswith("not scaled before rounding")
+    assert any("mappings were skipped" in one for one in awq.made.findings["warnings"])
+
+
+def test_layers_that_gptq_cannot_work_out_are_named(tmp_path: Path) -> None:
+    """More inputs than there are tokens, and nothing to make up for it."""
+    folder = build(tmp_path / "wide", "llama", intermediate_size=1024)
+    kept = make(folder, tmp_path / "made", "gptq", "group_size=32", "dampening=1e-12")
+    plainly = kept.made.notes[1]
+    assert plainly.startswith("1 of 7 layers were rounded plainly")
+    assert plainly.endswith("(model.layers.0.mlp.down_proj)")
+    assert "--calibration-tokens" in plainly
+
+
 def test_it_is_small(gptq: Kept, qwen: Path) -> None:
     """7 layers of 16 bits become 4 bits and a scale for every 32."""
     linear = 64 * (64 + 32 + 32 + 64 + 3 * 128)
@@ -85,7 +104,9 @@ def test_nothing_is_left_behind(gptq: Kept, capfd: pytest.CaptureFixture[str]) -
     before = set(Path.cwd().iterdir())
     kept = make(gptq.source.folder, gptq.folder.with_name("again"), "gptq", "group_size=null")
     assert set(Path.cwd().iterdir()) == before
-    assert "llmcompressor" not in capfd.readouterr().out
+    said = capfd.readouterr()
+    assert "llmcompressor" not in said.out
+    assert "it/s" not in said.err, "a bar of a library"
     coarse, fine = error_of(reloaded(kept), gptq), error_of(reloaded(gptq), gptq)
     assert coarse > fine, "one scale for a whole row is coarser than one for each 32"
 
