@@ -74,6 +74,7 @@ def test_fused_layers(method: str, tmp_path: Path, call: Call) -> None:
     said = call("train", str(recipe), "train.max_steps=3", "evaluate.generate=null")
     assert said.code == 0, said.err
     assert "it/s" not in said.err, "a bar of a library"
+    assert "left to PEFT (quantized while it is trained)" in said.out
     certificate = read(tmp_path / "run/quantized/certificate.json")
     assert certificate["dtype"] == method
     assert certificate["divergence"]["kl_mean"] <= 1e-6

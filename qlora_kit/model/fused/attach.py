@@ -23,6 +23,7 @@ from qlora_kit.model.fused.residents import Residents
 if TYPE_CHECKING:
     from peft import PeftModel
 
+_AWARE = "qlora_kit.model.qat.linear.QuantizedLora"
 _KNOWN = ("peft.tuners.lora.layer.Linear", "peft.tuners.lora.bnb.Linear4bit")
 
 
@@ -74,7 +75,10 @@ def plan_fusion(model: PeftModel, run: Callable[[], Any]) -> Fusion:
 
 def why_left(layer: Any) -> str | None:
     """Why a LoRA layer has to be computed by PEFT; None where it need not."""
-    if f"{type(layer).__module__}.{type(layer).__name__}" not in _KNOWN:
+    kind = f"{type(layer).__module__}.{type(layer).__name__}"
+    if kind == _AWARE:
+        return "quantized while it is trained"
+    if kind not in _KNOWN:
         return f"{type(layer).__name__} is of another kind"
     adapters = [name for name in layer.active_adapters if name in layer.lora_A]
     if len(adapters) != 1 or layer.merged:
