@@ -1,61 +1,90 @@
-"""What the runs came to: the table, the ratios against the kit, and whether they compare at all."""
+"""What the runs came to: the table, the ratios against the kit, and which sides compare at all."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
+from collections.abc import Collection
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from train_bench.sides import SIDES
+from train_bench.registry import SIDES
 from train_bench.watch import Outcome
 from train_bench.work import Work
 
-TOLERANCE = 1e-4
-"""Of each update's loss, relative to plain transformers + peft in float32."""
+TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+"""Of each update's loss, relative to plain transformers + peft, by precision."""
 
 
 def told(
     rounds: list[list[Outcome]], work: Work, recipe: dict[str, Any], arguments: argparse.Namespace
 ) -> int:
-    """Print and keep the figures. Returns the exit code."""
-    by_side = {side: [one for row in rounds for one in row if one.side == side] for side in SIDES}
-    by_side = {side: found for side, found in by_side.items() if found}
+    """Print and keep the figures. Returns the exit code: 1 where a side did not do the same."""
+    by_label: dict[str, list[Outcome]] = {}
+    for one in sorted((one for row in rounds for one in row), key=lambda one: order(one.label)):
+        by_label.setdefault(one.label, []).append(one)
     operations = needed_operations(work)
-    figures = {side: figures_of(found, work, operations) for side, found in by_side.items()}
+    figures = {label: figures_of(found, work, operations) for label, found in by_label.items()}
     show(figures, work, arguments)
-    ratios = against_kit(rounds)
-    for side, of in ratios.items():
-        print(f"kit : {side}  " + ", ".join(f"{name} {value}" for name, value in of.items()))
-    worst = worst_difference(by_side)
-    limit = TOLERANCE if work.precision == "fp32" else 2e-2
-    print(f"largest relative difference of an update's loss: {worst:.2g} (at most {limit:g})")
+    differences = loss_differences(by_label)
+    limit = TOLERANCE[work.precision]
+    void = {label for label, difference in differences.items() if not difference <= limit}
+    ratios = against_kit(rounds, void)
+    for label, of in ratios.items():
+        print(f"kit : {label}  " + ", ".join(f"{name} {value}" for name, value in of.items()))
     if arguments.json:
-        kept = {"figures": figures, "ratios": ratios, "loss_difference": worst, "recipe": recipe}
+        kept = {
+            "figures": figures,
+            "ratios": ratios,
+            "loss_differences": differences,
+            "recipe": recipe,
+        }
         arguments.json.write_text(json.dumps(kept, indent=1) + "\n")
     if arguments.plot:
         draw(figures, arguments.plot)
-    if worst > limit:
-        print("The losses differ, so this is no comparison.", file=sys.stderr)
-        return 1
-    return 0
+    return judged(differences, void, limit)
+
+
+def judged(differences: dict[str, float], void: set[str], limit: float) -> int:
+    """Say how far the losses are apart, and which sides are therefore not compared."""
+    apart = ", ".join(f"{label} {difference:.2g}" for label, difference in differences.items())
+    print(
+        f"largest relative difference of an update's loss from {reference(differences)}'s "
+        f"(at most {limit:g}): {apart}"
+    )
+    for label in sorted(void, key=order):
+        print(
+            f"{label}: its losses differ by up to {differences[label]:.2g}, so it is not compared.",
+            file=sys.stderr,
+        )
+    return 1 if void else 0
+
+
+def order(label: str) -> int:
+    """Place of a line in the table: that of its side."""
+    return list(SIDES).index(label.split()[0])
 
 
 def figures_of(found: list[Outcome], work: Work, operations: float) -> dict[str, Any]:
-    """Medians over the runs of one side, and the runs."""
+    """Medians over the runs of one line, and the runs."""
     seconds = statistics.median(one.seconds for one in found)
+    cpu_seconds = statistics.median(one.cpu_seconds for one in found)
     rate = statistics.median(one.gauge_before for one in found)
     gauges = [gauge for one in found for gauge in (one.gauge_before, one.gauge_after)]
     return {
         "supervised_per_second": sum(work.supervised_tokens[1:]) / seconds,
         "real_per_second": sum(work.real_tokens[1:]) / seconds,
+        "real_per_cpu_second": sum(work.real_tokens[1:]) / cpu_seconds,
         "peak_bytes": statistics.median(one.peak_bytes for one in found),
         "first_update_seconds": statistics.median(one.ends[0] for one in found),
-        "first_update_cpu_seconds": statistics.median(one.first_cpu_seconds for one in found),
+        "first_update_cpu_seconds": statistics.median(one.cpu_ends[0] for one in found),
         "share_of_limit": operations / (rate * 1e9) / seconds,
+        "recomputes": found[0].recomputes,
+        "versions": found[0].versions,
         "gauge": rate,
         "gauge_drift": max(gauges) / min(gauges),
         "runs": [asdict(one) for one in found],
@@ -63,7 +92,7 @@ def figures_of(found: list[Outcome], work: Work, operations: float) -> dict[str,
 
 
 def show(figures: dict[str, dict[str, Any]], work: Work, arguments: argparse.Namespace) -> None:
-    """What was run, and a line of each side."""
+    """What was run, a line of each side, and the versions that each has."""
     supervised, real = sum(work.supervised_tokens[1:]), sum(work.real_tokens[1:])
     print(
         f"{len(work.updates)} updates of {arguments.batch * arguments.accumulation} rows, "
@@ -73,15 +102,19 @@ def show(figures: dict[str, dict[str, Any]], work: Work, arguments: argparse.Nam
         f"{arguments.rounds} rounds"
     )
     print(
-        "side    supervised/s     real/s   peak MiB   first update s (CPU)   share of limit   gauge"
+        "side          recomputes   supervised/s     real/s   real/CPU s   peak MiB   "
+        "first update s (CPU)   share of limit   gauge"
     )
-    for side, now in figures.items():
+    for label, now in figures.items():
         print(
-            f"{side:7} {now['supervised_per_second']:12.1f} {now['real_per_second']:10.1f} "
-            f"{now['peak_bytes'] / 2**20:10,.0f} {now['first_update_seconds']:16.1f} "
+            f"{label:13} {now['recomputes']:10} {now['supervised_per_second']:14.1f} "
+            f"{now['real_per_second']:10.1f} {now['real_per_cpu_second']:12.1f} "
+            f"{now['peak_bytes'] / 2**20:10,.0f} {now['first_update_seconds']:15.1f} "
             f"({now['first_update_cpu_seconds']:4.1f})"
-            f"{now['share_of_limit']:16.2f} {now['gauge']:7.1f} (× {now['gauge_drift']:.2f})"
+            f"{now['share_of_limit']:17.2f} {now['gauge']:7.1f} (× {now['gauge_drift']:.2f})"
         )
+    for label, now in figures.items():
+        print(f"{label}: " + ", ".join(f"{name} {one}" for name, one in now["versions"].items()))
 
 
 def needed_operations(work: Work) -> float:
@@ -103,29 +136,30 @@ def needed_operations(work: Work) -> float:
     return 4.0 * (real * layers + supervised * head.numel())
 
 
-def against_kit(rounds: list[list[Outcome]]) -> dict[str, dict[str, str]]:
+def against_kit(rounds: list[list[Outcome]], void: set[str]) -> dict[str, dict[str, str]]:
     """Median (lowest-highest) over the rounds: how often as fast, and the share of memory and of
-    the time to the first update.
+    the time to the first update. None for sides that did not do the same.
     """
-    ratios: dict[str, dict[str, str]] = {}
-    for side in SIDES:
-        if side == "kit":
-            continue
-        pairs = []
-        for row in rounds:
-            known = {one.side: one for one in row}
-            if "kit" in known and side in known:
-                pairs.append((known["kit"], known[side]))
-        if pairs:
-            ratios[side] = {
-                "speed": spread([other.seconds / kit.seconds for kit, other in pairs]),
-                "peak": spread([kit.peak_bytes / other.peak_bytes for kit, other in pairs]),
-                "first update": spread([kit.ends[0] / other.ends[0] for kit, other in pairs]),
-                "in CPU seconds": spread(
-                    [kit.first_cpu_seconds / other.first_cpu_seconds for kit, other in pairs]
-                ),
-            }
-    return ratios
+    pairs: dict[str, list[tuple[Outcome, Outcome]]] = {}
+    for row in rounds:
+        known = {one.label: one for one in row}
+        for label in sorted(known.keys() - void - {"kit"}, key=order):
+            if "kit" in known.keys() - void:
+                pairs.setdefault(label, []).append((known["kit"], known[label]))
+    return {label: ratios_of(found) for label, found in pairs.items()}
+
+
+def ratios_of(pairs: list[tuple[Outcome, Outcome]]) -> dict[str, str]:
+    """Of the kit's runs and another side's, round by round."""
+    return {
+        "speed": spread([other.seconds / kit.seconds for kit, other in pairs]),
+        "speed by CPU seconds": spread(
+            [other.cpu_seconds / kit.cpu_seconds for kit, other in pairs]
+        ),
+        "peak": spread([kit.peak_bytes / other.peak_bytes for kit, other in pairs]),
+        "first update": spread([kit.ends[0] / other.ends[0] for kit, other in pairs]),
+        "in CPU seconds": spread([kit.cpu_ends[0] / other.cpu_ends[0] for kit, other in pairs]),
+    }
 
 
 def spread(values: list[float]) -> str:
@@ -133,14 +167,28 @@ def spread(values: list[float]) -> str:
     return f"{statistics.median(values):.2f} ({min(values):.2f}-{max(values):.2f})"
 
 
-def worst_difference(by_side: dict[str, list[Outcome]]) -> float:
-    """Of any update's loss from that of the first run of `plain`, relative to it."""
-    reference = by_side.get("plain", next(iter(by_side.values())))[0].losses
+def reference(labels: Collection[str]) -> str:
+    """Whose losses the others' are held against: plain transformers + peft where it has run."""
+    return next((label for label in labels if label.startswith("plain")), next(iter(labels)))
+
+
+def loss_differences(by_label: dict[str, list[Outcome]]) -> dict[str, float]:
+    """Of any update's loss from that of the reference's first run, relative to it, by label.
+    Infinite where a side tells another number of losses, or one that is not a number.
+    """
+    wanted = by_label[reference(by_label)][0].losses
+    return {
+        label: max(difference(one.losses, wanted) for one in found)
+        for label, found in by_label.items()
+    }
+
+
+def difference(losses: list[float], wanted: list[float]) -> float:
+    """The largest relative one of two runs' losses."""
+    if len(losses) != len(wanted) or not all(map(math.isfinite, losses)):
+        return math.inf
     return max(
-        abs(loss - wanted) / max(abs(wanted), 1e-12)
-        for found in by_side.values()
-        for one in found
-        for loss, wanted in zip(one.losses, reference, strict=True)
+        abs(loss - one) / max(abs(one), 1e-12) for loss, one in zip(losses, wanted, strict=True)
     )
 
 

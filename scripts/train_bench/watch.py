@@ -14,18 +14,34 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from plainly import Fault
+
+from train_bench.registry import SIDES, Turn
+
+SCRIPTS = Path(__file__).parent.parent
+
+
+QUIET = {
+    "HF_HUB_OFFLINE": "1",
+    "DO_NOT_TRACK": "1",
+    "AXOLOTL_DO_NOT_TRACK": "1",
+    "WANDB_DISABLED": "true",
+}
+"""Other tools ask hubs for versions and report what they do, which would be timed as well."""
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What one run of one side came to."""
 
-    side: str
+    label: str
     losses: list[float]
     ends: list[float]
     """Seconds since the process was started, at the end of each update."""
-    first_cpu_seconds: float
-    """Of all its threads up to the first update, which neighbours lengthen little."""
+    cpu_ends: list[float]
+    """CPU seconds of all its threads up to then, which neighbours lengthen little."""
+    recomputes: str
+    versions: dict[str, str]
     peak_bytes: int
     gauge_before: float
     """Products per second, in 10⁹ floating-point operations."""
@@ -36,28 +52,64 @@ class Outcome:
         """From the first update's end to the last one's."""
         return self.ends[-1] - self.ends[0]
 
+    @property
+    def cpu_seconds(self) -> float:
+        """Of its threads, from the first update's end to the last one's."""
+        return self.cpu_ends[-1] - self.cpu_ends[0]
 
-def run(side: str, folder: Path, arguments: argparse.Namespace) -> Outcome:
-    """One side, once, in a process of its own that is watched from here."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(arguments.threads)}
-    if side == "trl" and arguments.trl is not None:
-        paths = [str(arguments.trl), os.environ.get("PYTHONPATH", "")]
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    script = [sys.executable, sys.argv[0], "--side", side, "--folder", str(folder)]
+
+def interpreter(side: str, arguments: argparse.Namespace) -> str:
+    """The Python that runs a side."""
+    known = SIDES[side]
+    return str(getattr(arguments, known.needs)) if known.has_interpreter else sys.executable
+
+
+def environment(side: str, arguments: argparse.Namespace) -> dict[str, str]:
+    """Of a side's process: another tool sees this bench, but none of the kit's packages."""
+    known = SIDES[side]
+    paths = [str(SCRIPTS)]
+    if not known.has_interpreter:
+        paths += [str(arguments.trl)] if known.needs else []
+        paths += [os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        **QUIET,
+        "OMP_NUM_THREADS": str(arguments.threads),
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+    }
+
+
+def run(turn: Turn, folder: Path, arguments: argparse.Namespace) -> Outcome:
+    """One side, once, in a process of its own that is watched from here.
+
+    Raises Fault with the end of its log where it ends with an error.
+    """
+    python = interpreter(turn.side, arguments)
+    command = [python, "-m", "train_bench.child", turn.side, turn.recompute, str(folder)]
+    (folder / "told.json").unlink(missing_ok=True)
     before = gauge(arguments.threads)
     started = time.time()
-    log = folder / f"{side}.log"
+    log = folder / f"{turn.side}.log"
     with log.open("w") as output:
-        child = subprocess.Popen(script, env=environment, stdout=output, stderr=output)
+        child = subprocess.Popen(
+            command,
+            env=environment(turn.side, arguments),
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+        )
         peak = watched(child)
     if child.returncode != 0:
-        sys.exit(f"{side} failed:\n{log.read_text()[-3000:]}")
-    found = json.loads((folder / f"{side}.json").read_text())
+        raise Fault(f"{turn.label} failed:\n{log.read_text()[-3000:]}")
+    found = json.loads((folder / "told.json").read_text())
     return Outcome(
-        side=side,
+        label=turn.label,
         losses=found["losses"],
         ends=[end - started for end, _ in found["ends"]],
-        first_cpu_seconds=found["ends"][0][1],
+        cpu_ends=[cpu for _, cpu in found["ends"]],
+        recomputes=found["recomputes"],
+        versions=found["versions"],
         peak_bytes=peak,
         gauge_before=before,
         gauge_after=gauge(arguments.threads),

@@ -30,6 +30,20 @@ class Work:
     """Rows of each update, with `input_ids` and `labels`."""
 
     @property
+    def rows(self) -> list[dict[str, list[int]]]:
+        """All rows in their order, with the mask that other tools ask for."""
+        return [
+            {**row, "attention_mask": [1] * len(row["input_ids"])}
+            for update in self.updates
+            for row in update
+        ]
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(row["input_ids"]) for row in self.rows)
+
+    @property
     def real_tokens(self) -> list[int]:
         return [sum(len(row["input_ids"]) for row in update) for update in self.updates]
 
