@@ -1,0 +1,189 @@
+"""bench_train: the configurations written for other tools, and which sides compare."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from train_bench import table
+from train_bench.registry import SIDES, turns
+from train_bench.sides import axolotl, llama_factory, torchtune, trl
+from train_bench.told import Told
+from train_bench.watch import Outcome
+from train_bench.work import RANK, Work
+
+SCRIPT = Path(__file__).parents[3] / "scripts" / "bench_train.py"
+ROW = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
+WORK = Work(
+    model="base",
+    adapter="adapter",
+    batch=2,
+    accumulation=1,
+    recompute="auto",
+    precision="fp32",
+    threads=1,
+    updates=[[ROW, {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}], [ROW, ROW]],
+)
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "num_hidden_layers": 30,
+    "rms_norm_eps": 1e-5,
+    "vocab_size": 49152,
+    "tie_word_embeddings": True,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
+}
+
+
+def outcome(label: str, losses: list[float], seconds: float = 1.0) -> Outcome:
+    """A run whose updates take so long each."""
+    ends = [seconds * (n + 1) for n in range(len(losses))]
+    return Outcome(label, losses, ends, ends, "none", {}, 100, 1.0, 1.0)
+
+
+def test_rows_for_others_have_a_mask_and_their_order() -> None:
+    assert [len(row["attention_mask"]) for row in WORK.rows] == [3, 4, 3, 3]
+    assert WORK.rows[0]["input_ids"] == ROW["input_ids"]
+    assert WORK.longest == 4
+
+
+def test_plain_recomputes_nothing_and_all_where_each_has_its_default() -> None:
+    labels = [turn.label for turn in turns(["kit", "plain", "axolotl"], "auto")]
+    assert labels == ["kit", "plain none", "plain all", "axolotl"]
+    assert [turn.recompute for turn in turns(["kit", "plain"], "all")] == ["all", "all"]
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_each_side_has_a_module(side: str) -> None:
+    path = SCRIPT.parent / (SIDES[side].module.replace(".", "/") + ".py")
+    assert "def train(work: Work" in path.read_text()
+
+
+def test_llama_factory_has_the_same_work(tmp_path: Path) -> None:
+    values = llama_factory.configuration(WORK, tmp_path)
+    assert values["adapter_name_or_path"] == "adapter"
+    assert values["quantization_bit"] == 4 and values["double_quantization"]
+    assert values["disable_shuffling"] and values["max_steps"] == 2
+    assert values["weight_decay"] == 0.0 and values["max_grad_norm"] == 1.0
+    assert values["bf16"] is False
+
+
+def test_llama_factory_is_left_its_default_of_recomputing(tmp_path: Path) -> None:
+    def told(recompute: str) -> bool | None:
+        work = replace(WORK, recompute=recompute)
+        return llama_factory.configuration(work, tmp_path).get("disable_gradient_checkpointing")
+
+    assert [told(one) for one in ("auto", "all", "none")] == [None, False, True]
+
+
+def test_trl_is_left_its_default_of_recomputing(tmp_path: Path) -> None:
+    def told(recompute: str) -> bool | None:
+        work = replace(WORK, recompute=recompute)
+        return trl.configuration(work, tmp_path).get("gradient_checkpointing")
+
+    assert [told(one) for one in ("auto", "all", "none")] == [None, True, False]
+
+
+def test_axolotl_has_the_same_work(tmp_path: Path) -> None:
+    values = axolotl.configuration(WORK, tmp_path)
+    assert values["lora_model_dir"] == "adapter" and values["load_in_4bit"]
+    assert values["curriculum_sampling"] and not values["shuffle_merged_datasets"]
+    assert values["sequence_len"] == 4 and not values["sample_packing"]
+    assert values["gradient_checkpointing"] is True
+    assert not axolotl.configuration(replace(WORK, recompute="none"), tmp_path)[
+        "gradient_checkpointing"
+    ]
+
+
+def test_torchtune_has_the_base_of_its_configuration(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    (tmp_path / "model.safetensors").touch()
+    values = torchtune.configuration(replace(WORK, model=str(tmp_path)), tmp_path / "folder")
+    assert values["model"]["embed_dim"] == 576 and values["model"]["rope_base"] == 100000.0
+    assert values["model"]["lora_rank"] == RANK and values["model"]["max_seq_len"] == 4
+    assert values["checkpointer"]["checkpoint_files"] == ["model.safetensors"]
+    assert values["enable_activation_checkpointing"] is False
+
+
+def test_torchtune_says_no_to_another_architecture(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "model_type": "gemma2"}))
+    with pytest.raises(ValueError, match="knows a Llama"):
+        torchtune.architecture(tmp_path, 4)
+
+
+def test_torchtune_names_an_adapters_tensors() -> None:
+    key = "base_model.model.model.layers.7.mlp.down_proj.lora_A.weight"
+    assert torchtune.tune_name(key) == "layers.7.mlp.w2.lora_a.weight"
+
+
+def test_torchtune_log_takes_losses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchtune, "TOLD", Told())
+    torchtune.Log().log_dict({"loss": 2.5, "lr": 1.0}, step=1)
+    assert torchtune.TOLD.losses == [2.5] and len(torchtune.TOLD.ends) == 1
+
+
+def test_difference_of_losses() -> None:
+    assert table.difference([1.0, 2.0], [1.0, 2.0]) == 0
+    assert table.difference([1.0, 2.2], [1.0, 2.0]) == pytest.approx(0.1)
+    assert table.difference([1.0], [1.0, 2.0]) == math.inf
+    assert table.difference([1.0, math.nan], [1.0, 2.0]) == math.inf
+
+
+def test_a_side_that_differs_has_no_ratio_and_others_do() -> None:
+    row = [
+        outcome("kit", [2.0, 1.0]),
+        outcome("plain", [2.0, 1.0], seconds=2),
+        outcome("torchtune", [2.1, 1.0]),
+    ]
+    differences = table.loss_differences({one.label: [one] for one in row})
+    assert differences["kit"] == 0 and differences["torchtune"] == pytest.approx(0.05)
+    ratios = table.against_kit([row], {"torchtune"})
+    assert list(ratios) == ["plain"] and ratios["plain"]["speed"] == "2.00 (2.00-2.00)"
+    assert table.against_kit([row], {"kit"}) == {}
+
+
+def test_a_side_that_differs_is_named_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert table.judged({"plain": 0.0, "torchtune": 0.05}, {"torchtune"}, 1e-4) == 1
+    assert "torchtune: its losses differ by up to 0.05" in capsys.readouterr().err
+    assert table.judged({"plain": 0.0, "kit": 1e-6}, set(), 1e-4) == 0
+
+
+def test_losses_are_held_against_plain() -> None:
+    assert table.reference(["kit", "plain none", "trl"]) == "plain none"
+    assert table.reference(["kit", "trl"]) == "kit"
+
+
+def spoken(*options: str) -> subprocess.CompletedProcess[str]:
+    """The script with options that it cannot follow."""
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *options], capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--nonsense"], "unrecognized arguments: --nonsense"),
+        (["--updates", "1"], "--updates must be at least 2, got 1"),
+        (["--sides", "kit", "trl"], "trl needs --trl"),
+        (["--sides", "axolotl", "--axolotl", "nowhere/python"], "nowhere/python is not there"),
+        (["--sides", "axolotl", "--axolotl", __file__], "is no Python that runs"),
+        (
+            ["--sides", "llama-factory", "--llama-factory", sys.executable],
+            "has no llamafactory; install it there",
+        ),
+        (["--rows", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_a_foreseeable_fault_is_one_message(options: list[str], said: str) -> None:
+    ended = spoken(*options)
+    assert ended.returncode == 1
+    assert said in ended.stderr and "Traceback" not in ended.stderr
