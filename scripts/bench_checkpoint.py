@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from plainly import Parser, plainly
+
 from qlora_kit.checkpoint.checkpoints import find_checkpoints, rotate
 from qlora_kit.environment import quiet_upstream
 from qlora_kit.recipe import load_recipe
@@ -53,7 +55,7 @@ ONE_UPDATE = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", type=Path, default=Path("recipes/quickstart.yaml"))
     parser.add_argument("--folder", type=Path, default=Path(), help="measure on this disk")
     parser.add_argument("--repeats", type=int, default=20)
@@ -142,4 +144,4 @@ def spread(values: list[float], form: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(plainly(main))

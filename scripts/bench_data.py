@@ -30,12 +30,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from plainly import Parser, plainly
+
 BATCH_ROWS = 512
 MAX_LENGTH = 1024
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--tokenizer", default="demo/smollm2-135m-instruct")
@@ -152,4 +154,4 @@ def peak_mib() -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(plainly(main))

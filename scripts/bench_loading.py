@@ -27,6 +27,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from plainly import Parser, plainly
+
 SIDES = ("kit", "cache", "transformers")
 _MIB = 2**20
 # What bitsandbytes holds per weight of the tensor that it quantizes on a CPU.
@@ -34,7 +36,7 @@ _TRANSIENT_BYTES = 14
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="folder of a model; unset: a random Llama")
     parser.add_argument("--hidden", type=int, default=1024)
     parser.add_argument("--layers", type=int, default=16)
@@ -223,4 +225,4 @@ def told(runs: dict[str, list[dict[str, float]]], folder: Path, json_path: Path 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(plainly(main))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
+from plainly import Parser, plainly
 from torch import nn
 from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
@@ -31,7 +33,7 @@ Way = Callable[[], AbstractContextManager[object]]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--width", type=int, default=1536)
     parser.add_argument("--tokens", type=int, default=512)
@@ -129,4 +131,4 @@ def floats_kept(model: nn.Module, run: Callable[[], torch.Tensor]) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(plainly(main))

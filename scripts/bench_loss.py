@@ -10,11 +10,12 @@ round, in turns; the two losses have to be the same.
 
 from __future__ import annotations
 
-import argparse
 import statistics
+import sys
 import time
 
 import torch
+from plainly import Parser, plainly
 from torch.nn import functional as F
 
 from qlora_kit.data.sequences import IGNORE_INDEX
@@ -22,7 +23,7 @@ from qlora_kit.train.supervised_loss import chunk_size, chunked_cross_entropy
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocabulary", type=int, default=49152)
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--tokens", type=int, default=512)
@@ -74,4 +75,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(plainly(main))

@@ -18,6 +18,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from plainly import Parser, plainly
+
 METHODS = {
     "nf4": [],
     "fp4": [],
@@ -48,7 +50,7 @@ COLUMNS = (
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", default="demo/smollm2-135m-instruct")
     parser.add_argument("--recipe", default="recipes/quickstart.yaml", help="whose rows are used")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
@@ -137,4 +139,4 @@ def rate(speed: dict[str, Any] | None, part: str) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(plainly(main))

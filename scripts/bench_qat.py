@@ -10,8 +10,8 @@ where they are held (the others, and the recomputation of gradient checkpointing
 
 from __future__ import annotations
 
-import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 
@@ -19,6 +19,7 @@ import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
+from plainly import Parser, plainly
 from torch import nn
 
 from qlora_kit.model.qat.aware import Aware
@@ -93,7 +94,7 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = Parser(description=__doc__)
     parser.add_argument("--tokens", type=int, default=400)
     parser.add_argument("--hidden", type=int, default=576)
     parser.add_argument("--inner", type=int, default=1536)
@@ -125,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(plainly(main))

@@ -28,6 +28,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from plainly import Parser, plainly
+
 from qlora_kit.checkpoint.checkpoints import publish_checkpoint
 from qlora_kit.checkpoint.draft import Draft
 from qlora_kit.checkpoint.manifest import MANIFEST_FILE
@@ -71,7 +73,7 @@ class Listening(Reporter):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo/smollm2-135m-instruct", help="whose tokenizer")
     parser.add_argument("--early", type=int, default=10, metavar="UPDATE")
     parser.add_argument("--late", type=int, default=10_000, metavar="UPDATE")
@@ -225,4 +227,4 @@ def say_it_is_of(checkpoint: Path, then: int, now: int, place: dict[str, Any] | 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(plainly(main))

@@ -36,6 +36,7 @@ from pathlib import Path
 
 from plainly import Fault, Parser, plainly
 from train_bench.registry import SIDES, turns
+from train_bench.sides import torchtune
 from train_bench.table import told
 from train_bench.watch import Outcome, environment, interpreter, run
 from train_bench.work import prepared
@@ -44,10 +45,14 @@ from train_bench.work import prepared
 def main() -> int:
     arguments = parsed()
     check_sides(arguments)
-    order = turns(arguments.sides, arguments.recompute)
+    sides = arguments.sides
+    order = turns(sides, arguments.recompute)
     with tempfile.TemporaryDirectory(prefix="bench-train-") as scratch:
         folder = Path(scratch)
         work, recipe = prepared(arguments, folder)
+        objection = torchtune.objection(Path(work.model)) if "torchtune" in sides else None
+        if objection is not None:
+            raise Fault(f"{work.model}: {objection}; leave torchtune out of --sides.")
         outcomes: list[list[Outcome]] = []
         for number in range(arguments.rounds):
             now = order if number % 2 == 0 else order[::-1]

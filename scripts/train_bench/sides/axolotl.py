@@ -14,6 +14,9 @@ from typing import Any
 from train_bench.told import Told
 from train_bench.work import RATE, Work
 
+GPU_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
+"""On by default where there is no dropout, but they call CUDA."""
+
 
 def train(work: Work, folder: Path) -> Told:
     """Training as `axolotl train` does it; the clock comes in as a plugin of Axolotl's."""
@@ -66,6 +69,7 @@ def configuration(work: Work, folder: Path) -> dict[str, Any]:
         "fp16": False,
         "tf32": False,
         "attn_implementation": "sdpa",
+        **dict.fromkeys(GPU_KERNELS, False),
         "gradient_checkpointing": work.recompute != "none",
         "logging_steps": 1,
         "save_strategy": "no",

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import re
+import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +21,7 @@ from train_bench.work import ALPHA, RANK, RATE, Work
 
 HERE = "train_bench.sides.torchtune"
 SEED = 0
+NF4_BLOCK = 64 * 256
 TOLD = Told()
 MODULES = {
     "self_attn.q_proj": "attn.q_proj",
@@ -33,17 +36,19 @@ MODULES = {
 
 
 def train(work: Work, folder: Path) -> Told:
-    """The recipe, as its `recipe_main` runs it."""
-    from omegaconf import OmegaConf
-    from recipes.lora_finetune_single_device import LoRAFinetuneRecipeSingleDevice
-
+    """`tune run lora_finetune_single_device --config FILE`, in this process."""
     begun(work, folder / "torchtune")
-    settings = OmegaConf.create(configuration(work, folder))
-    TOLD.recomputes = "all" if settings.enable_activation_checkpointing else "none"
-    recipe = LoRAFinetuneRecipeSingleDevice(cfg=settings)
-    recipe.setup(cfg=settings)
-    recipe.train()
-    recipe.cleanup()
+    settings = configuration(work, folder)
+    TOLD.recomputes = "all" if settings["enable_activation_checkpointing"] else "none"
+    path = folder / "torchtune.yaml"
+    path.write_text(json.dumps(settings))
+    (tune,) = entry_points(group="console_scripts", name="tune")
+    sys.argv = ["tune", "run", "lora_finetune_single_device", "--config", str(path)]
+    try:
+        tune.load()()
+    except SystemExit as ended:  # how the recipe returns
+        if ended.code:
+            raise
     return TOLD
 
 
@@ -83,15 +88,30 @@ def configuration(work: Work, folder: Path) -> dict[str, Any]:
     }
 
 
-def architecture(model: Path, longest: int) -> dict[str, Any]:
-    """torchtune's builder with the numbers of a base's `config.json`.
+def objection(model: Path) -> str | None:
+    """Why torchtune cannot train this base in 4 bits; None where it can.
 
-    Raises ValueError where torchtune's Llama is not that base.
+    torchao's NF4 wants the weights of each layer to be whole blocks of blocks, 64 × 256 of them.
     """
     known = json.loads((model / "config.json").read_text())
     rope = known.get("rope_parameters") or {}
     if known["model_type"] != "llama" or rope.get("rope_type", "default") != "default":
-        raise ValueError(f"{model}: torchtune's side knows a Llama without scaled positions only.")
+        return "torchtune's side knows a Llama without scaled positions only"
+    hidden, heads = known["hidden_size"], known["num_attention_heads"]
+    of_keys = hidden // heads * known["num_key_value_heads"]
+    for wide in (hidden, of_keys, known["intermediate_size"]):
+        if hidden * wide % NF4_BLOCK:
+            return (
+                f"torchtune cannot quantize a layer of {hidden} × {wide} weights: its NF4 wants "
+                f"multiples of {NF4_BLOCK:,}"
+            )
+    return None
+
+
+def architecture(model: Path, longest: int) -> dict[str, Any]:
+    """torchtune's builder with the numbers of a base's `config.json`."""
+    known = json.loads((model / "config.json").read_text())
+    rope = known.get("rope_parameters") or {}
     return {
         "_component_": "torchtune.models.llama3_2.lora_llama3_2",
         "lora_attn_modules": ["q_proj", "k_proj", "v_proj", "output_proj"],

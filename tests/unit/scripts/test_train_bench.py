@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from train_bench import table
@@ -70,9 +71,12 @@ def test_each_side_has_a_module(side: str) -> None:
 def test_llama_factory_has_the_same_work(tmp_path: Path) -> None:
     values = llama_factory.configuration(WORK, tmp_path)
     assert values["adapter_name_or_path"] == "adapter"
-    assert values["quantization_bit"] == 4 and values["double_quantization"]
-    assert values["disable_shuffling"] and values["max_steps"] == 2
-    assert values["weight_decay"] == 0.0 and values["max_grad_norm"] == 1.0
+    assert values["quantization_bit"] == 4
+    assert values["double_quantization"]
+    assert values["disable_shuffling"]
+    assert values["max_steps"] == 2
+    assert values["weight_decay"] == 0.0
+    assert values["max_grad_norm"] == 1.0
     assert values["bf16"] is False
 
 
@@ -94,9 +98,12 @@ def test_trl_is_left_its_default_of_recomputing(tmp_path: Path) -> None:
 
 def test_axolotl_has_the_same_work(tmp_path: Path) -> None:
     values = axolotl.configuration(WORK, tmp_path)
-    assert values["lora_model_dir"] == "adapter" and values["load_in_4bit"]
-    assert values["curriculum_sampling"] and not values["shuffle_merged_datasets"]
-    assert values["sequence_len"] == 4 and not values["sample_packing"]
+    assert values["lora_model_dir"] == "adapter"
+    assert values["load_in_4bit"]
+    assert values["curriculum_sampling"]
+    assert not values["shuffle_merged_datasets"]
+    assert values["sequence_len"] == 4
+    assert not values["sample_packing"]
     assert values["gradient_checkpointing"] is True
     assert not axolotl.configuration(replace(WORK, recompute="none"), tmp_path)[
         "gradient_checkpointing"
@@ -107,16 +114,33 @@ def test_torchtune_has_the_base_of_its_configuration(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     (tmp_path / "model.safetensors").touch()
     values = torchtune.configuration(replace(WORK, model=str(tmp_path)), tmp_path / "folder")
-    assert values["model"]["embed_dim"] == 576 and values["model"]["rope_base"] == 100000.0
-    assert values["model"]["lora_rank"] == RANK and values["model"]["max_seq_len"] == 4
+    assert values["model"]["embed_dim"] == 576
+    assert values["model"]["rope_base"] == 100000.0
+    assert values["model"]["lora_rank"] == RANK
+    assert values["model"]["max_seq_len"] == 4
     assert values["checkpointer"]["checkpoint_files"] == ["model.safetensors"]
     assert values["enable_activation_checkpointing"] is False
 
 
-def test_torchtune_says_no_to_another_architecture(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "model_type": "gemma2"}))
-    with pytest.raises(ValueError, match="knows a Llama"):
-        torchtune.architecture(tmp_path, 4)
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"model_type": "gemma2"}, "knows a Llama"),
+        ({"rope_parameters": {"rope_type": "llama3"}}, "scaled positions"),
+        ({}, "576 × 576"),
+    ],
+)
+def test_torchtune_objects_to_what_it_cannot_quantize(
+    tmp_path: Path, other: dict[str, Any], said: str
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **other}))
+    assert said in (torchtune.objection(tmp_path) or "")
+
+
+def test_torchtune_takes_whole_blocks(tmp_path: Path) -> None:
+    shape = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, **shape}))
+    assert torchtune.objection(tmp_path) is None
 
 
 def test_torchtune_names_an_adapters_tensors() -> None:
@@ -127,7 +151,8 @@ def test_torchtune_names_an_adapters_tensors() -> None:
 def test_torchtune_log_takes_losses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchtune, "TOLD", Told())
     torchtune.Log().log_dict({"loss": 2.5, "lr": 1.0}, step=1)
-    assert torchtune.TOLD.losses == [2.5] and len(torchtune.TOLD.ends) == 1
+    assert torchtune.TOLD.losses == [2.5]
+    assert len(torchtune.TOLD.ends) == 1
 
 
 def test_difference_of_losses() -> None:
@@ -144,9 +169,11 @@ def test_a_side_that_differs_has_no_ratio_and_others_do() -> None:
         outcome("torchtune", [2.1, 1.0]),
     ]
     differences = table.loss_differences({one.label: [one] for one in row})
-    assert differences["kit"] == 0 and differences["torchtune"] == pytest.approx(0.05)
+    assert differences["kit"] == 0
+    assert differences["torchtune"] == pytest.approx(0.05)
     ratios = table.against_kit([row], {"torchtune"})
-    assert list(ratios) == ["plain"] and ratios["plain"]["speed"] == "2.00 (2.00-2.00)"
+    assert list(ratios) == ["plain"]
+    assert ratios["plain"]["speed"] == "2.00 (2.00-2.00)"
     assert table.against_kit([row], {"kit"}) == {}
 
 
@@ -186,4 +213,5 @@ def spoken(*options: str) -> subprocess.CompletedProcess[str]:
 def test_a_foreseeable_fault_is_one_message(options: list[str], said: str) -> None:
     ended = spoken(*options)
     assert ended.returncode == 1
-    assert said in ended.stderr and "Traceback" not in ended.stderr
+    assert said in ended.stderr
+    assert "Traceback" not in ended.stderr
