@@ -21,6 +21,8 @@ from train_bench.registry import SIDES, Turn
 SCRIPTS = Path(__file__).parent.parent
 
 
+_YOUNG_SECONDS = 0.5
+
 QUIET = {
     "HF_HUB_OFFLINE": "1",
     "DO_NOT_TRACK": "1",
@@ -123,11 +125,10 @@ def watched(child: subprocess.Popen[bytes]) -> int:
     def sample() -> None:
         nonlocal peak
         while not ended.wait(0.02):
-            total = 0
             try:
                 own = psutil.Process(child.pid)
-                for process in (own, *own.children(recursive=True)):
-                    total += process.memory_info().rss
+                others = own.children(recursive=True)
+                total = own.memory_info().rss + sum(bytes_of_its_own(one) for one in others)
             except psutil.Error:
                 continue
             peak = max(peak, total)
@@ -138,6 +139,16 @@ def watched(child: subprocess.Popen[bytes]) -> int:
     ended.set()
     thread.join()
     return peak
+
+
+def bytes_of_its_own(process: psutil.Process) -> int:
+    """Of a child: what was just forked shares its parent's memory, until it becomes the program
+    that it was forked for, or writes.
+    """
+    if process.cmdline() != process.parent().cmdline():
+        return int(process.memory_info().rss)
+    is_young = time.time() - process.create_time() < _YOUNG_SECONDS
+    return 0 if is_young else int(process.memory_full_info().uss)
 
 
 def gauge(threads: int) -> float:

@@ -15,7 +15,7 @@ from train_bench import table
 from train_bench.registry import SIDES, turns
 from train_bench.sides import axolotl, llama_factory, torchtune, trl
 from train_bench.told import Told
-from train_bench.watch import Outcome
+from train_bench.watch import Outcome, watched
 from train_bench.work import RANK, Work
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "bench_train.py"
@@ -215,3 +215,14 @@ def test_a_foreseeable_fault_is_one_message(options: list[str], said: str) -> No
     assert ended.returncode == 1
     assert said in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_a_process_that_starts_others_is_counted_once() -> None:
+    """Just forked, each of them seems to have all the memory of the one that starts it."""
+    code = (
+        "import subprocess, time\n"
+        "held = bytearray(b'x' * (300 << 20))\n"
+        "for _ in range(40): subprocess.run(['true'], preexec_fn=lambda: time.sleep(0.05))\n"
+    )
+    peak = watched(subprocess.Popen([sys.executable, "-W", "ignore", "-c", code]))
+    assert 300 << 20 < peak < 400 << 20
