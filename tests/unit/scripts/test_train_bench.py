@@ -221,7 +221,7 @@ def test_a_process_that_starts_others_is_counted_once() -> None:
     """Just forked, each of them seems to have all the memory of the one that starts it."""
     code = (
         "import subprocess, time\n"
-        "held = bytearray(b'x' * (300 << 20))\n"
+        "held = b'x' * (300 << 20)\n"
         "for _ in range(40): subprocess.run(['true'], preexec_fn=lambda: time.sleep(0.05))\n"
     )
     peak = watched(subprocess.Popen([sys.executable, "-W", "ignore", "-c", code]))
