@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 from bench_plan import Case, case, prediction, prepared
+from plainly import Parser, plainly
 
 MOST_OFF = 0.25
 UPDATES = 3
@@ -130,7 +131,7 @@ TERM_NAMES = ("products", "adapter", "attention", "elements", "optimizer", "each
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=[*SWEEPS, "rows"], help="unset: all of them")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
@@ -392,4 +393,4 @@ def plot(shapes: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(plainly(main))

@@ -18,6 +18,8 @@ from train_bench.work import Work
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 """Of each update's loss, relative to plain transformers + peft, by precision."""
+UNDISTURBED = 0.85
+"""Share of the best gauge from which on times can be compared."""
 
 
 def told(
@@ -113,8 +115,17 @@ def show(figures: dict[str, dict[str, Any]], work: Work, arguments: argparse.Nam
             f"({now['first_update_cpu_seconds']:4.1f})"
             f"{now['share_of_limit']:17.2f} {now['gauge']:7.1f} (× {now['gauge_drift']:.2f})"
         )
+    for label, share in disturbed(figures).items():
+        print(f"{label}: ran at {share:.2f} of the best gauge, so only its CPU seconds tell much")
     for label, now in figures.items():
         print(f"{label}: " + ", ".join(f"{name} {one}" for name, one in now["versions"].items()))
+
+
+def disturbed(figures: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """Share of the best gauge, for lines whose runs neighbours slowed much."""
+    best = max(now["gauge"] for now in figures.values())
+    shares = {label: now["gauge"] / best for label, now in figures.items()}
+    return {label: share for label, share in shares.items() if share < UNDISTURBED}
 
 
 def needed_operations(work: Work) -> float:

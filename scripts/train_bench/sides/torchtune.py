@@ -3,7 +3,7 @@
 Its configuration names the parts that the recipe takes: the base, which torchtune converts and
 quantizes itself, rows that are tokens already, and a log, which takes times and losses. The first
 adapter comes in as the checkpoint of a run that has not begun. Its 4-bit format is torchao's, with
-other constants than bitsandbytes', so that its losses differ from all others'.
+other constants than bitsandbytes', so that its losses need not be the others'.
 """
 
 from __future__ import annotations

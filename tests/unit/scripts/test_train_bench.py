@@ -183,6 +183,11 @@ def test_a_side_that_differs_is_named_and_fails(capsys: pytest.CaptureFixture[st
     assert table.judged({"plain": 0.0, "kit": 1e-6}, set(), 1e-4) == 0
 
 
+def test_a_line_that_neighbours_slowed_is_told() -> None:
+    figures = {"kit": {"gauge": 80.0}, "trl": {"gauge": 79.0}, "axolotl": {"gauge": 20.0}}
+    assert table.disturbed(figures) == {"axolotl": 0.25}
+
+
 def test_losses_are_held_against_plain() -> None:
     assert table.reference(["kit", "plain none", "trl"]) == "plain none"
     assert table.reference(["kit", "trl"]) == "kit"
