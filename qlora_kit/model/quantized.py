@@ -67,6 +67,17 @@ def four_bit_modules(model: nn.Module) -> Iterator[Any]:
             yield module
 
 
+def eight_bit_scale(module: Any) -> torch.Tensor | None:
+    """Of the rows of a weight in 8 bits, which bitsandbytes hands from the weight to the module's
+    state in the first forward pass; None: it is in other bits.
+    """
+    weight = getattr(module, "weight", None)
+    if type(weight).__name__ != "Int8Params":
+        return None
+    scale: torch.Tensor = module.state.SCB if weight.SCB is None else weight.SCB
+    return scale
+
+
 def never_repacked(model: nn.Module) -> None:
     """Turn off what bitsandbytes does on a CPU with AVX512-BF16 in evaluation: it repacks the
     weights in place, which nothing undoes before the next training step or a merge, and computes

@@ -15,7 +15,7 @@ from qlora_kit.errors import ModelError
 from qlora_kit.evaluate.evaluate import PERPLEXITY_BATCH_SIZE
 from qlora_kit.model.reason import reason_of
 from qlora_kit.model.skeleton import build_skeleton, load_config
-from qlora_kit.plan.optimizer import state_bytes
+from qlora_kit.memory.optimizer import state_bytes
 from qlora_kit.plan.trial import ImaginedTraining, Peak, Shape
 from qlora_kit.runtime.batches import BATCH_TOKENS, LOGITS_BYTES
 from qlora_kit.train.arguments import resolve_precision

@@ -25,7 +25,7 @@ from qlora_kit.model.fused.gated import looks_gated
 from qlora_kit.model.fused.lean import LeanParts
 from qlora_kit.model.fused.norm import KINDS, looks_like_norm
 from qlora_kit.model.quantized import is_four_bit, quant_state_tensors
-from qlora_kit.plan.live import GRADIENTS, Component, LiveTensors
+from qlora_kit.memory.live import GRADIENTS, Component, LiveTensors
 from qlora_kit.plan.stand_in import give_tensors, stand_in_base
 from qlora_kit.runtime.forward import CHUNK_CELLS
 from qlora_kit.train.recompute import able_to_recompute, recompute_first, recomputing_layers

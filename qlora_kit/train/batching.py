@@ -83,6 +83,25 @@ class Batching:
             self.first if isinstance(self.train, StreamedSequences) else self.train, count
         )
 
+    def attended(self, items: Sequence[Item]) -> list[tuple[int, ...]]:
+        """Of each item of a batch, the tokens of what attention sees together: of its examples
+        where they are taken one by one, else of the whole row, padding included.
+        """
+        longest = max(item.num_tokens for item in items)
+        if isinstance(self.collator, IsolatingCollator) and (
+            self.by_example or self.collator.flatten
+        ):
+            filled_to = 0 if self.collator.flatten else longest
+            return [_examples(item, filled_to) for item in items]
+        return [(longest,)] * len(items)
+
+
+def _examples(item: Item, filled_to: int) -> tuple[int, ...]:
+    parts = item.parts if isinstance(item, PackedSequence) else (item,)
+    filling = filled_to - item.num_tokens
+    lengths = tuple(part.num_tokens for part in parts)
+    return (*lengths, filling) if filling > 0 else lengths
+
 
 def plan_batches(
     model: nn.Module,

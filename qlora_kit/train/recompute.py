@@ -1,26 +1,24 @@
 """Which layers recompute their activations in the backward pass: as few as the memory asks for.
 
-What a forward pass keeps is counted, on short sequences, tensor by tensor; it grows with the
-length of the sequence (with its square where attention keeps its scores), so three lengths tell it
-for every other one. The first layers recompute: their turn in the backward pass comes when all
-others have given their memory back.
+The first layers recompute: their turn in the backward pass comes when all others have given their
+memory back. How much is kept is counted in qlora_kit/memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.errors import ModelError
+from qlora_kit.memory.kept import measure_kept, recomputing_layers
+from qlora_kit.memory.ways import bytes_of_update, lengths_of_rows, room_for_kept
 from qlora_kit.model.fused.residents import Residents
 from qlora_kit.out_of_memory import is_out_of_memory
 from qlora_kit.train.memory import cgroup_limit_bytes
@@ -35,67 +33,6 @@ if TYPE_CHECKING:
     from qlora_kit.train.surroundings import Surroundings
 
 _MIB = 2**20
-_LENGTHS = (16, 32, 64)
-_SHARE_OF_GPU, _SHARE_OF_HOST = 0.85, 0.6
-_WORKING_BYTES = 512 * _MIB
-
-
-@dataclass(frozen=True)
-class Growth:
-    """Bytes for one sequence of n tokens: constant + linear · n + square · n²."""
-
-    constant: float
-    linear: float
-    square: float
-
-    @classmethod
-    def through(cls, lengths: Sequence[int], bytes_: Sequence[int]) -> Growth:
-        """The one parabola through three points."""
-        (x0, x1, x2), (y0, y1, y2) = lengths, bytes_
-        first, second = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
-        square = (second - first) / (x2 - x0)
-        linear = first - square * (x0 + x1)
-        return cls(y0 - linear * x0 - square * x0**2, linear, square)
-
-    def at(self, num_tokens: int) -> float:
-        return self.constant + self.linear * num_tokens + self.square * num_tokens**2
-
-
-@dataclass(frozen=True)
-class Kept:
-    """What the forward pass of one sequence keeps for the backward pass."""
-
-    layers: tuple[Growth, ...]
-    """Of each layer, in order, beside its input."""
-    inputs: Growth
-    """Of the input of one layer, which is kept where the layer recomputes."""
-    rest: Growth
-    """Of what stands before and behind the layers."""
-
-    def peak_bytes(self, num_recomputing: int, num_sequences: int, num_tokens: int) -> float:
-        """The most that is kept at once where the first layers recompute.
-
-        Args:
-            num_tokens: of the longest sequence, to which the others are padded.
-        """
-        of_layers = [one.at(num_tokens) for one in self.layers]
-        inputs = num_recomputing * self.inputs.at(num_tokens)
-        at_the_end = inputs + sum(of_layers[num_recomputing:])
-        under_way = inputs + max(of_layers[:num_recomputing], default=0.0)
-        most = max(at_the_end, under_way) + self.rest.at(num_tokens)
-        return num_sequences * most
-
-    def fewest(self, num_sequences: int, num_tokens: int, free_bytes: float) -> int:
-        """How many layers have to recompute, so that the rest fits; all where nothing does."""
-        for count in range(len(self.layers)):
-            if self.peak_bytes(count, num_sequences, num_tokens) <= free_bytes:
-                return count
-        return len(self.layers)
-
-
-def recomputing_layers(model: nn.Module) -> list[Any]:
-    """The layers that can recompute, in the order in which they come."""
-    return [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
 
 
 def recompute_first(model: nn.Module, count: int) -> None:
@@ -128,89 +65,6 @@ def able_to_recompute(model: PeftModel, asked: bool | str = True) -> Iterator[No
         yield
     finally:
         model.gradient_checkpointing_disable()
-
-
-def measure_kept(model: nn.Module, run: Callable[[int], torch.Tensor]) -> Kept:
-    """Count what training passes keep.
-
-    Args:
-        run: passes one sequence of so many tokens through the model, and returns the loss.
-    """
-    layers = recomputing_layers(model)
-    counts = [_count(model, layers, partial(run, length)) for length in _LENGTHS]
-    by_layer = zip(*(one.layers for one in counts), strict=True)
-    return Kept(
-        tuple(Growth.through(_LENGTHS, sizes) for sizes in by_layer),
-        Growth.through(_LENGTHS, [one.inputs for one in counts]),
-        Growth.through(_LENGTHS, [one.rest for one in counts]),
-    )
-
-
-@dataclass(frozen=True)
-class _Counted:
-    layers: tuple[int, ...]
-    inputs: int
-    rest: int
-
-
-def _count(model: nn.Module, layers: Sequence[Any], run: Callable[[], torch.Tensor]) -> _Counted:
-    """Bytes of every storage that is kept, counted where it is met first."""
-    owned = {_storage(one) for one in (*model.parameters(), *model.buffers())}
-    seen: set[int] = set()
-    alive: list[torch.Tensor] = []
-    given_to: dict[int, int] = {}
-    by_layer = [0] * len(layers)
-    inputs = [0] * len(layers)
-    rest = 0
-    now: list[int] = []
-
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        nonlocal rest
-        storage = _storage(tensor)
-        if storage in owned or storage in seen:
-            return tensor.detach()
-        seen.add(storage)
-        alive.append(tensor)
-        size = tensor.untyped_storage().nbytes()
-        owner = given_to.get(storage, now[-1] if now else None)
-        if owner is None:
-            rest += size
-        else:
-            by_layer[owner] += size
-        # Not itself: an output that its own node keeps would keep that node, and all before it.
-        return tensor.detach()
-
-    def entering(number: int) -> Callable[..., None]:
-        def hook(_: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            given = next(
-                one for one in (*arguments, *options.values()) if isinstance(one, torch.Tensor)
-            )
-            inputs[number] = given.untyped_storage().nbytes()
-            given_to.setdefault(_storage(given), number)  # its own, whoever keeps it
-            alive.append(given)
-            now.append(number)
-
-        return hook
-
-    def leaving(*_: Any) -> None:
-        now.pop()
-
-    handles = [
-        one.register_forward_pre_hook(entering(n), with_kwargs=True) for n, one in enumerate(layers)
-    ]
-    handles += [one.register_forward_hook(leaving) for one in layers]
-    try:
-        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda one: one):
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-        alive.clear()  # autograd holds the hook, which holds these, and they their graph
-    return _Counted(tuple(by_layer), max(inputs, default=0), rest)
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return int(tensor.untyped_storage().data_ptr())
 
 
 @dataclass
@@ -267,18 +121,18 @@ def choose_recompute(
         if not is_out_of_memory(error):
             raise
         return Recompute(model, len(layers), len(layers), "memory ran out on 64 tokens")
-    num_tokens = max(item.num_tokens for item in longest)
-    shape = (len(longest), num_tokens)
-    free = _free_bytes(around, spec) - _bytes_of_update(model)
-    count = kept.fewest(*shape, free)
+    lengths = lengths_of_rows(batches.attended(longest))
+    device = around.hardware.device
+    update = bytes_of_update(model, spec.optim, device)
+    room = room_for_kept(_free_bytes(around, spec), update, device)
     return Recompute(
         model,
-        count,
+        kept.fewest(lengths, room),
         len(layers),
-        f"the longest batch, {len(longest)} × {num_tokens:,} tokens, keeps "
-        f"{kept.peak_bytes(0, *shape) / _MIB:,.0f} MiB without and "
-        f"{kept.peak_bytes(len(layers), *shape) / _MIB:,.0f} MiB with recomputing; "
-        f"{max(free, 0) / _MIB:,.0f} MiB are free for it",
+        f"the longest batch, {sum(lengths):,} tokens, keeps "
+        f"{kept.peak_bytes(0, lengths) / _MIB:,.0f} MiB without and "
+        f"{kept.peak_bytes(len(layers), lengths) / _MIB:,.0f} MiB with recomputing; "
+        f"{max(room, 0) / _MIB:,.0f} MiB are free for it",
     )
 
 
@@ -307,23 +161,17 @@ def loss_of_length(
 
 
 def _free_bytes(around: Surroundings, spec: TrainSpec) -> float:
-    """What activations may take: of what is free a part is left to the allocator and to others."""
+    """What this process may still take."""
     if around.hardware.device == "cuda":
         free, _ = torch.cuda.mem_get_info()
         reserved = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         if spec.max_memory_mib is not None:
             free = min(free, spec.max_memory_mib * _MIB - torch.cuda.memory_reserved())
-        return _SHARE_OF_GPU * (free + reserved)
+        return free + reserved
     if spec.max_memory_mib is not None:
-        return _SHARE_OF_HOST * (spec.max_memory_mib * _MIB - psutil.Process().memory_info().rss)
+        return spec.max_memory_mib * _MIB - psutil.Process().memory_info().rss
     free = psutil.virtual_memory().available
     most = cgroup_limit_bytes()
     if most is not None:
         free = min(free, most - psutil.Process().memory_info().rss)
-    return _SHARE_OF_HOST * free / around.processes.count
-
-
-def _bytes_of_update(model: nn.Module) -> int:
-    """Gradients and the optimizer's state, at most, and room for unpacked weights and logits."""
-    trained = sum(one.numel() for one in model.parameters() if one.requires_grad)
-    return 12 * trained + _WORKING_BYTES
+    return free / around.processes.count

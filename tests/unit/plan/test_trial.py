@@ -13,8 +13,8 @@ from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import HardwareError, ModelError
 from qlora_kit.model.vocabulary import load_vocabulary
 from qlora_kit.plan.gpus import GPUS, known_gpu
-from qlora_kit.plan.live import LiveTensors
-from qlora_kit.plan.optimizer import state_bytes
+from qlora_kit.memory.live import LiveTensors
+from qlora_kit.memory.optimizer import state_bytes
 from qlora_kit.plan.plan import Planner, longest_possible
 from qlora_kit.plan.rows import longest_there_is
 from qlora_kit.plan.suggest import suggestions

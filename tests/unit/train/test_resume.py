@@ -46,7 +46,7 @@ from qlora_kit.train.continuation import Continuation, shape_for
 from qlora_kit.train.held_out import HeldOutLoss
 from qlora_kit.train.loader import lengths_of
 from qlora_kit.train.memory import MemoryWatch
-from qlora_kit.train.recompute import recomputing_layers
+from qlora_kit.memory.kept import recomputing_layers
 from qlora_kit.train.requests import TRIGGER_FILE, Requests
 from qlora_kit.train.surroundings import Surroundings
 from qlora_kit.train.train import TrainResult, train_adapter

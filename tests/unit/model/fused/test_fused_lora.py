@@ -224,7 +224,7 @@ def test_rslora_and_ranks_of_their_own(base: Path) -> None:
 
 def test_it_keeps_less_than_peft(base: Path) -> None:
     """And no unpacked weight: what is kept depends on the tokens alone."""
-    from qlora_kit.train.recompute import measure_kept
+    from qlora_kit.memory.kept import measure_kept
 
     model = adapted(base)
 

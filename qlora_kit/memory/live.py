@@ -53,6 +53,11 @@ class LiveTensors(TorchDispatchMode):
                 self.now[was] -= size
                 self.now[component] += size
 
+    @property
+    def num_bytes(self) -> int:
+        """Alive now."""
+        return self._total
+
     def forget_peak(self) -> None:
         """From here on the peak is a new one."""
         self._most = 0

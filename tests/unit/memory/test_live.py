@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qlora_kit.plan.live import ACTIVATIONS, GRADIENTS, LOGITS, LiveTensors
+from qlora_kit.memory.live import ACTIVATIONS, GRADIENTS, LOGITS, LiveTensors
 
 _FLOAT = 4
 

@@ -1,0 +1,1 @@
+"""What training takes, counted: by one count a run decides, and a plan foretells."""

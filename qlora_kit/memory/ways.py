@@ -1,0 +1,169 @@
+"""Ways to train that take more or less memory, and which of them is taken: the one place where a
+run decides, and where a plan learns what a run would decide.
+
+What may be traded: how many sequences are taken at a time, how many layers recompute, and whether
+activations wait in the host's memory (GPUs alone). None changes what an update trains on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from qlora_kit.errors import HardwareError
+from qlora_kit.memory.kept import Kept
+from qlora_kit.memory.optimizer import state_bytes
+from qlora_kit.model.quantized import is_four_bit
+from qlora_kit.train.supervised_loss import chunk_bytes
+
+if TYPE_CHECKING:
+    from torch import nn
+
+_MIB = 2**20
+_FLOAT_BYTES = 4
+# Of what is free, the part that `gradient_checkpointing: auto` gives to what is kept; the other is
+# left to the allocator and to others on the machine.
+_SHARE_OF_FREE = {"cpu": 0.6, "cuda": 0.85}
+# What a count of tensors does not see of what an allocator takes.
+_ALLOCATOR_BYTES = 32 * _MIB
+_ALLOCATOR_SHARE = 0.03
+# Tokens that a pass costs beside its own: weights are unpacked, and kernels are filled badly.
+_TOKENS_OF_A_PASS = {"cpu": 32, "cuda": 1024}
+_OFFLOAD_FACTOR = 2.0
+
+Lengths = Sequence[int]
+"""Tokens of each sequence, as far as attention sees it together; see `Kept.peak_bytes`."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to train."""
+
+    at_a_time: int
+    """Sequences."""
+    num_recomputing: int
+    offloads: bool = False
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What the choice depends on."""
+
+    kept: Kept
+    rows: Sequence[Lengths]
+    """Of the largest micro-batch, the longest first."""
+    standing_bytes: float
+    """Taken before the first update, and by it beside activations."""
+    device: str
+    counts: Sequence[int]
+    """Of layers that may recompute."""
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.rows)
+
+    @property
+    def num_tokens(self) -> int:
+        """Of the longest sequence."""
+        return sum(self.rows[0])
+
+    def ways(self) -> Iterator[Way]:
+        size, sizes = self.num_sequences, []
+        while size > 1:
+            sizes.append(size)
+            size = -(-size // 2)
+        for at_a_time in (*sizes, 1):
+            for count in self.counts:
+                yield Way(at_a_time, count)
+                if self.device == "cuda" and count and count == len(self.kept.layers):
+                    yield Way(at_a_time, count, offloads=True)
+
+    def peak_bytes(self, way: Way) -> float:
+        """Of the process, or of what is allocated on a GPU."""
+        lengths = lengths_of_rows(self.rows[: way.at_a_time])
+        if way.offloads:
+            kept = self.kept.offloaded_bytes(lengths)
+        else:
+            kept = self.kept.peak_bytes(way.num_recomputing, lengths)
+        activations = kept + self.kept.working_bytes(lengths)
+        return self.standing_bytes + (1 + _ALLOCATOR_SHARE) * activations
+
+    def cost(self, way: Way) -> float:
+        """Time of a micro-batch, in tokens of one product with all weights."""
+        passes = -(-self.num_sequences // way.at_a_time)
+        tokens = sum(lengths_of_rows(self.rows)) + passes * _TOKENS_OF_A_PASS[self.device]
+        again = way.num_recomputing / max(len(self.kept.layers), 1)
+        return tokens * (2 + again) * (_OFFLOAD_FACTOR if way.offloads else 1)
+
+    def fastest(self, budget_bytes: float, at_a_time: int | None = None) -> Way | None:
+        """None where nothing fits.
+
+        Args:
+            at_a_time: sequences, to be kept to where that fits.
+        """
+        fitting = [way for way in self.ways() if self.peak_bytes(way) <= budget_bytes]
+        wanted = [way for way in fitting if way.at_a_time == at_a_time]
+        return min(wanted or fitting, key=self.cost, default=None)
+
+    def leanest(self) -> Way:
+        return min(self.ways(), key=self.peak_bytes)
+
+    def told(self, way: Way) -> str:
+        """In a few words, for people."""
+        parts = [
+            f"{way.at_a_time} of {self.num_sequences} sequences of up to "
+            f"{self.num_tokens:,} tokens at a time",
+            f"{way.num_recomputing} of {len(self.kept.layers)} layers recomputing",
+        ]
+        if way.offloads:
+            parts.append("activations waiting in the host's memory")
+        return ", ".join(parts)
+
+    def nothing_fits(self, budget: str) -> HardwareError:
+        """What to say where no way fits a budget: the smallest that one would."""
+        leanest = self.leanest()
+        smallest = math.ceil(self.peak_bytes(leanest) / _MIB)
+        return HardwareError(
+            f"nothing fits train.memory_budget ({budget}). The smallest that would: "
+            f"{smallest}MiB, with {self.told(leanest)}; of that "
+            f"{self.standing_bytes / _MIB:,.0f} MiB are taken before the first sequence. Raise "
+            "it, or lower data.max_length."
+        )
+
+
+def lengths_of_rows(rows: Sequence[Lengths]) -> list[int]:
+    return [length for row in rows for length in row]
+
+
+def counts_of_recomputing(asked: bool | str, is_able: bool, num_layers: int) -> Sequence[int]:
+    """How many layers may recompute, by `gradient_checkpointing` and what the model can."""
+    if not is_able:
+        return (0,)
+    if asked == "auto":
+        return range(num_layers + 1)
+    return (num_layers if asked else 0,)
+
+
+def room_for_kept(free_bytes: float, update_bytes: float, device: str) -> float:
+    """What `gradient_checkpointing: auto` lets activations take, of what is free."""
+    return _SHARE_OF_FREE[device] * free_bytes - update_bytes
+
+
+def bytes_of_update(model: nn.Module, optim: str, device: str) -> int:
+    """What an update takes beside activations: gradients, the optimizer's state, the logits of one
+    chunk with their gradients, the largest packed weight unpacked (and cast), and what an allocator
+    keeps for itself.
+    """
+    trained = [one.numel() for one in model.parameters() if one.requires_grad]
+    state = state_bytes(optim, trained)
+    unpacked = 2 * _FLOAT_BYTES * largest_packed(model)
+    return _FLOAT_BYTES * sum(trained) + state + 2 * chunk_bytes(device) + unpacked + _ALLOCATOR_BYTES
+
+
+def largest_packed(model: nn.Module) -> int:
+    """Numbers of the largest weight that is packed in 4 bits; 0 where none is."""
+    parameters: Iterator[Any] = iter(model.parameters())
+    sizes = (one.quant_state.shape.numel() for one in parameters if is_four_bit(one))
+    return max(sizes, default=0)

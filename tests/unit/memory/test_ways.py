@@ -1,0 +1,54 @@
+"""Which way to train is the fastest within a budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from qlora_kit.memory.kept import Growth, Kept
+from qlora_kit.memory.ways import Situation, Way
+
+
+def situation(device: str = "cpu", counts: Any = range(5), tokens: int = 50) -> Situation:
+    """Four layers that keep 100 bytes a token each, beside inputs of 10 and a rest of 7."""
+    kept = Kept((Growth(0, 100, 0),) * 4, Growth(0, 10, 0), Growth(0, 7, 0))
+    return Situation(kept, [(tokens,)] * 8, 1000.0, device, counts)
+
+
+class TestTheFastest:
+    def test_nothing_is_given_up_where_all_fits(self) -> None:
+        one = situation()
+        assert one.fastest(one.peak_bytes(Way(8, 0))) == Way(8, 0)
+
+    def test_on_a_cpu_fewer_sequences_at_a_time_before_recomputing(self) -> None:
+        one = situation()
+        assert one.fastest(one.peak_bytes(Way(8, 0)) - 1) == Way(4, 0)
+
+    def test_a_gpu_recomputes_before_its_kernels_run_empty(self) -> None:
+        one = situation("cuda")
+        assert one.fastest(one.peak_bytes(Way(8, 2))) == Way(8, 2)
+
+    def test_layers_recompute_where_one_sequence_is_too_much(self) -> None:
+        one = situation()
+        assert one.fastest(one.peak_bytes(Way(1, 3))) == Way(1, 3)
+
+    def test_activations_leave_a_gpu_only_where_nothing_else_helps(self) -> None:
+        one = situation("cuda")
+        on_it = min(one.peak_bytes(way) for way in one.ways() if not way.offloads)
+        found = one.fastest(on_it - 1)
+        assert found is not None
+        assert found.offloads
+        assert not any(way.offloads for way in situation().ways())
+
+    def test_what_the_recipe_says_of_recomputing_holds(self) -> None:
+        one = situation(counts=(4,))
+        assert one.fastest(1e9) == Way(8, 4)
+
+    def test_none_where_nothing_fits_and_the_leanest_is_known(self) -> None:
+        one = situation()
+        assert one.fastest(one.peak_bytes(one.leanest()) - 1) is None
+        assert one.leanest() == Way(1, 3), "the last layer's turn comes at once"
+
+    def test_a_run_that_goes_on_takes_as_many_at_a_time_as_before_if_that_fits(self) -> None:
+        one = situation()
+        assert one.fastest(1e9, at_a_time=2) == Way(2, 0)
+        assert one.fastest(one.peak_bytes(Way(1, 0)), at_a_time=4) in (Way(4, 4), Way(1, 0))
