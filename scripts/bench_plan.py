@@ -322,14 +322,14 @@ def prediction(recipe: Path) -> dict[str, int]:
     from qlora_kit.environment import probe_hardware
     from qlora_kit.model.vocabulary import load_vocabulary
     from qlora_kit.plan.plan import Planner
-    from qlora_kit.plan.rows import longest_there_is
+    from qlora_kit.plan.rows import train_rows
     from qlora_kit.recipe import load_recipe
 
     loaded = load_recipe(recipe)
     vocabulary = load_vocabulary(loaded.model)
     hardware = probe_hardware()
-    shape = longest_there_is(loaded, vocabulary)
-    found = Planner(vocabulary, hardware, hardware.host_memory_bytes).plan(loaded, shape)
+    train = train_rows(loaded, vocabulary)
+    found = Planner(vocabulary, hardware, hardware.host_memory_bytes).plan(loaded, train)
     return {"tensors": found.moment("training").tensor_bytes, "process": found.peak.num_bytes}
 
 

@@ -49,16 +49,16 @@ def command(
     from qlora_kit.cli.console import console_reporter
     from qlora_kit.model.vocabulary import load_vocabulary
     from qlora_kit.plan.plan import Planner
-    from qlora_kit.plan.rows import longest_there_is
+    from qlora_kit.plan.rows import train_rows
     from qlora_kit.plan.suggest import suggestions
     from qlora_kit.report import plan as report
 
     vocabulary = load_vocabulary(loaded.model)
     available = _budget(loaded, hardware, budget)
-    shape = longest_there_is(loaded, vocabulary) if rows else None
+    train = train_rows(loaded, vocabulary) if rows else None
     planner = Planner(vocabulary, hardware, available)
-    found = planner.plan(loaded, shape)
-    changes = [] if found.fits else suggestions(loaded, found, planner)
+    found = planner.plan(loaded, train)
+    changes = [] if found.fits else suggestions(loaded, found, planner, train)
     if as_json:
         values = {
             "recipe": str(recipe),

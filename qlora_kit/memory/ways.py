@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.errors import HardwareError
 from qlora_kit.memory.kept import Kept
 from qlora_kit.memory.optimizer import state_bytes
-from qlora_kit.model.quantized import is_four_bit
+from qlora_kit.model.quantized import is_four_bit, is_quantized
 from qlora_kit.train.supervised_loss import chunk_bytes
 
 if TYPE_CHECKING:
@@ -153,17 +153,17 @@ def room_for_kept(free_bytes: float, update_bytes: float, device: str) -> float:
 
 def bytes_of_update(model: nn.Module, optim: str, device: str) -> int:
     """What an update takes beside activations: gradients, the optimizer's state, the logits of one
-    chunk with their gradients, the largest packed weight unpacked (and cast), and what an allocator
+    chunk with their gradients, the largest quantized weight unpacked (and cast), and what an allocator
     keeps for itself.
     """
     trained = [one.numel() for one in model.parameters() if one.requires_grad]
     state = state_bytes(optim, trained)
-    unpacked = 2 * _FLOAT_BYTES * largest_packed(model)
+    unpacked = 2 * _FLOAT_BYTES * largest_quantized(model)
     return _FLOAT_BYTES * sum(trained) + state + 2 * chunk_bytes(device) + unpacked + _ALLOCATOR_BYTES
 
 
-def largest_packed(model: nn.Module) -> int:
-    """Numbers of the largest weight that is packed in 4 bits; 0 where none is."""
-    parameters: Iterator[Any] = iter(model.parameters())
-    sizes = (one.quant_state.shape.numel() for one in parameters if is_four_bit(one))
+def largest_quantized(model: nn.Module) -> int:
+    """Numbers of the largest weight that is in 4 or 8 bits; 0 where none is."""
+    weights: Iterator[Any] = (one.weight for one in model.modules() if is_quantized(one))
+    sizes = (one.quant_state.shape.numel() if is_four_bit(one) else one.numel() for one in weights)
     return max(sizes, default=0)

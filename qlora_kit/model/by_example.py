@@ -30,11 +30,19 @@ class _LastLengths:
 
     def of(self, positions: torch.Tensor) -> _Lengths:
         if self._of is None or self._of() is not positions:
-            self._of, self._lengths = weakref.ref(positions), example_lengths(positions)
+            self.set(positions, example_lengths(positions))
         return self._lengths
+
+    def set(self, positions: torch.Tensor, lengths: _Lengths) -> None:
+        self._of, self._lengths = weakref.ref(positions), lengths
 
 
 _last_lengths = _LastLengths()
+
+
+def know_lengths(positions: torch.Tensor, lengths: _Lengths) -> None:
+    """Of positions without numbers, which do not tell."""
+    _last_lengths.set(positions, lengths)
 
 
 def example_lengths(positions: torch.Tensor) -> _Lengths:

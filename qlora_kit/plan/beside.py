@@ -11,7 +11,8 @@ from qlora_kit.environment import Hardware, launcher_settings
 from qlora_kit.errors import QloraKitError
 from qlora_kit.model.vocabulary import load_vocabulary
 from qlora_kit.plan.plan import Moment, foretold_training
-from qlora_kit.plan.rows import shape_of
+from qlora_kit.plan.rows import worst_of
+from qlora_kit.plan.trial import Taken
 from qlora_kit.refusals import naming
 
 if TYPE_CHECKING:
@@ -54,11 +55,16 @@ def training_beside(
     items = batches.longest(trained.sequences_at_a_time)
     if measured is None or not items or launcher_settings().is_sharded:
         return None
-    shape = shape_of(batches.collator(items))  # type: ignore[arg-type]
+    shape = worst_of(items, batches).first(len(items))
+    how = Taken(
+        trained.num_recomputing,
+        recipe.train.gradient_accumulation_steps > 1 or trained.is_divided,
+        trained.resident_bytes,
+        trained.offloads,
+    )
     try:
-        predicted = foretold_training(
-            recipe, load_vocabulary(recipe.model), hardware, shape, trained.num_recomputing
-        )
+        vocabulary = load_vocabulary(recipe.model)
+        predicted = foretold_training(recipe, vocabulary, hardware, shape, how)
     except QloraKitError:
         return None
     total = predicted.tensor_bytes if is_gpu else predicted.num_bytes

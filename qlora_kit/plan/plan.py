@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora_kit.data.prepare import Part
 from qlora_kit.environment import Hardware, resolve_compute_dtype
 from qlora_kit.errors import ModelError
 from qlora_kit.evaluate.evaluate import PERPLEXITY_BATCH_SIZE
+from qlora_kit.memory.optimizer import state_bytes
+from qlora_kit.memory.ways import largest_quantized
 from qlora_kit.model.reason import reason_of
 from qlora_kit.model.skeleton import build_skeleton, load_config
-from qlora_kit.memory.optimizer import state_bytes
-from qlora_kit.plan.trial import ImaginedTraining, Peak, Shape
+from qlora_kit.plan.choice import Choice, choice_of
+from qlora_kit.plan.rows import WorstBatch, longest_possible, worst_batch
+from qlora_kit.plan.trial import ImaginedTraining, Peak, Shape, Taken
 from qlora_kit.runtime.batches import BATCH_TOKENS, LOGITS_BYTES
 from qlora_kit.train.arguments import resolve_precision
+from qlora_kit.train.batching import foreseen_batches
 
 if TYPE_CHECKING:
     from qlora_kit.model.vocabulary import Vocabulary
     from qlora_kit.recipe import Recipe
+    from qlora_kit.train.batching import Batching
 
 OPTIMIZER, FRAMEWORK = "optimizer", "framework"
 IN_FLIGHT = "a weight on its way"
@@ -33,9 +38,6 @@ FRAMEWORK_BYTES = {"cpu": 1080 * _MIB, "cuda": 700 * _MIB}
 Measured with torch 2.14 on a CPU; a guess for GPUs."""
 # Of each number of a weight while it is quantized (a CPU does it in float32), or just moved.
 _BYTES_IN_FLIGHT = {"cpu": 14, "cuda": 4}
-# What `gradient_checkpointing: auto` leaves to others; see train/recompute.py.
-_SHARE = {"cpu": 0.6, "cuda": 0.85}
-_LEFT_BYTES = 512 * _MIB
 
 # What operations on tensors without numbers raise where code asks for the numbers.
 _BEYOND_A_TRIAL = (
@@ -71,11 +73,12 @@ class Plan:
     hardware: Hardware
     compute_dtype: str
     precision: str
-    shape: Shape
-    """Of the batch that needs most."""
+    worst: WorstBatch
+    """The batch that needs most."""
     num_layers: int
     """That can recompute."""
-    num_recomputing: int
+    choice: Choice
+    """What training would choose."""
     moments: tuple[Moment, ...]
     budget_bytes: int
 
@@ -96,9 +99,12 @@ class Plan:
             "num_devices": max(self.hardware.num_devices, 1),
             "compute_dtype": self.compute_dtype,
             "precision": self.precision,
-            "worst_batch": vars(self.shape),
+            "worst_batch": asdict(self.worst),
             "num_layers": self.num_layers,
-            "num_recomputing": self.num_recomputing,
+            "num_recomputing": self.choice.way.num_recomputing,
+            "sequences_at_a_time": self.choice.way.at_a_time,
+            "offloads": self.choice.way.offloads,
+            "resident_bytes": self.choice.resident_bytes,
             "moments": {
                 one.name: {"total_bytes": one.num_bytes, "bytes": dict(one.components)}
                 for one in self.moments
@@ -118,36 +124,47 @@ class Planner:
         self.budget_bytes = budget_bytes
         self._imagined: dict[str, ImaginedTraining] = {}
 
-    def plan(self, recipe: Recipe, shape: Shape | None = None) -> Plan:
+    def plan(self, recipe: Recipe, train: Part | None = None) -> Plan:
         """What a recipe needs.
 
         Args:
-            shape: of the longest batch; unset: every row is max_length tokens, all supervised.
+            train: the rows; unset: every row is max_length tokens, all supervised.
 
         Raises:
             ModelError, AdapterError: the recipe does not suit the model, or holds what cannot be
                 foretold.
+            HardwareError: nothing fits train.memory_budget.
         """
         hardware = self.hardware
+        framework = FRAMEWORK_BYTES[hardware.device]
         with _told_apart(recipe):
             imagined = self._model_of(recipe)
-            shape = shape or longest_possible(recipe)
-            count = _num_recomputing(imagined, recipe, hardware, shape, self.budget_bytes)
+            batches = self._batches(recipe, imagined, train)
+            worst = worst_batch(recipe, batches, is_possible=train is None)
+            choice = choice_of(imagined, recipe.train, worst, self.budget_bytes, framework)
+            how = _taken(recipe, choice, len(worst.items))
             moments = (
                 _loading(imagined, hardware),
-                _training(imagined, recipe, hardware, shape, count),
-                *_evaluation(imagined, recipe, hardware),
+                _training(imagined, recipe, hardware, worst.first(choice.way.at_a_time), how),
+                *_evaluation(imagined, recipe, hardware, batches),
             )
         return Plan(
             hardware=hardware,
             compute_dtype=str(imagined.compute_dtype).removeprefix("torch."),
             precision=imagined.precision,
-            shape=shape,
+            worst=worst,
             num_layers=imagined.num_layers,
-            num_recomputing=count,
+            choice=choice,
             moments=moments,
             budget_bytes=self.budget_bytes,
         )
+
+    def _batches(self, recipe: Recipe, imagined: ImaginedTraining, train: Part | None) -> Batching:
+        pad = self.vocabulary.tokenizer.pad_token_id
+        assert isinstance(pad, int)
+        device = self.hardware.device
+        part = Part.empty() if train is None else train
+        return foreseen_batches(imagined.causal, part, recipe.data, pad, device)
 
     def _model_of(self, recipe: Recipe) -> ImaginedTraining:
         """The same one for recipes that differ in batches, optimizer and the like alone."""
@@ -160,20 +177,16 @@ class Planner:
 
 
 def foretold_training(
-    recipe: Recipe,
-    vocabulary: Vocabulary,
-    hardware: Hardware,
-    shape: Shape,
-    num_recomputing: int,
+    recipe: Recipe, vocabulary: Vocabulary, hardware: Hardware, shape: Shape, how: Taken
 ) -> Moment:
-    """Of training alone, where it is known what is trained on and which layers recompute.
+    """Of training alone, where it is known what is trained on and how.
 
     Raises:
         ModelError: the recipe holds what cannot be foretold.
     """
     with _told_apart(recipe):
         imagined = _imagined(recipe, vocabulary, hardware)
-        return _training(imagined, recipe, hardware, shape, num_recomputing)
+        return _training(imagined, recipe, hardware, shape, how)
 
 
 @contextmanager
@@ -202,17 +215,23 @@ def _imagined(recipe: Recipe, vocabulary: Vocabulary, hardware: Hardware) -> Ima
     return ImaginedTraining(recipe, skeleton, vocabulary, dtype, precision, hardware.device)
 
 
+def _taken(recipe: Recipe, choice: Choice, num_sequences: int) -> Taken:
+    way = choice.way
+    return Taken(
+        way.num_recomputing,
+        is_accumulated=recipe.train.gradient_accumulation_steps > 1
+        or way.at_a_time < num_sequences,
+        resident_bytes=choice.resident_bytes,
+        offloads=way.offloads,
+    )
+
+
 def _training(
-    imagined: ImaginedTraining, recipe: Recipe, hardware: Hardware, shape: Shape, count: int
+    imagined: ImaginedTraining, recipe: Recipe, hardware: Hardware, shape: Shape, how: Taken
 ) -> Moment:
-    step = imagined.step(shape, count, recipe.train.gradient_accumulation_steps > 1)
-    return Moment("training", {**step, **_around(imagined, recipe, hardware)})
-
-
-def longest_possible(recipe: Recipe) -> Shape:
-    """Of a batch in which no row could be longer."""
-    num, length = recipe.train.per_device_train_batch_size, recipe.data.max_length
-    return Shape(num, length, num * (length - 1), is_masked=num > 1 or recipe.data.packing)
+    return Moment(
+        "training", {**imagined.step(shape, how), **_around(imagined, recipe, hardware)}
+    )
 
 
 def _around(imagined: ImaginedTraining, recipe: Recipe, hardware: Hardware) -> dict[str, int]:
@@ -224,54 +243,20 @@ def _around(imagined: ImaginedTraining, recipe: Recipe, hardware: Hardware) -> d
     }
 
 
-def _num_recomputing(
-    imagined: ImaginedTraining, recipe: Recipe, hardware: Hardware, shape: Shape, budget: int
-) -> int:
-    """As the recipe says; `auto` as training decides where nothing else is in the memory."""
-    asked, num_layers = recipe.train.gradient_checkpointing, imagined.num_layers
-    if asked is not True and asked is not False:
-        weights = sum(imagined.weights.values())
-        trained = sum(one.numel() for one in imagined.trained)
-        free = budget - FRAMEWORK_BYTES[hardware.device] - weights
-        room = _SHARE[hardware.device] * free - 12 * trained - _LEFT_BYTES
-
-        def kept(count: int) -> int:
-            return sum(imagined.step(shape, count, is_accumulated=False).values()) - weights
-
-        return _fewest(num_layers, kept, room)
-    return num_layers if asked else 0
-
-
-def _fewest(most: int, kept: Callable[[int], int], room: float) -> int:
-    """The smallest count with which what is kept has room; `most` where none has.
-
-    A recomputing layer saves about as much as another, which tells where to look.
-    """
-    if kept(most) > room:
-        return most
-    if kept(0) <= room:
-        return 0
-    saved = max((kept(0) - kept(most)) / most, 1.0)
-    count = min(max(math.ceil((kept(0) - room) / saved), 1), most)
-    while kept(count) > room:
-        count += 1
-    while count > 1 and kept(count - 1) <= room:
-        count -= 1
-    return count
-
-
 def _loading(imagined: ImaginedTraining, hardware: Hardware) -> Moment:
     return Moment(
         "loading",
         {
             **imagined.weights,
-            IN_FLIGHT: imagined.largest_packed * _BYTES_IN_FLIGHT[hardware.device],
+            IN_FLIGHT: largest_quantized(imagined.model) * _BYTES_IN_FLIGHT[hardware.device],
             FRAMEWORK: FRAMEWORK_BYTES[hardware.device],
         },
     )
 
 
-def _evaluation(imagined: ImaginedTraining, recipe: Recipe, hardware: Hardware) -> list[Moment]:
+def _evaluation(
+    imagined: ImaginedTraining, recipe: Recipe, hardware: Hardware, batches: Batching
+) -> list[Moment]:
     """Of the held-out loss, the perplexity and the answers whichever needs most."""
     if not recipe.data.has_eval_rows:
         return []
@@ -279,7 +264,7 @@ def _evaluation(imagined: ImaginedTraining, recipe: Recipe, hardware: Hardware) 
     peaks: list[Peak] = []
     if recipe.train.eval_strategy != "no":
         num = recipe.train.per_device_eval_batch_size
-        peaks.append(imagined.held_out_loss(Shape(num, length, num * (length - 1), num > 1)))
+        peaks.append(imagined.held_out_loss(longest_possible(recipe, batches, num).first(num)))
     if recipe.evaluate.perplexity:
         window = recipe.evaluate.window_tokens or length
         cells = LOGITS_BYTES // (4 * imagined.num_entries)

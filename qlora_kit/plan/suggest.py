@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.plan.plan import Plan, Planner
-from qlora_kit.plan.trial import Shape
 
 if TYPE_CHECKING:
+    from qlora_kit.data.prepare import Part
     from qlora_kit.recipe import Recipe
 
 Changes = Mapping[str, Any]
@@ -33,28 +33,34 @@ class Suggestion:
         return vars(self)
 
 
-def suggestions(recipe: Recipe, plan: Plan, planner: Planner) -> list[Suggestion]:
+def suggestions(
+    recipe: Recipe, plan: Plan, planner: Planner, train: Part | None = None
+) -> list[Suggestion]:
     """Each change that saves anything by itself, the largest saving first; then, where none is
     enough, all of those that leave the rows whole together: the smallest that this recipe gets.
+
+    Args:
+        train: the rows that the plan is of.
     """
     found = []
     kept: dict[str, Any] = {}
     for changes, why, leaves_rows_whole in _candidates(recipe, plan):
-        one = _tried(recipe, plan, changes, why, planner)
+        one = _tried(recipe, plan, changes, why, planner, train)
         if one.saved_bytes > 0:
             found.append(one)
             if leaves_rows_whole:
                 kept |= changes
     found.sort(key=lambda one: -one.saved_bytes)
     if len(kept) > 1 and not any(one.fits for one in found):
-        found.append(_tried(recipe, plan, kept, "all that leave the rows as they are", planner))
+        why = "all that leave the rows as they are"
+        found.append(_tried(recipe, plan, kept, why, planner, train))
     return found
 
 
 def _candidates(recipe: Recipe, plan: Plan) -> Iterator[tuple[Changes, str, bool]]:
     """(what to change, what that means, whether rows stay as long as they are)"""
     train, data = recipe.train, recipe.data
-    if plan.num_recomputing < plan.num_layers:
+    if plan.choice.way.num_recomputing < plan.num_layers:
         yield {"train.gradient_checkpointing": True}, "all layers recompute; slower", True
     size = train.per_device_train_batch_size
     if size > 1:
@@ -84,9 +90,13 @@ def _candidates(recipe: Recipe, plan: Plan) -> Iterator[tuple[Changes, str, bool
         yield {"data.max_length": data.max_length // 2}, "half as long; see data.overlength", False
 
 
-def _tried(recipe: Recipe, plan: Plan, changes: Changes, why: str, planner: Planner) -> Suggestion:
+def _tried(
+    recipe: Recipe, plan: Plan, changes: Changes, why: str, planner: Planner, train: Part | None
+) -> Suggestion:
     changed = _changed(recipe, changes)
-    after = planner.plan(changed, _shape(plan.shape, changed))
+    if train is not None and changed.data.max_length < recipe.data.max_length:
+        train = _cut(train, changed.data.max_length)
+    after = planner.plan(changed, train)
     peak = after.peak.num_bytes
     saved = [one.num_bytes - after.moment(one.name).num_bytes for one in plan.moments]
     return Suggestion(
@@ -98,18 +108,13 @@ def _tried(recipe: Recipe, plan: Plan, changes: Changes, why: str, planner: Plan
     )
 
 
-def _shape(shape: Shape, recipe: Recipe) -> Shape:
-    """The longest batch of a changed recipe."""
-    num = min(shape.num_sequences, recipe.train.per_device_train_batch_size)
-    length = min(shape.num_tokens, recipe.data.max_length)
-    share = num * length / (shape.num_sequences * shape.num_tokens)
-    return replace(
-        shape,
-        num_sequences=num,
-        num_tokens=length,
-        num_supervised=int(shape.num_supervised * share),
-        is_masked=shape.is_masked and (num > 1 or recipe.data.packing),
-    )
+def _cut(train: Part, length: int) -> Part:
+    """The rows with no more tokens than that."""
+    cut = [
+        replace(one, input_ids=one.input_ids[:length], labels=one.labels[:length])
+        for one in train.sequences
+    ]
+    return replace(train, sequences=cut)
 
 
 def _changed(recipe: Recipe, changes: Changes) -> Recipe:

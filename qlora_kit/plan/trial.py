@@ -10,25 +10,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
+from qlora_kit.memory.kept import Kept, measure_kept, recomputing_layers
+from qlora_kit.memory.live import GRADIENTS, Component, LiveTensors
+from qlora_kit.memory.weights import hold_weights
 from qlora_kit.model.adapter import attach_adapter
+from qlora_kit.model.by_example import attending_by_example, can_attend_by_example, know_lengths
 from qlora_kit.model.fused.attach import Fusion, plan_fusion
 from qlora_kit.model.fused.gated import looks_gated
 from qlora_kit.model.fused.lean import LeanParts
 from qlora_kit.model.fused.norm import KINDS, looks_like_norm
-from qlora_kit.model.quantized import is_four_bit, quant_state_tensors
-from qlora_kit.memory.live import GRADIENTS, Component, LiveTensors
+from qlora_kit.model.fused.residents import Residents
 from qlora_kit.plan.stand_in import give_tensors, stand_in_base
 from qlora_kit.runtime.forward import CHUNK_CELLS
-from qlora_kit.train.recompute import able_to_recompute, recompute_first, recomputing_layers
+from qlora_kit.train.recompute import able_to_recompute, recompute_first
 from qlora_kit.train.shortcuts import Shortcuts, taken, why_no_supervised_loss
 from qlora_kit.train.supervised_loss import SupervisedForward, supervised_only
 
@@ -39,12 +39,10 @@ if TYPE_CHECKING:
     from qlora_kit.model.vocabulary import Vocabulary
     from qlora_kit.recipe import Recipe, TrainSpec
 
-PACKED, CONSTANTS = "4-bit weights", "their constants"
-UNQUANTIZED, ADAPTER = "unquantized weights", "adapter"
 CACHE = "cache of keys and values"
 
 _SHORT = (1, 8)
-_UNPADDED = "qlora_kit_unpadded"
+_NUM_SUPERVISED = 2  # as of the sequences that training counts
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -52,13 +50,38 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 class Shape:
     """Of a batch."""
 
-    num_sequences: int
-    num_tokens: int
-    """Of each, padding included."""
+    rows: tuple[tuple[int, ...], ...]
+    """Of its tensors, each as the tokens of what attention sees together."""
     num_supervised: int
     """Of all together."""
-    is_masked: bool
-    """Whether there is padding, or several examples in a row, so that attention needs a mask."""
+    is_masked: bool = False
+    """Whether there is padding, or several examples in what attention sees, so that it needs a
+    mask."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Of each row, padding included."""
+        return max(map(sum, self.rows))
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return len(self.rows), self.num_tokens
+
+    def as_dict(self) -> dict[str, Any]:
+        return {"rows": self.rows, "supervised": self.num_supervised, "is_masked": self.is_masked}
+
+
+@dataclass(frozen=True)
+class Taken:
+    """How a step is gone through."""
+
+    num_recomputing: int = 0
+    is_accumulated: bool = False
+    """Whether gradients of other micro-batches are there already."""
+    resident_bytes: int = 0
+    """Room for unpacked weights that stay."""
+    offloads: bool = False
+    """Whether what is kept waits in the host's memory."""
 
 
 Peak = Mapping[Component, int]
@@ -124,25 +147,32 @@ class ImaginedTraining:
         return [one for one in self.model.parameters() if one.requires_grad]
 
     @property
-    def largest_packed(self) -> int:
-        """Numbers of the largest weight that is quantized; 0 where none is."""
-        states = (getattr(one, "quant_state", None) for one in self.model.parameters())
-        return max((one.shape.numel() for one in states if one is not None), default=0)
-
-    @property
     def weights(self) -> Peak:
         """Of the loaded model with its adapter."""
         live = LiveTensors()
-        self._hold_weights(live)
+        hold_weights(self.model, live)
         return live.peak
 
-    def step(self, shape: Shape, num_recomputing: int, is_accumulated: bool) -> Peak:
-        """The peak of forward and backward passes, optimizer apart.
+    @cached_property
+    def kept(self) -> Kept:
+        """What forward passes keep, counted as training counts it."""
 
-        Args:
-            is_accumulated: whether gradients of other micro-batches are there already.
-        """
-        return self._once(self._step, shape, num_recomputing, is_accumulated)
+        def run(length: int) -> torch.Tensor:
+            return self._loss(_batch(Shape(((length,),), _NUM_SUPERVISED), self._is_seen()))
+
+        with self._computing(_NUM_SUPERVISED, self._is_seen()):
+            self.model.train()
+            found = measure_kept(self.model, run)
+            self.model.eval()
+        return found
+
+    def _is_seen(self, shape: Shape | None = None) -> bool:
+        """Whether attention goes by positions, and needs no mask."""
+        return can_attend_by_example(self.causal) and not (shape and shape.is_masked)
+
+    def step(self, shape: Shape, how: Taken) -> Peak:
+        """The peak of forward and backward passes, optimizer apart."""
+        return self._once(self._step, shape, how)
 
     def held_out_loss(self, shape: Shape) -> Peak:
         """The peak of a forward pass in evaluation while training goes on."""
@@ -162,14 +192,15 @@ class ImaginedTraining:
             self._told[key] = trial(*arguments)
         return self._told[key]
 
-    def _step(self, shape: Shape, num_recomputing: int, is_accumulated: bool) -> Peak:
+    def _step(self, shape: Shape, how: Taken) -> Peak:
         live = LiveTensors(self.num_entries)
-        self._hold_weights(live)
-        with self._computing(shape) as batch, live:
-            with self._recomputing(num_recomputing):
+        hold_weights(self.model, live)
+        residents = Residents(how.resident_bytes)
+        with self._on(shape, residents) as batch, live:
+            with self._recomputing(how.num_recomputing):
                 self.model.train()
-                with _known_gradients(self.trained, live):
-                    for _ in range(1 + is_accumulated):
+                with _known_gradients(self.trained, live), _kept_elsewhere(how.offloads):
+                    for _ in range(1 + how.is_accumulated):
                         live.forget_peak()
                         self._loss(batch).backward()
                 peak = live.peak
@@ -179,17 +210,17 @@ class ImaginedTraining:
 
     def _held_out_loss(self, shape: Shape) -> Peak:
         live = LiveTensors(self.num_entries)
-        self._hold_weights(live)
-        with self._computing(shape) as batch, live, torch.no_grad():
+        hold_weights(self.model, live)
+        with self._on(shape) as batch, live, torch.no_grad():
             self.model.eval()
             self._loss(batch)
         return live.peak
 
     def _scoring(self, num_rows: int, num_tokens: int) -> Peak:
-        shape = Shape(num_rows, num_tokens, 0, num_rows > 1)
+        shape = Shape(((num_tokens,),) * num_rows, 0, num_rows > 1)
         live = LiveTensors(self.num_entries)
-        self._hold_weights(live)
-        with self._computing(shape) as batch, live, torch.no_grad():
+        hold_weights(self.model, live)
+        with self._on(shape) as batch, live, torch.no_grad():
             columns = torch.zeros(num_tokens - 1, dtype=torch.long)
             logits = self._forward(batch, logits_to_keep=columns).logits
             rows = [one[columns] for one in logits] if num_rows > 1 else [logits[0]]
@@ -199,9 +230,9 @@ class ImaginedTraining:
 
     def _answering(self, num_rows: int, num_prompt: int, num_new: int) -> Peak:
         live = LiveTensors(self.num_entries)
-        self._hold_weights(live)
-        shape = Shape(num_rows, num_prompt, 0, num_rows > 1)
-        with self._computing(shape) as batch, live, torch.no_grad():
+        hold_weights(self.model, live)
+        shape = Shape(((num_prompt,),) * num_rows, 0, num_rows > 1)
+        with self._on(shape) as batch, live, torch.no_grad():
             output = self._forward(batch, use_cache=True, logits_to_keep=1)
             before = sum(live.now.values())
             del output
@@ -214,7 +245,7 @@ class ImaginedTraining:
 
     def _forward(self, batch: Mapping[str, torch.Tensor], **options: Any) -> Any:
         dtype = _AUTOCAST.get(self.precision)
-        given = {name: batch[name] for name in ("input_ids", "attention_mask")}
+        given = {name: value for name, value in batch.items() if name != "labels"}
         options = {"use_cache": False, **options}
         with torch.autocast("cpu", dtype, enabled=dtype is not None):
             return self.model(**given, **options)
@@ -226,38 +257,33 @@ class ImaginedTraining:
         return loss
 
     @contextmanager
-    def _computing(self, shape: Shape) -> Iterator[Mapping[str, torch.Tensor]]:
-        """With the shortcuts that training takes, a batch of that shape."""
+    def _on(
+        self, shape: Shape, residents: Residents | None = None
+    ) -> Iterator[Mapping[str, torch.Tensor]]:
+        """A batch of that shape, to be computed as training does."""
+        is_seen = self._is_seen(shape)
+        with self._computing(shape.num_supervised, is_seen, residents):
+            yield _batch(shape, is_seen)
+
+    @contextmanager
+    def _computing(
+        self, num_supervised: int, is_seen: bool, residents: Residents | None = None
+    ) -> Iterator[None]:
+        """With the shortcuts that training takes."""
         with ExitStack() as stack:
             stack.enter_context(self.mode)
-            stack.enter_context(_attention(self.causal, shape.is_masked))
+            stack.enter_context(attending_by_example(self.causal, is_seen))
             if not self.has_own_loss:
-                make = partial(
-                    _ImaginedForward, device=self.device, num_supervised=shape.num_supervised
-                )
+                make = partial(_ImaginedForward, device=self.device, num_supervised=num_supervised)
                 stack.enter_context(supervised_only(self.causal, make))
-            stack.enter_context(taken(self.model, self.shortcuts))
-            size = (shape.num_sequences, shape.num_tokens)
-            yield {
-                name: torch.zeros(size, dtype=torch.long)
-                for name in ("input_ids", "attention_mask", "labels")
-            }
+            stack.enter_context(taken(self.model, self.shortcuts, residents))
+            yield
 
     @contextmanager
     def _recomputing(self, count: int) -> Iterator[None]:
         with able_to_recompute(self.model, "auto" if count else False):
             recompute_first(self.model, count)
             yield
-
-    def _hold_weights(self, live: LiveTensors) -> None:
-        for parameter in self.model.parameters():
-            if is_four_bit(parameter):
-                state: Any = parameter.quant_state
-                live.hold([parameter], PACKED)
-                live.hold(quant_state_tensors(state), CONSTANTS)
-            else:
-                live.hold([parameter], ADAPTER if parameter.requires_grad else UNQUANTIZED)
-        live.hold(self.model.buffers(), UNQUANTIZED)
 
 
 class _ImaginedForward(SupervisedForward):
@@ -302,38 +328,29 @@ def _known_gradients(trained: Sequence[torch.Tensor], live: LiveTensors) -> Iter
 
 
 @contextmanager
-def _attention(model: Any, is_masked: bool) -> Iterator[None]:
-    """Let attention do without a mask where it would see that nothing is padded, which a mask
-    without numbers does not show.
-    """
-    own = model.config._attn_implementation
-    if is_masked or own != "sdpa":
+def _kept_elsewhere(wanted: bool) -> Iterator[None]:
+    """What autograd saves takes no memory until it is asked for."""
+    if not wanted:
         yield
         return
-    AttentionInterface.register(_UNPADDED, sdpa_attention_forward)
-    AttentionMaskInterface.register(_UNPADDED, _mask_where_needed)
-    model.set_attn_implementation(_UNPADDED)
-    try:
+
+    def away(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
+        return tensor.shape, tensor.dtype
+
+    def back(form: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
+        shape, dtype = form
+        return torch.empty(shape, dtype=dtype)
+
+    with torch.autograd.graph.saved_tensors_hooks(away, back):
         yield
-    finally:
-        model.set_attn_implementation(own)
 
 
-def _mask_where_needed(
-    *arguments: Any,
-    kv_length: int,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    **options: Any,
-) -> torch.Tensor | None:
-    is_whole = local_size is None or kv_length < local_size
-    if allow_is_causal_skip and is_whole:
-        return None
-    mask: torch.Tensor | None = sdpa_mask(
-        *arguments,
-        kv_length=kv_length,
-        local_size=local_size,
-        allow_is_causal_skip=False,
-        **options,
-    )
-    return mask
+def _batch(shape: Shape, is_seen: bool) -> dict[str, torch.Tensor]:
+    """Tensors of a batch: with positions that attention goes by, or with a mask, where it would
+    not be seen of one without numbers that it hides nothing.
+    """
+    batch = {name: torch.zeros(shape.size, dtype=torch.long) for name in ("input_ids", "labels")}
+    other = torch.zeros(shape.size, dtype=torch.long)
+    if is_seen:
+        know_lengths(other, shape.rows)
+    return {**batch, "position_ids" if is_seen else "attention_mask": other}

@@ -16,7 +16,7 @@ _MIB, _GIB = 2**20, 2**30
 
 def plan(reporter: Reporter, found: Plan, is_of_rows: bool) -> None:
     """What is needed at the worst point of each phase, and whether it fits."""
-    shape, machine = found.shape, found.hardware
+    machine, worst, way = found.hardware, found.worst, found.choice.way
     count = f"{machine.num_devices} × " * (machine.num_devices > 1)
     reporter.say(
         f"machine   {count}{machine.device_name}, {found.budget_bytes / _GIB:.1f} GiB"
@@ -25,10 +25,16 @@ def plan(reporter: Reporter, found: Plan, is_of_rows: bool) -> None:
     )
     whose = "the longest of the rows" if is_of_rows else "rows of data.max_length, all supervised"
     reporter.say(
-        f"batch     {shape.num_sequences} × {shape.num_tokens:,} tokens ({whose}), "
-        f"{shape.num_supervised:,} supervised"
+        f"batch     {len(worst.items)} sequences, {worst.num_tokens:,} tokens ({whose}), "
+        f"{sum(worst.supervised):,} supervised; {worst.description}"
     )
-    reporter.say(f"recompute {found.num_recomputing} of {found.num_layers} layers")
+    reporter.say(
+        f"chooses   {way.at_a_time} of {len(worst.items)} sequences at a time, "
+        f"{way.num_recomputing} of {found.num_layers} layers recomputing"
+        + ", activations waiting in the host's memory" * way.offloads
+        + f", {found.choice.resident_bytes / _MIB:,.0f} MiB for unpacked weights that stay"
+        * bool(found.choice.resident_bytes)
+    )
     names = list(dict.fromkeys(name for one in found.moments for name in one.components))
     rows = [(name, *(_mib(one.components.get(name, 0)) for one in found.moments)) for name in names]
     rows.append(("all together", *(_mib(one.num_bytes) for one in found.moments)))

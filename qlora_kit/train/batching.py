@@ -26,6 +26,7 @@ from qlora_kit.train.order import TrainOrder
 
 if TYPE_CHECKING:
     from torch import nn
+    from transformers import PreTrainedModel
 
     from qlora_kit.data.prepare import Part
     from qlora_kit.model.base import Base
@@ -122,35 +123,85 @@ def plan_batches(
         leakage, by_example = _probed(model, base, train.sequences, pad_token_id)
         if not leakage.is_isolated:
             raise leaking("data.packing", leakage)
-        packed: Sequence[Item] | StreamedSequences
-        if train.stream is not None:
-            packed, what = train.stream.packed(spec.max_length), "examples packed as they come"
-        else:
-            packed = _packed(train.sequences, spec.max_length)
-            what = f"{len(train.sequences):,} examples packed into {len(packed):,} sequences"
-        return Batching(
-            packed,
-            _packed(held_out, spec.max_length),
-            IsolatingCollator(pad_token_id),
-            f"{what} of {spec.max_length} tokens, isolated from each other (probed: "
-            f"{leakage.difference:.1e} of the logits' range)",
-            () if train.stream is None else _packed(train.sequences, spec.max_length),
-            by_example,
-        )
-    items = train.sequences if train.stream is None else train.stream
-    kernel = getattr(base.model.config, "_attn_implementation", None)
-    wanted = spec.padding_free
-    if wanted == "auto":
-        is_on_cpu = next(model.parameters()).device.type == "cpu"
-        wanted = kernel in _VARIABLE_LENGTH or (is_on_cpu and can_attend_by_example(base.model))
-    if wanted:
+        why = f"isolated from each other (probed: {leakage.difference:.1e} of the logits' range)"
+        return _packing(train, held_out, spec, pad_token_id, by_example, why)
+    if _leaves_padding_out(base.model, spec, next(model.parameters()).device.type):
         leakage, by_example = _probed(model, base, train.sequences, pad_token_id)
-        if leakage.is_isolated and (by_example or spec.padding_free is True or kernel != "sdpa"):
-            collator = IsolatingCollator(pad_token_id, flatten=True)
-            what = f"without padding ({'each example by itself' if by_example else kernel})"
-            return Batching(items, held_out, collator, what, train.sequences, by_example)
+        is_sdpa = _kernel(base.model) == "sdpa"
+        if leakage.is_isolated and (by_example or spec.padding_free is True or not is_sdpa):
+            return _without_padding(base.model, train, held_out, pad_token_id, by_example)
         if spec.padding_free is True:
             raise leaking("data.padding_free", leakage)
+    return _padded(train, held_out, pad_token_id)
+
+
+def foreseen_batches(
+    model: PreTrainedModel, train: Part, spec: DataSpec, pad_token_id: int, device: str
+) -> Batching:
+    """As `plan_batches` will decide where no example sees another, which it proves and this takes
+    for granted.
+    """
+    by_example = can_attend_by_example(model)
+    if spec.packing:
+        return _packing(train, (), spec, pad_token_id, by_example, "")
+    if _leaves_padding_out(model, spec, device):
+        return _without_padding(model, train, (), pad_token_id, by_example)
+    return _padded(train, (), pad_token_id)
+
+
+def _leaves_padding_out(model: PreTrainedModel, spec: DataSpec, device: str) -> bool:
+    """Whether the recipe wants it so, or leaves it to us and attention does not pay for it."""
+    if spec.padding_free != "auto":
+        return spec.padding_free
+    by_example = device == "cpu" and can_attend_by_example(model)
+    return _kernel(model) in _VARIABLE_LENGTH or by_example
+
+
+def _kernel(model: PreTrainedModel) -> str | None:
+    found: str | None = getattr(model.config, "_attn_implementation", None)
+    return found
+
+
+def _packing(
+    train: Part,
+    held_out: Sequence[TokenSequence],
+    spec: DataSpec,
+    pad_token_id: int,
+    by_example: bool,
+    why: str,
+) -> Batching:
+    packed: Sequence[Item] | StreamedSequences
+    if train.stream is not None:
+        packed, what = train.stream.packed(spec.max_length), "examples packed as they come"
+    else:
+        packed = _packed(train.sequences, spec.max_length)
+        what = f"{len(train.sequences):,} examples packed into {len(packed):,} sequences"
+    return Batching(
+        packed,
+        _packed(held_out, spec.max_length),
+        IsolatingCollator(pad_token_id),
+        f"{what} of {spec.max_length} tokens, {why}",
+        () if train.stream is None else _packed(train.sequences, spec.max_length),
+        by_example,
+    )
+
+
+def _without_padding(
+    model: PreTrainedModel,
+    train: Part,
+    held_out: Sequence[TokenSequence],
+    pad_token_id: int,
+    by_example: bool,
+) -> Batching:
+    items = train.sequences if train.stream is None else train.stream
+    collator = IsolatingCollator(pad_token_id, flatten=True)
+    how = "each example by itself" if by_example else _kernel(model)
+    what = f"without padding ({how})"
+    return Batching(items, held_out, collator, what, train.sequences, by_example)
+
+
+def _padded(train: Part, held_out: Sequence[TokenSequence], pad_token_id: int) -> Batching:
+    items = train.sequences if train.stream is None else train.stream
     what = "padded to the longest of each"
     return Batching(items, held_out, Collator(pad_token_id), what, train.sequences)
 

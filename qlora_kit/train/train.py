@@ -50,6 +50,12 @@ class TrainResult:
     """Layers that did, at the end."""
     sequences_at_a_time: int = 0
     """That were trained on together, at the end."""
+    is_divided: bool = False
+    """Whether the recipe asks for more of them."""
+    resident_bytes: int = 0
+    """Of unpacked weights that stayed, at the end."""
+    offloads: bool = False
+    """Whether what is kept waited in the host's memory."""
     stop_signal: int | None = None
     """The signal that ended training before its time."""
 
@@ -140,7 +146,7 @@ def train_adapter(
             torch.cuda.synchronize()
     model.config.use_cache = True
     model.eval()
-    return _result(trainer, step.seconds, stop_signal)
+    return _result(trainer, fit, step.seconds, stop_signal)
 
 
 def _late_signal(trainer: QloraTrainer, around: Surroundings) -> int | None:
@@ -151,7 +157,9 @@ def _late_signal(trainer: QloraTrainer, around: Surroundings) -> int | None:
     return late
 
 
-def _result(trainer: QloraTrainer, seconds: float, stop_signal: int | None) -> TrainResult:
+def _result(
+    trainer: QloraTrainer, fit: Fit, seconds: float, stop_signal: int | None
+) -> TrainResult:
     progress, recompute = trainer.progress, trainer.recompute
     assert progress.first_loss is not None
     assert progress.last_loss is not None
@@ -164,5 +172,8 @@ def _result(trainer: QloraTrainer, seconds: float, stop_signal: int | None) -> T
         seconds=seconds,
         num_recomputing=0 if recompute is None else recompute.count,
         sequences_at_a_time=trainer.micro_batch,
+        is_divided=trainer.divisor > 1,
+        resident_bytes=0 if recompute is None else recompute.residents.num_bytes,
+        offloads=fit.offloads,
         stop_signal=stop_signal,
     )

@@ -15,8 +15,8 @@ from qlora_kit.model.vocabulary import load_vocabulary
 from qlora_kit.plan.gpus import GPUS, known_gpu
 from qlora_kit.memory.live import LiveTensors
 from qlora_kit.memory.optimizer import state_bytes
-from qlora_kit.plan.plan import Planner, longest_possible
-from qlora_kit.plan.rows import longest_there_is
+from qlora_kit.plan.plan import Planner
+from qlora_kit.plan.rows import train_rows
 from qlora_kit.plan.suggest import suggestions
 from qlora_kit.processes import ALONE
 from qlora_kit.recipe import Recipe, load_recipe
@@ -90,8 +90,8 @@ def test_a_trial_says_what_a_step_takes(
     wanted = alive_in_a_step(ready, recipe, count)
     vocabulary = load_vocabulary(recipe.model)
     planner = Planner(vocabulary, probe_hardware(), 8 * _GIB)
-    plan = planner.plan(recipe, longest_there_is(recipe, vocabulary))
-    assert plan.num_recomputing == count
+    plan = planner.plan(recipe, train_rows(recipe, vocabulary))
+    assert plan.choice.way.num_recomputing == count
     training = plan.moment("training")
     found = training.tensor_bytes - training.components["optimizer"]
     assert found == pytest.approx(wanted, rel=0.02)
@@ -111,7 +111,6 @@ def test_what_does_not_fit_is_told_what_each_change_saves(tiny_llama: Path, tmp_
     planner = Planner(load_vocabulary(recipe.model), known_gpu("T4"), 2**20)
     plan = planner.plan(recipe)
     assert not plan.fits
-    assert plan.shape == longest_possible(recipe)
     found = suggestions(recipe, plan, planner)
     keys = {one.overrides[0].partition("=")[0] for one in found}
     assert {"train.per_device_train_batch_size", "train.optim"} <= keys
