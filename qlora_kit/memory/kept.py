@@ -78,10 +78,10 @@ class Kept:
         return max(one.over(lengths) for one in self.layers) + self.rest.over(lengths)
 
     def working_bytes(self, lengths: Sequence[int]) -> float:
-        """What the backward pass of one layer takes beside what is kept, at most: as much as the
-        layer has kept.
+        """What the backward pass of one layer, or of what is behind them, takes beside what is
+        kept, at most: as much as that has kept.
         """
-        return max((one.over(lengths) for one in self.layers), default=0.0)
+        return max(one.over(lengths) for one in (*self.layers, self.rest))
 
     def fewest(self, lengths: Sequence[int], free_bytes: float) -> int:
         """How many layers have to recompute, so that the rest fits; all where nothing does."""

@@ -29,6 +29,8 @@ _SHARE_OF_FREE = {"cpu": 0.6, "cuda": 0.85}
 # What a count of tensors does not see of what an allocator takes.
 _ALLOCATOR_BYTES = 32 * _MIB
 _ALLOCATOR_SHARE = 0.03
+# Tensors of a chunk's logits: these, their gradient, and one more where they are scaled or capped.
+_LOGITS_AT_ONCE = 3
 # Tokens that a pass costs beside its own: weights are unpacked, and kernels are filled badly.
 _TOKENS_OF_A_PASS = {"cpu": 32, "cuda": 1024}
 _OFFLOAD_FACTOR = 2.0
@@ -59,6 +61,8 @@ class Situation:
     device: str
     counts: Sequence[int]
     """Of layers that may recompute."""
+    num_entries: int = 0
+    """Of the vocabulary."""
 
     @property
     def num_sequences(self) -> int:
@@ -87,8 +91,14 @@ class Situation:
             kept = self.kept.offloaded_bytes(lengths)
         else:
             kept = self.kept.peak_bytes(way.num_recomputing, lengths)
-        activations = kept + self.kept.working_bytes(lengths)
+        at_work = max(self.kept.working_bytes(lengths), self._logits_bytes(sum(lengths)))
+        activations = kept + at_work
         return self.standing_bytes + (1 + _ALLOCATOR_SHARE) * activations
+
+    def _logits_bytes(self, num_tokens: int) -> float:
+        """Of one chunk, with what is made of it on the way to its gradient."""
+        all_of_them = _FLOAT_BYTES * self.num_entries * num_tokens
+        return _LOGITS_AT_ONCE * min(chunk_bytes(self.device), all_of_them)
 
     def cost(self, way: Way) -> float:
         """Time of a micro-batch, in tokens of one product with all weights."""
@@ -148,18 +158,18 @@ def counts_of_recomputing(asked: bool | str, is_able: bool, num_layers: int) -> 
 
 def room_for_kept(free_bytes: float, update_bytes: float, device: str) -> float:
     """What `gradient_checkpointing: auto` lets activations take, of what is free."""
-    return _SHARE_OF_FREE[device] * free_bytes - update_bytes
+    others = update_bytes + _LOGITS_AT_ONCE * chunk_bytes(device)
+    return _SHARE_OF_FREE[device] * free_bytes - others
 
 
-def bytes_of_update(model: nn.Module, optim: str, device: str) -> int:
-    """What an update takes beside activations: gradients, the optimizer's state, the logits of one
-    chunk with their gradients, the largest quantized weight unpacked (and cast), and what an allocator
-    keeps for itself.
+def bytes_of_update(model: nn.Module, optim: str) -> int:
+    """What an update takes beside activations and logits: gradients, the optimizer's state, the
+    largest quantized weight unpacked (and cast), and what an allocator keeps for itself.
     """
     trained = [one.numel() for one in model.parameters() if one.requires_grad]
     state = state_bytes(optim, trained)
     unpacked = 2 * _FLOAT_BYTES * largest_quantized(model)
-    return _FLOAT_BYTES * sum(trained) + state + 2 * chunk_bytes(device) + unpacked + _ALLOCATOR_BYTES
+    return _FLOAT_BYTES * sum(trained) + state + unpacked + _ALLOCATOR_BYTES
 
 
 def largest_quantized(model: nn.Module) -> int:

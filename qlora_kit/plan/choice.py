@@ -44,7 +44,7 @@ def choice_of(
     Raises:
         HardwareError: nothing fits train.memory_budget.
     """
-    update = bytes_of_update(imagined.model, spec.optim, imagined.device)
+    update = bytes_of_update(imagined.model, spec.optim)
     weights = sum(imagined.weights.values())
     counts = counts_of_recomputing(
         spec.gradient_checkpointing, imagined.num_layers > 0, imagined.num_layers
@@ -59,7 +59,9 @@ def choice_of(
     # Of a GPU what torch has allocated counts, of a CPU the whole process.
     is_on_cpu = imagined.device == "cpu"
     standing = weights + update + framework_bytes * is_on_cpu
-    situation = Situation(imagined.kept, worst.items, standing, imagined.device, counts)
+    situation = Situation(
+        imagined.kept, worst.items, standing, imagined.device, counts, imagined.num_entries
+    )
     way = situation.fastest(budget)
     if way is None:
         raise situation.nothing_fits(spec.memory_budget)

@@ -102,11 +102,12 @@ def _situation(
     longest: Sequence[Item],
 ) -> Situation:
     device = around.hardware.device
-    standing = _taken_bytes(device) + bytes_of_update(model, spec.optim, device)
+    standing = _taken_bytes(device) + bytes_of_update(model, spec.optim)
     kept = measure_kept(model, lambda n: loss_of_length(model, batches.collator, n, around))
     is_able = model.get_base_model().supports_gradient_checkpointing
     counts = counts_of_recomputing(spec.gradient_checkpointing, is_able, len(kept.layers))
-    return Situation(kept, batches.attended(longest), standing, device, counts)
+    entries = model.config.get_text_config().vocab_size
+    return Situation(kept, batches.attended(longest), standing, device, counts, entries)
 
 
 def _fastest(situation: Situation, spec: TrainSpec, at_a_time: int | None) -> Way:

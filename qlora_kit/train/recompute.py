@@ -123,7 +123,7 @@ def choose_recompute(
         return Recompute(model, len(layers), len(layers), "memory ran out on 64 tokens")
     lengths = lengths_of_rows(batches.attended(longest))
     device = around.hardware.device
-    update = bytes_of_update(model, spec.optim, device)
+    update = bytes_of_update(model, spec.optim)
     room = room_for_kept(_free_bytes(around, spec), update, device)
     return Recompute(
         model,
