@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.errors import HardwareError
 from qlora_kit.memory.kept import Kept
 from qlora_kit.memory.optimizer import state_bytes
-from qlora_kit.model.quantized import is_four_bit, is_quantized
+from qlora_kit.model.quantized import eight_bit_scale, is_four_bit
 from qlora_kit.train.supervised_loss import chunk_bytes
 
 if TYPE_CHECKING:
@@ -174,6 +174,7 @@ def bytes_of_update(model: nn.Module, optim: str) -> int:
 
 def largest_quantized(model: nn.Module) -> int:
     """Numbers of the largest weight that is in 4 or 8 bits; 0 where none is."""
-    weights: Iterator[Any] = (one.weight for one in model.modules() if is_quantized(one))
-    sizes = (one.quant_state.shape.numel() if is_four_bit(one) else one.numel() for one in weights)
-    return max(sizes, default=0)
+    parameters: Iterator[Any] = iter(model.parameters())
+    sizes = [one.quant_state.shape.numel() for one in parameters if is_four_bit(one)]
+    modules: Iterator[Any] = (one for one in model.modules() if eight_bit_scale(one) is not None)
+    return max([*sizes, *(one.weight.numel() for one in modules)], default=0)

@@ -71,8 +71,10 @@ def eight_bit_scale(module: Any) -> torch.Tensor | None:
     """Of the rows of a weight in 8 bits, which bitsandbytes hands from the weight to the module's
     state in the first forward pass; None: it is in other bits.
     """
-    weight = getattr(module, "weight", None)
-    if type(weight).__name__ != "Int8Params":
+    if type(module).__name__ != "Linear8bitLt":
+        return None
+    weight: Any = dict(module.named_parameters(recurse=False)).get("weight")
+    if weight is None:  # a layer of PEFT's, around one
         return None
     scale: torch.Tensor = module.state.SCB if weight.SCB is None else weight.SCB
     return scale

@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_kit.model.quantized import eight_bit_scale
-
 
 def dequantized_weight(module: nn.Module) -> torch.Tensor:
     """The weight in float32, shape (out, in) for bitsandbytes layers, as stored otherwise.
@@ -31,8 +29,7 @@ def dequantized_weight(module: nn.Module) -> torch.Tensor:
             state.dtype = dtype
         return dense
     if kind == "Int8Params":
-        scale = eight_bit_scale(owner)
-        assert scale is not None
+        scale = owner.state.SCB if owner.state.SCB is not None else weight.SCB
         dense = weight.data.float() * (scale.float().view(-1, 1) / 127.0)
         return dense
     dense = weight.detach().float()

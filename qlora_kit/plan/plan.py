@@ -13,6 +13,7 @@ from qlora_kit.data.prepare import Part
 from qlora_kit.environment import Hardware, resolve_compute_dtype
 from qlora_kit.errors import ModelError
 from qlora_kit.evaluate.evaluate import PERPLEXITY_BATCH_SIZE
+from qlora_kit.memory.kept import Kept
 from qlora_kit.memory.optimizer import state_bytes
 from qlora_kit.memory.ways import largest_quantized
 from qlora_kit.model.reason import reason_of
@@ -77,6 +78,8 @@ class Plan:
     """The batch that needs most."""
     num_layers: int
     """That can recompute."""
+    kept: Kept
+    """What forward passes keep for the backward pass."""
     choice: Choice
     """What training would choose."""
     moments: tuple[Moment, ...]
@@ -154,6 +157,7 @@ class Planner:
             precision=imagined.precision,
             worst=worst,
             num_layers=imagined.num_layers,
+            kept=imagined.kept,
             choice=choice,
             moments=moments,
             budget_bytes=self.budget_bytes,

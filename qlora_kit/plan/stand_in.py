@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qlora_kit.errors import ModelError
 from qlora_kit.model.base import Base, prepare_for_training
 from qlora_kit.model.bits import quantized_bits
 from qlora_kit.model.blocks import BLOCK_SIZE
@@ -38,21 +37,22 @@ def stand_in_base(
 ) -> Base:
     """As `load_base` returns it, still on the meta device; the skeleton's model becomes the
     stand-in.
-
-    Raises:
-        ModelError: layers would be kept in 8 bits, whose products are not known to a trial.
     """
     model = skeleton.model
     bits = quantized_bits(skeleton, quantization)
-    if 8 in bits.values():
-        raise ModelError("plan does not know what a base in 8 bits takes; it knows 4 and 16.")
-    for name in bits:
-        layer = _four_bit_layer(model.get_submodule(name), quantization, compute_dtype)
+    for name, num_bits in bits.items():
+        linear = model.get_submodule(name)
+        if num_bits == 8:
+            layer = _eight_bit_layer(linear)
+        else:
+            layer = _four_bit_layer(linear, quantization, compute_dtype)
         model.set_submodule(name, layer, strict=True)
     model.requires_grad_(False)
     model.eval()
-    if bits:
+    if 4 in bits.values():
         model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    if 8 in bits.values():
+        model.is_loaded_in_8bit = True  # type: ignore[assignment]
     return Base(
         model=model,
         tokenizer=vocabulary.tokenizer,
@@ -72,11 +72,8 @@ def _four_bit_layer(
 ) -> Any:
     """What takes the place of a linear layer, still without tensors."""
     from bitsandbytes.nn import Linear4bit
-    from transformers.pytorch_utils import Conv1D
 
-    weight = linear.weight
-    assert isinstance(weight, torch.Tensor)
-    num_out, num_in = weight.shape[::-1] if isinstance(linear, Conv1D) else weight.shape
+    num_out, num_in = _shape(linear)
     layer: Any = Linear4bit(
         num_in,
         num_out,
@@ -88,6 +85,32 @@ def _four_bit_layer(
     )
     layer.support_avx512bf16_for_cpu = False
     return layer
+
+
+def _eight_bit_layer(linear: nn.Module) -> nn.Module:
+    """Without outliers, which evaluation computes apart, as nobody can know how many there are."""
+    from bitsandbytes.nn import Linear8bitLt
+
+    num_out, num_in = _shape(linear)
+    layer: nn.Module = Linear8bitLt(
+        num_in,
+        num_out,
+        bias=linear.bias is not None,
+        has_fp16_weights=False,
+        threshold=0.0,
+        device="meta",
+    )
+    return layer
+
+
+def _shape(linear: nn.Module) -> tuple[int, int]:
+    """Outputs and inputs; GPT-2's layers hold them the other way round."""
+    from transformers.pytorch_utils import Conv1D
+
+    weight = linear.weight
+    assert isinstance(weight, torch.Tensor)
+    num_out, num_in = weight.shape[::-1] if isinstance(linear, Conv1D) else weight.shape
+    return num_out, num_in
 
 
 def give_tensors(
@@ -103,6 +126,9 @@ def give_tensors(
         for key, parameter in list(module.named_parameters(recurse=False)):
             if type(parameter).__name__ == "Params4bit":
                 module.weight = _packed(module, quantization, compute_dtype)
+                continue
+            if type(parameter).__name__ == "Int8Params":
+                module.weight = _in_eight_bits(module)
                 continue
             dtype = parameter.dtype
             if dtype.is_floating_point:
@@ -124,6 +150,16 @@ def _packed(layer: Any, quantization: QuantizationSpec, compute_dtype: torch.dty
     num_words = -(-math.prod(shape) // (2 * storage.itemsize))
     packed: Any = nn.Parameter(torch.empty((num_words, 1), dtype=storage), requires_grad=False)
     packed.quant_state = _quant_state(shape, quantization, compute_dtype)
+    found: nn.Parameter = packed
+    return found
+
+
+def _in_eight_bits(layer: Any) -> nn.Parameter:
+    """As after the first forward pass, which hands codes and scales to the layer's state."""
+    data = torch.empty((layer.out_features, layer.in_features), dtype=torch.int8)
+    layer.state.CB, layer.state.SCB = data, torch.empty(layer.out_features)
+    packed: Any = nn.Parameter(data, requires_grad=False)
+    packed.CB = packed.SCB = None
     found: nn.Parameter = packed
     return found
 

@@ -157,10 +157,12 @@ class ImaginedTraining:
     def kept(self) -> Kept:
         """What forward passes keep, counted as training counts it."""
 
-        def run(length: int) -> torch.Tensor:
-            return self._loss(_batch(Shape(((length,),), _NUM_SUPERVISED), self._is_seen()))
+        is_seen = self._is_seen()
 
-        with self._computing(_NUM_SUPERVISED, self._is_seen()):
+        def run(length: int) -> torch.Tensor:
+            return self._loss(_batch(Shape(((length,),), _NUM_SUPERVISED), is_seen))
+
+        with self._computing(_NUM_SUPERVISED, is_seen):
             self.model.train()
             found = measure_kept(self.model, run)
             self.model.eval()

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from qlora_kit.environment import probe_hardware
-from qlora_kit.errors import HardwareError, ModelError
-from qlora_kit.model.vocabulary import load_vocabulary
-from qlora_kit.plan.gpus import GPUS, known_gpu
+from qlora_kit.errors import HardwareError
+from qlora_kit.memory.kept import Kept, measure_kept
 from qlora_kit.memory.live import LiveTensors
 from qlora_kit.memory.optimizer import state_bytes
+from qlora_kit.memory.ways import lengths_of_rows
+from qlora_kit.model.by_example import attending_by_example
+from qlora_kit.model.vocabulary import load_vocabulary
+from qlora_kit.plan.gpus import GPUS, known_gpu
 from qlora_kit.plan.plan import Planner
 from qlora_kit.plan.rows import train_rows
 from qlora_kit.plan.suggest import suggestions
@@ -22,7 +26,7 @@ from qlora_kit.processes import ALONE
 from qlora_kit.recipe import Recipe, load_recipe
 from qlora_kit.report.reporter import SILENT
 from qlora_kit.stages.prepare import Prepared, prepare
-from qlora_kit.train.recompute import able_to_recompute, recompute_first
+from qlora_kit.train.recompute import able_to_recompute, loss_of_length, recompute_first
 from qlora_kit.train.shortcuts import choose_shortcuts, taken
 
 _GIB = 2**30
@@ -58,38 +62,57 @@ def alive_in_a_step(ready: Prepared, recipe: Recipe, count: int) -> int:
     given = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor)}
     shortcuts = choose_shortcuts(model, recipe.train, "fp32", is_sharded=False)
     live = LiveTensors()
-    for one in (*model.parameters(), *model.buffers()):
-        live.hold([one], "weights")
-        state = getattr(one, "quant_state", None)
+    for module in model.modules():
+        live.hold([*module.parameters(False), *module.buffers(False)], "weights")
+        weight: Any = dict(module.named_parameters(recurse=False)).get("weight")
+        state = getattr(weight, "quant_state", None)
         if state is not None:
             beside = [state.absmax, state.code, state.offset, state.state2.absmax]
             live.hold([*beside, state.state2.code], "weights")
+        if type(weight).__name__ == "Int8Params":
+            live.hold([module.state.SCB if weight.SCB is None else weight.SCB], "weights")  # type: ignore[union-attr]
     model.train()
-    with taken(model, shortcuts), able_to_recompute(model):
+    by_example = attending_by_example(model.get_base_model(), ready.batches.by_example)
+    with taken(model, shortcuts), by_example, able_to_recompute(model):
         recompute_first(model, count)
         with live:
             model(**given, use_cache=False).loss.backward()
     return sum(live.peak.values())
 
 
+_FLAT, _PACKED = {"padding_free": True}, {"padding_free": "auto", "packing": True}
+_EIGHT = {"load_in_8bit": True, "load_in_4bit": False}
+
+
 @pytest.mark.parametrize(
-    ("count", "changes"),
+    ("count", "train", "data", "quantization"),
     [
-        (0, {}),
-        (2, {}),
-        (0, {"fused_loss": False}),
-        (0, {"fused_lora": False}),
+        (0, {}, {}, {}),
+        (2, {}, {}, {}),
+        (0, {"fused_loss": False}, {}, {}),
+        (0, {"fused_lora": False}, {}, {}),
+        (0, {}, _FLAT, {}),
+        (1, {}, _FLAT, {}),
+        (0, {}, _PACKED, {}),
+        (0, {}, {}, _EIGHT),
+        (2, {}, _FLAT, _EIGHT),
     ],
 )
 def test_a_trial_says_what_a_step_takes(
-    count: int, changes: dict[str, Any], tiny_llama: Path, tmp_path: Path
+    count: int,
+    train: dict[str, Any],
+    data: dict[str, Any],
+    quantization: dict[str, Any],
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    train = {"gradient_checkpointing": bool(count), **changes}
-    recipe = recipe_for(tmp_path, tiny_llama, train=train)
+    recipe = recipe_for(tmp_path, tiny_llama, train=train, data=data, quantization=quantization)
     ready = prepare(recipe, probe_hardware(), ALONE, SILENT)
     wanted = alive_in_a_step(ready, recipe, count)
     vocabulary = load_vocabulary(recipe.model)
     planner = Planner(vocabulary, probe_hardware(), 8 * _GIB)
+    monkeypatch.setattr(Kept, "fewest", lambda *_: count)
     plan = planner.plan(recipe, train_rows(recipe, vocabulary))
     assert plan.choice.way.num_recomputing == count
     training = plan.moment("training")
@@ -97,12 +120,30 @@ def test_a_trial_says_what_a_step_takes(
     assert found == pytest.approx(wanted, rel=0.02)
 
 
-def test_a_base_in_8_bits_is_said_to_be_unknown(tiny_llama: Path, tmp_path: Path) -> None:
-    eight = {"load_in_8bit": True, "load_in_4bit": False}
-    recipe = recipe_for(tmp_path, tiny_llama, quantization=eight)
-    planner = Planner(load_vocabulary(recipe.model), probe_hardware(), _GIB)
-    with pytest.raises(ModelError, match="8 bits"):
-        planner.plan(recipe)
+@pytest.mark.parametrize("data", [{}, _FLAT, _PACKED])
+@pytest.mark.parametrize("quantization", [{}, _EIGHT])
+def test_a_plan_counts_what_training_counts(
+    data: dict[str, Any], quantization: dict[str, Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    """So that both choose the same."""
+    recipe = recipe_for(tmp_path, tiny_llama, data=data, quantization=quantization)
+    ready = prepare(recipe, probe_hardware(), ALONE, SILENT)
+    model, batches = ready.adapted.model, ready.batches
+    around: Any = SimpleNamespace(precision="fp32")
+    shortcuts = choose_shortcuts(model, recipe.train, "fp32", is_sharded=False)
+    by_example = attending_by_example(model.get_base_model(), batches.by_example)
+    with taken(model, shortcuts), by_example:
+        kept = measure_kept(model, lambda n: loss_of_length(model, batches.collator, n, around))
+    vocabulary = load_vocabulary(recipe.model)
+    plan = Planner(vocabulary, probe_hardware(), 8 * _GIB).plan(
+        recipe, train_rows(recipe, vocabulary)
+    )
+    longest = batches.longest(recipe.train.per_device_train_batch_size)
+    assert list(plan.worst.items) == batches.attended(longest)
+    lengths = lengths_of_rows(plan.worst.items)
+    for count in (0, 1, 2):
+        found = plan.kept.peak_bytes(count, lengths)
+        assert found == pytest.approx(kept.peak_bytes(count, lengths), rel=0.01)
 
 
 def test_what_does_not_fit_is_told_what_each_change_saves(tiny_llama: Path, tmp_path: Path) -> None:
