@@ -30,6 +30,13 @@ def command(
         bool,
         typer.Option("--rows", help="Read the rows, and plan for the longest that there are."),
     ] = False,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="First measure what this machine does a second, by a short training run.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what a recipe will need, by component and phase, whether it fits, and what to change."""
@@ -37,6 +44,8 @@ def command(
     from qlora_kit.preflight import preflight
     from qlora_kit.recipe import load_recipe
 
+    if calibrate and gpu is not None:
+        raise typer.BadParameter("--calibrate measures this machine; leave --gpu out.")
     loaded = load_recipe(recipe, overrides or ())
     faults = preflight(loaded)
     if faults:
@@ -57,6 +66,8 @@ def command(
     available = _budget(loaded, hardware, budget)
     train = train_rows(loaded, vocabulary) if rows else None
     planner = Planner(vocabulary, hardware, available)
+    if calibrate:
+        planner.calibrate(_precision(loaded, hardware))
     found = planner.plan(loaded, train)
     changes = [] if found.fits else suggestions(loaded, found, planner, train)
     if as_json:
@@ -85,3 +96,11 @@ def _budget(recipe: Recipe, hardware: Hardware, asked: str | None) -> int:
         there = min(hardware.host_memory_bytes, cgroup_limit_bytes() or hardware.host_memory_bytes)
     limit = recipe.train.max_memory_mib
     return there if limit is None else min(there, limit * 2**20)
+
+
+def _precision(recipe: Recipe, hardware: Hardware) -> str:
+    from qlora_kit.environment import resolve_compute_dtype
+    from qlora_kit.train.arguments import resolve_precision
+
+    compute_dtype, _ = resolve_compute_dtype(recipe.quantization.compute_dtype, hardware)
+    return resolve_precision(recipe.train.precision, compute_dtype, hardware)

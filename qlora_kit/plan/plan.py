@@ -18,15 +18,19 @@ from qlora_kit.memory.optimizer import state_bytes
 from qlora_kit.memory.ways import largest_quantized
 from qlora_kit.model.reason import reason_of
 from qlora_kit.model.skeleton import build_skeleton, load_config
+from qlora_kit.model.vocabulary import load_vocabulary
+from qlora_kit.plan.calibration import Calibration, calibrate, recalled
 from qlora_kit.plan.choice import Choice, choice_of
-from qlora_kit.plan.rows import WorstBatch, longest_possible, worst_batch
+from qlora_kit.plan.rows import WorstBatch, longest_possible, train_rows, worst_batch
 from qlora_kit.plan.trial import ImaginedTraining, Peak, Shape, Taken
 from qlora_kit.runtime.batches import BATCH_TOKENS, LOGITS_BYTES
 from qlora_kit.train.arguments import resolve_precision
 from qlora_kit.train.batching import foreseen_batches
+from qlora_kit.train.loader import lengths_of
 
 if TYPE_CHECKING:
     from qlora_kit.model.vocabulary import Vocabulary
+    from qlora_kit.plan.effort import Effort
     from qlora_kit.recipe import Recipe
     from qlora_kit.train.batching import Batching
 
@@ -34,7 +38,7 @@ OPTIMIZER, FRAMEWORK = "optimizer", "framework"
 IN_FLIGHT = "a weight on its way"
 
 _GIB, _MIB = 2**30, 2**20
-FRAMEWORK_BYTES = {"cpu": 1080 * _MIB, "cuda": 700 * _MIB}
+FRAMEWORK_BYTES = {"cpu": 1060 * _MIB, "cuda": 700 * _MIB}
 """Of a process that trains, tensors apart: interpreter and libraries; context and kernels of a GPU.
 Measured with torch 2.14 on a CPU; a guess for GPUs."""
 # Of each number of a weight while it is quantized (a CPU does it in float32), or just moved.
@@ -84,6 +88,10 @@ class Plan:
     """What training would choose."""
     moments: tuple[Moment, ...]
     budget_bytes: int
+    tokens_per_second: float | None = None
+    """Of one device, on the batch that needs most; None where nothing is calibrated."""
+    seconds: float | None = None
+    """Of training, by that rate; None where it is not known how many tokens there are."""
 
     @property
     def peak(self) -> Moment:
@@ -115,6 +123,8 @@ class Plan:
             "peak_bytes": self.peak.num_bytes,
             "budget_bytes": self.budget_bytes,
             "fits": self.fits,
+            "tokens_per_second": self.tokens_per_second,
+            "training_seconds": self.seconds,
         }
 
 
@@ -139,18 +149,20 @@ class Planner:
             HardwareError: nothing fits train.memory_budget.
         """
         hardware = self.hardware
-        framework = FRAMEWORK_BYTES[hardware.device]
         with _told_apart(recipe):
             imagined = self._model_of(recipe)
+            calibration = recalled(hardware, imagined.precision)
+            framework = framework_bytes(hardware, calibration)
             batches = self._batches(recipe, imagined, train)
             worst = worst_batch(recipe, batches, is_possible=train is None)
             choice = choice_of(imagined, recipe.train, worst, self.budget_bytes, framework)
             how = _taken(recipe, choice, len(worst.items))
             moments = (
-                _loading(imagined, hardware),
-                _training(imagined, recipe, hardware, worst.first(choice.way.at_a_time), how),
-                *_evaluation(imagined, recipe, hardware, batches),
+                _loading(imagined, framework),
+                _training(imagined, recipe, framework, worst.first(choice.way.at_a_time), how),
+                *_evaluation(imagined, recipe, framework, batches),
             )
+            rate = None if calibration is None else self._rate(imagined, worst, choice, calibration)
         return Plan(
             hardware=hardware,
             compute_dtype=str(imagined.compute_dtype).removeprefix("torch."),
@@ -161,7 +173,36 @@ class Planner:
             choice=choice,
             moments=moments,
             budget_bytes=self.budget_bytes,
+            tokens_per_second=rate,
+            seconds=None if rate is None else _seconds_to_train(recipe, train, worst, rate),
         )
+
+    def calibrate(self, precision: str) -> Calibration:
+        """Measure this machine, and keep what was found.
+
+        Raises:
+            HardwareError: the training run that it takes failed.
+        """
+        return calibrate(self.hardware, precision, self._small_plan)
+
+    def _small_plan(self, recipe: Recipe) -> tuple[Plan, Effort]:
+        vocabulary = load_vocabulary(recipe.model)
+        planner = Planner(vocabulary, self.hardware, self.budget_bytes)
+        plan = planner.plan(recipe, train_rows(recipe, vocabulary))
+        shape = plan.worst.first(len(plan.worst.items))
+        return plan, planner._model_of(recipe).effort(shape, 0)
+
+    def _rate(
+        self,
+        imagined: ImaginedTraining,
+        worst: WorstBatch,
+        choice: Choice,
+        calibration: Calibration,
+    ) -> float:
+        """Tokens a second."""
+        shape = worst.first(choice.way.at_a_time)
+        effort = imagined.effort(shape, choice.way.num_recomputing)
+        return sum(map(sum, shape.rows)) / calibration.seconds(effort)
 
     def _batches(self, recipe: Recipe, imagined: ImaginedTraining, train: Part | None) -> Batching:
         pad = self.vocabulary.tokenizer.pad_token_id
@@ -190,7 +231,26 @@ def foretold_training(
     """
     with _told_apart(recipe):
         imagined = _imagined(recipe, vocabulary, hardware)
-        return _training(imagined, recipe, hardware, shape, how)
+        framework = framework_bytes(hardware, recalled(hardware, imagined.precision))
+        return _training(imagined, recipe, framework, shape, how)
+
+
+def framework_bytes(hardware: Hardware, calibration: Calibration | None) -> int:
+    """As calibrated, else as measured elsewhere."""
+    return FRAMEWORK_BYTES[hardware.device] if calibration is None else calibration.framework_bytes
+
+
+def _seconds_to_train(
+    recipe: Recipe, train: Part | None, worst: WorstBatch, rate: float
+) -> float | None:
+    """None where rows are not read, and the recipe does not say how many updates there are."""
+    spec = recipe.train
+    if train is not None and train.stream is None and spec.max_steps is None:
+        num_tokens = int(lengths_of(train.sequences).sum())
+        return spec.num_train_epochs * num_tokens / rate
+    if spec.max_steps is None:
+        return None
+    return spec.max_steps * spec.gradient_accumulation_steps * worst.num_tokens / rate
 
 
 @contextmanager
@@ -231,35 +291,33 @@ def _taken(recipe: Recipe, choice: Choice, num_sequences: int) -> Taken:
 
 
 def _training(
-    imagined: ImaginedTraining, recipe: Recipe, hardware: Hardware, shape: Shape, how: Taken
+    imagined: ImaginedTraining, recipe: Recipe, framework: int, shape: Shape, how: Taken
 ) -> Moment:
-    return Moment(
-        "training", {**imagined.step(shape, how), **_around(imagined, recipe, hardware)}
-    )
+    return Moment("training", {**imagined.step(shape, how), **_around(imagined, recipe, framework)})
 
 
-def _around(imagined: ImaginedTraining, recipe: Recipe, hardware: Hardware) -> dict[str, int]:
+def _around(imagined: ImaginedTraining, recipe: Recipe, framework: int) -> dict[str, int]:
     """What is there beside the tensors of a step."""
     shapes = [one.numel() for one in imagined.trained]
     return {
         OPTIMIZER: state_bytes(recipe.train.optim, shapes),
-        FRAMEWORK: FRAMEWORK_BYTES[hardware.device],
+        FRAMEWORK: framework,
     }
 
 
-def _loading(imagined: ImaginedTraining, hardware: Hardware) -> Moment:
+def _loading(imagined: ImaginedTraining, framework: int) -> Moment:
     return Moment(
         "loading",
         {
             **imagined.weights,
-            IN_FLIGHT: largest_quantized(imagined.model) * _BYTES_IN_FLIGHT[hardware.device],
-            FRAMEWORK: FRAMEWORK_BYTES[hardware.device],
+            IN_FLIGHT: largest_quantized(imagined.model) * _BYTES_IN_FLIGHT[imagined.device],
+            FRAMEWORK: framework,
         },
     )
 
 
 def _evaluation(
-    imagined: ImaginedTraining, recipe: Recipe, hardware: Hardware, batches: Batching
+    imagined: ImaginedTraining, recipe: Recipe, framework: int, batches: Batching
 ) -> list[Moment]:
     """Of the held-out loss, the perplexity and the answers whichever needs most."""
     if not recipe.data.has_eval_rows:
@@ -280,4 +338,4 @@ def _evaluation(
     if not peaks:
         return []
     worst = max(peaks, key=lambda one: sum(one.values()))
-    return [Moment("evaluation", {**worst, **_around(imagined, recipe, hardware)})]
+    return [Moment("evaluation", {**worst, **_around(imagined, recipe, framework)})]

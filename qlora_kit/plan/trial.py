@@ -26,6 +26,7 @@ from qlora_kit.model.fused.gated import looks_gated
 from qlora_kit.model.fused.lean import LeanParts
 from qlora_kit.model.fused.norm import KINDS, looks_like_norm
 from qlora_kit.model.fused.residents import Residents
+from qlora_kit.plan.effort import CountedEffort, Effort
 from qlora_kit.plan.stand_in import give_tensors, stand_in_base
 from qlora_kit.runtime.forward import CHUNK_CELLS
 from qlora_kit.train.recompute import able_to_recompute, recompute_first
@@ -175,6 +176,17 @@ class ImaginedTraining:
     def step(self, shape: Shape, how: Taken) -> Peak:
         """The peak of forward and backward passes, optimizer apart."""
         return self._once(self._step, shape, how)
+
+    def effort(self, shape: Shape, num_recomputing: int) -> Effort:
+        """What forward and backward passes have to do."""
+        counted = CountedEffort()
+        with self._on(shape) as batch, counted:
+            with self._recomputing(num_recomputing):
+                self.model.train()
+                self._loss(batch).backward()
+            self.model.zero_grad()
+            self.model.eval()
+        return counted.effort
 
     def held_out_loss(self, shape: Shape) -> Peak:
         """The peak of a forward pass in evaluation while training goes on."""

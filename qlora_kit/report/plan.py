@@ -35,12 +35,17 @@ def plan(reporter: Reporter, found: Plan, is_of_rows: bool) -> None:
         + f", {found.choice.resident_bytes / _MIB:,.0f} MiB for unpacked weights that stay"
         * bool(found.choice.resident_bytes)
     )
+    _say_how_fast(reporter, found)
     names = list(dict.fromkeys(name for one in found.moments for name in one.components))
     rows = [(name, *(_mib(one.components.get(name, 0)) for one in found.moments)) for name in names]
     rows.append(("all together", *(_mib(one.num_bytes) for one in found.moments)))
     reporter.table("MiB at the worst point of", ("", *(one.name for one in found.moments)), rows)
     if machine.num_devices > 1:
-        reporter.say("Each GPU holds all of it (DDP); a model that is sharded by FSDP needs less.")
+        reporter.say(
+            "Each GPU holds all of it (DDP). What FSDP2 or DeepSpeed would share out is not foretold: "
+            "there all layers recompute and no shortcut is taken, so that activations need more and "
+            "weights less."
+        )
     peak = found.peak
     if found.fits:
         reporter.say(
@@ -52,6 +57,15 @@ def plan(reporter: Reporter, found: Plan, is_of_rows: bool) -> None:
             f"It does not fit: {peak.num_bytes / _GIB:.2f} GiB in {peak.name}, and there are "
             f"{found.budget_bytes / _GIB:.2f} GiB."
         )
+
+
+def _say_how_fast(reporter: Reporter, found: Plan) -> None:
+    rate = found.tokens_per_second
+    if rate is None:
+        reporter.say("speed     not known: nothing is calibrated here (plan RECIPE --calibrate)")
+        return
+    hours = "" if found.seconds is None else f", {found.seconds / 3600:,.2f} hours of training"
+    reporter.say(f"speed     {rate:,.0f} tokens a second{hours}")
 
 
 def suggestions(reporter: Reporter, found: Sequence[Suggestion]) -> None:

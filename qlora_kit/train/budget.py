@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
+from qlora_kit.memory.allocator import large_blocks_given_back
 from qlora_kit.memory.kept import measure_kept
 from qlora_kit.memory.ways import Situation, Way, bytes_of_update, counts_of_recomputing
 from qlora_kit.train.fitting import divisor_of, sequences_before
@@ -41,6 +42,11 @@ class Fit:
     divisor: int = 1
     """Parts that a micro-batch is divided into."""
     offloads: bool = False
+    is_tight: bool = False
+    """Whether a budget on a CPU was met by giving up speed: freed memory then goes back at once."""
+
+    def giving_back(self) -> AbstractContextManager[None]:
+        return large_blocks_given_back(self.is_tight)
 
     def offloading(self) -> AbstractContextManager[object]:
         """Activations wait in the host's memory, where that was chosen."""
@@ -91,6 +97,7 @@ def fit_memory(
         Recompute(model, way.num_recomputing, len(situation.kept.layers), residents=residents),
         divisor_of(spec.per_device_train_batch_size, way.at_a_time),
         way.offloads,
+        around.hardware.device == "cpu" and way != Way(situation.num_sequences, 0),
     )
 
 

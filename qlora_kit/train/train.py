@@ -130,6 +130,7 @@ def train_adapter(
             told_in_the_foreground(),
             trainer.hooks.settled(),
             fit.offloading(),
+            fit.giving_back(),
         ):
             # On a CPU paged optimizers run unpaged, which is what is meant there.
             warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
