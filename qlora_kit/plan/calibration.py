@@ -1,4 +1,4 @@
-"""What this machine really does a second, and takes beside tensors: measured once, kept in the cache.
+"""What this machine really does a second, and takes beside tensors: measured once, and kept.
 
 Rates of products, of memory and of operations are measured apart; a short training run of a small
 random model then says by how much all of them together are off.

@@ -57,7 +57,8 @@ def _attention_products(packet: Any, args: Any) -> int:
     query = args[0] if packet is _ATTENTION else args[1]
     key = args[1] if packet is _ATTENTION else args[2]
     num_products = 2 if packet is _ATTENTION else 5
-    return num_products * math.prod(query.shape) * int(key.shape[-2])
+    products: int = num_products * math.prod(query.shape) * int(key.shape[-2])
+    return products
 
 
 def _num_bytes(one: Any) -> int:

@@ -42,9 +42,9 @@ def plan(reporter: Reporter, found: Plan, is_of_rows: bool) -> None:
     reporter.table("MiB at the worst point of", ("", *(one.name for one in found.moments)), rows)
     if machine.num_devices > 1:
         reporter.say(
-            "Each GPU holds all of it (DDP). What FSDP2 or DeepSpeed would share out is not foretold: "
-            "there all layers recompute and no shortcut is taken, so that activations need more and "
-            "weights less."
+            "Each GPU holds all of it (DDP). What FSDP2 or DeepSpeed would share out is not "
+            "foretold: there all layers recompute and no shortcut is taken, so that activations "
+            "need more and weights less."
         )
     peak = found.peak
     if found.fits:

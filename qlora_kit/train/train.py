@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
     from qlora_kit.recipe import TrainSpec
+    from qlora_kit.train.budget import Fit
 
 
 @dataclass(frozen=True)

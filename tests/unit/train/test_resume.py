@@ -26,6 +26,7 @@ from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.data.stream import Pass, StreamedSequences
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import HardwareError, RunError
+from qlora_kit.memory.kept import recomputing_layers
 from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.base import prepare_for_training
 from qlora_kit.model.fused import linear
@@ -46,7 +47,6 @@ from qlora_kit.train.continuation import Continuation, shape_for
 from qlora_kit.train.held_out import HeldOutLoss
 from qlora_kit.train.loader import lengths_of
 from qlora_kit.train.memory import MemoryWatch
-from qlora_kit.memory.kept import recomputing_layers
 from qlora_kit.train.requests import TRIGGER_FILE, Requests
 from qlora_kit.train.surroundings import Surroundings
 from qlora_kit.train.train import TrainResult, train_adapter
