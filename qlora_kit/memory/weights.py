@@ -27,6 +27,6 @@ def hold_weights(model: nn.Module, live: LiveTensors) -> None:
     for module in model.modules():
         scale = eight_bit_scale(module)
         if scale is not None:
-            live.hold([module.weight], EIGHT_BIT)
+            live.hold(module.parameters(recurse=False), EIGHT_BIT)
             live.hold([scale], CONSTANTS)
     live.hold(model.buffers(), UNQUANTIZED)

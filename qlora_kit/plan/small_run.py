@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from qlora_kit.recipe import Recipe, load_recipe
 NUM_TOKENS = 512
 """Of a micro-batch."""
 _NUM_ROWS, _NUM_STEPS = 2, 8
-_SIZES = {
+_SIZES: dict[str, Any] = {
     "hidden_size": 512,
     "intermediate_size": 1536,
     "num_hidden_layers": 4,
