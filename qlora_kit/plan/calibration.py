@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_kit import kept
-from qlora_kit.environment import package_versions
 from qlora_kit.errors import HardwareError
 from qlora_kit.plan.small_run import NUM_TOKENS, small_recipe
+from qlora_kit.versions import package_versions
 
 if TYPE_CHECKING:
     from qlora_kit.environment import Hardware
