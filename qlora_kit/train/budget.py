@@ -15,10 +15,10 @@ import psutil
 import torch
 
 from qlora_kit.memory.allocator import large_blocks_given_back
-from qlora_kit.memory.kept import measure_kept
 from qlora_kit.memory.ways import Situation, Way, bytes_of_update, counts_of_recomputing
 from qlora_kit.train.fitting import divisor_of, sequences_before
-from qlora_kit.train.recompute import Recompute, choose_recompute, loss_of_length
+from qlora_kit.train.known_kept import known_or_counted
+from qlora_kit.train.recompute import Recompute, choose_recompute
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -63,6 +63,7 @@ def fit_memory(
     is_sharded: bool,
     residents: Residents,
     before: Progress | None,
+    key: str | None = None,
 ) -> Fit:
     """As fast as the budget allows, on all processes as on the one that has the least room;
     without a budget, as `choose_recompute` says.
@@ -71,6 +72,7 @@ def fit_memory(
         residents: is given what is left of the budget.
         before: of a run that goes on; it keeps to as many sequences at a time, if that fits:
             another number would round otherwise.
+        key: see `known_or_counted`.
 
     Raises:
         HardwareError: nothing fits the budget.
@@ -82,10 +84,10 @@ def fit_memory(
                 "train.memory_budget is left aside: what is kept is not known "
                 + ("of a sharded model." if is_sharded else "without a sequence to look at.")
             )
-        return Fit(choose_recompute(model, batches, spec, around, is_sharded))
+        return Fit(choose_recompute(model, batches, spec, around, is_sharded, key))
     wanted = sequences_before(before, spec)
     processes = around.processes
-    situation = processes.together(lambda: _situation(model, batches, spec, around, longest))
+    situation = processes.together(lambda: _situation(model, batches, spec, around, longest, key))
     way = processes.together(lambda: _fastest(situation, spec, wanted))
     fewest = min(processes.gathered(way.at_a_time))
     if fewest < way.at_a_time:
@@ -107,10 +109,11 @@ def _situation(
     spec: TrainSpec,
     around: Surroundings,
     longest: Sequence[Item],
+    key: str | None,
 ) -> Situation:
     device = around.hardware.device
     standing = _taken_bytes(device) + bytes_of_update(model, spec.optim)
-    kept = measure_kept(model, lambda n: loss_of_length(model, batches.collator, n, around))
+    kept = known_or_counted(model, batches, around, key)
     is_able = model.get_base_model().supports_gradient_checkpointing
     counts = counts_of_recomputing(spec.gradient_checkpointing, is_able, len(kept.layers))
     entries = model.config.get_text_config().vocab_size

@@ -18,7 +18,7 @@ from qlora_kit.versions import package_versions
 
 # Whose code is told by a version, or by its digest.
 _KNOWN_PACKAGES = {"torch", "transformers", "peft", "bitsandbytes", "qlora_kit"}
-_DECIDING_CODE = ("data", "model", "train")
+_DECIDING_CODE = ("data", "memory", "model", "train")
 
 
 def facts_of(model: nn.Module) -> dict[str, Any] | None:

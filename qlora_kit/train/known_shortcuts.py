@@ -36,6 +36,13 @@ class Choice:
     key: str | None
     """None where nobody can tell whether a later start is of the same kind."""
 
+    @property
+    def taken_key(self) -> str | None:
+        """The same of the model with what is taken."""
+        if self.key is None:
+            return None
+        return kept.key_of({"key": self.key, "taken": _taken(self.shortcuts)})
+
     def as_dict(self) -> dict[str, Any]:
         """As a checkpoint keeps it."""
         return {"key": self.key, "found": _as_values(self.shortcuts)}

@@ -15,21 +15,19 @@ import psutil
 import torch
 from torch import nn
 
-from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.errors import ModelError
-from qlora_kit.memory.kept import measure_kept, recomputing_layers
+from qlora_kit.memory.kept import recomputing_layers
 from qlora_kit.memory.ways import bytes_of_update, lengths_of_rows, room_for_kept
 from qlora_kit.model.fused.residents import Residents
 from qlora_kit.out_of_memory import is_out_of_memory
+from qlora_kit.train.known_kept import known_or_counted
 from qlora_kit.train.memory import cgroup_limit_bytes
-from qlora_kit.train.snapshot import put_random_state_back, random_state
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
     from qlora_kit.recipe import TrainSpec
     from qlora_kit.train.batching import Batching
-    from qlora_kit.train.loader import AnyCollator
     from qlora_kit.train.surroundings import Surroundings
 
 _MIB = 2**20
@@ -101,9 +99,13 @@ def choose_recompute(
     spec: TrainSpec,
     around: Surroundings,
     is_sharded: bool,
+    key: str | None = None,
 ) -> Recompute:
     """As the recipe says; `auto` counts what the longest batch would keep, and lets as few layers
     recompute as there is memory for. All of them where nobody can tell.
+
+    Args:
+        key: see `known_or_counted`.
     """
     layers = recomputing_layers(model)
     if spec.gradient_checkpointing is False:
@@ -116,7 +118,7 @@ def choose_recompute(
     if is_sharded or not layers or not longest:
         return Recompute(model, len(layers), len(layers), "what a layer keeps is not known here")
     try:
-        kept = measure_kept(model, lambda n: loss_of_length(model, batches.collator, n, around))
+        kept = known_or_counted(model, batches, around, key)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -134,30 +136,6 @@ def choose_recompute(
         f"{kept.peak_bytes(len(layers), lengths) / _MIB:,.0f} MiB with recomputing; "
         f"{max(room, 0) / _MIB:,.0f} MiB are free for it",
     )
-
-
-def loss_of_length(
-    model: PeftModel, collator: AnyCollator, length: int, around: Surroundings
-) -> torch.Tensor:
-    """Of one sequence of that length, the end of which is supervised."""
-    ids = tuple(range(1, length + 1))
-    labels = (*(IGNORE_INDEX,) * (length - 2), *ids[-2:])
-    batch = collator([TokenSequence(ids, labels, "")])
-    device = next(model.parameters()).device
-    tensors = {
-        name: value.to(device) for name, value in batch.items() if isinstance(value, torch.Tensor)
-    }
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(around.precision)
-    before = random_state()
-    was_training = model.training
-    model.train()
-    try:
-        with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            loss: torch.Tensor = model(**tensors, use_cache=False).loss
-    finally:
-        model.train(was_training)
-        put_random_state_back(before)
-    return loss
 
 
 def _free_bytes(around: Surroundings, spec: TrainSpec) -> float:

@@ -105,7 +105,9 @@ def train_adapter(
         attending_by_example(model.get_base_model(), batches.by_example),
         able_to_recompute(model, spec.gradient_checkpointing),
     ):
-        fit = fit_memory(model, batches, spec, around, is_sharded, residents, progress_before)
+        fit = fit_memory(
+            model, batches, spec, around, is_sharded, residents, progress_before, choice.taken_key
+        )
         laps.lap("count of what layers keep")
         narrate.computing(around.reporter, choice.shortcuts, fit.recompute)
         course = Course(

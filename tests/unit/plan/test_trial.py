@@ -26,7 +26,8 @@ from qlora_kit.processes import ALONE
 from qlora_kit.recipe import Recipe, load_recipe
 from qlora_kit.report.reporter import SILENT
 from qlora_kit.stages.prepare import Prepared, prepare
-from qlora_kit.train.recompute import able_to_recompute, loss_of_length, recompute_first
+from qlora_kit.train.loss_of_length import loss_of_length
+from qlora_kit.train.recompute import able_to_recompute, recompute_first
 from qlora_kit.train.shortcuts import choose_shortcuts, taken
 
 _GIB = 2**30
