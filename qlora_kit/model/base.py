@@ -12,6 +12,7 @@ import torch
 from qlora_kit.errors import ModelError
 from qlora_kit.model.bits import quantized_bits
 from qlora_kit.model.blocks import refuse_misread
+from qlora_kit.model.find import find_skeleton
 from qlora_kit.model.load import load_model
 from qlora_kit.model.prequantized import (
     is_foreign,
@@ -24,7 +25,7 @@ from qlora_kit.model.qat.attach import refuse_unaware
 from qlora_kit.model.quantized import Quantized, require_quantized
 from qlora_kit.model.quantized_cache import entry_folder, load_for_all, load_kept
 from qlora_kit.model.scan import scan_weights
-from qlora_kit.model.skeleton import Skeleton, find_skeleton, is_linear, name_matches
+from qlora_kit.model.skeleton import Skeleton, is_linear, name_matches
 from qlora_kit.model.source import ModelSource, resolve_source
 from qlora_kit.model.stored import require_fitting
 from qlora_kit.model.targets import refuse_dora, require_targets

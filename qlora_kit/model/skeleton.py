@@ -14,12 +14,9 @@ from torch import nn
 from qlora_kit.errors import ModelError
 from qlora_kit.model.json_file import read_json
 from qlora_kit.model.reason import reason_of
-from qlora_kit.model.source import ModelSource, find_source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-
-    from qlora_kit.recipe import ModelSpec
 
 # A configuration's values reach upstream's arithmetic, look-ups and imports unchecked.
 _BAD_CONFIG = (
@@ -106,17 +103,6 @@ def _require_mapping(path: Path) -> None:
     content = read_json(path)
     if not isinstance(content, dict):
         raise ModelError(f"{path} is no configuration: it holds a {type(content).__name__}.")
-
-
-def find_skeleton(spec: ModelSpec) -> tuple[ModelSource, Skeleton]:
-    """The model that a recipe's section names: where it lies, and what it is made of.
-
-    Raises:
-        ModelError: it is not there, or is not a causal language model that transformers knows.
-    """
-    source = find_source(spec)
-    config = load_config(source.folder, spec.trust_remote_code)
-    return source, build_skeleton(config, spec.trust_remote_code)
 
 
 def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> Skeleton:

@@ -9,8 +9,8 @@ import torch
 
 from qlora_kit.errors import ModelError
 from qlora_kit.model.base import check_vocabulary, num_embeddings, prequantized_settings
+from qlora_kit.model.find import find_skeleton
 from qlora_kit.model.scan import scan_weights
-from qlora_kit.model.skeleton import find_skeleton
 from qlora_kit.model.stored import require_fitting
 from qlora_kit.model.tokenizer import ensure_padding, load_tokenizer
 from qlora_kit.model.weights import readable_weights

@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from qlora_kit.checkpoint.drift import Drift, lines_of
 from qlora_kit.data.pieces import runs, token_pieces
-from qlora_kit.model.bits import module_bits
-from qlora_kit.model.tokenizer import writes_the_date
 from qlora_kit.report import data_text
 from qlora_kit.report.reporter import Reporter
 from qlora_kit.report.visible import visible
@@ -112,6 +110,10 @@ def drift(reporter: Reporter, found: Drift) -> None:
 
 def base(reporter: Reporter, loaded: Base, quantization: QuantizationSpec) -> None:
     """What was loaded: its parameters, how many of them at which width, how it was come by."""
+    # Not before there is a base: a run that is finished says so at once.
+    from qlora_kit.model.bits import module_bits
+    from qlora_kit.model.tokenizer import writes_the_date
+
     counted = loaded.quantized
     double = " with double quantization" if quantization.double_quant else ""
     names = {

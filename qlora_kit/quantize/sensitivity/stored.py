@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from qlora_kit.errors import ModelError
+from qlora_kit.model.find import find_skeleton
 from qlora_kit.model.prequantized import prequantized_settings
 from qlora_kit.model.scan import iterate_tensors
-from qlora_kit.model.skeleton import Skeleton, find_skeleton
+from qlora_kit.model.skeleton import Skeleton
 from qlora_kit.model.stored import match_names
 from qlora_kit.model.weights import readable_weights
 from qlora_kit.quantize.rounding import Rounding

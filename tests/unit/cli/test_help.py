@@ -84,3 +84,9 @@ def test_help_is_instant() -> None:
         used = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
         seconds.append(used)
     assert min(seconds) < 0.5
+
+
+def test_what_a_run_says_about_itself_needs_no_torch() -> None:
+    """A run that is finished is told at once."""
+    code = "import sys, qlora_kit.report.narrate; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
