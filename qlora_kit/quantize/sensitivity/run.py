@@ -69,9 +69,9 @@ def run_sensitivity(
     """
     if request.out is not None:
         _require_writable(request.out)
-    require_rows(request.data, "train")
     if request.chooses:
         require_loadable(request.rounding)
+    require_rows(request.data, "train")
     base = load_reference(spec, reporter)
     if request.chooses:
         refuse_unquantizable(base.skeleton, uniform_base(request.rounding))
