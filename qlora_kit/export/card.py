@@ -121,10 +121,16 @@ def ledger_section(rows: list[dict[str, Any]], num_tokens: int) -> str:
 
 def _verdict(certificate: dict[str, Any]) -> str:
     if certificate["max_kl"] is None:
-        method = certificate["trained_on"]["quantization_aware"]["method"]
+        aware = certificate["trained_on"]["quantization_aware"]
+        if aware is None:
+            return (
+                "It is made to be quantized, and has no budget of its own. The figures say how far "
+                "it is from the model that was trained and evaluated, on "
+                f"{certificate['divergence']['num_tokens']:,} held-out tokens.\n"
+            )
         return (
-            f"It was trained to be quantized to {method}, and is kept for that: what was trained "
-            "and evaluated is the quantized model made from it. The figures say how far this one "
+            f"It was trained to be quantized to {aware['method']}, and is kept for that: what was "
+            "trained and evaluated is the quantized model made from it. The figures say how far this one "
             f"is from that, on {certificate['divergence']['num_tokens']:,} held-out tokens.\n"
         )
     found = "within" if certificate["passed"] else "**not within**"

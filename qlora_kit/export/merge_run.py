@@ -99,12 +99,16 @@ def merge_reopened(
     hardware: Hardware,
     *,
     requantize_to: QuantType | None = None,
+    is_on_the_way: bool = False,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Merge an adapter that was opened from the disk (see `reopen_adapter`) into `out`.
 
     The model is recorded first and then forgotten, so that it and the merged one need not fit
     into memory together.
+
+    Args:
+        is_on_the_way: to a quantized model, which is what a budget is for.
     """
     require_absent(out)
     if reopened.trained.aware is not None:
@@ -129,6 +133,7 @@ def merge_reopened(
             hardware,
             recipe_sha256=reopened.recipe_sha256,
             requantize_to=requantize_to,
+            is_on_the_way=is_on_the_way,
             reporter=reporter,
         )
 
@@ -169,6 +174,7 @@ def merge_and_certify(
     *,
     recipe_sha256: str | None = None,
     requantize_to: QuantType | None = None,
+    is_on_the_way: bool = False,
     chain: Sequence[Mapping[str, Any]] = (),
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
@@ -182,7 +188,7 @@ def merge_and_certify(
     """
     require_absent(out)
     bases: tuple[BaseKind, ...] = trained.bases if options.base == "auto" else (options.base,)
-    max_kl = options.max_kl if trained.aware is None else None
+    max_kl = None if is_on_the_way or trained.aware is not None else options.max_kl
     needed = sum(predict_bytes(trained, base, options.dtype) for base in bases)
     require_room(out, needed * (1 if trained.aware is None else 2))
     with draft_beside(out) as draft:

@@ -57,7 +57,8 @@ def sixteen_bit(request: Request, reporter: Reporter) -> Iterator[Request]:
                 "quantizing it again loses part of the adapter."
             )
         merged = scratch / "merged"
-        merge_reopened(reopened, merged, MergeSpec(base=base), hardware, reporter=reporter)
+        options = MergeSpec(base=base)
+        merge_reopened(reopened, merged, options, hardware, is_on_the_way=True, reporter=reporter)
         del reopened
         note = f"{run}, merged into its {'16-bit' if base == 'original' else 'dequantized'} base"
         model = _at(request.model, merged)

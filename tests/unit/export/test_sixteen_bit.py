@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from qlora_kit.export.sixteen_bit import sixteen_bit
 from qlora_kit.quantize.held_out import Named
 from qlora_kit.quantize.quantize import Request, quantize
 from qlora_kit.recipe import ModelSpec
-from qlora_kit.report.reporter import SILENT
+from qlora_kit.report.reporter import SILENT, Reporter
 
 from .test_merge_run import TinyRun, make_run
 from .tiny_runs import reload_logits, some_ids
@@ -43,6 +45,28 @@ def test_a_run_is_its_adapter_on_the_original_weights(tiny: TinyRun, tmp_path: P
         assert not resolved.keeps_source
     assert not folder.exists()
     assert list(tmp_path.iterdir()) == []
+
+
+class Tables(Reporter):
+    def __init__(self) -> None:
+        self.titles: list[str] = []
+        self.cells: list[str] = []
+
+    def table(
+        self, title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], **_: Any
+    ) -> None:
+        self.titles.append(title)
+        self.cells += [cell for row in rows for cell in row]
+
+
+def test_the_merge_on_the_way_has_no_budget(tiny: TinyRun, tmp_path: Path) -> None:
+    """It is for what is kept; the quantized model has one of its own."""
+    told = Tables()
+    with sixteen_bit(request_for(tiny, tmp_path / "out"), told):
+        pass
+    (title,) = told.titles
+    assert "before it is quantized" in title
+    assert not [cell for cell in told.cells if "budget" in cell]
 
 
 def test_what_is_made_of_a_run_names_its_adapter(tiny: TinyRun, tmp_path: Path) -> None:
