@@ -130,7 +130,8 @@ def _verdict(certificate: dict[str, Any]) -> str:
             )
         return (
             f"It was trained to be quantized to {aware['method']}, and is kept for that: what was "
-            "trained and evaluated is the quantized model made from it. The figures say how far this one "
+            "trained and evaluated is the quantized model made from it. The figures say how far "
+            "this one "
             f"is from that, on {certificate['divergence']['num_tokens']:,} held-out tokens.\n"
         )
     found = "within" if certificate["passed"] else "**not within**"
