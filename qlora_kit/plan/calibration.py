@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from qlora_kit.recipe import Recipe
 
 _KIND = "calibration"  # in the cache
+_METHOD = 2  # another one whenever something else is counted or measured
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ROUNDS = 7
 _WIDTH = 1024
@@ -95,6 +96,7 @@ def calibrate(
 
 def _key(hardware: Hardware, precision: str) -> str:
     facts = {
+        "method": _METHOD,
         "machine": hardware.device_name,
         "threads": torch.get_num_threads(),
         "precision": precision,

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import flop_registry
 _aten = torch.ops.aten
 _ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+_DEVICE = torch.ops.prim.device  # asked of tensors without numbers at every turn
 
 
 @dataclass
@@ -40,6 +41,8 @@ class CountedEffort(TorchDispatchMode):
         options = kwargs or {}
         made = function(*args, **options)
         effort, packet = self.effort, function._overloadpacket
+        if packet is _DEVICE:
+            return made
         effort.num_operations += 1
         if packet in (_ATTENTION, _ATTENTION_BACKWARD):
             effort.products += _attention_products(packet, args)

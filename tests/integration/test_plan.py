@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
 from .conftest import Call, FinishedRun, write_recipe
 
 
@@ -49,6 +51,22 @@ def test_an_unknown_gpu_lists_those_that_are_known(
     assert said.code == 1
     assert "no GPU 'RTX 9999'" in said.err
     assert "RTX 4090" in said.err
+
+
+@pytest.mark.parametrize("options", [(), ("--rows",), ("--gpu", "RTX 4090", "--json")])
+def test_a_model_that_is_not_here_is_one_message(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...]
+) -> None:
+    """Whose hub may not be asked, so that nothing is waited for."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    recipe = write_recipe(tmp_path, Path("nobody/has-this-model"))
+    said = call("plan", str(recipe), *options)
+    assert said.code == 1
+    assert said.out == ""
+    (line,) = said.err.splitlines()
+    assert line.startswith("error: nobody/has-this-model is not on this machine")
+    assert "name a local folder" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_ends_with_what_was_predicted_beside_what_was_measured(
