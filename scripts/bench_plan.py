@@ -202,17 +202,11 @@ def prepared(one: Case, folder: Path) -> Path:
 def make_model(one: Case, folder: Path) -> None:
     """Random weights, with a tokenizer of single bytes."""
     import torch
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
-    ).save_pretrained(folder)
+    from qlora_kit.plan.small_run import save_byte_tokenizer
+
+    save_byte_tokenizer(folder)
     values: dict[str, Any] = {"vocab_size": one.vocabulary, "eos_token_id": 1, "pad_token_id": 0}
     values |= {"bos_token_id": 1, "tie_word_embeddings": one.is_tied}
     if one.family == "gpt2":

@@ -60,10 +60,10 @@ def small_recipe(folder: Path, precision: str) -> Recipe:
     return load_recipe(path)
 
 
-def _write_model(folder: Path) -> None:
-    """Random weights, and a tokenizer of single bytes."""
+def save_byte_tokenizer(folder: Path) -> None:
+    """Of single bytes, with a token that pads and one that ends."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: number for number, token in enumerate(["<pad>", "<eos>", *alphabet])}
@@ -73,6 +73,13 @@ def _write_model(folder: Path) -> None:
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>"
     ).save_pretrained(folder)
+
+
+def _write_model(folder: Path) -> None:
+    """Random weights, and a tokenizer of single bytes."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    save_byte_tokenizer(folder)
     before = torch.random.get_rng_state()
     torch.manual_seed(0)
     config = LlamaConfig(**_SIZES, bos_token_id=1, eos_token_id=1, pad_token_id=0)
