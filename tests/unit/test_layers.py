@@ -85,3 +85,13 @@ def test_model_and_data_do_not_know_each_other() -> None:
         if {room, room_of(module)} == pair
     ]
     assert known == []
+
+
+def test_folders_of_tests_are_packages() -> None:
+    """Else two modules of one name in different folders stop the whole collection."""
+    tests = Path(__file__).parents[1]
+    folders = {module.parent for module in tests.rglob("*.py")} - {tests}
+    assert folders
+    assert [
+        str(folder) for folder in sorted(folders) if not (folder / "__init__.py").exists()
+    ] == []

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import MODELS, NUM_TOKENS, SaysAlways, llama, rows, scorer
 from transformers import PreTrainedModel
 
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
@@ -24,6 +23,8 @@ from qlora_kit.evaluate.divergence import (
 )
 from qlora_kit.evaluate.perplexity import measure_perplexity
 from qlora_kit.runtime import forward
+
+from .tiny_models import MODELS, NUM_TOKENS, SaysAlways, llama, rows, scorer
 
 LENGTHS = [5, 31, 12, 2, 48, 31, 7]
 BATCHES: dict[str, int] = {"batch_size": 3}

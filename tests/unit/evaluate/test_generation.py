@@ -10,7 +10,6 @@ import torch
 import transformers
 from conftest import build_tokenizer
 from peft import LoraConfig, get_peft_model
-from tiny_models import CONTEXT, MODELS, gpt2, llama, rows
 from transformers import (
     AutoTokenizer,
     BloomConfig,
@@ -26,6 +25,8 @@ from qlora_kit.evaluate.generation import Answer, count_exact, exact_match, gene
 from qlora_kit.report.reporter import Progress
 from qlora_kit.runtime.forward import CausalModel
 from qlora_kit.runtime.transformers import TransformersRuntime
+
+from .tiny_models import CONTEXT, MODELS, gpt2, llama, rows
 
 LENGTHS = [3, 17, 9, 1, 30, 9, 22]
 LENGTH = 12

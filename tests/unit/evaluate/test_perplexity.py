@@ -8,7 +8,6 @@ from collections.abc import Sequence
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from tiny_models import MODELS, NUM_TOKENS, SaysAlways, WholeLogits, llama, rows, scorer
 from transformers import PreTrainedModel
 
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
@@ -17,6 +16,8 @@ from qlora_kit.evaluate.perplexity import Perplexity, measure_perplexity
 from qlora_kit.report.reporter import Progress
 from qlora_kit.runtime import batches, forward
 from qlora_kit.runtime.forward import CausalModel, evaluation_mode
+
+from .tiny_models import MODELS, NUM_TOKENS, SaysAlways, WholeLogits, llama, rows, scorer
 
 LENGTHS = [5, 31, 12, 2, 48, 31, 7]
 

@@ -15,7 +15,6 @@ from conftest import build_llama
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file
-from zoo import load, logits, shake, some_ids, train_a_step
 
 from qlora_kit.errors import AdapterError
 from qlora_kit.model.adapter import Adapted, attach_adapter, require_float32_trainables
@@ -23,6 +22,8 @@ from qlora_kit.model.base import Base
 from qlora_kit.model.saved import load_adapter, save_adapter
 from qlora_kit.model.weight import dequantized_weight
 from qlora_kit.recipe import LoraSpec, QuantizationSpec
+
+from .zoo import load, logits, shake, some_ids, train_a_step
 
 FOUR = QuantizationSpec()
 EIGHT = QuantizationSpec(load_in_8bit=True)

@@ -14,7 +14,15 @@ import torch._dynamo
 import transformers
 from conftest import build_tokenizer
 from transformers.pytorch_utils import Conv1D
-from zoo import (
+
+from qlora_kit.errors import AdapterError, ModelError
+from qlora_kit.model import base as base_module
+from qlora_kit.model.adapter import attach_adapter
+from qlora_kit.model.quantized import is_quantized
+from qlora_kit.model.saved import load_adapter, save_adapter
+from qlora_kit.recipe import LoraSpec, QuantizationSpec
+
+from .zoo import (
     COMMON,
     DENSE,
     MIXTURES,
@@ -27,13 +35,6 @@ from zoo import (
     some_ids,
     train_a_step,
 )
-
-from qlora_kit.errors import AdapterError, ModelError
-from qlora_kit.model import base as base_module
-from qlora_kit.model.adapter import attach_adapter
-from qlora_kit.model.quantized import is_quantized
-from qlora_kit.model.saved import load_adapter, save_adapter
-from qlora_kit.recipe import LoraSpec, QuantizationSpec
 
 LORA = LoraSpec(r=4, alpha=8)
 DENSE_16 = QuantizationSpec(load_in_4bit=False)

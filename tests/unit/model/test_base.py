@@ -16,7 +16,6 @@ from conftest import build_llama
 from peft import prepare_model_for_kbit_training
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
-from zoo import DENSE, MIXTURES, build, load, logits, some_ids, train_a_step
 
 from qlora_kit.errors import ModelError
 from qlora_kit.model import base as base_module
@@ -26,6 +25,8 @@ from qlora_kit.model.quantized import four_bit_modules, is_quantized
 from qlora_kit.model.skeleton import build_skeleton, load_config
 from qlora_kit.model.weight import dequantized_weight
 from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec
+
+from .zoo import DENSE, MIXTURES, build, load, logits, some_ids, train_a_step
 
 EIGHT = QuantizationSpec(load_in_8bit=True)
 SIXTEEN = QuantizationSpec(load_in_4bit=False)

@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
-from zoo import COMMON, DENSE
 
 from qlora_kit.data.collate import Batch, Collator, IsolatingCollator
 from qlora_kit.data.pack import PackedSequence
@@ -19,6 +18,8 @@ from qlora_kit.model.by_example import (
     can_attend_by_example,
     example_lengths,
 )
+
+from .zoo import COMMON, DENSE
 
 NAMES = ("llama, untied", "qwen3: norms of queries", "gemma3", "gpt2: Conv1D, tied")
 

@@ -12,13 +12,14 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from tiny_gguf import TEMPLATE, Change, Tensors, tiny_llama, write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import qlora_kit.model.gguf as gguf_module
 from qlora_kit.errors import HardwareError, ModelError
 from qlora_kit.model.gguf import convert_cached, gguf_to_folder
 from qlora_kit.records import file_sha256
+
+from .tiny_gguf import TEMPLATE, Change, Tensors, tiny_llama, write_gguf
 
 
 def logits(model: Any) -> torch.Tensor:

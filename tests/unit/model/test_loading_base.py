@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import PreTrainedModel
-from zoo import DENSE, build
 
 from qlora_kit.environment import probe_hardware
 from qlora_kit.model import load as load_module
@@ -23,6 +22,8 @@ from qlora_kit.model.skeleton import build_skeleton, load_config
 from qlora_kit.model.source import ModelSource
 from qlora_kit.recipe import ModelSpec, QuantizationSpec
 from qlora_kit.report.reporter import SILENT, Progress, Reporter
+
+from .zoo import DENSE, build
 
 
 def load(folder: Path, quantized: Path | None = None, told: Reporter = SILENT) -> PreTrainedModel:

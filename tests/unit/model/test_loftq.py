@@ -14,13 +14,14 @@ from conftest import build_tokenizer
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from zoo import DENSE, build, load, logits, train_a_step
 
 from qlora_kit.errors import AdapterError
 from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.base import Base
 from qlora_kit.model.saved import load_adapter, save_adapter
 from qlora_kit.recipe import LoraSpec, QuantizationSpec
+
+from .zoo import DENSE, build, load, logits, train_a_step
 
 Matrix = npt.NDArray[np.float32]
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import CHATML, build_llama
-from zoo import load, shake
 
 from qlora_kit.errors import AdapterError
 from qlora_kit.model import manifest as manifest_module
@@ -32,6 +31,8 @@ from qlora_kit.model.manifest import (
 from qlora_kit.model.saved import save_adapter
 from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec
 from qlora_kit.records import file_sha256
+
+from .zoo import load, shake
 
 TRAINED_WITH = QuantizationSpec()
 

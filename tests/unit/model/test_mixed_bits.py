@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
-from zoo import DENSE, build, load, logits, shake, skeleton_of, some_ids, train_a_step
 
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import AdapterError, ModelError
@@ -23,6 +22,8 @@ from qlora_kit.model.saved import load_adapter, save_adapter
 from qlora_kit.model.shared import state_checksum
 from qlora_kit.model.weight import dequantized_weight
 from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec
+
+from .zoo import DENSE, build, load, logits, shake, skeleton_of, some_ids, train_a_step
 
 BLOCK = "model.layers.0"
 MIXED = QuantizationSpec(

@@ -12,7 +12,6 @@ import torch
 from conftest import build_tokenizer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-from zoo import load, logits, train_a_step
 
 from qlora_kit.errors import ModelError
 from qlora_kit.model import base as base_module
@@ -23,6 +22,8 @@ from qlora_kit.model.saved import load_adapter, save_adapter
 from qlora_kit.model.skeleton import build_skeleton, load_config
 from qlora_kit.model.weight import dequantized_weight
 from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec
+
+from .zoo import load, logits, train_a_step
 
 FOUR = QuantizationSpec()
 EIGHT = QuantizationSpec(load_in_8bit=True)

@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import build_llama
 from torch import nn
-from zoo import load, skeleton_of
 
 from qlora_kit.errors import ModelError
 from qlora_kit.model import blocks
@@ -26,6 +25,8 @@ from qlora_kit.model.quantized import (
     require_quantized,
 )
 from qlora_kit.recipe import QuantizationSpec
+
+from .zoo import load, skeleton_of
 
 FOUR = QuantizationSpec()
 EIGHT = QuantizationSpec(load_in_8bit=True)

@@ -16,7 +16,6 @@ from conftest import build_llama
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedTokenizerBase
-from zoo import load, logits, shake, some_ids
 
 from qlora_kit.errors import AdapterError
 from qlora_kit.model import saved as saved_module
@@ -33,6 +32,8 @@ from qlora_kit.model.saved import (
 )
 from qlora_kit.recipe import LoraSpec, QuantizationSpec
 from qlora_kit.records import file_sha256
+
+from .zoo import load, logits, shake, some_ids
 
 NF4 = QuantizationSpec()
 EIGHT = QuantizationSpec(load_in_8bit=True)

@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
-from zoo import MIXTURES, skeleton_of
 
 from qlora_kit.errors import AdapterError, ModelError
 from qlora_kit.model.base import refuse_unquantizable
 from qlora_kit.model.targets import Targets, find_targets, refuse_dora, require_targets
 from qlora_kit.recipe import LoraSpec, QuantizationSpec
+
+from .zoo import MIXTURES, skeleton_of
 
 FOUR = QuantizationSpec()
 EIGHT = QuantizationSpec(load_in_8bit=True)

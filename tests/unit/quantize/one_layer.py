@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from conftest import build_tokenizer
-from tiny_sources import text_file
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from qlora_kit.data.sequences import TokenSequence
@@ -23,6 +22,8 @@ from qlora_kit.quantize.quantize import Request, quantize
 from qlora_kit.quantize.source import open_source
 from qlora_kit.recipe import ModelSpec
 from qlora_kit.report.reporter import SILENT
+
+from .tiny_sources import text_file
 
 SMALL: dict[str, Any] = {
     "vocab_size": 384,

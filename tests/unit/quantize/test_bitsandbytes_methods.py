@@ -10,7 +10,16 @@ import pytest
 import torch
 from bitsandbytes.functional import int8_vectorwise_quant, quantize_4bit
 from safetensors.torch import load_file
-from tiny_sources import (
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from qlora_kit.errors import ModelError
+from qlora_kit.model.blocks import by_formula, reads_right
+from qlora_kit.model.shared import state_checksum
+from qlora_kit.quantize import blocks
+from qlora_kit.quantize.methods import resolve_method
+from qlora_kit.quantize.options import parse_options
+
+from .tiny_sources import (
     KINDS,
     MIXTURE,
     build,
@@ -20,14 +29,6 @@ from tiny_sources import (
     reloaded,
     source_of,
 )
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-from qlora_kit.errors import ModelError
-from qlora_kit.model.blocks import by_formula, reads_right
-from qlora_kit.model.shared import state_checksum
-from qlora_kit.quantize import blocks
-from qlora_kit.quantize.methods import resolve_method
-from qlora_kit.quantize.options import parse_options
 
 DOWN = "model.layers.0.mlp.down_proj"
 

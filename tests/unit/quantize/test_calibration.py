@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 from conftest import build_tokenizer
-from tiny_sources import text_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_kit.data.sequences import TokenSequence
@@ -22,6 +21,8 @@ from qlora_kit.quantize.calibration import (
 from qlora_kit.quantize.held_out import Named, texts_for
 from qlora_kit.quantize.texts import KnownSet, Texts, find_texts, render_texts
 from qlora_kit.recipe import SourceSpec
+
+from .tiny_sources import text_file
 
 TEXTS = Texts((), "all", "some rows")
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from wide_models import load, some_rows, wide_llama
 
 from qlora_kit.model.base import Base
 from qlora_kit.quantize.rounding import Rounding, image_of
@@ -15,6 +14,8 @@ from qlora_kit.quantize.sensitivity.cheap import estimate_costs
 from qlora_kit.quantize.sensitivity.measure import Plan, measure_sensitivity
 from qlora_kit.quantize.sensitivity.ranking import spearman, spread
 from qlora_kit.report.reporter import Progress
+
+from .wide_models import load, some_rows, wide_llama
 
 NF4 = Rounding()
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from wide_models import another, load, some_rows, wide_llama
 
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.model.base import Base
@@ -17,6 +16,8 @@ from qlora_kit.quantize.sensitivity.measure import reference_of
 from qlora_kit.quantize.sensitivity.reference import replaced
 from qlora_kit.quantize.sensitivity.units import Unit, block_of, kind_of, units_of
 from qlora_kit.report.reporter import Progress
+
+from .wide_models import another, load, some_rows, wide_llama
 
 NF4 = Rounding()
 

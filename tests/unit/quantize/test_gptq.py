@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from one_layer import Kept, build, by_the_line, calibration, check, logits_of, make
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from qlora_kit import extras
 from qlora_kit.artifact.record import read_record
 from qlora_kit.errors import HardwareError, ModelError, RecipeError
+
+from .one_layer import Kept, build, by_the_line, calibration, check, logits_of, make
 
 
 @pytest.fixture(scope="module")

@@ -8,17 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_sources import (
-    KINDS,
-    build,
-    calibration,
-    logits,
-    made_by,
-    reloaded,
-    sequences,
-    some_ids,
-    source_of,
-)
 from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
@@ -29,6 +18,18 @@ from qlora_kit.quantize.int8 import Int8Config, Int8Linear
 from qlora_kit.quantize.int8.observe import LargestSeen, observe
 from qlora_kit.report.reporter import SILENT
 from qlora_kit.runtime.footprint import parameters_by_form
+
+from .tiny_sources import (
+    KINDS,
+    build,
+    calibration,
+    logits,
+    made_by,
+    reloaded,
+    sequences,
+    some_ids,
+    source_of,
+)
 
 KIND_NAMES = tuple(KINDS)
 

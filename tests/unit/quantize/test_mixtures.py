@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from wide_models import load, some_rows, wide_llama
 
 from qlora_kit.errors import ModelError
 from qlora_kit.model.base import Base
@@ -43,6 +42,8 @@ from qlora_kit.quantize.sensitivity.measure import (
 from qlora_kit.recipe import QuantizationSpec
 from qlora_kit.report import sensitivity as report
 from qlora_kit.report.reporter import Reporter
+
+from .wide_models import load, some_rows, wide_llama
 
 # On matrices this small the table of double quantization would take more than it saves.
 NF4 = Rounding("nf4", 64, False)

@@ -9,18 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from in_floats import WHOLE, observed_ranges, rounded_to_8_bits
-from one_layer import (
-    SMALL,
-    Kept,
-    build,
-    by_the_line,
-    calibration,
-    check,
-    logits_of,
-    make,
-    windows,
-)
 from transformers import PreTrainedModel
 
 from qlora_kit.errors import ModelError, RecipeError
@@ -31,6 +19,19 @@ from qlora_kit.quantize.onnx.make import Int8DynamicOptions, saturation_notes
 from qlora_kit.quantize.onnx.saturation import products_saturate
 from qlora_kit.runtime.onnx import OnnxRuntime
 from qlora_kit.runtime.onnx_weights import stored_weights
+
+from .in_floats import WHOLE, observed_ranges, rounded_to_8_bits
+from .one_layer import (
+    SMALL,
+    Kept,
+    build,
+    by_the_line,
+    calibration,
+    check,
+    logits_of,
+    make,
+    windows,
+)
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_sources import KINDS, build, logits, reloaded, source_of, text_file
 from typer.testing import CliRunner
 
 from qlora_kit.artifact.record import read_record, verify_artifact
@@ -27,6 +26,8 @@ from qlora_kit.quantize.quantize import Request, quantize
 from qlora_kit.quantize.texts import find_texts, render_texts
 from qlora_kit.recipe import ModelSpec
 from qlora_kit.runtime.forward import CausalScorer
+
+from .tiny_sources import KINDS, build, logits, reloaded, source_of, text_file
 
 OURS = ("nf4", "fp4", "llm-int8", "int8")
 # Plain transformers multiplies 4-bit weights in bfloat16 on some processors, which the kit turns

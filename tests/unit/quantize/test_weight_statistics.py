@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from wide_models import another, wide_llama
 
 from qlora_kit.errors import ModelError
 from qlora_kit.quantize.rounding import Rounding
 from qlora_kit.quantize.sensitivity.statistics import layer_statistics
 from qlora_kit.quantize.sensitivity.stored import stored_statistics
 from qlora_kit.recipe import ModelSpec
+
+from .wide_models import another, wide_llama
 
 NF4 = Rounding()
 SINGLE = Rounding("nf4", 64, False)

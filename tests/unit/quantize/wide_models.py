@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from conftest import build_llama, load_tiny
-from tiny_sources import build
 
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.model.base import Base
 from qlora_kit.recipe import QuantizationSpec
+
+from .tiny_sources import build
 
 SIXTEEN = QuantizationSpec(load_in_4bit=False)
 

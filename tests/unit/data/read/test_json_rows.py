@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from qlora_kit.data.read import BadRow, Row
 from qlora_kit.data.read.json_rows import holds_lines, json_lines, json_value
 from qlora_kit.errors import DataError
-from tests.unit.data.read.files import ROWS, fault, good, lines, outcome, read, refusal, write
+
+from .files import ROWS, fault, good, lines, outcome, read, refusal, write
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"))
 VALUES = st.recursive(

@@ -25,8 +25,9 @@ from qlora_kit.data.read.opened import (
     unpacked_file,
     with_line_feeds,
 )
-from tests.unit.data.read.files import ROWS, good, outcome, read, refusal, write
-from tests.unit.data.read.files import lines as json_lines_of
+
+from .files import ROWS, good, outcome, read, refusal, write
+from .files import lines as json_lines_of
 
 TEXT = json_lines_of(ROWS)
 

@@ -23,7 +23,8 @@ from qlora_kit.data.read import (
 )
 from qlora_kit.data.rows import Unreadable
 from qlora_kit.recipe.data import SourceSpec
-from tests.unit.data.read.files import ROWS, good, lines, read, refusal, write
+
+from .files import ROWS, good, lines, read, refusal, write
 
 TEXT = lines(ROWS)
 

@@ -24,7 +24,8 @@ from qlora_kit.data.rows import RowRefused, Unreadable
 from qlora_kit.data.schemas import Recogniser
 from qlora_kit.errors import DataError
 from qlora_kit.recipe.data import SourceSpec
-from tests.unit.data.read.files import fault, good, lines, outcome, read, refusal, write
+
+from .files import fault, good, lines, outcome, read, refusal, write
 
 CELLS = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=12)
 NO_FIXTURE = settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)

@@ -15,13 +15,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 sys.path.append(str(Path(__file__).parents[1]))
-from zoo import COMMON, DENSE, MIXTURES
-
 from qlora_kit.memory.kept import measure_kept, recomputing_layers
 from qlora_kit.model.fused.attach import fused, plan_fusion
 from qlora_kit.model.fused.lean import LeanParts, lean, looking_for_lean_parts
 from qlora_kit.model.fused.norm import KINDS
 from qlora_kit.model.fused.remade import Origins
+
+from ..zoo import COMMON, DENSE, MIXTURES
 
 IDS = torch.randint(3, 300, (3, 20), generator=torch.Generator().manual_seed(0))
 GATED = ("llama, untied", "qwen2: biases", "gemma: norm plus one", "gemma2: soft caps", "olmo2")
