@@ -30,11 +30,14 @@ $(COMPILED): $(INSTALLED)
 quickstart: $(INSTALLED) ## teach a small model a task, merge it, certify it (about ten minutes on two cores)
 	$(BIN)/qlora-kit train recipes/quickstart.yaml
 
+# A process of tests for each core, each with one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
+
 test: $(INSTALLED) ## every test that needs no GPU
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-full: $(COMPILED) ## the same, and the slow ones, with llama.cpp (compiled once, ten minutes)
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 # Of crash-test: how many trials, the seed that they are drawn with (empty: another every time),
 # one trial alone by its number, and a scratch folder in which failures are left.
@@ -50,7 +53,7 @@ check: $(INSTALLED) ## before a commit: format, lint, types, fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/unit
+	$(PYTEST) tests/unit
 
 format: $(INSTALLED) ## rewrite the code in the house format
 	$(BIN)/ruff format .
