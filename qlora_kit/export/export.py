@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -93,9 +93,21 @@ def export_reopened(
         session = _Session(
             trained, request, places, given, ledger, reopened.recipe_sha256, reporter
         )
-        certificates = [_export(job, session) for job in jobs]
+        made = [(job.target.name, *_export(job, session)) for job in jobs]
     show(ledger.rows, ledger.recorded.num_tokens, reporter)
-    return certificates
+    for name, folder, certificate in made:
+        _tell_where(name, folder, certificate, reporter)
+    return [certificate for _, _, certificate in made]
+
+
+def _tell_where(
+    name: str, folder: Path, certificate: Mapping[str, Any], reporter: Reporter
+) -> None:
+    """The last that is said of an export: where it is, and whether it is as near as was asked."""
+    if certificate["passed"]:
+        reporter.say(f"exported  {name}: {folder}")
+    else:
+        reporter.warn(f"{name} is further from the trained model than asked; it is in {folder}.")
 
 
 def _merge_bytes(
@@ -111,9 +123,11 @@ def _merge_bytes(
     return beside + sum(predict_bytes(trained, kind) for kind in kinds)
 
 
-def _export(job: Job, session: _Session) -> dict[str, Any]:
+def _export(job: Job, session: _Session) -> tuple[Path, dict[str, Any]]:
+    """Its folder, and the certificate in it."""
     if job.target.maker == "merged":
-        return _certificate_of(_merge(job, session))
+        folder = _merge(job, session)
+        return folder, _certificate_of(folder)
     reporter, ledger = session.reporter, session.ledger
     reporter.say(f"export    {job.target.name} → {job.out}")
     with draft_beside(job.out) as scratch:
@@ -147,7 +161,7 @@ def _export(job: Job, session: _Session) -> dict[str, Any]:
     ledger.keep(session.places.ledger)
     for note in content.notes:
         reporter.say(f"          {note}")
-    return certificate
+    return job.out, certificate
 
 
 @dataclass(frozen=True)

@@ -84,6 +84,12 @@ def test_the_table_shows_the_whole_chain(exported: Exported) -> None:
     ]
 
 
+def test_the_last_lines_say_where_each_is(exported: Exported) -> None:
+    names = {"adapter:vllm": "adapter-vllm", "nf4": "nf4", "int8": "int8"}
+    lines = [f"exported  {name}: {exported.folder(names[name])}" for name in names]
+    assert exported.heard.lines[-4:] == [*lines, f"exported  merged: {exported.tiny.run.merged}"]
+
+
 def test_a_certificate_holds_the_chain_to_its_own_folder(exported: Exported) -> None:
     rows = exported.certificates["nf4"]["ledger"]
     assert [row["name"] for row in rows] == [
@@ -222,6 +228,9 @@ def test_few_bits_from_the_dequantized_merge_only_with_a_warning(tmp_path: Path)
     assert any("rounded again on another grid" in line for line in heard.warnings)
     assert not certificate["passed"], (
         "a budget that is missed is a finding, and the folder is there"
+    )
+    assert (
+        heard.warnings[-1] == f"nf4 is further from the trained model than asked; it is in {out}."
     )
     assert verify(out).holds
     assert certificate["ledger"][-1]["name"] == "nf4 (out)"
