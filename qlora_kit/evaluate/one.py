@@ -209,6 +209,6 @@ def _unpacked(at_first: Footprint, in_use: Footprint) -> tuple[str, ...]:
         return ()
     return (
         f"its weights are unpacked when they are first used: "
-        f"{at_first.memory_bytes / 2**20:,.0f} MiB after loading, "
-        f"{in_use.memory_bytes / 2**20:,.0f} MiB then",
+        f"{at_first.memory_bytes / 2**20:,.1f} MiB after loading, "
+        f"{in_use.memory_bytes / 2**20:,.1f} MiB then",
     )
