@@ -162,6 +162,23 @@ def room_for_kept(free_bytes: float, update_bytes: float, device: str) -> float:
     return _SHARE_OF_FREE[device] * free_bytes - others
 
 
+def room_for_unpacked(
+    model: nn.Module,
+    room_bytes: float,
+    kept: Kept,
+    num_recomputing: int,
+    lengths: Lengths,
+    device: str,
+) -> int:
+    """What activations leave of their room, where no layer recomputes, for unpacked weights that
+    stay, and no more than all of these take; on a GPU none.
+    """
+    if device != "cpu" or num_recomputing:
+        return 0
+    numbers: int = sum(one.quant_state.shape.numel() for one in _four_bit_parameters(model))
+    return max(min(int(room_bytes - kept.peak_bytes(0, lengths)), _FLOAT_BYTES * numbers), 0)
+
+
 def bytes_of_update(model: nn.Module, optim: str) -> int:
     """What an update takes beside activations and logits: gradients, the optimizer's state, the
     largest quantized weight unpacked (and cast), and what an allocator keeps for itself.
@@ -174,7 +191,10 @@ def bytes_of_update(model: nn.Module, optim: str) -> int:
 
 def largest_quantized(model: nn.Module) -> int:
     """Numbers of the largest weight that is in 4 or 8 bits; 0 where none is."""
-    parameters: Iterator[Any] = iter(model.parameters())
-    sizes = [one.quant_state.shape.numel() for one in parameters if is_four_bit(one)]
+    sizes = [one.quant_state.shape.numel() for one in _four_bit_parameters(model)]
     modules: Iterator[Any] = (one for one in model.modules() if eight_bit_scale(one) is not None)
     return max([*sizes, *(one.weight.numel() for one in modules)], default=0)
+
+
+def _four_bit_parameters(model: nn.Module) -> Iterator[Any]:
+    return (one for one in model.parameters() if is_four_bit(one))

@@ -12,6 +12,7 @@ from qlora_kit.memory.ways import (
     counts_of_recomputing,
     lengths_of_rows,
     room_for_kept,
+    room_for_unpacked,
 )
 
 if TYPE_CHECKING:
@@ -44,6 +45,7 @@ def choice_of(
     Raises:
         HardwareError: nothing fits train.memory_budget.
     """
+    device = imagined.device
     update = bytes_of_update(imagined.model, spec.optim)
     weights = sum(imagined.weights.values())
     counts = counts_of_recomputing(
@@ -51,18 +53,28 @@ def choice_of(
     )
     budget = spec.memory_budget_bytes
     if budget is None:
-        count = counts[0]
-        if len(counts) > 1:
-            room = room_for_kept(there_bytes - framework_bytes - weights, update, imagined.device)
-            count = imagined.kept.fewest(lengths_of_rows(worst.items), room)
-        return Choice(Way(len(worst.items), count))
+        free = there_bytes - framework_bytes - weights
+        return _without_a_budget(imagined, spec, worst, room_for_kept(free, update, device))
     # Of a GPU what torch has allocated counts, of a CPU the whole process.
-    is_on_cpu = imagined.device == "cpu"
+    is_on_cpu = device == "cpu"
     standing = weights + update + framework_bytes * is_on_cpu
     situation = Situation(
-        imagined.kept, worst.items, standing, imagined.device, counts, imagined.num_entries
+        imagined.kept, worst.items, standing, device, counts, imagined.num_entries
     )
     way = situation.fastest(budget)
     if way is None:
         raise situation.nothing_fits(spec.memory_budget)
     return Choice(way, int(budget - situation.peak_bytes(way)) if is_on_cpu else 0)
+
+
+def _without_a_budget(
+    imagined: ImaginedTraining, spec: TrainSpec, worst: WorstBatch, room_bytes: float
+) -> Choice:
+    """As `qlora_kit.train.recompute.choose_recompute`."""
+    asked, num_layers, kept = spec.gradient_checkpointing, imagined.num_layers, imagined.kept
+    if asked is True or not num_layers:
+        return Choice(Way(len(worst.items), num_layers))
+    lengths = lengths_of_rows(worst.items)
+    count = kept.fewest(lengths, room_bytes) if asked == "auto" else 0
+    left = room_for_unpacked(imagined.model, room_bytes, kept, count, lengths, imagined.device)
+    return Choice(Way(len(worst.items), count), left)

@@ -164,7 +164,8 @@ class TrainSpec(Spec):
     is allocated on a GPU. How many sequences are taken at a time, how many layers recompute, and
     whether unpacked weights stay or activations wait in the host's memory is chosen by a count of
     what the longest batch keeps; every update trains on the same. `auto` takes the recipe's
-    sequences at a time, and lets layers recompute by what is free."""
+    sequences at a time, lets layers recompute by what is free, and on a CPU, where none has to,
+    lets unpacked weights stay in the rest."""
 
     report_to: tuple[Tracker, ...] = ()
     """Experiment trackers; none by default, and never any telemetry of our own."""

@@ -69,7 +69,7 @@ def fit_memory(
     without a budget, as `choose_recompute` says.
 
     Args:
-        residents: is given what is left of the budget.
+        residents: on a CPU is given what is left.
         before: of a run that goes on; it keeps to as many sequences at a time, if that fits:
             another number would round otherwise.
         key: see `known_or_counted`.
@@ -84,7 +84,7 @@ def fit_memory(
                 "train.memory_budget is left aside: what is kept is not known "
                 + ("of a sharded model." if is_sharded else "without a sequence to look at.")
             )
-        return Fit(choose_recompute(model, batches, spec, around, is_sharded, key))
+        return Fit(choose_recompute(model, batches, spec, around, is_sharded, residents, key))
     wanted = sequences_before(before, spec)
     processes = around.processes
     situation = processes.together(lambda: _situation(model, batches, spec, around, longest, key))

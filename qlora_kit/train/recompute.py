@@ -17,7 +17,12 @@ from torch import nn
 
 from qlora_kit.errors import ModelError
 from qlora_kit.memory.kept import recomputing_layers
-from qlora_kit.memory.ways import bytes_of_update, lengths_of_rows, room_for_kept
+from qlora_kit.memory.ways import (
+    bytes_of_update,
+    lengths_of_rows,
+    room_for_kept,
+    room_for_unpacked,
+)
 from qlora_kit.model.fused.residents import Residents
 from qlora_kit.out_of_memory import is_out_of_memory
 from qlora_kit.train.known_kept import known_or_counted
@@ -99,42 +104,50 @@ def choose_recompute(
     spec: TrainSpec,
     around: Surroundings,
     is_sharded: bool,
+    residents: Residents,
     key: str | None = None,
 ) -> Recompute:
     """As the recipe says; `auto` counts what the longest batch would keep, and lets as few layers
     recompute as there is memory for. All of them where nobody can tell.
 
     Args:
+        residents: on a CPU is given what is left where none recomputes.
         key: see `known_or_counted`.
     """
+    asked, device = spec.gradient_checkpointing, around.hardware.device
     layers = recomputing_layers(model)
-    if spec.gradient_checkpointing is False:
-        return Recompute(model, 0, 0)
-    if spec.gradient_checkpointing is True:
+    if asked is True:
         return Recompute(model, len(layers), len(layers))
-    longest = batches.longest(spec.per_device_train_batch_size)
+    if asked is False and device != "cpu":
+        return Recompute(model, 0, 0)
     if not model.get_base_model().supports_gradient_checkpointing:
         return Recompute(model, 0, 0, "this architecture cannot")
+    most = 0 if asked is False else len(layers)
+    longest = batches.longest(spec.per_device_train_batch_size)
     if is_sharded or not layers or not longest:
-        return Recompute(model, len(layers), len(layers), "what a layer keeps is not known here")
+        return Recompute(model, most, most, "what a layer keeps is not known here")
     try:
         kept = known_or_counted(model, batches, around, key)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        return Recompute(model, len(layers), len(layers), "memory ran out on 64 tokens")
+        return Recompute(model, most, most, "memory ran out on 64 tokens")
     lengths = lengths_of_rows(batches.attended(longest))
-    device = around.hardware.device
     update = bytes_of_update(model, spec.optim)
     room = room_for_kept(_free_bytes(around, spec), update, device)
+    count = min(kept.fewest(lengths, room), most)
+    residents.room_bytes = room_for_unpacked(model, room, kept, count, lengths, device)
     return Recompute(
         model,
-        kept.fewest(lengths, room),
-        len(layers),
+        count,
+        most,
         f"the longest batch, {sum(lengths):,} tokens, keeps "
         f"{kept.peak_bytes(0, lengths) / _MIB:,.0f} MiB without and "
         f"{kept.peak_bytes(len(layers), lengths) / _MIB:,.0f} MiB with recomputing; "
-        f"{max(room, 0) / _MIB:,.0f} MiB are free for it",
+        f"{max(room, 0) / _MIB:,.0f} MiB are free for it"
+        + f", {residents.room_bytes / _MIB:,.0f} MiB of them for unpacked weights that stay"
+        * bool(residents.room_bytes),
+        residents=residents,
     )
 
 

@@ -17,6 +17,7 @@ from qlora_kit.memory.live import LiveTensors
 from qlora_kit.memory.optimizer import state_bytes
 from qlora_kit.memory.ways import lengths_of_rows
 from qlora_kit.model.by_example import attending_by_example
+from qlora_kit.model.fused.residents import Residents
 from qlora_kit.model.vocabulary import load_vocabulary
 from qlora_kit.plan.gpus import GPUS, known_gpu
 from qlora_kit.plan.plan import Planner
@@ -74,7 +75,8 @@ def alive_in_a_step(ready: Prepared, recipe: Recipe, count: int) -> int:
             live.hold([module.state.SCB if weight.SCB is None else weight.SCB], "weights")  # type: ignore[union-attr]
     model.train()
     by_example = attending_by_example(model.get_base_model(), ready.batches.by_example)
-    with taken(model, shortcuts), by_example, able_to_recompute(model):
+    residents = Residents(0 if count else 2**30)  # no tiny model has more
+    with taken(model, shortcuts, residents), by_example, able_to_recompute(model):
         recompute_first(model, count)
         with live:
             model(**given, use_cache=False).loss.backward()

@@ -20,6 +20,7 @@ from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import TrainingError
 from qlora_kit.model.adapter import Adapted, attach_adapter, require_float32_trainables
 from qlora_kit.model.base import Base, prepare_for_training
+from qlora_kit.model.quantized import is_four_bit
 from qlora_kit.model.saved import adapter_files, load_adapter, save_adapter
 from qlora_kit.recipe import LoraSpec, QuantizationSpec, TrainSpec
 from qlora_kit.report.reporter import SILENT
@@ -160,13 +161,20 @@ def test_accumulated_micro_batches_equal_one_batch(start: Start, tmp_path: Path)
         torch.testing.assert_close(adapters[0][name], adapters[1][name], rtol=1e-4, atol=1e-6)
 
 
-def test_recomputing_activations_changes_no_number(start: Start, tmp_path: Path) -> None:
-    adapters = []
-    for number, recompute in enumerate((True, False)):
+def test_what_memory_is_spent_on_changes_no_number(start: Start, tmp_path: Path) -> None:
+    adapters, held = [], []
+    for recompute in (True, False, "auto"):
         setup = start()
-        train(setup, tmp_path / str(number), sequences(), gradient_checkpointing=recompute)
+        made = train(
+            setup, tmp_path / str(recompute), sequences(), gradient_checkpointing=recompute
+        )
         adapters.append(adapter_of(setup))
-    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+        held.append(made.resident_bytes)
+    for other in adapters[1:]:
+        assert all(torch.equal(adapters[0][name], other[name]) for name in adapters[0])
+    packed = [one for one in setup.base.model.parameters() if is_four_bit(one)]
+    all_of_them = 4 * sum(one.quant_state.shape.numel() for one in packed)  # type: ignore[attr-defined]
+    assert held == [0, all_of_them, all_of_them]
 
 
 def test_first_loss_is_transformers_own(start: Start, tmp_path: Path) -> None:
