@@ -91,9 +91,24 @@ class Situation:
             kept = self.kept.offloaded_bytes(lengths)
         else:
             kept = self.kept.peak_bytes(way.num_recomputing, lengths)
-        at_work = max(self.kept.working_bytes(lengths), self._logits_bytes(sum(lengths)))
-        activations = kept + at_work
-        return self.standing_bytes + (1 + _ALLOCATOR_SHARE) * activations
+        return self._with_standing(kept + self._at_work(lengths))
+
+    def held_out_bytes(self, rows: Sequence[Lengths]) -> float:
+        """As `peak_bytes`, while the loss of these held-out rows is measured: nothing is kept."""
+        return self._with_standing(self._at_work(lengths_of_rows(rows)))
+
+    def most_held_out(self, rows: Sequence[Lengths], budget_bytes: float) -> int:
+        """How many of these, the longest first, fit together: all, a half, a quarter, …, or one."""
+        size = len(rows)
+        while size > 1 and self.held_out_bytes(rows[:size]) > budget_bytes:
+            size = -(-size // 2)
+        return size
+
+    def _with_standing(self, activation_bytes: float) -> float:
+        return self.standing_bytes + (1 + _ALLOCATOR_SHARE) * activation_bytes
+
+    def _at_work(self, lengths: Lengths) -> float:
+        return max(self.kept.working_bytes(lengths), self._logits_bytes(sum(lengths)))
 
     def _logits_bytes(self, num_tokens: int) -> float:
         """Of one chunk, with what is made of it on the way to its gradient."""

@@ -133,7 +133,7 @@ def _held_out_loss(course: Course) -> HeldOutLoss | None:
     return HeldOutLoss(
         course.batches.held_out,
         course.batches.collator,
-        course.spec.per_device_eval_batch_size,
+        course.fit.held_out_rows or course.spec.per_device_eval_batch_size,
         course.around.processes,
         course.limit,
         stop_signal=lambda: requests.stop_signal,

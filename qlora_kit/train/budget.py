@@ -18,6 +18,7 @@ from qlora_kit.memory.allocator import large_blocks_given_back
 from qlora_kit.memory.ways import Situation, Way, bytes_of_update, counts_of_recomputing
 from qlora_kit.train.fitting import divisor_of, sequences_before
 from qlora_kit.train.known_kept import known_or_counted
+from qlora_kit.train.loader import longest_of
 from qlora_kit.train.recompute import Recompute, choose_recompute
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class Fit:
     divisor: int = 1
     """Parts that a micro-batch is divided into."""
     offloads: bool = False
+    held_out_rows: int | None = None
+    """At a time; None: as the recipe says."""
     is_tight: bool = False
     """Whether a budget on a CPU was met by giving up speed: freed memory then goes back at once."""
 
@@ -92,15 +95,30 @@ def fit_memory(
     fewest = min(processes.gathered(way.at_a_time))
     if fewest < way.at_a_time:
         way = _fastest(situation, spec, fewest)
-    if around.hardware.device == "cpu":
-        residents.room_bytes = int(spec.memory_budget_bytes - situation.peak_bytes(way))
+    is_on_cpu, budget = around.hardware.device == "cpu", spec.memory_budget_bytes
+    held_out = _longest_held_out(batches, spec)
+    held_out_rows = min(processes.gathered(situation.most_held_out(held_out, budget)))
+    if is_on_cpu:
+        most = max(situation.peak_bytes(way), situation.held_out_bytes(held_out[:held_out_rows]))
+        residents.room_bytes = max(int(budget - most), 0)
     _tell(around.reporter, spec, situation, way, residents.room_bytes)
+    if held_out_rows < len(held_out):
+        around.reporter.say(f"          {held_out_rows} of {len(held_out)} held-out rows at a time")
     return Fit(
         Recompute(model, way.num_recomputing, len(situation.kept.layers), residents=residents),
         divisor_of(spec.per_device_train_batch_size, way.at_a_time),
         way.offloads,
-        around.hardware.device == "cpu" and way != Way(situation.num_sequences, 0),
+        held_out_rows if held_out_rows < len(held_out) else None,
+        is_on_cpu and way != Way(situation.num_sequences, 0),
     )
+
+
+def _longest_held_out(batches: Batching, spec: TrainSpec) -> list[tuple[int, ...]]:
+    """Lengths of the largest batch whose loss is measured during training; empty where none is."""
+    if spec.eval_strategy == "no":
+        return []
+    longest = longest_of(batches.held_out, spec.per_device_eval_batch_size)
+    return batches.attended(longest) if longest else []
 
 
 def _situation(

@@ -65,7 +65,7 @@ def put_back_what_fits(
         trainer.recompute.all()
         reporter.say("memory    all layers recompute from the start: it ran out before otherwise")
     told = [f"{size} of {spec.per_device_train_batch_size} sequences"] * (trainer.divisor > divisor)
-    if trainer.held_out is not None and rows < spec.per_device_eval_batch_size:
+    if trainer.held_out is not None and rows < trainer.held_out.batch_size:
         trainer.held_out.batch_size = rows
         told.append(f"{rows} of {spec.per_device_eval_batch_size} held-out rows")
     if told:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import bitsandbytes as bnb
+
 from qlora_kit.memory.kept import Growth, Kept
-from qlora_kit.memory.ways import Situation, Way
+from qlora_kit.memory.ways import Situation, Way, room_for_unpacked
 
 
 def situation(device: str = "cpu", counts: Any = range(5), tokens: int = 50) -> Situation:
@@ -52,3 +54,32 @@ class TestTheFastest:
         one = situation()
         assert one.fastest(1e9, at_a_time=2) == Way(2, 0)
         assert one.fastest(one.peak_bytes(Way(1, 0)), at_a_time=4) in (Way(4, 4), Way(1, 0))
+
+
+class TestHeldOutRows:
+    def test_as_many_at_a_time_as_fit(self) -> None:
+        one, rows = situation(), [(400,)] + [(100,)] * 7
+        for size in (8, 4, 2, 1):
+            enough = one.held_out_bytes(rows[:size])
+            assert one.most_held_out(rows, enough) == size
+            assert one.most_held_out(rows, enough - 1) == max(size // 2, 1)
+        assert one.most_held_out([], 0.0) == 0
+
+    def test_nothing_is_kept_of_them(self) -> None:
+        one = situation()
+        assert one.standing_bytes < one.held_out_bytes([(50,)] * 8) < one.peak_bytes(Way(8, 0))
+
+
+class TestWeightsThatStay:
+    def test_get_what_activations_leave_and_no_more_than_all_of_them_take(self) -> None:
+        packed = bnb.nn.Linear4bit(64, 2, bias=False).to("cpu")
+        kept, lengths = situation().kept, [50]
+        needed = kept.peak_bytes(0, lengths)
+        for room, count, device, wanted in (
+            (needed + 5, 0, "cpu", 5),
+            (needed + 1000, 0, "cpu", 2 * 64 * 4),
+            (needed - 5, 0, "cpu", 0),
+            (needed + 1000, 1, "cpu", 0),
+            (needed + 1000, 0, "cuda", 0),
+        ):
+            assert room_for_unpacked(packed, room, kept, count, lengths, device) == wanted

@@ -80,18 +80,22 @@ ROWS = [
             {"role": "assistant", "content": '{"lamp":' + "7" * (n % 4) + "}"},
         ]
     }
-    for n in range(8)
+    for n in range(16)
 ]
 
 
-def trained(folder: Path, model: Path, memory_budget: str) -> tuple[list[float], list[str]]:
-    """(the loss of each update, what was said)"""
+def trained(
+    folder: Path, model: Path, memory_budget: str, evaluated: bool = False
+) -> tuple[list[float], list[str]]:
+    """(the loss of each update, or the held-out losses, what was said)"""
     folder.mkdir()
-    rows = folder / "rows.jsonl"
-    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    rows, held_out = folder / "rows.jsonl", folder / "held_out.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS[:8]))
+    held_out.write_text("".join(json.dumps(row) + "\n" for row in ROWS[8:]))
     values = {
         "model": {"name_or_path": str(model)},
-        "data": {"train": [{"path": str(rows)}], "max_length": 128},
+        "data": {"train": [{"path": str(rows)}], "max_length": 128}
+        | ({"eval": [{"path": str(held_out)}]} if evaluated else {}),
         "lora": {"r": 4, "alpha": 8},
         "quantization": {"compute_dtype": "float32"},
         "train": {
@@ -104,14 +108,16 @@ def trained(folder: Path, model: Path, memory_budget: str) -> tuple[list[float],
             "save_strategy": "no",
             "precision": "fp32",
             "memory_budget": memory_budget,
-        },
+        }
+        | ({"eval_strategy": "steps", "eval_steps": 1} if evaluated else {}),
         "export": {"merge": False},
         "run_dir": str(folder / "run"),
     }
     heard = Heard()
     run_recipe(recipe_from_dict(values, "test"), heard)
     lines = [json.loads(line) for line in (folder / "run" / "log.jsonl").open()]
-    return [line["loss"] for line in lines if "loss" in line], heard.lines
+    name = "eval_loss" if evaluated else "loss"
+    return [line[name] for line in lines if name in line], heard.lines
 
 
 def test_losses_are_the_same_whatever_is_chosen(
@@ -135,6 +141,20 @@ def test_losses_are_the_same_whatever_is_chosen(
     assert "0 of 2 layers recomputing" in chosen[0]
     assert "unpacked weights stay in" in chosen[0]
     assert len({line.split("; ")[0].split(": ")[1] for line in chosen}) == 3, chosen
+
+
+def test_a_budget_holds_for_held_out_rows_as_well(
+    tmp_path: Path, tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(budget, "_taken_bytes", lambda _: 0)
+    monkeypatch.setattr(budget, "bytes_of_update", lambda *_: 0)
+    monkeypatch.setattr(ways, "_LOGITS_AT_ONCE", 0)
+    wanted, said = trained(tmp_path / "much", tiny_llama, "8MiB", evaluated=True)
+    assert not any("held-out rows at a time" in line for line in said)
+    losses, said = trained(tmp_path / "little", tiny_llama, "400KiB", evaluated=True)
+    assert len(losses) == 3
+    assert losses == pytest.approx(wanted, rel=1e-5)
+    assert any("of 8 held-out rows at a time" in line for line in said), said
 
 
 def test_a_budget_that_nothing_fits_says_the_smallest_that_would(
