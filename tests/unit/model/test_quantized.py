@@ -201,7 +201,7 @@ class TestWhatWasMissed:
 
 def test_conv1d_has_its_shape_once_it_is_packed(tmp_path: Path) -> None:
     """Its weight is stored (in, out), and packed (out, in)."""
-    from zoo import DENSE, build
+    from .zoo import DENSE, build
 
     base = load(build(tmp_path, *DENSE["gpt2: Conv1D, tied"]))
     layer: Any = base.model.transformer.h[0].mlp.c_fc
