@@ -110,9 +110,9 @@ class TestOfWhatIsStored:
         assert (layer.num_out, layer.num_in) == (192, 64)
 
     def test_what_is_quantized_already_is_refused(self, tmp_path: Path) -> None:
-        from .wide_models import load
-
         from qlora_kit.recipe import QuantizationSpec
+
+        from .wide_models import load
 
         base = load(wide_llama(tmp_path / "plain", 1), QuantizationSpec())
         base.model.save_pretrained(tmp_path / "stored")
