@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import subprocess
@@ -10,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bench_train
 import pytest
 from train_bench import table
-from train_bench.registry import SIDES, turns
+from train_bench.registry import SIDES, Turn, turns
 from train_bench.sides import axolotl, llama_factory, torchtune, trl
 from train_bench.told import Told
-from train_bench.watch import Outcome, watched
+from train_bench.watch import Failure, Outcome, run, watched
 from train_bench.work import RANK, Work
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "bench_train.py"
@@ -28,6 +30,8 @@ WORK = Work(
     recompute="auto",
     precision="fp32",
     threads=1,
+    optimizer="adamw_torch",
+    learning_rate=2e-4,
     updates=[[ROW, {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}], [ROW, ROW]],
 )
 LLAMA = {
@@ -156,10 +160,10 @@ def test_torchtune_log_takes_losses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_difference_of_losses() -> None:
-    assert table.difference([1.0, 2.0], [1.0, 2.0]) == 0
-    assert table.difference([1.0, 2.2], [1.0, 2.0]) == pytest.approx(0.1)
-    assert table.difference([1.0], [1.0, 2.0]) == math.inf
-    assert table.difference([1.0, math.nan], [1.0, 2.0]) == math.inf
+    assert table.difference([1.0, 2.0], [1.0, 2.0]).relative == 0
+    assert table.difference([1.0, 2.2], [1.0, 2.0]) == table.Apart(pytest.approx(0.1), 2)
+    assert table.difference([1.0], [1.0, 2.0]) == table.Apart(math.inf, 0)
+    assert table.difference([1.0, math.nan, 9.0], [1.0, 2.0, 1.0]) == table.Apart(math.inf, 2)
 
 
 def test_a_side_that_differs_has_no_ratio_and_others_do() -> None:
@@ -169,8 +173,8 @@ def test_a_side_that_differs_has_no_ratio_and_others_do() -> None:
         outcome("torchtune", [2.1, 1.0]),
     ]
     differences = table.loss_differences({one.label: [one] for one in row})
-    assert differences["kit"] == 0
-    assert differences["torchtune"] == pytest.approx(0.05)
+    assert differences["kit"].relative == 0
+    assert differences["torchtune"] == table.Apart(pytest.approx(0.05), 1)
     ratios = table.against_kit([row], {"torchtune"})
     assert list(ratios) == ["plain"]
     assert ratios["plain"]["speed"] == "2.00 (2.00-2.00)"
@@ -178,9 +182,23 @@ def test_a_side_that_differs_has_no_ratio_and_others_do() -> None:
 
 
 def test_a_side_that_differs_is_named_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
-    assert table.judged({"plain": 0.0, "torchtune": 0.05}, {"torchtune"}, 1e-4) == 1
-    assert "torchtune: its losses differ by up to 0.05" in capsys.readouterr().err
-    assert table.judged({"plain": 0.0, "kit": 1e-6}, set(), 1e-4) == 0
+    apart = {"plain": table.Apart(0.0, 1), "torchtune": table.Apart(0.05, 7)}
+    assert table.judged(apart, {"torchtune"}, 1e-4) == 1
+    said = capsys.readouterr()
+    assert "plain 0, torchtune 0.05 (update 7)" in said.out
+    assert "torchtune: its losses differ by up to 0.05 (update 7)" in said.err
+    assert table.judged({"plain": table.Apart(0, 1), "kit": table.Apart(1e-6, 2)}, set(), 1e-4) == 0
+
+
+@pytest.mark.parametrize(("slowest", "is_warned"), [(75.0, False), (60.0, True)])
+def test_how_steady_the_machine_was_is_told(
+    slowest: float, is_warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [{"gauge_before": 80.0, "gauge_after": slowest}]
+    table.show_trust(table.variation({"kit": {"runs": runs}}))
+    said = capsys.readouterr()
+    assert f"trust: the gauge varied by {80 / slowest - 1:.0%}" in said.out
+    assert ("neighbours were at work" in said.err) == is_warned
 
 
 def test_a_line_that_neighbours_slowed_is_told() -> None:
@@ -210,7 +228,7 @@ def spoken(*options: str) -> subprocess.CompletedProcess[str]:
         (["--sides", "axolotl", "--axolotl", __file__], "is no Python that runs"),
         (
             ["--sides", "llama-factory", "--llama-factory", sys.executable],
-            "has no llamafactory; install it there",
+            "has no llamafactory; install it there.\nNo side is left to run.",
         ),
         (["--rows", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
@@ -220,6 +238,68 @@ def test_a_foreseeable_fault_is_one_message(options: list[str], said: str) -> No
     assert ended.returncode == 1
     assert said in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def fake(path: Path, does: str) -> Path:
+    """An interpreter that has every package, and as a side does this (`$5`: the bench's folder)."""
+    path.write_text(f'#!/bin/sh\nif [ "$1" = -c ]; then echo 1.0; exit 0; fi\n{does}\n')
+    path.chmod(0o755)
+    return path
+
+
+def telling(*losses: float) -> str:
+    """What a side does that has figures, as a shell writes it."""
+    ends = [[4e9 + n, n] for n in range(len(losses))]
+    told = {"losses": losses, "ends": ends, "recomputes": "none", "versions": {}}
+    return f"cat > $5/told.json <<'END'\n{json.dumps(told)}\nEND"
+
+
+FAILS = {
+    "echo No module named nonsense >&2; exit 3": "exit code 3.\nNo module named nonsense",
+    "echo 30 GiB asked for; kill -9 $$": "killed by SIGKILL.\n30 GiB asked for",
+    "echo nothing to do": "it ended without its figures.\nnothing to do",
+    telling(2.0): "it told the end of 1 of 2 updates.",
+}
+
+
+@pytest.mark.parametrize("does", FAILS)
+def test_a_side_that_fails_is_told_with_its_last_lines(tmp_path: Path, does: str) -> None:
+    python = fake(tmp_path / "python", does)
+    arguments = argparse.Namespace(axolotl=python, threads=1, updates=2)
+    ended = run(Turn("axolotl", "auto", "axolotl"), tmp_path, arguments)
+    assert isinstance(ended, Failure)
+    assert str(ended) == f"axolotl failed: {FAILS[does]}"
+
+
+def test_others_go_on_where_sides_fail(
+    tmp_path: Path,
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """One fails in its second round, one has no package; the third is told about."""
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    (tmp_path / "rows.jsonl").write_text(f"{json.dumps(row)}\n")
+    once = f"if [ -e $5/second ]; then echo gone; exit 1; fi; touch $5/second; {telling(2, 1)}"
+    sides = {
+        "llama-factory": fake(tmp_path / "lf", once),
+        "axolotl": fake(tmp_path / "ax", telling(2, 1)),
+        "torchtune": Path(sys.executable),
+    }
+    options = [one for side, python in sides.items() for one in (f"--{side}", str(python))]
+    given = ["--model", tiny_llama, "--rows", tmp_path / "rows.jsonl", "--json", tmp_path / "json"]
+    options += [*map(str, given), "--updates", "2", "--rounds", "3", "--batch", "1"]
+    monkeypatch.setattr(sys, "argv", ["bench_train.py", "--sides", *sides, *options])
+    assert bench_train.main() == 1
+    said = capsys.readouterr()
+    assert "torchtune; install it there." in said.err
+    assert "llama-factory failed: exit code 1.\ngone" in said.err
+    assert "llama-factory: exit code 1. It is not compared." in said.err
+    assert "axolotl 0\n" in said.out
+    found = json.loads((tmp_path / "json").read_text())
+    assert list(found["figures"]) == ["axolotl"]
+    assert len(found["figures"]["axolotl"]["runs"]) == 3
+    assert [one["label"] for one in found["failures"]] == ["torchtune", "llama-factory"]
 
 
 def test_a_process_that_starts_others_is_counted_once() -> None:
