@@ -130,9 +130,9 @@ def dealt(
     size = arguments.batch * arguments.accumulation
     if size * arguments.updates > len(sequences) and len(sequences) % size:
         raise Fault(
-            f"{arguments.updates} updates of {size} rows take {size * arguments.updates}, and there "
-            f"are {len(sequences)}, whose last update would not be whole; give so many rows, or a "
-            f"multiple of {size}."
+            f"{arguments.updates} updates of {size} rows take {size * arguments.updates} rows, got "
+            f"{len(sequences)}: give so many, or a multiple of {size}, so that a pass over them "
+            "ends with a whole update."
         )
     return [
         [

@@ -13,12 +13,15 @@ from typing import Any
 
 import bench_train
 import pytest
+from plainly import Fault
 from train_bench import table
 from train_bench.registry import SIDES, Turn, turns
 from train_bench.sides import axolotl, llama_factory, torchtune, trl
 from train_bench.told import Told
 from train_bench.watch import Failure, Outcome, run, watched
-from train_bench.work import RANK, Work
+from train_bench.work import RANK, Work, dealt
+
+from qlora_kit.data.sequences import TokenSequence
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "bench_train.py"
 ROW = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
@@ -58,6 +61,21 @@ def test_rows_for_others_have_a_mask_and_their_order() -> None:
     assert [len(row["attention_mask"]) for row in WORK.rows] == [3, 4, 3, 3]
     assert WORK.rows[0]["input_ids"] == ROW["input_ids"]
     assert WORK.longest == 4
+
+
+@pytest.mark.parametrize(("num_rows", "is_fine"), [(8, True), (4, True), (6, False), (9, True)])
+def test_a_pass_over_the_rows_ends_with_a_whole_update(num_rows: int, is_fine: bool) -> None:
+    """Where the rows are enough for all updates, none ends within them."""
+    rows = [TokenSequence(input_ids=(n, n), labels=(n, n), origin="") for n in range(num_rows)]
+    arguments = argparse.Namespace(batch=2, accumulation=2, updates=2)
+    if is_fine:
+        updates = dealt(rows, arguments)
+        assert [row["input_ids"][0] % num_rows for one in updates for row in one] == [
+            n % num_rows for n in range(8)
+        ]
+    else:
+        with pytest.raises(Fault, match="2 updates of 4 rows take 8 rows, got 6"):
+            dealt(rows, arguments)
 
 
 def test_plain_recomputes_nothing_and_all_where_each_has_its_default() -> None:
