@@ -58,10 +58,10 @@ def main() -> int:
     failures = lacking(arguments)
     with tempfile.TemporaryDirectory(prefix="bench-train-") as scratch:
         folder = Path(scratch)
-        require_some(arguments.sides, failures)
+        sides = left_of(arguments.sides, failures)
         work, recipe = prepared(arguments, folder)
-        failures += unable(arguments, work)
-        require_some(arguments.sides, failures)
+        failures += unable(sides, work)
+        left_of(sides, failures)
         outcomes = all_rounds(arguments, folder, failures)
     return told(outcomes, failures, work, recipe, arguments)
 
@@ -174,18 +174,21 @@ def lack(side: str, arguments: argparse.Namespace) -> str | None:
     return f"has no {known.package}; install it there." if answer.returncode != 0 else None
 
 
-def unable(arguments: argparse.Namespace, work: Work) -> list[Failure]:
+def unable(sides: list[str], work: Work) -> list[Failure]:
     """Sides that cannot train this base."""
-    if "torchtune" not in arguments.sides:
+    if "torchtune" not in sides:
         return []
     why = torchtune.objection(Path(work.model))
     return [named(Failure("torchtune", f"{work.model}: {why}."))] if why is not None else []
 
 
-def require_some(sides: list[str], failures: list[Failure]) -> None:
-    """Raises Fault where no side is left."""
-    if set(sides) <= {one.label for one in failures}:
+def left_of(sides: list[str], failures: list[Failure]) -> list[str]:
+    """Sides that have not failed yet. Raises Fault where there is none."""
+    failed = {one.label for one in failures}
+    left = [side for side in sides if side not in failed]
+    if not left:
         raise Fault("No side is left to run.")
+    return left
 
 
 if __name__ == "__main__":
