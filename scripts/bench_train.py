@@ -20,7 +20,7 @@ Losses over many updates are held against plain transformers + peft by
 python scripts/bench_train.py --rows rows.jsonl --updates 50 --rounds 1
 
 AdamW takes no notice of a gradient that is wrong by a constant factor. `--optimizer sgd` does, with
-a learning rate to match (`--learning-rate 0.5`).
+a learning rate to match (`--learning-rate 0.1`).
 
 Before and after each run this process multiplies matrices of the model's shape: where that rate
 differs much, neighbours were at work, and the last line, `trust`, says so. By it the share of the
