@@ -10,13 +10,22 @@ on all linear layers), rows in the same order, tokens, batch, optimizer (AdamW i
 precision, each in a process of its own, in turns. Printed are supervised and real tokens per
 second from the second update on, the peak memory of the process and its children, the seconds to
 the first update, and the ratios of each round against the kit, with their spread. The losses of all
-sides have to be the same up to rounding: a side that differs is named, is not compared, and makes
-the exit code 1.
+sides have to be the same up to rounding: the largest difference of each is told with its update,
+and a side that differs is named, is not compared, and makes the exit code 1. So does a side that
+fails or cannot do this work: it is left out from there on, with the last lines that it wrote; the
+others go on.
+
+Losses over many updates are held against plain transformers + peft by
+
+python scripts/bench_train.py --rows rows.jsonl --updates 50 --rounds 1
+
+AdamW takes no notice of a gradient that is wrong by a constant factor. `--optimizer sgd` does, with
+a learning rate to match (`--learning-rate 0.1`).
 
 Before and after each run this process multiplies matrices of the model's shape: where that rate
-differs much, neighbours were at work. By it the share of the limit is told: the products of the
-forward pass and of the inputs' gradients, over real tokens, at that rate, over the time that was
-taken.
+differs much, neighbours were at work, and the last line, `trust`, says so. By it the share of the
+limit is told: the products of the forward pass and of the inputs' gradients, over real tokens, at
+that rate, over the time that was taken.
 
 `--recompute auto` leaves each side its own default, and runs plain both without recomputing and
 with all of it; the column `recomputes` says what was done.
@@ -32,45 +41,72 @@ import argparse
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from plainly import Fault, Parser, plainly
 from train_bench.registry import SIDES, turns
 from train_bench.sides import torchtune
 from train_bench.table import told
-from train_bench.watch import Outcome, environment, interpreter, run
-from train_bench.work import prepared
+from train_bench.watch import Failure, Outcome, environment, interpreter, run
+from train_bench.work import RATE, Work, prepared
 
 
 def main() -> int:
     arguments = parsed()
-    check_sides(arguments)
-    sides = arguments.sides
-    order = turns(sides, arguments.recompute)
+    check_options(arguments)
+    failures = lacking(arguments)
     with tempfile.TemporaryDirectory(prefix="bench-train-") as scratch:
         folder = Path(scratch)
+        sides = left_of(arguments.sides, failures)
         work, recipe = prepared(arguments, folder)
-        objection = torchtune.objection(Path(work.model)) if "torchtune" in sides else None
-        if objection is not None:
-            raise Fault(f"{work.model}: {objection}; leave torchtune out of --sides.")
-        outcomes: list[list[Outcome]] = []
-        for number in range(arguments.rounds):
-            now = order if number % 2 == 0 else order[::-1]
-            outcomes.append([run(turn, folder, arguments) for turn in now])
-    return told(outcomes, work, recipe, arguments)
+        failures += unable(sides, work)
+        left_of(sides, failures)
+        outcomes = all_rounds(arguments, folder, failures)
+    return told(outcomes, failures, work, recipe, arguments)
 
 
-def parsed() -> argparse.Namespace:
-    """The options."""
+def all_rounds(
+    arguments: argparse.Namespace, folder: Path, failures: list[Failure]
+) -> list[list[Outcome]]:
+    """What the sides came to, round by round, there and back. A line that fails is added to
+    `failures` and not run again.
+    """
+    order = turns(arguments.sides, arguments.recompute)
+    outcomes = []
+    for number in range(arguments.rounds):
+        row = []
+        for turn in order if number % 2 == 0 else order[::-1]:
+            if any(one.hits(turn) for one in failures):
+                continue
+            ended = run(turn, folder, arguments)
+            if isinstance(ended, Outcome):
+                row.append(ended)
+            else:
+                failures.append(named(ended))
+        outcomes.append(row)
+    return outcomes
+
+
+def named(failure: Failure) -> Failure:
+    """Say at once what has failed, before others take their time."""
+    print(failure, file=sys.stderr, flush=True)
+    return failure
+
+
+def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
+    """The options: those given, or the command line's."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo/smollm2-135m-instruct")
     parser.add_argument("--rows", help="rows as a recipe's source; unset: the demo's commands")
     parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--accumulation", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=4, help="rows that go through at a time")
+    parser.add_argument("--accumulation", type=int, default=1, help="batches of an update")
     parser.add_argument("--updates", type=int, default=8, help="two at least")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--recompute", choices=("auto", "none", "all"), default="auto")
+    parser.add_argument("--optimizer", choices=("adamw_torch", "sgd"), default="adamw_torch")
+    parser.add_argument("--learning-rate", type=float, default=RATE)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=["kit", "plain"])
@@ -82,7 +118,7 @@ def parsed() -> argparse.Namespace:
             )
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     for name, least in {
         "batch": 1,
         "accumulation": 1,
@@ -95,8 +131,8 @@ def parsed() -> argparse.Namespace:
     return arguments
 
 
-def check_sides(arguments: argparse.Namespace) -> None:
-    """Before anything is loaded: each side's environment has its tool. Raises Fault."""
+def check_options(arguments: argparse.Namespace) -> None:
+    """Before anything is loaded: each side is said where it is. Raises Fault."""
     for side in arguments.sides:
         known = SIDES[side]
         if not known.needs:
@@ -106,11 +142,23 @@ def check_sides(arguments: argparse.Namespace) -> None:
             raise Fault(f"{side} needs --{known.option}: where it is installed.")
         if not Path(where).exists():
             raise Fault(f"--{known.option} {where} is not there; install {known.package} first.")
-        check_package(side, arguments)
 
 
-def check_package(side: str, arguments: argparse.Namespace) -> None:
-    """Ask a side's interpreter for the tool's version. Raises Fault where it has none."""
+def lacking(arguments: argparse.Namespace) -> list[Failure]:
+    """Sides whose environment does not have their tool. Raises Fault where it is none."""
+    return [
+        named(
+            Failure(side, f"--{SIDES[side].option} {getattr(arguments, SIDES[side].needs)} {why}")
+        )
+        for side in arguments.sides
+        if SIDES[side].needs and (why := lack(side, arguments)) is not None
+    ]
+
+
+def lack(side: str, arguments: argparse.Namespace) -> str | None:
+    """What a side's interpreter has no version of; None where it has one. Raises Fault where it is
+    no interpreter.
+    """
     known = SIDES[side]
     where = interpreter(side, arguments)
     question = f"import importlib.metadata as m; print(m.version({known.package!r}))"
@@ -123,9 +171,24 @@ def check_package(side: str, arguments: argparse.Namespace) -> None:
         )
     except OSError as error:
         raise Fault(f"--{known.option} {where} is no Python that runs: {error}") from None
-    if answer.returncode != 0:
-        place = getattr(arguments, known.needs)
-        raise Fault(f"--{known.option} {place} has no {known.package}; install it there.")
+    return f"has no {known.package}; install it there." if answer.returncode != 0 else None
+
+
+def unable(sides: list[str], work: Work) -> list[Failure]:
+    """Sides that cannot train this base."""
+    if "torchtune" not in sides:
+        return []
+    why = torchtune.objection(Path(work.model))
+    return [named(Failure("torchtune", f"{work.model}: {why}."))] if why is not None else []
+
+
+def left_of(sides: list[str], failures: list[Failure]) -> list[str]:
+    """Sides that have not failed yet. Raises Fault where there is none."""
+    failed = {one.label for one in failures}
+    left = [side for side in sides if side not in failed]
+    if not left:
+        raise Fault("No side is left to run.")
+    return left
 
 
 if __name__ == "__main__":

@@ -8,62 +8,127 @@ import math
 import statistics
 import sys
 from collections.abc import Collection
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from train_bench.registry import SIDES
-from train_bench.watch import Outcome
+from train_bench.watch import Failure, Outcome
 from train_bench.work import Work
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
 """Of each update's loss, relative to plain transformers + peft, by precision."""
 UNDISTURBED = 0.85
 """Share of the best gauge from which on times can be compared."""
+TRUSTED = 0.1
+"""Variation of the gauge up to which a call's figures need no warning."""
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The largest relative difference of an update's loss from the reference's."""
+
+    relative: float
+    update: int
+    """The update where it is, counted from 1; 0 where the losses are not the same number."""
+
+    def __str__(self) -> str:
+        if self.update == 0:
+            return "inf (another number of losses)"
+        return f"{self.relative:.2g}" + (f" (update {self.update})" if self.relative else "")
 
 
 def told(
-    rounds: list[list[Outcome]], work: Work, recipe: dict[str, Any], arguments: argparse.Namespace
+    rounds: list[list[Outcome]],
+    failures: list[Failure],
+    work: Work,
+    recipe: dict[str, Any],
+    arguments: argparse.Namespace,
 ) -> int:
-    """Print and keep the figures. Returns the exit code: 1 where a side did not do the same."""
+    """Print and keep the figures. Returns the exit code: 1 where a side failed, or did not do the
+    same.
+    """
+    rounds = without(rounds, failures)
     by_label: dict[str, list[Outcome]] = {}
     for one in sorted((one for row in rounds for one in row), key=lambda one: order(one.label)):
         by_label.setdefault(one.label, []).append(one)
+    if not by_label:
+        return told_failures(failures)
     operations = needed_operations(work)
     figures = {label: figures_of(found, work, operations) for label, found in by_label.items()}
     show(figures, work, arguments)
     differences = loss_differences(by_label)
     limit = TOLERANCE[work.precision]
-    void = {label for label, difference in differences.items() if not difference <= limit}
+    void = {label for label, apart in differences.items() if not apart.relative <= limit}
     ratios = against_kit(rounds, void)
     for label, of in ratios.items():
         print(f"kit : {label}  " + ", ".join(f"{name} {value}" for name, value in of.items()))
+    varied = variation(figures)
     if arguments.json:
         kept = {
             "figures": figures,
             "ratios": ratios,
-            "loss_differences": differences,
+            "loss_differences": {label: asdict(apart) for label, apart in differences.items()},
+            "failures": [asdict(one) for one in failures],
+            "gauge_variation": varied,
             "recipe": recipe,
         }
         arguments.json.write_text(json.dumps(kept, indent=1) + "\n")
     if arguments.plot:
         draw(figures, arguments.plot)
-    return judged(differences, void, limit)
+    code = max(judged(differences, void, limit), told_failures(failures))
+    show_trust(varied)
+    return code
 
 
-def judged(differences: dict[str, float], void: set[str], limit: float) -> int:
+def without(rounds: list[list[Outcome]], failures: list[Failure]) -> list[list[Outcome]]:
+    """The rounds, less the lines that failed in any of them."""
+    failed = {one.label for one in failures}
+    return [[one for one in row if one.label not in failed] for row in rounds]
+
+
+def told_failures(failures: list[Failure]) -> int:
+    """Name once more what failed. Returns the exit code for it."""
+    for one in failures:
+        print(f"{one.label}: {one.why} It is not compared.", file=sys.stderr)
+    return 1 if failures else 0
+
+
+def judged(differences: dict[str, Apart], void: set[str], limit: float) -> int:
     """Say how far the losses are apart, and which sides are therefore not compared."""
-    apart = ", ".join(f"{label} {difference:.2g}" for label, difference in differences.items())
+    apart = ", ".join(f"{label} {difference}" for label, difference in differences.items())
     print(
         f"largest relative difference of an update's loss from {reference(differences)}'s "
         f"(at most {limit:g}): {apart}"
     )
     for label in sorted(void, key=order):
         print(
-            f"{label}: its losses differ by up to {differences[label]:.2g}, so it is not compared.",
+            f"{label}: its losses differ by up to {differences[label]}, so it is not compared.",
             file=sys.stderr,
         )
     return 1 if void else 0
+
+
+def variation(figures: dict[str, dict[str, Any]]) -> float:
+    """By how much the fastest gauge of all runs is above the slowest, as a share of it."""
+    gauges = [
+        run[name]
+        for now in figures.values()
+        for run in now["runs"]
+        for name in ("gauge_before", "gauge_after")
+    ]
+    return float(max(gauges) / min(gauges) - 1)
+
+
+def show_trust(varied: float) -> None:
+    """Say how steady the machine was while all this was measured."""
+    print(f"trust: the gauge varied by {varied:.0%} between the runs")
+    if varied > TRUSTED:
+        print(
+            f"More than {TRUSTED:.0%}: neighbours were at work. Measure again when they are not; "
+            "until then the ratios by CPU seconds tell more than those by time, and neither much.",
+            file=sys.stderr,
+        )
 
 
 def order(label: str) -> int:
@@ -97,11 +162,11 @@ def show(figures: dict[str, dict[str, Any]], work: Work, arguments: argparse.Nam
     """What was run, a line of each side, and the versions that each has."""
     supervised, real = sum(work.supervised_tokens[1:]), sum(work.real_tokens[1:])
     print(
-        f"{len(work.updates)} updates of {arguments.batch * arguments.accumulation} rows, "
+        f"{len(work.updates)} updates of {arguments.accumulation} × {arguments.batch} rows, "
         f"{real / (len(work.updates) - 1):,.0f} real and "
         f"{supervised / (len(work.updates) - 1):,.0f} supervised tokens each; recompute "
         f"{arguments.recompute}, {arguments.precision}, {arguments.threads} thread(s), "
-        f"{arguments.rounds} rounds"
+        f"{arguments.rounds} rounds; {work.optimizer} at {work.learning_rate:g}"
     )
     print(
         "side          recomputes   supervised/s     real/s   real/CPU s   peak MiB   "
@@ -183,24 +248,27 @@ def reference(labels: Collection[str]) -> str:
     return next((label for label in labels if label.startswith("plain")), next(iter(labels)))
 
 
-def loss_differences(by_label: dict[str, list[Outcome]]) -> dict[str, float]:
-    """Of any update's loss from that of the reference's first run, relative to it, by label.
-    Infinite where a side tells another number of losses, or one that is not a number.
-    """
+def loss_differences(by_label: dict[str, list[Outcome]]) -> dict[str, Apart]:
+    """Of any update's loss from that of the reference's first run, by label."""
     wanted = by_label[reference(by_label)][0].losses
     return {
-        label: max(difference(one.losses, wanted) for one in found)
+        label: max((difference(one.losses, wanted) for one in found), key=lambda one: one.relative)
         for label, found in by_label.items()
     }
 
 
-def difference(losses: list[float], wanted: list[float]) -> float:
-    """The largest relative one of two runs' losses."""
-    if len(losses) != len(wanted) or not all(map(math.isfinite, losses)):
-        return math.inf
-    return max(
+def difference(losses: list[float], wanted: list[float]) -> Apart:
+    """The largest one of two runs' losses; infinite where a side tells another number of them, or
+    one that is not a number.
+    """
+    if len(losses) != len(wanted):
+        return Apart(math.inf, 0)
+    apart = [
         abs(loss - one) / max(abs(one), 1e-12) for loss, one in zip(losses, wanted, strict=True)
-    )
+    ]
+    apart = [one if math.isfinite(one) else math.inf for one in apart]
+    largest = max(apart)
+    return Apart(largest, apart.index(largest) + 1)
 
 
 def draw(figures: dict[str, dict[str, Any]], path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -14,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
-from plainly import Fault
 
 from train_bench.registry import SIDES, Turn
 
 SCRIPTS = Path(__file__).parent.parent
 
-
 _YOUNG_SECONDS = 0.5
+_LAST_LINES, _WIDEST = 20, 400
+"""Of the log of a side that failed: lines, and characters of one."""
 
 QUIET = {
     "HF_HUB_OFFLINE": "1",
@@ -60,6 +61,23 @@ class Outcome:
         return self.cpu_ends[-1] - self.cpu_ends[0]
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a line of the table has no figures."""
+
+    label: str
+    why: str
+    last_lines: str = ""
+    """Of what it wrote."""
+
+    def hits(self, turn: Turn) -> bool:
+        """Whether this turn need not be tried any more."""
+        return self.label in (turn.label, turn.side)
+
+    def __str__(self) -> str:
+        return f"{self.label} failed: {self.why}\n{self.last_lines}".rstrip()
+
+
 def interpreter(side: str, arguments: argparse.Namespace) -> str:
     """The Python that runs a side."""
     known = SIDES[side]
@@ -81,11 +99,8 @@ def environment(side: str, arguments: argparse.Namespace) -> dict[str, str]:
     }
 
 
-def run(turn: Turn, folder: Path, arguments: argparse.Namespace) -> Outcome:
-    """One side, once, in a process of its own that is watched from here.
-
-    Raises Fault with the end of its log where it ends with an error.
-    """
+def run(turn: Turn, folder: Path, arguments: argparse.Namespace) -> Outcome | Failure:
+    """One side, once, in a process of its own that is watched from here."""
     python = interpreter(turn.side, arguments)
     command = [python, "-m", "train_bench.child", turn.side, turn.recompute, str(folder)]
     (folder / "told.json").unlink(missing_ok=True)
@@ -102,8 +117,9 @@ def run(turn: Turn, folder: Path, arguments: argparse.Namespace) -> Outcome:
             stderr=output,
         )
         peak = watched(child)
-    if child.returncode != 0:
-        raise Fault(f"{turn.label} failed:\n{log.read_text()[-3000:]}")
+    why = fault_of(child.returncode, folder / "told.json", arguments.updates)
+    if why is not None:
+        return Failure(turn.label, why, last_lines(log))
     found = json.loads((folder / "told.json").read_text())
     return Outcome(
         label=turn.label,
@@ -116,6 +132,24 @@ def run(turn: Turn, folder: Path, arguments: argparse.Namespace) -> Outcome:
         gauge_before=before,
         gauge_after=gauge(arguments.threads),
     )
+
+
+def fault_of(code: int, told: Path, updates: int) -> str | None:
+    """Why a process that has ended gives no figures; None where it does."""
+    if code < 0:
+        return f"killed by {signal.Signals(-code).name}."
+    if code > 0:
+        return f"exit code {code}."
+    if not told.exists():
+        return "it ended without its figures."
+    ended = len(json.loads(told.read_text())["ends"])
+    return f"it told the end of {ended} of {updates} updates." if ended != updates else None
+
+
+def last_lines(log: Path) -> str:
+    """The end of a log, and the end of each line where it is long."""
+    lines = log.read_text(errors="replace").splitlines()
+    return "\n".join(line[-_WIDEST:] for line in lines[-_LAST_LINES:])
 
 
 def watched(child: subprocess.Popen[bytes]) -> int:

@@ -9,6 +9,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from plainly import Fault
+
 if TYPE_CHECKING:
     from qlora_kit.data.sequences import TokenSequence
 
@@ -26,6 +28,9 @@ class Work:
     recompute: str
     precision: str
     threads: int
+    optimizer: str
+    """As transformers calls it: `adamw_torch` or `sgd`."""
+    learning_rate: float
     updates: list[list[dict[str, list[int]]]]
     """Rows of each update, with `input_ids` and `labels`."""
 
@@ -77,6 +82,8 @@ def prepared(arguments: argparse.Namespace, folder: Path) -> tuple[Work, dict[st
         recompute=arguments.recompute,
         precision=arguments.precision,
         threads=arguments.threads,
+        optimizer=arguments.optimizer,
+        learning_rate=arguments.learning_rate,
         updates=dealt(ready.train.sequences, arguments),
     )
     (folder / "work.json").write_text(json.dumps(asdict(work)))
@@ -92,13 +99,13 @@ def recipe_of(arguments: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
         "lora": {"r": RANK, "alpha": ALPHA, "dropout": 0.0, "target_modules": "all-linear"},
         "data": {"train": [{"path": rows}], "max_length": arguments.max_length},
         "train": {
-            "learning_rate": RATE,
+            "learning_rate": arguments.learning_rate,
             "lr_scheduler_type": "constant",
             "warmup_steps": 0,
             "max_steps": arguments.updates,
             "per_device_train_batch_size": arguments.batch,
             "gradient_accumulation_steps": arguments.accumulation,
-            "optim": "adamw_torch",
+            "optim": arguments.optimizer,
             "train_sampling_strategy": "sequential",
             "precision": arguments.precision,
             "logging_steps": 1,
@@ -116,8 +123,17 @@ def recipe_of(arguments: argparse.Namespace, run_dir: Path) -> dict[str, Any]:
 def dealt(
     sequences: Sequence[TokenSequence], arguments: argparse.Namespace
 ) -> list[list[dict[str, list[int]]]]:
-    """Rows of each update, in their order, and from the first on again after the last."""
+    """Rows of each update, in their order, and from the first on again after the last.
+
+    Raises Fault where a pass over them would end within an update, which trainers end differently.
+    """
     size = arguments.batch * arguments.accumulation
+    if size * arguments.updates > len(sequences) and len(sequences) % size:
+        raise Fault(
+            f"{arguments.updates} updates of {size} rows take {size * arguments.updates} rows, got "
+            f"{len(sequences)}: give so many, or a multiple of {size}, so that a pass over them "
+            "ends with a whole update."
+        )
     return [
         [
             {"input_ids": list(row.input_ids), "labels": list(row.labels)}

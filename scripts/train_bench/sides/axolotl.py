@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from train_bench.told import Told
-from train_bench.work import RATE, Work
+from train_bench.work import Work
 
 GPU_KERNELS = ("lora_mlp_kernel", "lora_qkv_kernel", "lora_o_kernel")
 """On by default where there is no dropout, but they call CUDA."""
@@ -59,12 +59,12 @@ def configuration(work: Work, folder: Path) -> dict[str, Any]:
         "gradient_accumulation_steps": work.accumulation,
         "max_steps": len(work.updates),
         "num_epochs": 1,
-        "learning_rate": RATE,
+        "learning_rate": work.learning_rate,
         "lr_scheduler": "constant",
         "warmup_steps": 0,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "optimizer": "adamw_torch",
+        "optimizer": work.optimizer,
         "bf16": work.precision == "bf16",
         "fp16": False,
         "tf32": False,

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from train_bench.told import Told, trainer_clock
-from train_bench.work import RATE, Work
+from train_bench.work import Work
 
 
 def train(work: Work, folder: Path) -> Told:
@@ -47,12 +47,12 @@ def configuration(work: Work, folder: Path) -> dict[str, Any]:
         "per_device_train_batch_size": work.batch,
         "gradient_accumulation_steps": work.accumulation,
         "max_steps": len(work.updates),
-        "learning_rate": RATE,
+        "learning_rate": work.learning_rate,
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
-        "optim": "adamw_torch",
+        "optim": work.optimizer,
         "bf16": work.precision == "bf16",
         "use_cpu": True,
         "logging_steps": 1,

@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from train_bench.told import Told, moment
-from train_bench.work import RATE, Work
+from train_bench.work import Work
 
 
 def train(work: Work, _: Path) -> Told:
@@ -19,7 +19,8 @@ def train(work: Work, _: Path) -> Told:
     torch.set_num_threads(work.threads)
     model = quantized_with_adapter(work)
     trained = [one for one in model.parameters() if one.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
+    kind = {"adamw_torch": torch.optim.AdamW, "sgd": torch.optim.SGD}[work.optimizer]
+    optimizer = kind(trained, lr=work.learning_rate, weight_decay=0.0)
     model.train()
     told = Told(recomputes="all" if model.is_gradient_checkpointing else "none")
     for rows, supervised in zip(work.updates, work.supervised_tokens, strict=True):

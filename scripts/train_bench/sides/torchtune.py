@@ -17,12 +17,13 @@ from types import SimpleNamespace
 from typing import Any
 
 from train_bench.told import Told, moment
-from train_bench.work import ALPHA, RANK, RATE, Work
+from train_bench.work import ALPHA, RANK, Work
 
 HERE = "train_bench.sides.torchtune"
 SEED = 0
 NF4_BLOCK = 64 * 256
 TOLD = Told()
+OPTIMIZERS = {"adamw_torch": "torch.optim.AdamW", "sgd": "torch.optim.SGD"}
 MODULES = {
     "self_attn.q_proj": "attn.q_proj",
     "self_attn.k_proj": "attn.k_proj",
@@ -73,7 +74,11 @@ def configuration(work: Work, folder: Path) -> dict[str, Any]:
         "seed": SEED,
         "shuffle": False,
         "batch_size": work.batch,
-        "optimizer": {"_component_": "torch.optim.AdamW", "lr": RATE, "weight_decay": 0.0},
+        "optimizer": {
+            "_component_": OPTIMIZERS[work.optimizer],
+            "lr": work.learning_rate,
+            "weight_decay": 0.0,
+        },
         "lr_scheduler": {"_component_": f"{HERE}.constant"},
         "loss": {"_component_": "torchtune.modules.loss.CEWithChunkedOutputLoss"},
         "epochs": 1,

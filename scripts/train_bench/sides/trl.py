@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from train_bench.told import Told, trainer_clock
-from train_bench.work import RATE, Work
+from train_bench.work import Work
 
 
 def train(work: Work, folder: Path) -> Told:
@@ -41,10 +41,10 @@ def configuration(work: Work, folder: Path) -> dict[str, Any]:
         "per_device_train_batch_size": work.batch,
         "gradient_accumulation_steps": work.accumulation,
         "max_steps": len(work.updates),
-        "learning_rate": RATE,
+        "learning_rate": work.learning_rate,
         "lr_scheduler_type": "constant",
         "warmup_steps": 0,
-        "optim": "adamw_torch",
+        "optim": work.optimizer,
         "max_length": None,
         "logging_steps": 1,
         "logging_first_step": True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import subprocess
@@ -11,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from plainly import Fault
 from train_bench import table
 from train_bench.registry import SIDES, turns
 from train_bench.sides import axolotl, llama_factory, torchtune, trl
 from train_bench.told import Told
 from train_bench.watch import Outcome, watched
-from train_bench.work import RANK, Work
+from train_bench.work import RANK, Work, dealt
+
+from qlora_kit.data.sequences import TokenSequence
 
 SCRIPT = Path(__file__).parents[3] / "scripts" / "bench_train.py"
 ROW = {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}
@@ -28,6 +32,8 @@ WORK = Work(
     recompute="auto",
     precision="fp32",
     threads=1,
+    optimizer="adamw_torch",
+    learning_rate=2e-4,
     updates=[[ROW, {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}], [ROW, ROW]],
 )
 LLAMA = {
@@ -54,6 +60,21 @@ def test_rows_for_others_have_a_mask_and_their_order() -> None:
     assert [len(row["attention_mask"]) for row in WORK.rows] == [3, 4, 3, 3]
     assert WORK.rows[0]["input_ids"] == ROW["input_ids"]
     assert WORK.longest == 4
+
+
+@pytest.mark.parametrize(("num_rows", "is_fine"), [(8, True), (4, True), (6, False), (9, True)])
+def test_a_pass_over_the_rows_ends_with_a_whole_update(num_rows: int, is_fine: bool) -> None:
+    """Where the rows are enough for all updates, none ends within them."""
+    rows = [TokenSequence(input_ids=(n, n), labels=(n, n), origin="") for n in range(num_rows)]
+    arguments = argparse.Namespace(batch=2, accumulation=2, updates=2)
+    if is_fine:
+        updates = dealt(rows, arguments)
+        assert [row["input_ids"][0] % num_rows for one in updates for row in one] == [
+            n % num_rows for n in range(8)
+        ]
+    else:
+        with pytest.raises(Fault, match="2 updates of 4 rows take 8 rows, got 6"):
+            dealt(rows, arguments)
 
 
 def test_plain_recomputes_nothing_and_all_where_each_has_its_default() -> None:
@@ -156,10 +177,10 @@ def test_torchtune_log_takes_losses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_difference_of_losses() -> None:
-    assert table.difference([1.0, 2.0], [1.0, 2.0]) == 0
-    assert table.difference([1.0, 2.2], [1.0, 2.0]) == pytest.approx(0.1)
-    assert table.difference([1.0], [1.0, 2.0]) == math.inf
-    assert table.difference([1.0, math.nan], [1.0, 2.0]) == math.inf
+    assert table.difference([1.0, 2.0], [1.0, 2.0]).relative == 0
+    assert table.difference([1.0, 2.2], [1.0, 2.0]) == table.Apart(pytest.approx(0.1), 2)
+    assert table.difference([1.0], [1.0, 2.0]) == table.Apart(math.inf, 0)
+    assert table.difference([1.0, math.nan, 9.0], [1.0, 2.0, 1.0]) == table.Apart(math.inf, 2)
 
 
 def test_a_side_that_differs_has_no_ratio_and_others_do() -> None:
@@ -169,8 +190,8 @@ def test_a_side_that_differs_has_no_ratio_and_others_do() -> None:
         outcome("torchtune", [2.1, 1.0]),
     ]
     differences = table.loss_differences({one.label: [one] for one in row})
-    assert differences["kit"] == 0
-    assert differences["torchtune"] == pytest.approx(0.05)
+    assert differences["kit"].relative == 0
+    assert differences["torchtune"] == table.Apart(pytest.approx(0.05), 1)
     ratios = table.against_kit([row], {"torchtune"})
     assert list(ratios) == ["plain"]
     assert ratios["plain"]["speed"] == "2.00 (2.00-2.00)"
@@ -178,9 +199,23 @@ def test_a_side_that_differs_has_no_ratio_and_others_do() -> None:
 
 
 def test_a_side_that_differs_is_named_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
-    assert table.judged({"plain": 0.0, "torchtune": 0.05}, {"torchtune"}, 1e-4) == 1
-    assert "torchtune: its losses differ by up to 0.05" in capsys.readouterr().err
-    assert table.judged({"plain": 0.0, "kit": 1e-6}, set(), 1e-4) == 0
+    apart = {"plain": table.Apart(0.0, 1), "torchtune": table.Apart(0.05, 7)}
+    assert table.judged(apart, {"torchtune"}, 1e-4) == 1
+    said = capsys.readouterr()
+    assert "plain 0, torchtune 0.05 (update 7)" in said.out
+    assert "torchtune: its losses differ by up to 0.05 (update 7)" in said.err
+    assert table.judged({"plain": table.Apart(0, 1), "kit": table.Apart(1e-6, 2)}, set(), 1e-4) == 0
+
+
+@pytest.mark.parametrize(("slowest", "is_warned"), [(75.0, False), (60.0, True)])
+def test_how_steady_the_machine_was_is_told(
+    slowest: float, is_warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = [{"gauge_before": 80.0, "gauge_after": slowest}]
+    table.show_trust(table.variation({"kit": {"runs": runs}}))
+    said = capsys.readouterr()
+    assert f"trust: the gauge varied by {80 / slowest - 1:.0%}" in said.out
+    assert ("neighbours were at work" in said.err) == is_warned
 
 
 def test_a_line_that_neighbours_slowed_is_told() -> None:
@@ -210,7 +245,7 @@ def spoken(*options: str) -> subprocess.CompletedProcess[str]:
         (["--sides", "axolotl", "--axolotl", __file__], "is no Python that runs"),
         (
             ["--sides", "llama-factory", "--llama-factory", sys.executable],
-            "has no llamafactory; install it there",
+            "has no llamafactory; install it there.\nNo side is left to run.",
         ),
         (["--rows", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
