@@ -166,3 +166,23 @@ def test_says_what_is_too_little_or_too_long(wide: Path, text: Path, call: Call)
     small = call("sensitivity", str(wide), "--data", str(text), *FEW, "--cheap", "--budget", "9KB")
     assert small.code == 1
     assert "at its narrowest" in small.err
+
+
+@pytest.mark.slow
+@pytest.mark.demo
+@pytest.mark.timeout(1800)
+def test_the_demo_model_is_ranked_alike_on_other_rows_and_mixed_better_than_uniform(
+    shared_data: Path, tmp_path: Path, call: Call
+) -> None:
+    """What docs/sensitivity.md says of it, with the estimates of one pass."""
+    text = str(shared_data / "wikitext-2" / "valid.txt")
+    size = ("--num-tokens", "512", "--window-tokens", "128", "--seed", "0")
+    chosen = ("--cheap", "--stability", "--budget", "111.03MiB", "--out", str(tmp_path / "lab"))
+    said = call("sensitivity", "demo/smollm2-135m-instruct", "--data", text, *size, *chosen)
+    assert said.code == 0, said.err
+    values = json.loads((tmp_path / "lab" / "sensitivity.json").read_text())
+    assert values["stability"] == {"spearman": pytest.approx(0.85, abs=0.05), "num_units": 210}
+    mixture = values["mixture"]
+    uniform = {one["name"]: one["kl_mean"] for one in mixture["others"]}
+    assert mixture["measured"]["num_bytes"] <= 111.03 * 2**20
+    assert mixture["measured"]["kl_mean"] < 0.75 * min(uniform.values())
