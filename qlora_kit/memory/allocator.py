@@ -1,4 +1,4 @@
-"""The C library's heap, where it keeps what tensors have left."""
+"""The C library's heap, and what it keeps of tensors that are gone."""
 
 from __future__ import annotations
 
@@ -11,6 +11,35 @@ _M_MMAP_THRESHOLD = -3
 _LARGE_BYTES = 2**20
 # What the library itself comes to once blocks of that size were freed, at most.
 _USUAL_BYTES = 32 * 2**20
+# Of what a forward pass makes and lets go again; see `holes_left_by`.
+_SHARE_LEFT = 0.37
+
+
+def is_of_the_heap(num_bytes: int) -> bool:
+    """Whether a tensor of that size lies in the heap; the library gets larger ones by themselves,
+    and gives them back at once.
+    """
+    return num_bytes < _USUAL_BYTES
+
+
+def holes_left_by(passing_bytes: int) -> int:
+    """Bytes that the heap keeps at the peak of a training step, and no tensor has.
+
+    torch asks for blocks at multiples of 64 bytes. The GNU C library takes one that is longer by 96,
+    and hands what it cuts off at either end to whoever asks for a few bytes next: in a forward pass
+    mostly the graph that autograd keeps for the backward pass. A tensor that goes then leaves a hole
+    as long as itself, between two such crumbs: too short for the next tensor of its size. The holes
+    last as long as the graph. How many crumbs are taken depends on every small thing that is asked
+    for, so that the share is measured: docs/memory.md, "Holes in the heap".
+
+    Args:
+        passing_bytes: of tensors that the forward pass makes and lets go again (`is_of_the_heap`).
+    """
+    return int(_SHARE_LEFT * passing_bytes) if _is_glibc() else 0
+
+
+def _is_glibc() -> bool:
+    return platform.libc_ver()[0] == "glibc"
 
 
 @contextmanager
@@ -22,7 +51,7 @@ def large_blocks_given_back(wanted: bool) -> Iterator[None]:
     given anew is cleared (a quarter to a half of a step on the machine that it was measured on).
     Other libraries are left as they are.
     """
-    if not wanted or platform.libc_ver()[0] != "glibc":
+    if not wanted or not _is_glibc():
         yield
         return
     library = ctypes.CDLL(None)

@@ -11,6 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from qlora_kit.memory.allocator import is_of_the_heap
+
 Component = str
 ACTIVATIONS, LOGITS, UNPACKED, GRADIENTS = "activations", "logits", "unpacked weights", "gradients"
 
@@ -28,6 +30,8 @@ class LiveTensors(TorchDispatchMode):
         self.num_entries = num_entries
         self.now: Counter[Component] = Counter()
         self.peak: Mapping[Component, int] = {}
+        self.gone_bytes = 0
+        """Of all that was made or held and is gone again, blocks of the C library's heap alone."""
         self._total = self._most = 0
         self._known: dict[int, tuple[Component, int]] = {}
 
@@ -91,3 +95,5 @@ class LiveTensors(TorchDispatchMode):
         component, size = self._known.pop(key)
         self.now[component] -= size
         self._total -= size
+        if is_of_the_heap(size):
+            self.gone_bytes += size

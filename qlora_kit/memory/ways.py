@@ -48,6 +48,10 @@ class Way:
     num_recomputing: int
     offloads: bool = False
 
+    def gives_up_speed(self, num_sequences: int) -> bool:
+        """Beside the way that trains on so many at a time and recomputes nothing."""
+        return self != Way(num_sequences, 0)
+
 
 @dataclass(frozen=True)
 class Situation:

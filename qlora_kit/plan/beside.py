@@ -61,6 +61,7 @@ def training_beside(
         recipe.train.gradient_accumulation_steps > 1 or trained.is_divided,
         trained.resident_bytes,
         trained.offloads,
+        trained.gives_back,
     )
     try:
         vocabulary = load_vocabulary(recipe.model)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from qlora_kit.recipe import Recipe
 
 _KIND = "calibration"  # in the cache
-_METHOD = 2  # another one whenever something else is counted or measured
+_METHOD = 3  # another one whenever something else is counted or measured
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ROUNDS = 7
 _WIDTH = 1024
@@ -43,7 +43,7 @@ class Calibration:
     """Of one machine, in one precision."""
 
     framework_bytes: int
-    """Of a process that trains, tensors apart."""
+    """Of a process that trains, tensors and the holes that they leave apart."""
     products_per_second: float
     bytes_per_second: float
     seconds_per_operation: float
@@ -87,8 +87,8 @@ def calibrate(
         recipe = small_recipe(Path(scratch), precision)
         plan, effort = plan_of(recipe)
         peak, seconds = _trained(Path(scratch), device)
-    tensors = plan.moment("training").tensor_bytes
-    framework = _taken_by_context() if device == "cuda" else peak - tensors
+    known = plan.moment("training").bytes_beside_framework
+    framework = _taken_by_context() if device == "cuda" else peak - known
     found = replace(rates, framework_bytes=int(framework), factor=seconds / rates.seconds(effort))
     kept.keep(_KIND, _key(hardware, precision), asdict(found))
     return found

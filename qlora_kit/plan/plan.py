@@ -22,7 +22,7 @@ from qlora_kit.model.vocabulary import load_vocabulary
 from qlora_kit.plan.calibration import Calibration, calibrate, recalled
 from qlora_kit.plan.choice import Choice, choice_of
 from qlora_kit.plan.rows import WorstBatch, longest_possible, train_rows, worst_batch
-from qlora_kit.plan.trial import ImaginedTraining, Peak, Shape, Taken
+from qlora_kit.plan.trial import HOLES, ImaginedTraining, Peak, Shape, Taken
 from qlora_kit.runtime.batches import BATCH_TOKENS, LOGITS_BYTES
 from qlora_kit.train.arguments import resolve_precision
 from qlora_kit.train.batching import foreseen_batches
@@ -68,6 +68,11 @@ class Moment:
 
     @property
     def tensor_bytes(self) -> int:
+        return self.bytes_beside_framework - self.components.get(HOLES, 0)
+
+    @property
+    def bytes_beside_framework(self) -> int:
+        """Tensors, and the holes that they leave."""
         return self.num_bytes - self.components.get(FRAMEWORK, 0)
 
 
@@ -287,6 +292,8 @@ def _taken(recipe: Recipe, choice: Choice, num_sequences: int) -> Taken:
         or way.at_a_time < num_sequences,
         resident_bytes=choice.resident_bytes,
         offloads=way.offloads,
+        gives_back=recipe.train.memory_budget_bytes is not None
+        and way.gives_up_speed(num_sequences),
     )
 
 

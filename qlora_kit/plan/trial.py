@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qlora_kit.memory.allocator import holes_left_by
 from qlora_kit.memory.kept import Kept, measure_kept, recomputing_layers
 from qlora_kit.memory.live import GRADIENTS, Component, LiveTensors
 from qlora_kit.memory.weights import hold_weights
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from qlora_kit.recipe import Recipe, TrainSpec
 
 CACHE = "cache of keys and values"
+HOLES = "holes in the heap"
 
 _SHORT = (1, 8)
 _NUM_SUPERVISED = 2  # as of the sequences that training counts
@@ -83,6 +85,8 @@ class Taken:
     """Room for unpacked weights that stay."""
     offloads: bool = False
     """Whether what is kept waits in the host's memory."""
+    gives_back: bool = False
+    """Whether freed blocks go back to the system at once; see `large_blocks_given_back`."""
 
 
 Peak = Mapping[Component, int]
@@ -174,7 +178,9 @@ class ImaginedTraining:
         return can_attend_by_example(self.causal) and not (shape and shape.is_masked)
 
     def step(self, shape: Shape, how: Taken) -> Peak:
-        """The peak of forward and backward passes, optimizer apart."""
+        """The peak of forward and backward passes, optimizer apart; on a CPU with the holes that
+        freed tensors leave in the C library's heap.
+        """
         return self._once(self._step, shape, how)
 
     def effort(self, shape: Shape, num_recomputing: int) -> Effort:
@@ -216,11 +222,17 @@ class ImaginedTraining:
                 with _known_gradients(self.trained, live), _kept_elsewhere(how.offloads):
                     for _ in range(1 + how.is_accumulated):
                         live.forget_peak()
-                        self._loss(batch).backward()
+                        before = live.gone_bytes
+                        loss = self._loss(batch)
+                        passing = live.gone_bytes - before
+                        loss.backward()
+                        del loss
                 peak = live.peak
             self.model.zero_grad()
             self.model.eval()
-        return peak
+        if self.device != "cpu" or how.gives_back:
+            return peak
+        return {**peak, HOLES: holes_left_by(passing)}
 
     def _held_out_loss(self, shape: Shape) -> Peak:
         live = LiveTensors(self.num_entries)

@@ -109,7 +109,7 @@ def fit_memory(
         divisor_of(spec.per_device_train_batch_size, way.at_a_time),
         way.offloads,
         held_out_rows if held_out_rows < len(held_out) else None,
-        is_on_cpu and way != Way(situation.num_sequences, 0),
+        is_on_cpu and way.gives_up_speed(situation.num_sequences),
     )
 
 

@@ -57,6 +57,8 @@ class TrainResult:
     """Of unpacked weights that stayed, at the end."""
     offloads: bool = False
     """Whether what is kept waited in the host's memory."""
+    gives_back: bool = False
+    """Whether freed blocks went back to the system at once; see `Fit.is_tight`."""
     stop_signal: int | None = None
     """The signal that ended training before its time."""
 
@@ -179,5 +181,6 @@ def _result(
         is_divided=trainer.divisor > 1,
         resident_bytes=0 if recompute is None else recompute.residents.num_bytes,
         offloads=fit.offloads,
+        gives_back=fit.is_tight,
         stop_signal=stop_signal,
     )

@@ -37,6 +37,18 @@ def test_what_is_held_is_counted_once_and_under_its_last_name() -> None:
     assert +live.now == {GRADIENTS: 10 * _FLOAT}
 
 
+def test_what_is_gone_is_counted_where_the_heap_keeps_it() -> None:
+    """Larger blocks go back to the system by themselves."""
+    live = LiveTensors()
+    with FakeTensorMode(), live:
+        kept = torch.zeros(10)
+        torch.zeros(100) + 1
+        torch.zeros(32 * 2**20, dtype=torch.uint8)
+        assert live.gone_bytes == 2 * 100 * _FLOAT
+        del kept
+        assert live.gone_bytes == 210 * _FLOAT
+
+
 def test_a_new_peak_begins_at_what_there_is() -> None:
     live = LiveTensors()
     with live:

@@ -68,7 +68,7 @@ def _measured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def planned(_: object) -> tuple[Any, Effort]:
     """What the small model is planned to need."""
-    moment = SimpleNamespace(tensor_bytes=_TENSOR_BYTES)
+    moment = SimpleNamespace(bytes_beside_framework=_TENSOR_BYTES)
     return SimpleNamespace(moment=lambda _: moment), _EFFORT
 
 

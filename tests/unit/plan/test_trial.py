@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,9 +21,10 @@ from qlora_kit.model.by_example import attending_by_example
 from qlora_kit.model.fused.residents import Residents
 from qlora_kit.model.vocabulary import load_vocabulary
 from qlora_kit.plan.gpus import GPUS, known_gpu
-from qlora_kit.plan.plan import Planner
+from qlora_kit.plan.plan import FRAMEWORK, Planner
 from qlora_kit.plan.rows import train_rows
 from qlora_kit.plan.suggest import suggestions
+from qlora_kit.plan.trial import HOLES
 from qlora_kit.processes import ALONE
 from qlora_kit.recipe import Recipe, load_recipe
 from qlora_kit.report.reporter import SILENT
@@ -147,6 +149,31 @@ def test_a_plan_counts_what_training_counts(
     for count in (0, 1, 2):
         found = plan.kept.peak_bytes(count, lengths)
         assert found == pytest.approx(kept.peak_bytes(count, lengths), rel=0.01)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not the GNU C library")
+def test_holes_of_the_heap_are_no_tensors_and_only_on_a_cpu(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    recipe = recipe_for(tmp_path, tiny_llama)
+    vocabulary = load_vocabulary(recipe.model)
+    training = Planner(vocabulary, probe_hardware(), 8 * _GIB).plan(recipe).moment("training")
+    beside = training.components[HOLES] + training.components[FRAMEWORK]
+    assert training.components[HOLES] > 0
+    assert training.tensor_bytes == training.num_bytes - beside
+    on_gpu = Planner(vocabulary, known_gpu("T4"), 8 * _GIB).plan(recipe)
+    assert not any(HOLES in one.components for one in on_gpu.moments)
+
+
+@pytest.mark.parametrize(("recomputes", "has_holes"), [(False, True), (True, False)])
+def test_a_budget_that_speed_was_given_up_for_leaves_no_holes(
+    recomputes: bool, has_holes: bool, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """As freed blocks go back at once."""
+    train = {"memory_budget": "8GiB", "gradient_checkpointing": recomputes}
+    recipe = recipe_for(tmp_path, tiny_llama, train=train)
+    plan = Planner(load_vocabulary(recipe.model), probe_hardware(), 8 * _GIB).plan(recipe)
+    assert (HOLES in plan.moment("training").components) == has_holes
 
 
 def test_what_does_not_fit_is_told_what_each_change_saves(tiny_llama: Path, tmp_path: Path) -> None:
