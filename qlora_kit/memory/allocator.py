@@ -7,12 +7,13 @@ import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_M_MMAP_THRESHOLD = -3
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGE_BYTES = 2**20
-# What the library itself comes to once blocks of that size were freed, at most.
+# What the library itself comes to once blocks of that size were freed, at most; it then shrinks its
+# heap where twice that is free at the end.
 _USUAL_BYTES = 32 * 2**20
 # Of what a forward pass makes and lets go again; see `holes_left_by`.
-_SHARE_LEFT = 0.37
+_SHARE_LEFT = 0.43
 
 
 def is_of_the_heap(num_bytes: int) -> bool:
@@ -25,12 +26,12 @@ def is_of_the_heap(num_bytes: int) -> bool:
 def holes_left_by(passing_bytes: int) -> int:
     """Bytes that the heap keeps at the peak of a training step, and no tensor has.
 
-    torch asks for blocks at multiples of 64 bytes. The GNU C library takes one that is longer by 96,
-    and hands what it cuts off at either end to whoever asks for a few bytes next: in a forward pass
-    mostly the graph that autograd keeps for the backward pass. A tensor that goes then leaves a hole
-    as long as itself, between two such crumbs: too short for the next tensor of its size. The holes
-    last as long as the graph. How many crumbs are taken depends on every small thing that is asked
-    for, so that the share is measured: docs/memory.md, "Holes in the heap".
+    torch asks for blocks at multiples of 64 bytes. The GNU C library takes one that is 96 longer,
+    and hands what it cuts off at either end to whoever asks for a few bytes next: in a forward
+    pass mostly the graph that autograd keeps for the backward pass. A tensor that goes then leaves
+    a hole as long as itself between two such crumbs, too short for the next tensor of its size,
+    until the graph goes. How many crumbs are taken depends on every small thing that is asked for,
+    so that the share is measured: docs/memory.md, "Holes in the heap".
 
     Args:
         passing_bytes: of tensors that the forward pass makes and lets go again (`is_of_the_heap`).
@@ -60,4 +61,5 @@ def large_blocks_given_back(wanted: bool) -> Iterator[None]:
         yield
     finally:
         library.mallopt(_M_MMAP_THRESHOLD, _USUAL_BYTES)
+        library.mallopt(_M_TRIM_THRESHOLD, 2 * _USUAL_BYTES)
         library.malloc_trim(0)

@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from qlora_kit.environment import launcher_settings
+from qlora_kit.memory.allocator import large_blocks_given_back
 from qlora_kit.model.base import Base
 from qlora_kit.model.by_example import attending_by_example
 from qlora_kit.model.fused.residents import Residents
@@ -98,7 +99,9 @@ def train_adapter(
     num_updates = num_update_steps(batches.num_items, spec, shape.items_per_update)
     laps = around.laps
     progress_before = continuation.progress if continuation else None
-    choice = known_or_tried(model, spec, around, is_sharded, progress_before)
+    on_cpu = hardware.device == "cpu"
+    with large_blocks_given_back(on_cpu):
+        choice = known_or_tried(model, spec, around, is_sharded, progress_before)
     laps.lap("trial of the shortcuts")
     residents = Residents()
     with (
@@ -107,9 +110,11 @@ def train_adapter(
         attending_by_example(model.get_base_model(), batches.by_example),
         able_to_recompute(model, spec.gradient_checkpointing),
     ):
-        fit = fit_memory(
-            model, batches, spec, around, is_sharded, residents, progress_before, choice.taken_key
-        )
+        key = choice.taken_key
+        with large_blocks_given_back(on_cpu):
+            fit = fit_memory(
+                model, batches, spec, around, is_sharded, residents, progress_before, key
+            )
         laps.lap("count of what layers keep")
         narrate.computing(around.reporter, choice.shortcuts, fit.recompute)
         course = Course(

@@ -15,9 +15,13 @@ import pytest
 from qlora_kit.memory.allocator import holes_left_by, large_blocks_given_back
 
 _MIB = 2**20
-_THRESHOLD = -3  # M_MMAP_THRESHOLD in malloc.h
-_LARGE, _USUAL = ("mallopt", _THRESHOLD, _MIB), ("mallopt", _THRESHOLD, 32 * _MIB)
-_TRIM = ("malloc_trim", 0)
+_TRIM_THRESHOLD, _THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
+_LARGE = ("mallopt", _THRESHOLD, _MIB)
+_USUAL = (
+    ("mallopt", _THRESHOLD, 32 * _MIB),
+    ("mallopt", _TRIM_THRESHOLD, 64 * _MIB),
+    ("malloc_trim", 0),
+)
 
 _MEASURED = """
 from qlora_kit.memory.allocator import large_blocks_given_back
@@ -92,13 +96,13 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
 def test_the_threshold_is_set_and_put_back(called: list[tuple[object, ...]]) -> None:
     with large_blocks_given_back(True):
         assert called == [_LARGE]
-    assert called == [_LARGE, _USUAL, _TRIM]
+    assert called == [_LARGE, *_USUAL]
 
 
 def test_it_is_put_back_where_training_ends_in_an_error(called: list[tuple[object, ...]]) -> None:
     with pytest.raises(MemoryError), large_blocks_given_back(True):
         raise MemoryError
-    assert called == [_LARGE, _USUAL, _TRIM]
+    assert called == [_LARGE, *_USUAL]
 
 
 def test_nothing_is_set_where_nobody_wants_it(called: list[tuple[object, ...]]) -> None:
