@@ -59,6 +59,8 @@ class Kept:
     """Of the input of one layer, which is kept where the layer recomputes."""
     rest: Growth
     """Of what stands before and behind the layers."""
+    passing: Growth = Growth(0.0, 0.0, 0.0)
+    """Of what is made and let go again where nothing recomputes; see `holes_left_by`."""
 
     def peak_bytes(self, num_recomputing: int, lengths: Sequence[int]) -> float:
         """The most that is kept at once where the first layers recompute.
@@ -109,6 +111,7 @@ def measure_kept(model: nn.Module, run: Callable[[int], torch.Tensor]) -> Kept:
         tuple(Growth.through(LENGTHS, sizes) for sizes in by_layer),
         Growth.through(LENGTHS, [one.inputs for one in counts]),
         Growth.through(LENGTHS, [one.rest for one in counts]),
+        Growth.through(LENGTHS, [one.passing for one in counts]),
     )
 
 
@@ -117,6 +120,7 @@ class _Counted:
     layers: tuple[int, ...]
     inputs: int
     rest: int
+    passing: int
 
 
 def _count(model: nn.Module, layers: Sequence[Any], run: Callable[[], torch.Tensor]) -> _Counted:
@@ -134,13 +138,13 @@ def _count(model: nn.Module, layers: Sequence[Any], run: Callable[[], torch.Tens
         with torch.enable_grad(), live:
             loss = run()
             kept = [one.bytes_kept() for one in passed]
-            total = live.num_bytes - before
+            total, passing = live.num_bytes - before, live.gone_bytes
             del loss
     finally:
         for handle in handles:
             handle.remove()
     inputs = max((one.given_bytes for one in passed), default=0)
-    return _Counted(tuple(kept), inputs, total - sum(kept))
+    return _Counted(tuple(kept), inputs, total - sum(kept), passing)
 
 
 @dataclass

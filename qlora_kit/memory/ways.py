@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.errors import HardwareError
+from qlora_kit.memory.allocator import holes_left_by
 from qlora_kit.memory.kept import Kept
 from qlora_kit.memory.optimizer import state_bytes
 from qlora_kit.model.quantized import eight_bit_scale, is_four_bit
@@ -95,7 +96,7 @@ class Situation:
             kept = self.kept.offloaded_bytes(lengths)
         else:
             kept = self.kept.peak_bytes(way.num_recomputing, lengths)
-        return self._with_standing(kept + self._at_work(lengths))
+        return self._with_standing(kept + self._at_work(lengths)) + self._holes_bytes(way)
 
     def held_out_bytes(self, rows: Sequence[Lengths]) -> float:
         """As `peak_bytes`, while the loss of these held-out rows is measured: nothing is kept."""
@@ -113,6 +114,12 @@ class Situation:
 
     def _at_work(self, lengths: Lengths) -> float:
         return max(self.kept.working_bytes(lengths), self._logits_bytes(sum(lengths)))
+
+    def _holes_bytes(self, way: Way) -> int:
+        """None where freed blocks go back at once."""
+        if self.device != "cpu" or way.gives_up_speed(self.num_sequences):
+            return 0
+        return holes_left_by(int(self.kept.passing.over(lengths_of_rows(self.rows))))
 
     def _logits_bytes(self, num_tokens: int) -> float:
         """Of one chunk, with what is made of it on the way to its gradient."""

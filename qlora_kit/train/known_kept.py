@@ -50,4 +50,5 @@ def _from_values(values: dict[str, Any]) -> Kept:
         tuple(Growth(**one) for one in values["layers"]),
         Growth(**values["inputs"]),
         Growth(**values["rest"]),
+        Growth(**values["passing"]),
     )

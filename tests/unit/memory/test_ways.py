@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import platform
+from dataclasses import replace
 from typing import Any
 
 import bitsandbytes as bnb
+import pytest
 
+from qlora_kit.memory.allocator import holes_left_by
 from qlora_kit.memory.kept import Growth, Kept
 from qlora_kit.memory.ways import Situation, Way, room_for_unpacked
 
@@ -14,6 +18,22 @@ def situation(device: str = "cpu", counts: Any = range(5), tokens: int = 50) -> 
     """Four layers that keep 100 bytes a token each, beside inputs of 10 and a rest of 7."""
     kept = Kept((Growth(0, 100, 0),) * 4, Growth(0, 10, 0), Growth(0, 7, 0))
     return Situation(kept, [(tokens,)] * 8, 1000.0, device, counts)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not the GNU C library")
+def test_the_fastest_way_leaves_holes_in_a_cpus_heap_and_others_do_not() -> None:
+    one = situation()
+    passing = replace(one.kept, passing=Growth(10, 20, 0))
+    holes = holes_left_by(8 * (10 + 20 * 50))
+    assert holes > 0
+    for device, way, wanted in (
+        ("cpu", Way(8, 0), holes),
+        ("cpu", Way(8, 1), 0),
+        ("cuda", Way(8, 0), 0),
+    ):
+        without = situation(device)
+        found = replace(without, kept=passing).peak_bytes(way) - without.peak_bytes(way)
+        assert found == pytest.approx(wanted)
 
 
 class TestTheFastest:
