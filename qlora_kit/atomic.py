@@ -4,37 +4,44 @@ from __future__ import annotations
 
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from qlora_kit.errors import HardwareError, QloraKitError
+from qlora_kit.owned import clear_leftovers, name_of_draft, own
 from qlora_kit.refusals import naming
 
 # What to do, other than making room, where a cache does not fit.
 ANOTHER_CACHE = "set QLORA_KIT_CACHE to a folder on another disk"
-_LEFTOVER_SECONDS = 24 * 3600
 
 
 @contextmanager
 def draft_beside(folder: Path) -> Iterator[Path]:
     """A hidden scratch folder on the disk of `folder`, gone when the block ends.
 
-    What a killed process leaves is removed by the next use that is a day younger.
+    What a killed process leaves is removed by the next use (see `owned`).
     """
     _make(folder.parent, folder)
-    for leftover in folder.parent.glob(f".{folder.name}.*.draft"):
-        if time.time() - leftover.stat().st_mtime > _LEFTOVER_SECONDS:
-            shutil.rmtree(leftover, ignore_errors=True)
-    draft = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.draft")
-    _make(draft, folder)
+    clear_leftovers(folder.parent, folder.name)
+    draft, descriptor = _make_draft(folder)
     try:
         with naming(folder):
             yield draft
     finally:
         _remove(draft)
+        os.close(descriptor)
+
+
+def _make_draft(folder: Path) -> tuple[Path, int]:
+    """A new draft, and the descriptor that says that it has an owner while it is open."""
+    while True:
+        draft = folder.with_name(name_of_draft(folder.name))
+        _make(draft, folder)
+        descriptor = own(draft)
+        if descriptor is not None:
+            return draft, descriptor
 
 
 def _remove(draft: Path) -> None:

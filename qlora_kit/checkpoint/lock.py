@@ -18,6 +18,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from qlora_kit.errors import RunError
+from qlora_kit.owned import is_still
 
 LOCK_FILE = ".lock"
 # What a killed process has forked may outlive it for a moment, and holds the lock as long.
@@ -65,7 +66,7 @@ def _acquire(path: Path, warn: Callable[[str], None], until: float) -> int:
         is_ours = False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            is_ours = _is_still(descriptor, path)
+            is_ours = is_still(descriptor, path)
         except BlockingIOError:
             if time.monotonic() > until:
                 raise RunError(_held_by(descriptor, path.parent)) from None
@@ -83,14 +84,6 @@ def _acquire(path: Path, warn: Callable[[str], None], until: float) -> int:
                 os.close(descriptor)
         if is_ours:
             return descriptor
-
-
-def _is_still(descriptor: int, path: Path) -> bool:
-    """Whether the file is still under its name, and not unlinked by who held it before."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def _sign(descriptor: int) -> None:

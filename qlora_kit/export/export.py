@@ -74,6 +74,7 @@ def export_reopened(
         for base in job.merge_bases:
             places.require_room_for_merge(base, adapter_sha256)
     rows = reopened.held_out[: request.merge.max_rows]
+    places.clear_leftovers()
     with draft_beside(places.exports) as scratch:
         given = Ingredients(
             trained=trained,

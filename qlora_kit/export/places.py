@@ -9,6 +9,7 @@ from typing import Any
 from qlora_kit.artifact.record import is_artifact, read_record, verify_artifact
 from qlora_kit.checkpoint.run_directory import RunDirectory, is_run, open_run
 from qlora_kit.errors import AdapterError, ArtifactError, RunError
+from qlora_kit.owned import clear_leftovers
 from qlora_kit.recipe import MergeSpec
 
 LEDGER_FILE = "ledger.json"
@@ -34,6 +35,12 @@ class Places:
     def merge(self, base: str) -> Path:
         """Where the merge into a base goes: `auto` is the run's own."""
         return self.merged if base == "auto" else self.folder / f"merged-{base}"
+
+    def clear_leftovers(self) -> None:
+        """Remove what killed processes have left of merges and exports, of whichever target."""
+        clear_leftovers(self.exports)
+        ours = (self.exports, self.merged, *map(self.merge, ("original", "dequantized")))
+        clear_leftovers(self.folder, *(folder.name for folder in ours))
 
     def fitting_merge(self, base: str, adapter_sha256: str) -> Path | None:
         """A merge of this very adapter that is there already, and whole: for `auto` the run's own,

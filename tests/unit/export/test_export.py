@@ -23,9 +23,13 @@ from qlora_kit.export.ledger import Row
 from qlora_kit.export.places import merge_options_of, places_of
 from qlora_kit.export.reopen import reopen_adapter
 from qlora_kit.export.targets import parse_target
+from qlora_kit.owned import name_of_draft
 from qlora_kit.recipe import LoraSpec, MergeSpec
 
 from .whole_runs import Heard, TinyRun, make_run
+
+DRAFTS = tuple(map(name_of_draft, ("exports", "merged", "merged-original")))
+"""What a killed export leaves in a run's folder."""
 
 
 def export(folder: Path, *names: str, reporter: Heard | None = None, **request: Any) -> Any:
@@ -176,7 +180,11 @@ def test_merges_and_figures_that_are_there_are_used_again(exported: Exported) ->
     heard = Heard()
     static, out = ("activations=static",), exported.folder("static")
     folder = exported.tiny.run.folder
+    killed = [folder / "exports" / name_of_draft("gguf-Q4_K_M"), *map(folder.joinpath, DRAFTS)]
+    for draft in killed:
+        draft.mkdir()
     (certificate,) = export(folder, "int8", reporter=heard, options=static, out=out)
+    assert not [draft for draft in killed if draft.exists()], "of whichever target"
     assert read_record(merged).sha256 == before
     assert any(f"{merged} is there" in line for line in heard.lines)
     assert [row["name"] for row in certificate["ledger"]][:3] == [
