@@ -6,7 +6,6 @@ light adapter, where the merge into the original weights keeps it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,14 +15,15 @@ from typing import TYPE_CHECKING
 from qlora_kit.atomic import draft_beside
 from qlora_kit.checkpoint.run_directory import is_run, open_run
 from qlora_kit.environment import probe_hardware
-from qlora_kit.export.certify import CERTIFICATE_FILE
 from qlora_kit.export.merge_run import merge_reopened
+from qlora_kit.export.places import Places, places_of
 from qlora_kit.export.rehearsal import expected_source
 from qlora_kit.export.reopen import reopen_adapter
 from qlora_kit.export.trained import BaseKind
 from qlora_kit.quantize.held_out import Named
 from qlora_kit.quantize.quantize import Request, examine
 from qlora_kit.recipe import MergeSpec, ModelSpec
+from qlora_kit.records import file_sha256
 
 if TYPE_CHECKING:
     from qlora_kit.report.reporter import Reporter
@@ -33,17 +33,20 @@ if TYPE_CHECKING:
 def sixteen_bit(request: Request, reporter: Reporter) -> Iterator[Request]:
     """The same request for a whole model in 16 bits, while the context lasts.
 
-    Of a run that is its merge into the original weights: the one that it has, or one that is made
-    and thrown away. Without other text it is compared on the run's own eval rows.
+    Of a run that is its merge into the original weights: one that it has of this very adapter, or
+    one that is made and thrown away. Without other text it is compared on the run's own eval rows.
     """
     run = Path(request.model.name_or_path).expanduser()
     if not is_run(run) and not (run / "adapter_config.json").is_file():
         yield request
         return
-    request = replace(request, texts=_own_texts(request, run))
-    if is_run(run) and _is_of_original(open_run(run)[0].merged):
+    places = places_of(run)
+    request = replace(request, texts=_own_texts(request.texts, places))
+    merge = _merge_of(run, places)
+    if merge is not None:
+        reporter.say(f"merge     {merge} is there, and is of this adapter")
         note = f"the 16-bit merge of {run}"
-        yield replace(request, model=_at(request.model, run / "merged"), note=note)
+        yield replace(request, model=_at(request.model, merge), note=note)
         return
     hardware = probe_hardware()
     reporter.say(f"{run} is merged into its 16-bit base first; that merge is not kept.")
@@ -65,19 +68,21 @@ def sixteen_bit(request: Request, reporter: Reporter) -> Iterator[Request]:
         yield replace(request, model=model, note=note, keeps_source=False)
 
 
-def _own_texts(request: Request, run: Path) -> Named:
-    if request.texts.data is not None or request.texts.calibration is not None or not is_run(run):
-        return request.texts
-    return Named(None, str(run / "recipe.yaml"))
+def _own_texts(texts: Named, places: Places) -> Named:
+    """The run's eval rows, whatever calibrates, unless other text is named."""
+    if texts.data is not None or places.recipe is None:
+        return texts
+    has_eval_rows = open_run(places.folder)[1].data.has_eval_rows
+    return Named(texts.calibration, str(places.recipe)) if has_eval_rows else texts
 
 
 def _at(model: ModelSpec, folder: Path) -> ModelSpec:
     return model.model_copy(update={"name_or_path": str(folder)})
 
 
-def _is_of_original(merged: Path) -> bool:
-    """Whether the run has a merge that no quantization has touched."""
-    path = merged / CERTIFICATE_FILE
-    if not path.is_file():
-        return False
-    return bool(json.loads(path.read_text(encoding="utf-8")).get("base") == "original")
+def _merge_of(run: Path, places: Places) -> Path | None:
+    """One into the original weights that is there and whole, of the adapter as it is now."""
+    weights = (open_run(run)[0].adapter if is_run(run) else run) / "adapter_model.safetensors"
+    if not weights.is_file():
+        return None
+    return places.fitting_merge("original", file_sha256(weights))

@@ -16,7 +16,7 @@ from qlora_kit.artifact.record import read_record
 from qlora_kit.export.sixteen_bit import sixteen_bit
 from qlora_kit.quantize.held_out import Named
 from qlora_kit.quantize.quantize import Request, quantize
-from qlora_kit.recipe import ModelSpec
+from qlora_kit.recipe import ExportSpec, LoraSpec, ModelSpec, save_recipe
 from qlora_kit.report.reporter import SILENT, Reporter
 
 from .test_merge_run import TinyRun, make_run
@@ -77,6 +77,68 @@ def test_what_is_made_of_a_run_names_its_adapter(tiny: TinyRun, tmp_path: Path) 
     assert certificate["held_out"].endswith("recipe.yaml")
     assert read_record(out).made_from.parent is None
     assert (out / "model.safetensors").is_file()
+
+
+@pytest.fixture
+def merged(tmp_path: Path) -> TinyRun:
+    """A run with a merge into its original weights."""
+    run = make_run(tmp_path / "merged", base="original")
+    run.merge()
+    return run
+
+
+def never(*_: Any, **__: Any) -> None:
+    raise AssertionError("merged anew")
+
+
+def test_a_merge_that_an_export_has_left_is_used(
+    merged: TinyRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_kit.export.sixteen_bit.merge_reopened", never)
+    left = merged.run.folder / "merged-original"
+    for folder in (merged.run.merged, left):
+        if folder is left:
+            merged.run.merged.rename(left)
+        with sixteen_bit(request_for(merged, tmp_path / "out"), SILENT) as resolved:
+            assert resolved.model.name_or_path == str(folder)
+            assert resolved.keeps_source
+
+
+def test_a_merge_of_an_adapter_that_was_trained_on_since_is_not(
+    merged: TinyRun, tmp_path: Path
+) -> None:
+    before = make_run(tmp_path / "before", LoraSpec(r=2), base="original")
+    before.merge()
+    merged.run.merged.rename(tmp_path / "aside")
+    before.run.merged.rename(merged.run.merged)
+    with sixteen_bit(request_for(merged, tmp_path / "out"), SILENT) as resolved:
+        assert resolved.model.name_or_path != str(merged.run.merged)
+        assert not resolved.keeps_source
+
+
+def test_the_runs_own_rows_come_first_whatever_calibrates(merged: TinyRun, tmp_path: Path) -> None:
+    request = request_for(merged, tmp_path / "out")
+    own, other = str(merged.run.recipe), str(tmp_path / "text.txt")
+    named = {
+        Named(other, None): Named(other, own),
+        Named(other, other): Named(other, other),
+        Named(None, other): Named(None, other),
+    }
+    for texts, wanted in named.items():
+        with sixteen_bit(replace(request, texts=texts), SILENT) as resolved:
+            assert resolved.texts == wanted
+    at_adapter = ModelSpec(name_or_path=str(merged.run.adapter))
+    with sixteen_bit(replace(request, model=at_adapter), SILENT) as resolved:
+        assert resolved.texts == Named(None, own)
+
+
+def test_of_a_run_without_any_it_is_asked_for_none(merged: TinyRun, tmp_path: Path) -> None:
+    """It has lost them since it was merged."""
+    data = merged.recipe.data.model_copy(update={"eval": ()})
+    without = merged.recipe.model_copy(update={"data": data, "export": ExportSpec()})
+    save_recipe(without, merged.run.recipe)
+    with sixteen_bit(request_for(merged, tmp_path / "out"), SILENT) as resolved:
+        assert resolved.texts == Named(None, None)
 
 
 def test_a_model_is_what_it_is(tiny: TinyRun, tmp_path: Path) -> None:
