@@ -1,6 +1,7 @@
 """Packages that are installed only by those who want what they do: which extra brings which.
 
-`pyproject.toml` says from which versions on. Nothing here imports them: some take ten seconds.
+`pyproject.toml` says in which versions, and the installed kit's metadata after it. Nothing here
+imports them: some take ten seconds.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 from qlora_kit.errors import HardwareError
+from qlora_kit.packages import required_packages
 
 EXTRAS: dict[str, tuple[str, ...]] = {
     "gguf": ("llama_cpp", "sentencepiece"),
@@ -38,24 +40,32 @@ def distributions(name: str) -> tuple[str, ...]:
 
 
 def has_extra(name: str) -> bool:
-    """Whether everything that it brings is installed."""
-    return not missing_modules(name)
+    """Whether everything that it brings is installed, in versions that it allows."""
+    return fault_of(name) is None
 
 
-def missing_modules(name: str) -> tuple[str, ...]:
-    """Of the modules that an extra brings, those that cannot be found."""
-    return tuple(module for module in EXTRAS[name] if find_spec(module) is None)
+def fault_of(name: str) -> str | None:
+    """What of an extra is not installed or, where all is, in another version than it allows."""
+    missing = [module for module in EXTRAS[name] if find_spec(module) is None]
+    if missing:
+        return f"{' and '.join(missing)}, not installed here"
+    other = [
+        f"{one.name} {one.needed} ({one.installed} is installed)"
+        for one in required_packages(name)
+        if one.installed is not None and not one.fits
+    ]
+    return " and ".join(other) or None
 
 
 def require_extra(name: str, purpose: str) -> None:
     """Make sure of an extra before the work that needs it; `purpose` is what the user asked for.
 
     Raises:
-        HardwareError: it is not installed; names the command that installs it.
+        HardwareError: it is not installed, or in another version; names the command that installs
+            it.
     """
-    missing = missing_modules(name)
-    if missing:
+    fault = fault_of(name)
+    if fault is not None:
         raise HardwareError(
-            f"{purpose} needs {' and '.join(missing)}, not installed here; install with: "
-            f"pip install 'qlora-kit[{name}]'"
+            f"{purpose} needs {fault}; install with: pip install 'qlora-kit[{name}]'"
         )

@@ -16,7 +16,7 @@ from qlora_kit.data.demo import NUM_ROWS
 from qlora_kit.data.read import source_files
 from qlora_kit.errors import DataError, Fault, ModelError, QloraKitError, RecipeError
 from qlora_kit.export.targets import parse_target, require_installed
-from qlora_kit.extras import has_extra
+from qlora_kit.extras import fault_of
 from qlora_kit.model.weights import inspect_weights
 from qlora_kit.recipe import (
     ModelSpec,
@@ -113,9 +113,9 @@ def _tracker_faults(recipe: Recipe) -> list[Fault]:
 def _aware_faults(recipe: Recipe) -> list[Fault]:
     """What stores the integers of a training that is aware of them."""
     aware = recipe.quantization_aware
-    if aware is None or aware.method == "nf4" or has_extra("qat"):
+    if aware is None or aware.method == "nf4" or (fault := fault_of("qat")) is None:
         return []
-    message = f"{aware.method} is stored by compressed-tensors, which is not installed"
+    message = f"what is stored in {aware.method} needs {fault}"
     return [Fault("quantization_aware.method", message, "pip install 'qlora-kit[qat]'")]
 
 

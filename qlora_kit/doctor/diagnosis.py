@@ -11,8 +11,8 @@ from typing import Any
 from qlora_kit.doctor import findings, probes, surroundings
 from qlora_kit.doctor.apart import Outcome, run_apart
 from qlora_kit.doctor.findings import Finding
-from qlora_kit.doctor.packages import Package, required_packages
 from qlora_kit.environment import Hardware, cache_dir, hub_is_offline
+from qlora_kit.packages import Package, required_packages
 
 _PROBES: dict[str, Callable[[], Any]] = {
     "packages": required_packages,

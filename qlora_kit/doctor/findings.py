@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Literal
 
 from qlora_kit.doctor.apart import Outcome
-from qlora_kit.doctor.packages import Package
 from qlora_kit.doctor.probes import FourBit, Memory, TorchBuild
 from qlora_kit.environment import Hardware, resolve_compute_dtype
 from qlora_kit.errors import HardwareError
+from qlora_kit.packages import Package
 from qlora_kit.train.arguments import resolve_precision
 
 Status = Literal["ok", "note", "missing", "broken"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from qlora_kit.doctor.apart import Outcome
 from qlora_kit.doctor.findings import Finding
-from qlora_kit.extras import PURPOSES, missing_modules
+from qlora_kit.extras import PURPOSES, fault_of
 
 TRACKERS = ("tensorboard", "wandb", "mlflow")
 
@@ -77,13 +77,12 @@ def optional_findings(device: str) -> Iterator[Finding]:
 def extra_findings() -> Iterator[Finding]:
     """What some verbs need and the kit itself does not bring."""
     for name, purpose in PURPOSES.items():
-        missing = missing_modules(name)
-        if not missing:
+        fault = fault_of(name)
+        if fault is None:
             yield Finding(name, "ok", "installed", purpose)
             continue
-        found = f"{' and '.join(missing)} not installed"
         means = f"{purpose} needs pip install 'qlora-kit[{name}]'"
-        yield Finding(name, "missing", found, means)
+        yield Finding(name, "missing", f"needs {fault}", means)
 
 
 def _existing(folder: Path) -> Path:

@@ -1,8 +1,9 @@
-"""Extras that are missing are told before any work."""
+"""Extras that are missing, or of other versions, are told before any work."""
 
 from __future__ import annotations
 
 import re
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,44 @@ def test_a_missing_extra_names_the_command(monkeypatch: pytest.MonkeyPatch) -> N
         "pip install 'qlora-kit[gptq]'"
     )
     assert not extras.has_extra("gptq")
+
+
+def installed_is(monkeypatch: pytest.MonkeyPatch, name: str, version: str) -> None:
+    """As if a package were installed in that version."""
+    real = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda one: version if one == name else real(one))
+
+
+@pytest.mark.parametrize("version", ["0.13.2", "0.15.0"])
+def test_another_version_than_the_extra_allows(
+    version: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed_is(monkeypatch, "llmcompressor", version)
+    with pytest.raises(HardwareError) as caught:
+        extras.require_extra("gptq", "method gptq")
+    assert str(caught.value) == (
+        f"method gptq needs llmcompressor >=0.14,<0.15 ({version} is installed); install with: "
+        "pip install 'qlora-kit[gptq]'"
+    )
+    assert not extras.has_extra("gptq")
+    assert extras.has_extra("onnx"), "which does not ask for it"
+
+
+def test_a_version_of_before_a_release_is_one_within_the_range(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    installed_is(monkeypatch, "llmcompressor", "0.14.1a20261020")
+    assert extras.has_extra("gptq")
+
+
+def test_what_is_there_but_not_known_to_pip_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as one that was built in its place; its version is not known."""
+    real = metadata.version
+
+    def version(name: str) -> str:
+        if name == "llmcompressor":
+            raise metadata.PackageNotFoundError(name)
+        return real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert extras.has_extra("gptq")

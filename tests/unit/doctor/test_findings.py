@@ -8,9 +8,9 @@ import pytest
 
 from qlora_kit.doctor import findings
 from qlora_kit.doctor.apart import Outcome
-from qlora_kit.doctor.packages import Package, required_packages
 from qlora_kit.doctor.probes import FourBit, Memory, TorchBuild
 from qlora_kit.environment import Hardware
+from qlora_kit.packages import Package, required_packages
 
 GIB = 1024**3
 CPU = Hardware("cpu", "A CPU", 0, None, 8, 24 * GIB, False, False, False, "it has no bfloat16")
@@ -141,3 +141,8 @@ def test_required_packages_come_from_the_kit_s_own_metadata() -> None:
     assert {"torch", "transformers", "bitsandbytes", "peft", "pydantic"} <= set(packages)
     assert packages["transformers"].needed == ">=5.17,<6"
     assert not {"wandb", "mlflow-skinny", "tensorboard"} & set(packages)  # extras
+    assert {package.name for package in required_packages("onnx")} == {
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+    }

@@ -108,7 +108,7 @@ def test_every_extra_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
     assert extras.EXTRAS.keys() <= found.keys()
     assert found["lm-eval"].status == "ok"
     assert found["gguf"].status == found["onnx"].status == "missing"
-    assert found["gguf"].found == "sentencepiece not installed"
+    assert found["gguf"].found == "needs sentencepiece, not installed here"
     assert "pip install 'qlora-kit[gguf]'" in found["gguf"].means
 
 

@@ -22,8 +22,10 @@ class Package:
     fits: bool
 
 
-def required_packages() -> tuple[Package, ...]:
-    """What every run needs; empty where the kit runs from a folder without being installed."""
+def required_packages(extra: str = "") -> tuple[Package, ...]:
+    """What every run needs, or what an extra asks for beyond that; empty where the kit runs from a
+    folder without being installed.
+    """
     from packaging.requirements import Requirement
 
     try:
@@ -31,11 +33,15 @@ def required_packages() -> tuple[Package, ...]:
     except metadata.PackageNotFoundError:
         return ()
     requirements = [Requirement(line) for line in lines]
-    return tuple(
-        _package(requirement)
-        for requirement in requirements
-        if requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-    )
+    return tuple(_package(one) for one in requirements if _is_of(one, extra))
+
+
+def _is_of(requirement: Requirement, extra: str) -> bool:
+    marker = requirement.marker
+    is_of_all = marker is None or marker.evaluate({"extra": ""})
+    if not extra or is_of_all:
+        return is_of_all and not extra
+    return marker is not None and marker.evaluate({"extra": extra})
 
 
 def _package(requirement: Requirement) -> Package:
