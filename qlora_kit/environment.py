@@ -65,6 +65,12 @@ def quantized_cache_bytes() -> int:
     return int(gib * 1024**3)
 
 
+def llama_cpp_checkout() -> Path | None:
+    """A checkout of llama.cpp that every verb and recipe takes; `QLORA_KIT_LLAMA_CPP` names it."""
+    named = os.environ.get("QLORA_KIT_LLAMA_CPP")
+    return Path(named).expanduser() if named else None
+
+
 def hub_is_offline() -> bool:
     """Whether the user forbids network calls to the model hub (HF_HUB_OFFLINE and kin)."""
     names = ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")

@@ -149,9 +149,17 @@ def parse_target(name: str) -> Target:
 
 
 def require_installed(target: Target) -> None:
-    """Raises HardwareError where what makes it is not installed; names the command."""
+    """
+    Raises:
+        HardwareError: what makes it is not installed; names the command.
+        ModelError: the checkout of llama.cpp that the environment names is none.
+    """
     if target.method is None:
         return
     entry = METHODS[target.method.partition(":")[0]]
     if entry.extra:
         require_extra(entry.extra, f"--to {target.name}")
+    if target.family in _GGUF_FAMILIES:
+        from qlora_kit.quantize.gguf.scripts import checkout_for_all
+
+        checkout_for_all()

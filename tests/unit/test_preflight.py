@@ -254,6 +254,24 @@ def test_it_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_a_checkout_of_llama_cpp_that_is_none(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Otherwise told after the training."""
+    pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    values = {
+        "model": {"name_or_path": DEMO_MODELS[0]},
+        "data": {"train": [{"path": "demo/commands"}], "held_out": 0.05},
+        "export": {"to": ["gguf:Q8_0", "nf4", "ollama"]},
+    }
+    recipe = recipe_from_dict(values, "x")
+    assert preflight(recipe) == []
+    monkeypatch.setenv("QLORA_KIT_LLAMA_CPP", str(tmp_path / "gone"))
+    faults = preflight(recipe)
+    assert [fault.path for fault in faults] == ["export.to.0", "export.to.2"]
+    assert "QLORA_KIT_LLAMA_CPP names" in str(faults[0])
+
+
 @pytest.mark.parametrize(("method", "num_faults"), [("nf4", 0), ("int8", 1), ("int4-group", 1)])
 def test_what_stores_the_integers(
     method: str, num_faults: int, monkeypatch: pytest.MonkeyPatch

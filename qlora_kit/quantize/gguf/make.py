@@ -19,7 +19,7 @@ from qlora_kit.quantize.gguf.importance import (
     weight_of,
     write_importance,
 )
-from qlora_kit.quantize.gguf.quantizer import quantize_file, require_quantizer
+from qlora_kit.quantize.gguf.quantizer import quantize_file
 from qlora_kit.quantize.gguf.scripts import LlamaCpp, find_llama_cpp
 from qlora_kit.quantize.gguf.types import GgufType, gguf_type
 from qlora_kit.quantize.method import (
@@ -45,7 +45,8 @@ class GgufOptions(MethodOptions):
 
     llama_cpp: Path | None = None
     """A checkout of llama.cpp, whose scripts (and `llama-quantize`, where it was built) are used;
-    unless given, the scripts that came with the pinned llama-cpp-python."""
+    unless given, the one that `QLORA_KIT_LLAMA_CPP` names, else the scripts that came with the
+    pinned llama-cpp-python."""
 
     importance: bool = True
     """Where calibration text is named: weigh the errors of rounding by what the layers are given
@@ -80,7 +81,6 @@ class _GgufMethod:
         if self.kind.needs_importance:
             _require_importance(self.kind, source, options)
         llama = find_llama_cpp(options.llama_cpp)
-        require_quantizer(llama, self.kind)
         self.converters[source.folder] = checked_converter(llama, source.folder, source.tokenizer)
 
     def predict_bytes(self, source: Source, options: GgufOptions) -> int:

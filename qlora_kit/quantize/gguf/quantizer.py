@@ -9,7 +9,6 @@ import ctypes
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,6 @@ from qlora_kit.quantize.gguf.scripts import LlamaCpp, last_line
 from qlora_kit.quantize.gguf.types import GgufType
 
 _FALLBACKS = re.compile(r"WARNING: (\d+) of +(\d+) tensor\(s\) required fallback")
-
-
-def require_quantizer(llama: LlamaCpp, kind: GgufType) -> None:
-    """Raises ModelError where nothing here can quantize to this type."""
-    if kind.is_converted or llama.quantizer is not None or find_spec("llama_cpp") is not None:
-        return
-    raise ModelError(
-        f"quantizing to {kind.name} needs llama.cpp's quantizer: pip install 'qlora-kit[gguf]', "
-        "or name a checkout in which llama-quantize was built (llama_cpp=PATH). F32, F16, BF16 "
-        "and Q8_0 need neither."
-    )
 
 
 def quantize_file(

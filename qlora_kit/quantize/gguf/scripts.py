@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora_kit.atomic import ANOTHER_CACHE, draft_beside, require_disk
-from qlora_kit.environment import cache_dir
+from qlora_kit.environment import cache_dir, llama_cpp_checkout
 from qlora_kit.errors import ModelError
 from qlora_kit.model.fetch import PinnedPackage, fetch_package, requirements_of, source_commands
 
@@ -56,7 +56,8 @@ class LlamaCpp:
 
 
 def find_llama_cpp(checkout: Path | None = None) -> LlamaCpp:
-    """The checkout that the user names, or the scripts of the pinned package, fetched once.
+    """The checkout that the user names, here or for all, or the scripts of the pinned package,
+    fetched once.
 
     Raises:
         ModelError: the checkout is none, or the package cannot be fetched.
@@ -64,12 +65,32 @@ def find_llama_cpp(checkout: Path | None = None) -> LlamaCpp:
     """
     if checkout is not None:
         return _checkout(checkout.expanduser().resolve())
+    for_all = checkout_for_all()
+    if for_all is not None:
+        return for_all
     name = LLAMA_CPP_SOURCE.requirement
     folder = cache_dir() / "llama.cpp" / name.replace("==", "-")
     if not folder.exists():
         _fetch(folder)
     _require_parts(folder, f"remove {folder}, and they are fetched again")
     return LlamaCpp(folder, name)
+
+
+def checkout_for_all() -> LlamaCpp | None:
+    """The one that the environment names, for every verb and recipe.
+
+    Raises:
+        ModelError: it is none.
+    """
+    folder = llama_cpp_checkout()
+    if folder is None:
+        return None
+    if not folder.is_dir():
+        raise ModelError(
+            f"QLORA_KIT_LLAMA_CPP names {folder}, and there is no such folder; set it to a "
+            "checkout of llama.cpp, or unset it."
+        )
+    return _checkout(folder.resolve())
 
 
 def run_script(llama: LlamaCpp, script: Path, arguments: Sequence[str]) -> str:

@@ -19,11 +19,11 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from qlora_kit.errors import ModelError
-from qlora_kit.quantize.gguf import quantizer
+from qlora_kit import extras
+from qlora_kit.errors import HardwareError, ModelError
 from qlora_kit.quantize.gguf.convert import open_converter, splitting_rule
 from qlora_kit.quantize.gguf.make import checked_converter, dequantized_warning, fallback_note
-from qlora_kit.quantize.gguf.quantizer import quantize_file, require_quantizer
+from qlora_kit.quantize.gguf.quantizer import quantize_file
 from qlora_kit.quantize.gguf.scripts import LlamaCpp, find_llama_cpp
 from qlora_kit.quantize.gguf.types import gguf_type, gguf_types
 from qlora_kit.quantize.methods import resolve_method
@@ -70,14 +70,13 @@ def test_an_unknown_type_is_refused_by_its_name(name: str, said: str) -> None:
 
 
 def test_without_the_extra_the_command_to_install_it_is_named(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    llama = LlamaCpp(tmp_path, "a checkout")
-    monkeypatch.setattr(quantizer, "find_spec", lambda name: None)
-    with pytest.raises(ModelError, match=r"pip install 'qlora-kit\[gguf\]'"):
-        require_quantizer(llama, gguf_type("Q4_K_M"))
-    require_quantizer(llama, gguf_type("Q8_0"))
-    require_quantizer(LlamaCpp(tmp_path, "it", tmp_path / "llama-quantize"), gguf_type("Q4_K_M"))
+    """Whatever a checkout brings: the types are llama-cpp-python's, and so is what compares."""
+    monkeypatch.setitem(extras.EXTRAS, "gguf", ("no_such_module_here",))
+    for name in ("gguf:Q4_K_M", "gguf:Q8_0"):
+        with pytest.raises(HardwareError, match=r"pip install 'qlora-kit\[gguf\]'"):
+            resolve_method(name)
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     llama_library.library.cache_clear()
     with pytest.raises(ModelError, match=r"pip install 'qlora-kit\[gguf\]'"):
