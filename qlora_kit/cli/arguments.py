@@ -37,6 +37,10 @@ MergeDtype = Annotated[
 HeldOutRows = Annotated[
     Path | None, typer.Option(help="Held-out rows to measure on, instead of the run's own.")
 ]
+Text = Annotated[
+    Path | None, typer.Option(help="A plain text to measure on instead of a recipe's eval rows.")
+]
+Window = Annotated[int, typer.Option(min=8, help="Tokens of the sliding window over --text.")]
 Force = Annotated[
     bool, typer.Option("--force", help="Load an adapter onto another base than its own.")
 ]

@@ -4,35 +4,23 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
 
 import typer
 
-from qlora_kit.cli.arguments import AsJson, Force
+from qlora_kit.cli.arguments import AsJson, Force, Text, Window
 from qlora_kit.cli.options import compare as options
-from qlora_kit.cli.reading import recipe_with_eval_rows
-from qlora_kit.errors import DataError, RecipeError, RunError
-
-if TYPE_CHECKING:
-    from qlora_kit.recipe import DataSpec, EvaluateSpec, ModelSpec
+from qlora_kit.cli.reading import Rows, recipe_with_eval_rows, rows_of_text
+from qlora_kit.errors import RecipeError, RunError
 
 NAME = "compare"
-
-
-class _Rows(NamedTuple):
-    """What all models are measured on."""
-
-    evaluate: EvaluateSpec
-    data: DataSpec
-    model: ModelSpec | None = None
 
 
 def command(
     models: options.Models,
     recipe: options.RecipeOfRows = None,
-    text: options.Text = None,
+    text: Text = None,
     settings: options.Settings = None,
-    window: options.Window = 512,
+    window: Window = 512,
     max_tokens: options.MaxTokens = 4096,
     prompt_tokens: options.PromptTokens = 256,
     new_tokens: options.NewTokens = 32,
@@ -49,7 +37,7 @@ def command(
     elif recipe is not None or settings:
         raise typer.BadParameter("--text stands for a recipe; name one of the two.")
     else:
-        rows = _plain_text(text, window)
+        rows = rows_of_text(text, window)
 
     from functools import partial
     from tempfile import gettempdir
@@ -86,7 +74,7 @@ def _require_several(models: list[str]) -> None:
     from qlora_kit.preflight import looks_local
 
     if len(models) < 2:
-        raise typer.BadParameter("name two models or more; `evaluate` measures one.")
+        raise typer.BadParameter("name two models or more; `evaluate MODEL --speed` measures one.")
     for name in models:
         if looks_local(name) and not Path(name).expanduser().exists():
             raise RunError(f"{name} does not exist.")
@@ -105,7 +93,7 @@ def _require_picture(plot: Path | None) -> None:
             pass
 
 
-def _rows_of(models: list[str], path: Path | None, settings: list[str]) -> _Rows:
+def _rows_of(models: list[str], path: Path | None, settings: list[str]) -> Rows:
     """The eval rows of a recipe, or of the first run's; looked up."""
     from qlora_kit.checkpoint.run_directory import is_run
     from qlora_kit.preflight import data_faults
@@ -122,15 +110,4 @@ def _rows_of(models: list[str], path: Path | None, settings: list[str]) -> _Rows
     faults = [fault for fault in data_faults(loaded) if fault.path.startswith("data.eval")]
     if faults:
         raise RecipeError(str(path), faults)
-    return _Rows(loaded.evaluate, loaded.data, loaded.model)
-
-
-def _plain_text(text: Path, window: int) -> _Rows:
-    """What reads a text file through in a sliding window, and asks nothing."""
-    from qlora_kit.recipe import DataSpec, EvaluateSpec, SourceSpec
-
-    if not text.is_file():
-        raise DataError(f"{text} does not exist." if not text.exists() else f"{text} is no file.")
-    source = SourceSpec(path=str(text), format="text")
-    data = DataSpec(train=(source,), eval=(source,), max_length=window)
-    return _Rows(EvaluateSpec(window_tokens=window), data)
+    return Rows(loaded.evaluate, loaded.data, loaded.model)

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from qlora_kit.cli.arguments import AsJson, Force, Overrides, SubjectName
+from qlora_kit.cli.arguments import AsJson, Force, Overrides, SubjectName, Text, Window
 from qlora_kit.cli.options import evaluate as options
-from qlora_kit.cli.reading import recipe_with_eval_rows
+from qlora_kit.cli.reading import Rows, recipe_with_eval_rows, rows_of_text
 from qlora_kit.errors import RunError
 
 if TYPE_CHECKING:
-    from qlora_kit.recipe import Recipe
+    from qlora_kit.recipe import QuantizationSpec, Recipe
 
 NAME = "evaluate"
 
@@ -23,6 +23,9 @@ def command(
     subject: SubjectName,
     overrides: Overrides = None,
     recipe: options.RecipeOfRows = None,
+    text: Text = None,
+    window: Window = 512,
+    speed: options.Speed = False,
     tasks: options.Tasks = None,
     include_path: options.IncludePath = None,
     num_fewshot: options.NumFewshot = None,
@@ -38,9 +41,13 @@ def command(
     folder = Path(subject).expanduser()
     if looks_local(subject) and not folder.exists():
         raise RunError(f"{folder} does not exist.")
+    if text is not None and (recipe is not None or overrides):
+        raise typer.BadParameter("--text stands for a recipe; name one of the two.")
     if tasks is not None:
-        if recipe is not None or overrides:
-            raise typer.BadParameter("--tasks brings its own rows; leave the recipe out.")
+        if recipe is not None or overrides or text is not None:
+            raise typer.BadParameter("--tasks brings its own rows; leave recipe and text out.")
+        if speed:
+            raise typer.BadParameter("--speed is measured beside eval rows; leave --tasks out.")
         names = tuple(name.strip() for name in tasks.split(",") if name.strip())
         _ask_tasks(subject, names, include_path, num_fewshot, limit, chat, force, as_json)
         return
@@ -49,9 +56,15 @@ def command(
             "--include-path, --num-fewshot, --limit and --chat are for --tasks; name some."
         )
     run = folder if is_run(folder) else None
-    loaded = _recipe_of_rows(subject, run, recipe, overrides or [])
-    keeps = run if recipe is None and not overrides else None
-    _measure(subject, loaded, run is not None, keeps, force, as_json)
+    quantization, keeps = None, None
+    if text is not None:
+        rows = rows_of_text(text, window)
+    else:
+        loaded = _recipe_of_rows(subject, run, recipe, overrides or [])
+        rows = Rows(loaded.evaluate, loaded.data, None if run is not None else loaded.model)
+        quantization = loaded.quantization
+        keeps = run if recipe is None and not overrides else None
+    _measure(subject, rows, quantization, speed, keeps, force, as_json)
 
 
 def _recipe_of_rows(
@@ -63,35 +76,49 @@ def _recipe_of_rows(
     if path is None:
         raise typer.BadParameter(
             f"{subject} is not a run, so its eval rows are not known; name a recipe that has some "
-            "with --recipe RECIPE."
+            "with --recipe RECIPE, or a text with --text FILE."
         )
     return recipe_with_eval_rows(path, overrides)
 
 
 def _measure(
-    subject: str, recipe: Recipe, is_of_run: bool, keeps: Path | None, force: bool, as_json: bool
+    subject: str,
+    rows: Rows,
+    quantization: QuantizationSpec | None,
+    speed: bool,
+    keeps: Path | None,
+    force: bool,
+    as_json: bool,
 ) -> None:
-    """On the recipe's eval rows; `keeps` is the run whose record this is."""
+    """On these rows; `keeps` is the run whose record this is, without `speed`, which is of this
+    machine.
+    """
     from qlora_kit.checkpoint.run_directory import RunDirectory, write_json
     from qlora_kit.cli.console import console_reporter
     from qlora_kit.data.prepare import prepare_eval
     from qlora_kit.data.read import require_readable
+    from qlora_kit.evaluate.cost import once_used, open_measured
     from qlora_kit.evaluate.held_out import evaluate_held_out
-    from qlora_kit.report import narrate
-    from qlora_kit.runtime.open import open_runtime
+    from qlora_kit.evaluate.speed import SpeedPlan
+    from qlora_kit.report import comparison, narrate
 
-    require_readable(recipe.data.eval)
+    require_readable(rows.data.eval)
     reporter = console_reporter(to_stderr=as_json)
-    tested = open_runtime(subject, None if is_of_run else recipe.model, force, reporter)
-    part = prepare_eval(recipe.data, tested.tokenizer, tested.stop_ids)
-    values = evaluate_held_out(tested, part, recipe, reporter)
+    plan = SpeedPlan() if speed else None
+    tested, cost = open_measured(subject, rows.model, force, plan, reporter)
+    part = prepare_eval(rows.data, tested.tokenizer, tested.stop_ids)
+    values = evaluate_held_out(tested, part, rows.evaluate, rows.data, reporter)
     if keeps is not None:
         write_json(RunDirectory(keeps).evaluation, values)
+    cost = once_used(cost, tested)
     if as_json:
-        print(json.dumps(values, indent=2, ensure_ascii=False))
-    else:
-        narrate.evaluation(reporter, values, recipe.quantization)
-        narrate.samples(reporter, values.get("tuned") or values["model"])
+        shown = values | {"cost": cost.as_dict()} if speed else values
+        print(json.dumps(shown, indent=2, ensure_ascii=False))
+        return
+    if speed:
+        comparison.takes(reporter, subject, cost)
+    narrate.evaluation(reporter, values, quantization)
+    narrate.samples(reporter, values.get("tuned") or values["model"])
 
 
 def _ask_tasks(

@@ -180,9 +180,10 @@ def window_size(limit: int | None, spec: EvaluateSpec, data: DataSpec) -> int:
     window = spec.window_tokens or data.max_length
     if limit is not None and window > limit:
         key = "evaluate.window_tokens" if spec.window_tokens else "data.max_length"
+        option = " (--window, for a text)" if spec.window_tokens else ""
         raise ModelError(
-            f"{key} is {window}, but the model's context is {limit} tokens; set {key} to {limit} "
-            "or less."
+            f"{key} is {window}, but the model's context is {limit} tokens; set {key}{option} to "
+            f"{limit} or less."
         )
     return window
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from qlora_kit.data.prepare import Part
 from qlora_kit.evaluate.evaluate import evaluate_model, evaluate_side_by_side
-from qlora_kit.recipe import Recipe
+from qlora_kit.recipe import DataSpec, EvaluateSpec
 from qlora_kit.report.reporter import SILENT, Reporter
 from qlora_kit.runtime.protocol import Runtime
 from qlora_kit.runtime.transformers import TransformersRuntime
@@ -15,7 +15,8 @@ from qlora_kit.runtime.transformers import TransformersRuntime
 def evaluate_held_out(
     runtime: Runtime,
     held_out: Part,
-    recipe: Recipe,
+    spec: EvaluateSpec,
+    data: DataSpec,
     reporter: Reporter = SILENT,
 ) -> dict[str, Any]:
     """Figures on the held-out rows, of base and tuned model where there is an adapter.
@@ -25,7 +26,7 @@ def evaluate_held_out(
     if not held_out.sequences:
         return {}
     if isinstance(runtime, TransformersRuntime) and runtime.has_adapter:
-        both = evaluate_side_by_side(runtime, held_out, recipe.evaluate, recipe.data, reporter)
+        both = evaluate_side_by_side(runtime, held_out, spec, data, reporter)
         return both.as_dict()
-    measured = evaluate_model(runtime, held_out, recipe.evaluate, recipe.data, reporter)
+    measured = evaluate_model(runtime, held_out, spec, data, reporter)
     return {"model": measured.as_dict()}

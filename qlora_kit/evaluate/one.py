@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qlora_kit.environment import probe_hardware
+from qlora_kit.evaluate.cost import Cost, once_used, open_measured
 from qlora_kit.evaluate.divergence import Divergence, compare_to_recorded, record_logprobs
 from qlora_kit.evaluate.evaluate import (
     PERPLEXITY_BATCH_SIZE,
@@ -18,12 +17,9 @@ from qlora_kit.evaluate.evaluate import (
     evaluation_sequences,
     window_size,
 )
-from qlora_kit.evaluate.memory import peak_device_bytes, peak_resident_bytes, resident_bytes
 from qlora_kit.evaluate.reference import Reference
-from qlora_kit.evaluate.speed import Speed, SpeedPlan, measure_speed
+from qlora_kit.evaluate.speed import SpeedPlan
 from qlora_kit.report.reporter import SILENT, Reporter
-from qlora_kit.runtime.open import RuntimeName, import_runtime, open_runtime, runtime_of
-from qlora_kit.runtime.protocol import Footprint
 
 if TYPE_CHECKING:
     from qlora_kit.data.prepare import Part
@@ -56,31 +52,22 @@ class Task:
 
 @dataclass(frozen=True)
 class Measurement:
-    """One model. What was not asked for, or cannot be measured, is None.
-
-    `parameters` are counted by the form they are stored in, `memory_bytes` is what they take once
-    the model has been used. Peaks are of a process that opened this model and nothing else;
-    `idle_bytes` is what it had before. `refused` says why there is no divergence; `notes` what to
-    know when the figures are read beside the others'.
+    """One model. `divergence` is None of the first, and where `refused` says why there is none;
+    `notes` what to know when the figures are read beside the others', those of `cost` included.
     """
 
     name: str
-    runtime: RuntimeName
-    footprint: Footprint
-    load_seconds: float
-    idle_bytes: int
-    peak_bytes: int
-    peak_device_bytes: int | None
-    speed: Speed | None
+    cost: Cost
     evaluation: ModelEvaluation
     divergence: Divergence | None = None
     refused: str = ""
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
+        """One level: what it takes stands beside what it is worth."""
         values = asdict(self)
-        values["footprint"]["num_parameters"] = self.footprint.num_parameters
-        return values
+        del values["cost"]
+        return {"name": self.name, **self.cost.as_dict(), **values}
 
 
 def measure_one(name: str, task: Task, is_reference: bool) -> Measurement:
@@ -90,39 +77,19 @@ def measure_one(name: str, task: Task, is_reference: bool) -> Measurement:
         QloraKitError: it cannot be opened or measured.
     """
     reporter = task.make_reporter()
-    probe_hardware()
-    import_runtime(name)
-    idle = resident_bytes()
-    started = time.perf_counter()
-    runtime = open_runtime(name, task.model, task.force, reporter)
-    load_seconds = time.perf_counter() - started
-    at_first = runtime.footprint()
-    speed = None
-    if task.speed is not None:
-        count = 2 * (task.speed.warmups + task.speed.repetitions)
-        with reporter.progress(f"{name}: speed", count) as progress:
-            speed = measure_speed(runtime, task.speed, progress)
-    # Nothing before has read a row, so the peak is that of loading and answering.
-    peak, on_device = peak_resident_bytes(), peak_device_bytes()
-
+    runtime, cost = open_measured(name, task.model, task.force, task.speed, reporter)
     part = _held_out(runtime, task)
     measured = evaluate_model(runtime, part, task.evaluate, task.data, reporter)
     divergence, refused, notes = _compared(runtime, part, task, is_reference, reporter)
-    in_use = runtime.footprint()
+    cost = once_used(cost, runtime)
     runtime.close()
     return Measurement(
         name=name,
-        runtime=runtime_of(name),
-        footprint=replace(at_first, memory_bytes=in_use.memory_bytes),
-        load_seconds=load_seconds,
-        idle_bytes=idle,
-        peak_bytes=peak,
-        peak_device_bytes=on_device,
-        speed=speed,
+        cost=cost,
         evaluation=measured,
         divergence=divergence,
         refused=refused,
-        notes=(*_timed_shorter(speed, task.speed), *_unpacked(at_first, in_use), *notes),
+        notes=(*cost.notes, *notes),
     )
 
 
@@ -191,24 +158,3 @@ def _other_rows(reference: Reference, sequences: Sequence[TokenSequence]) -> tup
                 f"{reference.name}: perplexity and answers are on its own, KL on the other's",
             )
     return ()
-
-
-def _timed_shorter(speed: Speed | None, plan: SpeedPlan | None) -> tuple[str, ...]:
-    """A rate of reading depends on how much is read at once."""
-    if speed is None or plan is None or speed.prompt_tokens == plan.prompt_tokens:
-        return ()
-    return (
-        f"its context is too short for a prompt of {plan.prompt_tokens} tokens and the answer: "
-        f"reading was timed with {speed.prompt_tokens}, and compares with the others' only loosely",
-    )
-
-
-def _unpacked(at_first: Footprint, in_use: Footprint) -> tuple[str, ...]:
-    """Some libraries keep packed weights only until they are used."""
-    if in_use.memory_bytes < 1.1 * at_first.memory_bytes:
-        return ()
-    return (
-        f"its weights are unpacked when they are first used: "
-        f"{at_first.memory_bytes / 2**20:,.1f} MiB after loading, "
-        f"{in_use.memory_bytes / 2**20:,.1f} MiB then",
-    )

@@ -120,8 +120,8 @@ def _room(runtime: Runtime, plan: SpeedPlan) -> int:
     if plan.new_tokens >= limit:
         raise ModelError(
             f"{runtime.name} attends to {limit} tokens, which leaves no room for an answer of "
-            f"{plan.new_tokens} and a prompt; time a shorter one (--new-tokens), or none "
-            "(--repetitions 0)."
+            f"{plan.new_tokens} and a prompt; time a shorter one (`compare` has --new-tokens), or "
+            "none (--repetitions 0, `evaluate` without --speed)."
         )
     return min(plan.prompt_tokens, limit - plan.new_tokens)
 

@@ -38,8 +38,6 @@ def base_name(trained: TrainedAdapter) -> str:
         return f"{trained.aware.spec.method} base"
     if len(settings.all_bits) > 1:
         return "mixed base"
-    if trained.aware is not None:
-        return f"{trained.aware.spec.method} base"
     if settings.num_bits == 16:
         return SIXTEEN_BIT
     return f"{settings.quant_type if settings.num_bits == 4 else 'int8'} base"

@@ -17,6 +17,7 @@ from qlora_kit.export.makers import Ingredients, calibration_of
 from qlora_kit.export.surroundings import save_config, save_generation_config, save_tokenizer
 from qlora_kit.model.base import num_embeddings
 from qlora_kit.quantize.method import Source
+from qlora_kit.quantize.quantize import try_beforehand
 
 if TYPE_CHECKING:
     from qlora_kit.environment import Hardware
@@ -27,8 +28,8 @@ def rehearse(jobs: Sequence[Job], given: Ingredients, folder: Path) -> int:
     """Run every method's checks, and return the bytes that all of them need.
 
     Raises:
-        QloraKitError: a method cannot take this model, or calibration text is missing or too
-            short; says why.
+        QloraKitError: a method, or the library that it calls, cannot take this model, or
+            calibration text is missing or too short; says why.
     """
     methods = [job for job in jobs if job.method is not None]
     if not methods:
@@ -37,10 +38,12 @@ def rehearse(jobs: Sequence[Job], given: Ingredients, folder: Path) -> int:
     needed = 0
     for job in methods:
         assert job.method is not None
+        assert job.options is not None
         job.method.check(source, job.options)
         needed += job.method.predict_bytes(source, job.options)
         if job.is_calibration_needed:
             calibration_of(job, source, given)
+        try_beforehand(job.method, source, job.options, given.reporter)
     return needed
 
 

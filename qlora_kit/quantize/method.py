@@ -5,8 +5,10 @@ functions are called in this order, and none of them prints or publishes anythin
 
 1. `calibration(options)`: does it take calibration text with these options?
 2. `check(source, options)`: raise what is at fault, before any work and from the skeleton alone;
-3. `predict_bytes(source, options)`: room that the draft will need on the disk;
-4. `make(source, options, calibration, draft, reporter)`: fill the empty folder `draft` with
+3. `try_small(source, options)`: let the library, if it may fail on an architecture, do its work on
+   a small model of the same one, in seconds;
+4. `predict_bytes(source, options)`: room that the draft will need on the disk;
+5. `make(source, options, calibration, draft, reporter)`: fill the empty folder `draft` with
    files, none of them in a folder of its own: all that is needed to load the result, tokenizer
    and configuration included.
 
@@ -118,3 +120,6 @@ class Method:
     """(source, O, calibration, draft, reporter). Shows its progress through the reporter."""
     calibration: Callable[[Any], CalibrationNeed] = lambda options: "none"
     """(O). What it does with calibration text."""
+    try_small: Callable[[Source, Any], str] = lambda source, options: ""
+    """(source, O). Returns why nothing could be tried, or nothing. Raises ModelError: the library
+    cannot follow this architecture."""

@@ -129,13 +129,14 @@ def require_sound(request: Request) -> tuple[Method, MethodOptions]:
 def prepare(request: Request, reporter: Reporter = SILENT) -> Prepared:
     """Find and check all that was named."""
     require_sound(request)
-    ready = examine(request, open_source(request.model, probe_hardware()))
+    ready = examine(request, open_source(request.model, probe_hardware()), reporter)
     _tell(reporter, request, ready)
     return ready
 
 
-def examine(request: Request, source: Source) -> Prepared:
-    """Check what can be told without a source's weights: shapes, texts, room on the disk.
+def examine(request: Request, source: Source, reporter: Reporter = SILENT) -> Prepared:
+    """Check what can be told without a source's weights: shapes, texts, room on the disk, and
+    whether the method's library can follow the architecture.
 
     Raises:
         QloraKitError: the method cannot take it, there is too little text or room.
@@ -149,7 +150,21 @@ def examine(request: Request, source: Source) -> Prepared:
     _require_supervised(held_out)
     needed = _bytes_to_write(request, source, method, options)
     require_disk(request.out, needed, "this model", "name another folder with --out")
+    try_beforehand(method, source, options, reporter)
     return Prepared(source, method, options, calibration, held_out)
+
+
+def try_beforehand(
+    method: Method, source: Source, options: MethodOptions, reporter: Reporter
+) -> None:
+    """On a small model of the same architecture; says where that is not possible.
+
+    Raises:
+        ModelError: what the method calls cannot follow this architecture.
+    """
+    reason = method.try_small(source, options)
+    if reason:
+        reporter.warn(f"{method.name}: {reason}.")
 
 
 def record_source(

@@ -11,6 +11,7 @@ from qlora_kit.report.reporter import Reporter
 
 if TYPE_CHECKING:
     from qlora_kit.evaluate.compare import Comparison
+    from qlora_kit.evaluate.cost import Cost
     from qlora_kit.evaluate.one import Measurement
     from qlora_kit.evaluate.speed import Spread
 
@@ -44,7 +45,7 @@ def comparison(reporter: Reporter, found: Comparison) -> None:
     reporter.table(
         "What each takes, alone in a process",
         _TAKES,
-        [_takes(name, one) for name, one in zip(names, found.measured, strict=True)],
+        [_takes(name, one.cost) for name, one in zip(names, found.measured, strict=True)],
     )
     reporter.say("")
     shown = [
@@ -79,7 +80,14 @@ def short_names(names: Sequence[str]) -> list[str]:
     return ["/".join(one[-length:]) for one in parts]
 
 
-def _takes(name: str, one: Measurement) -> tuple[str, ...]:
+def takes(reporter: Reporter, name: str, one: Cost) -> None:
+    """What a single model takes."""
+    reporter.table("What it takes", _TAKES, [_takes(short_names([name])[0], one)])
+    for note in one.notes:
+        reporter.warn(f"{note}.")
+
+
+def _takes(name: str, one: Cost) -> tuple[str, ...]:
     taken = one.footprint
     peak = one.peak_bytes if one.peak_device_bytes is None else one.peak_device_bytes
     decode = one.speed.decode if one.speed else None
@@ -101,7 +109,7 @@ def _mib(num_bytes: int) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
-def forms(one: Measurement) -> list[str]:
+def forms(one: Cost) -> list[str]:
     """What share of the parameters is kept how."""
     total = one.footprint.num_parameters
     return [f"{number / total:.0%} {form}" for form, number in one.footprint.parameters.items()]

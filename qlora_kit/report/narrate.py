@@ -275,22 +275,29 @@ def summary(reporter: Reporter, run: RunDirectory, recipe: Recipe) -> None:
 def evaluation(
     reporter: Reporter,
     values: dict[str, Any] | None,
-    quantization: QuantizationSpec,
+    quantization: QuantizationSpec | None,
     aware: QuantizationAwareSpec | None = None,
 ) -> None:
-    """Base and tuned model side by side, or one model alone; nothing where nothing was measured."""
+    """Base and tuned model side by side, or one model alone; nothing where nothing was measured.
+
+    `quantization` is the base's, None where it is not known.
+    """
     if not any(_is_measured(one) for one in (values or {}).values()):
         return
     assert values is not None
     rows = []
-    kind = _kind_of(quantization) if aware is None else f"quantized to {aware.method}"
+    kind = "" if quantization is None else _kind_of(quantization)
+    if aware is not None:
+        kind = f"quantized to {aware.method}"
     shown = [
         name for name in METRICS if any(name in one["metrics"] for one in values.values() if one)
     ]
     for measured in values.values():
         if measured is None:
             continue
-        name = f"base ({kind})" if measured["name"] == "base" else measured["name"]
+        name = measured["name"]
+        if name == "base" and kind:
+            name = f"base ({kind})"
         if measured["name"] == "tuned" and aware is not None:
             name = f"tuned ({kind})"
         perplexity, exact = measured["perplexity"], measured["exact_match"]

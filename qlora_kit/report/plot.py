@@ -36,7 +36,7 @@ def plot(found: Comparison, path: Path) -> None:
     timed = any(_decode(one) for one in found.measured)
     figure = Figure(figsize=(11 if timed else 6.5, 4.8), layout="constrained")
     axes = figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
-    sizes = [one.footprint.disk_bytes / _MIB for one in found.measured]
+    sizes = [one.cost.footprint.disk_bytes / _MIB for one in found.measured]
     labels = [_panel(axes[0], names, found.measured, sizes)]
     axes[0].set_xlabel("size on disk, MiB   (← smaller)")
     axes[0].set_ylabel("perplexity on held-out text   (↓ better)")
@@ -67,7 +67,7 @@ def _panel(
     labels = []
     for x, y, name, one in points:
         is_first = one is measured[0]
-        colour = _COLOURS[one.runtime]
+        colour = _COLOURS[one.cost.runtime]
         axis.scatter(
             [x],
             [y],
@@ -97,7 +97,7 @@ def _legend(figure: Any, measured: Sequence[Measurement]) -> None:
     """Of the runtimes, where there are several; and of what the ring means."""
     from matplotlib.lines import Line2D
 
-    used = [name for name in _COLOURS if any(one.runtime == name for one in measured)]
+    used = [name for name in _COLOURS if any(one.cost.runtime == name for one in measured)]
     marks = [
         Line2D([], [], marker="o", linestyle="", color=_COLOURS[name], label=name)
         for name in used
@@ -119,4 +119,4 @@ def _legend(figure: Any, measured: Sequence[Measurement]) -> None:
 
 
 def _decode(one: Measurement) -> float | None:
-    return one.speed.decode.median if one.speed and one.speed.decode else None
+    return one.cost.speed.decode.median if one.cost.speed and one.cost.speed.decode else None

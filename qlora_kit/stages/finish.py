@@ -86,7 +86,7 @@ def finish(
 
     memory.phase("evaluating")
     tuned = TransformersRuntime.on_base("tuned", model, base)
-    evaluation = evaluate_held_out(tuned, held_out, recipe, reporter)
+    evaluation = evaluate_held_out(tuned, held_out, recipe.evaluate, recipe.data, reporter)
     write_json(run.evaluation, evaluation)
 
     memory.phase("merging")

@@ -19,14 +19,10 @@ RecipeOfRows = Annotated[
     Path | None,
     typer.Option(help="Whose eval rows and metrics are used; else those of the first run."),
 ]
-Text = Annotated[
-    Path | None, typer.Option(help="A plain text to measure perplexity and KL on instead.")
-]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the recipe."),
 ]
-Window = Annotated[int, typer.Option(min=8, help="Tokens of the sliding window over --text.")]
 MaxTokens = Annotated[
     int, typer.Option(min=1, help="Compare predictions at so many tokens at most.")
 ]

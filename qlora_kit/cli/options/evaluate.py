@@ -11,6 +11,10 @@ RecipeOfRows = Annotated[
     Path | None,
     typer.Option(help="The recipe whose data and evaluate sections are used; a run has its own."),
 ]
+Speed = Annotated[
+    bool,
+    typer.Option("--speed", help="Size, peak memory, time to load and tokens per second as well."),
+]
 Tasks = Annotated[
     str | None,
     typer.Option(metavar="TASK,…", help="Ask these tasks of lm-eval instead of eval rows."),

@@ -7,7 +7,7 @@ https://arxiv.org/abs/2306.00978.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -40,6 +40,7 @@ def method(name: str) -> Method:
         check=_check,
         predict_bytes=predicted_bytes,
         make=_make,
+        try_small=_try_small,
         calibration=lambda options: "required",
     )
 
@@ -65,6 +66,12 @@ def _check(source: Source, options: AwqOptions) -> None:
         )
 
 
+def _try_small(source: Source, options: AwqOptions) -> str:
+    from qlora_kit.quantize.compressed.make import try_small
+
+    return try_small(_modifiers, source, options.model_copy(update={"grid": 1}), "awq")
+
+
 def _make(
     source: Source,
     options: AwqOptions,
@@ -73,13 +80,19 @@ def _make(
     reporter: Reporter,
 ) -> Made:
     assert calibration is not None
+    from qlora_kit.quantize.compressed.make import make_compressed
+
+    modifiers = _modifiers(source, options)
+    return make_compressed(modifiers, source, options, calibration, draft, reporter, "awq")
+
+
+def _modifiers(source: Source, options: AwqOptions) -> list[Any]:
     from llmcompressor.modifiers.quantization import QuantizationModifier
 
-    from qlora_kit.quantize.compressed.make import layer_groups, make_compressed
+    from qlora_kit.quantize.compressed.make import layer_groups
     from qlora_kit.quantize.compressed.unpinned import awq_modifier
 
-    modifiers = [
+    return [
         awq_modifier(n_grid=options.grid),
         QuantizationModifier(**layer_groups(source, options, options.symmetric)),
     ]
-    return make_compressed(modifiers, source, options, calibration, draft, reporter, "awq")

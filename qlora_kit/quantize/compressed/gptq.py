@@ -6,7 +6,7 @@ Frantar et al., https://arxiv.org/abs/2210.17323.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
@@ -41,12 +41,19 @@ def method(name: str) -> Method:
         check=_check,
         predict_bytes=predicted_bytes,
         make=_make,
+        try_small=_try_small,
         calibration=lambda options: "required",
     )
 
 
 def _check(source: Source, options: GptqOptions) -> None:
     require_compressible("gptq", source, options)
+
+
+def _try_small(source: Source, options: GptqOptions) -> str:
+    from qlora_kit.quantize.compressed.make import try_small
+
+    return try_small(_modifiers, source, options, "gptq")
 
 
 def _make(
@@ -57,13 +64,21 @@ def _make(
     reporter: Reporter,
 ) -> Made:
     assert calibration is not None
+    from qlora_kit.quantize.compressed.make import make_compressed
+
+    modifiers = _modifiers(source, options)
+    return make_compressed(modifiers, source, options, calibration, draft, reporter, "gptq")
+
+
+def _modifiers(source: Source, options: GptqOptions) -> list[Any]:
     from llmcompressor.modifiers.gptq import GPTQModifier
 
-    from qlora_kit.quantize.compressed.make import layer_groups, make_compressed
+    from qlora_kit.quantize.compressed.make import layer_groups
 
-    modifier = GPTQModifier(
-        **layer_groups(source, options, options.symmetric),
-        actorder="weight" if options.act_order else None,
-        dampening_frac=options.dampening,
-    )
-    return make_compressed([modifier], source, options, calibration, draft, reporter, "gptq")
+    return [
+        GPTQModifier(
+            **layer_groups(source, options, options.symmetric),
+            actorder="weight" if options.act_order else None,
+            dampening_frac=options.dampening,
+        )
+    ]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +22,11 @@ from qlora_kit.quantize.compressed.warnings import notes_of
 from qlora_kit.quantize.layers import quantized_layers
 from qlora_kit.quantize.load import kept_dtype, load_source, reload
 from qlora_kit.quantize.method import Calibration, Made, Source
+from qlora_kit.quantize.small import skips_that_fit, some_text, try_on_small
+from qlora_kit.report.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from qlora_kit.report.reporter import Reporter
 
 _CHECK_TOKENS = 32
 # Of logits, as a share of the largest, between what was saved and what is read back.
@@ -62,10 +64,26 @@ def make_compressed(
     name: str,
 ) -> Made:
     """Quantize in float32 on a CPU, which is slow in 16 bits, and keep scales as asked."""
+    is_on_cpu = source.hardware.device == "cpu"
+    dtype = torch.float32 if is_on_cpu else kept_dtype(source, options.dtype)
+    load = partial(load_source, source, dtype)
+    return _quantize(modifiers, load, source, options, calibration, draft, reporter, name)
+
+
+def _quantize(
+    modifiers: Sequence[Any],
+    load: Callable[[], PreTrainedModel],
+    source: Source,
+    options: CompressedOptions,
+    calibration: Calibration,
+    draft: Path,
+    reporter: Reporter,
+    name: str,
+) -> Made:
+    """What was saved is loaded again, when the model that it was saved from is gone."""
+    model = load()
     names = quantized_layers(source.skeleton, options.skip_modules)
     dtype = kept_dtype(source, options.dtype)
-    is_on_cpu = source.hardware.device == "cpu"
-    model = load_source(source, torch.float32 if is_on_cpu else dtype)
     with reporter.progress(f"quantizing with {name}", len(names)) as progress:
         told = quantize_with(
             modifiers, model, source.tokenizer, calibration.sequences, names, progress
@@ -92,6 +110,28 @@ def make_compressed(
         },
         notes=(f"{len(names)} linear layers in {options.bits} bits", *notes_of(told)),
     )
+
+
+def try_small(
+    modifiers: Callable[[Source, Any], Sequence[Any]],
+    source: Source,
+    options: CompressedOptions,
+    name: str,
+) -> str:
+    """As `Method.try_small`; a scale for each row, as narrow ones need not hold whole groups."""
+
+    def attempt(small: Source, model: PreTrainedModel) -> None:
+        skips = skips_that_fit(small.skeleton, options.skip_modules)
+        fitting = options.model_copy(update={"group_size": None, "skip_modules": skips})
+        chosen = modifiers(small, fitting)
+        with TemporaryDirectory(prefix=f"qlora-kit-{name}-") as scratch:
+            config, draft = Path(scratch) / "config", Path(scratch) / "draft"
+            model.config.save_pretrained(config)
+            model.config.name_or_path = str(config)  # where llmcompressor reads it again
+            draft.mkdir()
+            _quantize(chosen, lambda: model, small, fitting, some_text(), draft, SILENT, name)
+
+    return try_on_small(source, attempt)
 
 
 def _save(model: PreTrainedModel, dtype: torch.dtype, draft: Path) -> None:

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,11 +21,11 @@ from qlora_kit.model.companions import copy_companions
 from qlora_kit.quantize.layers import quantized_layers, require_quantizable
 from qlora_kit.quantize.load import load_source
 from qlora_kit.quantize.method import Calibration, Made, Method, MethodOptions, Source
+from qlora_kit.quantize.small import skips_that_fit, some_text, try_on_small
+from qlora_kit.report.reporter import SILENT, Reporter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from qlora_kit.report.reporter import Reporter
 
 _FLOAT_BYTES = 4
 # Of the graph's description, for each linear layer: 23 kB were measured.
@@ -82,6 +83,7 @@ def method(name: str) -> Method:
         predict_bytes=_predict_bytes,
         make=partial(_make, name),
         calibration=lambda options: "required" if name == "onnx:int8-static" else "none",
+        try_small=_try_small,
     )
 
 
@@ -89,6 +91,31 @@ def _check(name: str, source: Source, options: MethodOptions) -> None:
     require_extra("onnx", f"--method {name}")
     if isinstance(options, Int8DynamicOptions):
         require_quantizable(source, options.skip_modules, name)
+
+
+def _try_small(source: Source, options: MethodOptions) -> str:
+    return try_on_small(source, partial(_try, options))
+
+
+def _try(options: MethodOptions, small: Source, model: PreTrainedModel) -> None:
+    """
+    Raises:
+        ModelError: torch's exporter or ONNX Runtime's quantizer cannot follow it.
+    """
+    from qlora_kit.quantize.onnx.graph import GRAPH_FILE, export_graph
+
+    with TemporaryDirectory(prefix="qlora-kit-onnx-") as scratch:
+        folder = Path(scratch)
+        model = model.cpu()
+        export_graph(model, folder / GRAPH_FILE)
+        _require_alike(small, _difference(model, folder / GRAPH_FILE))
+        _check_graph(folder / GRAPH_FILE)
+        if isinstance(options, Int8DynamicOptions):
+            names = quantized_layers(
+                small.skeleton, skips_that_fit(small.skeleton, options.skip_modules)
+            )
+            graphs = (folder / GRAPH_FILE, folder / f"int8-{GRAPH_FILE}")
+            _quantize(*graphs, names, options, some_text(), SILENT)
 
 
 def _predict_bytes(source: Source, options: MethodOptions) -> int:

@@ -95,14 +95,14 @@ def test_the_second_is_held_against_what_the_first_left(
     assert itself.divergence is not None
     assert itself.divergence.kl_mean == pytest.approx(0, abs=1e-9)
     assert itself.divergence.top1_agreement == 1
-    assert itself.speed is None
+    assert itself.cost.speed is None
 
     for model, name in ((tiny_llama, first), (tmp_path / "other", other)):
         plain = AutoModelForCausalLM.from_pretrained(model)
-        assert name.footprint.num_parameters == plain.num_parameters()
-        assert name.footprint.memory_bytes >= 4 * plain.num_parameters()
-    assert first.peak_bytes > first.idle_bytes > 0
-    assert first.load_seconds > 0
+        assert name.cost.footprint.num_parameters == plain.num_parameters()
+        assert name.cost.footprint.memory_bytes >= 4 * plain.num_parameters()
+    assert first.cost.peak_bytes > first.cost.idle_bytes > 0
+    assert first.cost.load_seconds > 0
     assert first.evaluation.metrics.keys() == {"rouge1", "rouge2", "rougeL"}
 
 
@@ -140,7 +140,7 @@ def test_another_vocabulary_is_refused_and_the_rest_measured(task: Task, tmp_pat
     assert "2 of 3" in found.refused
     assert "entries differ, the first of them 10" in found.refused
     assert found.evaluation.perplexity is not None
-    assert found.speed is not None
+    assert found.cost.speed is not None
 
 
 def test_table_and_picture(pair: tuple[Measurement, Measurement], tmp_path: Path) -> None:
@@ -233,8 +233,8 @@ def test_speed_is_counted_by_the_clock(tiny_llama: Path) -> None:
 def test_a_prompt_is_shorter_where_the_context_is(task: Task, tiny_llama: Path) -> None:
     """Tiny models attend to 256 tokens."""
     measured = measure_one(str(tiny_llama), replace(task, speed=SpeedPlan(1000, 6, 1)), True)
-    assert measured.speed is not None
-    assert measured.speed.prompt_tokens == 250
+    assert measured.cost.speed is not None
+    assert measured.cost.speed.prompt_tokens == 250
     assert "reading was timed with 250" in "".join(measured.notes)
 
 
