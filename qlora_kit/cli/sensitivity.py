@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
-from qlora_kit.cli.arguments import AllowPickle, AsJson, TrustRemoteCode, parse_bytes
+from qlora_kit.cli.arguments import AllowPickle, AsJson, Seed, TrustRemoteCode, parse_bytes
 from qlora_kit.cli.options import sensitivity as options
 from qlora_kit.cli.reading import model_spec
 
@@ -34,7 +34,7 @@ def command(
     double_quant: options.DoubleQuant = True,
     num_tokens: options.NumTokens = 1024,
     window_tokens: options.WindowTokens = 256,
-    seed: options.Seed = 42,
+    seed: Seed = 42,
     stability: options.Stability = False,
     budget: options.Budget = None,
     max_kl: options.MaxKl = None,

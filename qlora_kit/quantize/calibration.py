@@ -24,7 +24,7 @@ _NUM_LENGTHS = 4
 class CalibrationSpec(Spec):
     """How calibration text is drawn."""
 
-    num_tokens: int | None = Field(default=None, gt=0)
+    num_tokens: int | None = Field(default=None, ge=2)
     """How much; unset: as much as there is, up to 16384 tokens."""
 
     max_length: int = Field(default=512, ge=8)
@@ -69,7 +69,7 @@ def draw_calibration(
 
     Raises:
         ModelError: a sequence would be longer than that.
-        DataError: there is less text than was asked for.
+        DataError: there is less text than was asked for, or none.
     """
     if context is not None and spec.max_length > context:
         raise ModelError(
@@ -81,6 +81,11 @@ def draw_calibration(
         for place, source in enumerate(rows)
     ]
     available = sum(piece.num_tokens for source in pieces for piece in source)
+    if not available:
+        raise DataError(
+            f"{texts.description} has nothing left to calibrate on: every row is among those that "
+            "the result is measured on; name other text with --calibration."
+        )
     if spec.num_tokens is not None and available < spec.num_tokens:
         aside = (
             " besides the fifth of its rows that is put aside for the comparison (which --data, "

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from qlora_kit.cli.arguments import budget_of_kl
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A model in 16 or 32 bits: folder or hub id.")
 ]
@@ -31,7 +33,6 @@ BlockSize = Annotated[int, typer.Option(help="Numbers that share a scale.")]
 DoubleQuant = Annotated[bool, typer.Option(help="Quantize the scales of nf4 and fp4 too.")]
 NumTokens = Annotated[int, typer.Option(min=2, help="Tokens to measure on.")]
 WindowTokens = Annotated[int, typer.Option(min=8, help="Tokens of a row at most.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of which rows are taken.")]
 Stability = Annotated[
     bool, typer.Option("--stability", help="Rank on other rows too, and compare the order.")
 ]
@@ -39,7 +40,10 @@ Budget = Annotated[
     str | None,
     typer.Option(help="Choose bits per layer within this memory: 5.0GiB, 600MB."),
 ]
-MaxKl = Annotated[float | None, typer.Option(help="Choose the smallest mixture within this KL.")]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(callback=budget_of_kl, help="Choose the smallest mixture within this KL."),
+]
 Progressive = Annotated[
     bool,
     typer.Option(

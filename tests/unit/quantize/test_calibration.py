@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import build_tokenizer
+from pydantic import ValidationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_kit.data.sequences import TokenSequence
@@ -106,6 +107,16 @@ def test_text_that_is_shorter_than_asked_is_refused() -> None:
         DataError, match=r"1,000 tokens were asked .* some rows has 60; name.* 60 with"
     ):
         draw_calibration(TEXTS, [rows(20, 40)], CalibrationSpec(num_tokens=1000), None)
+
+
+def test_text_that_is_all_held_out_is_refused() -> None:
+    with pytest.raises(DataError, match="some rows has nothing left to calibrate on"):
+        draw_calibration(TEXTS, [[]], CalibrationSpec(), None)
+
+
+def test_a_single_token_is_no_sequence() -> None:
+    with pytest.raises(ValidationError, match="greater than or equal to 2"):
+        CalibrationSpec(num_tokens=1)
 
 
 def test_sequences_longer_than_the_context_are_refused() -> None:
