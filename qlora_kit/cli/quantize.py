@@ -27,7 +27,7 @@ def command(
     settings: MethodOptions = None,
     calibration: options.Calibration = None,
     calibration_tokens: CalibrationTokens = None,
-    calibration_length: options.CalibrationLength = 512,
+    calibration_length: options.CalibrationLength = None,
     sampling: options.Sampling = "random",
     seed: Seed = 42,
     data: options.Data = None,

@@ -30,8 +30,6 @@ def never(*_: object, **__: object) -> None:
                 "group_size=32",
                 "--calibration",
                 "{rows}",
-                "--calibration-length",
-                "64",
                 "--calibration-tokens",
                 "99999",
             ),

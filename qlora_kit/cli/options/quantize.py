@@ -50,7 +50,12 @@ Calibration = Annotated[
     typer.Option(help="Text to calibrate on: a recipe, a file, wikitext2, c4, a hub data set."),
 ]
 CalibrationLength = Annotated[
-    int, typer.Option(min=8, help="Tokens that are read at once; longer rows are cut.")
+    int | None,
+    typer.Option(
+        min=8,
+        help="Tokens that are read at once; longer rows are cut. Unset: 512, or the model's "
+        "context where that is shorter.",
+    ),
 ]
 Sampling = Annotated[
     Literal["whole", "random", "by-source", "by-length"],

@@ -119,9 +119,16 @@ def test_a_single_token_is_no_sequence() -> None:
         CalibrationSpec(num_tokens=1)
 
 
-def test_sequences_longer_than_the_context_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"512 tokens exceeds .* context of 128"):
-        draw_calibration(TEXTS, [rows(20)], CalibrationSpec(), 128)
+def test_a_length_that_was_asked_for_and_exceeds_the_context_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"256 tokens exceeds .* context of 128"):
+        draw_calibration(TEXTS, [rows(20)], CalibrationSpec(max_length=256), 128)
+
+
+@pytest.mark.parametrize(("context", "longest"), [(128, 128), (1024, 512), (None, 512)])
+def test_an_unasked_length_is_what_the_model_attends_to(context: int | None, longest: int) -> None:
+    drawn = draw_calibration(TEXTS, [rows(2000)], CalibrationSpec(), context)
+    assert max(one.num_tokens for one in drawn.sequences) == longest
+    assert f"sequences of at most {longest}, drawn" in drawn.description
 
 
 def test_text_that_is_needed_or_useless_is_told() -> None:
