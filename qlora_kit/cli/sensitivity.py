@@ -33,7 +33,7 @@ def command(
     block_size: options.BlockSize = 64,
     double_quant: options.DoubleQuant = True,
     num_tokens: options.NumTokens = 1024,
-    window_tokens: options.WindowTokens = 256,
+    window_tokens: options.WindowTokens = None,
     seed: Seed = 42,
     stability: options.Stability = False,
     budget: options.Budget = None,

@@ -32,7 +32,13 @@ Method = Annotated[
 BlockSize = Annotated[int, typer.Option(help="Numbers that share a scale.")]
 DoubleQuant = Annotated[bool, typer.Option(help="Quantize the scales of nf4 and fp4 too.")]
 NumTokens = Annotated[int, typer.Option(min=2, help="Tokens to measure on.")]
-WindowTokens = Annotated[int, typer.Option(min=8, help="Tokens of a row at most.")]
+WindowTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=8,
+        help="Tokens of a row at most. Unset: 256, or the model's context where that is shorter.",
+    ),
+]
 Stability = Annotated[
     bool, typer.Option("--stability", help="Rank on other rows too, and compare the order.")
 ]
