@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -45,6 +46,26 @@ CalibrationTokens = Annotated[
     int | None, typer.Option(min=2, help="How much of it; unset: up to 16384 tokens.")
 ]
 Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seeds what is drawn.")]
+
+
+def given_options(context: typer.Context) -> frozenset[str]:
+    """Parameters that are named on the command line, whatever they are set to."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return frozenset(
+        name for name, source in sources.items() if source and source.name == "COMMANDLINE"
+    )
+
+
+def refuse_unused(given: frozenset[str], names: Iterable[str], why: str) -> None:
+    """
+    Raises:
+        BadParameter: some of `names` are given, and would do nothing.
+    """
+    flags = [f"--{name.replace('_', '-')}" for name in names if name in given]
+    if flags:
+        listed = ", ".join(flags[:-1]) + " and " if flags[1:] else ""
+        have, them = ("have", "them") if flags[1:] else ("has", "it")
+        raise typer.BadParameter(f"{listed}{flags[-1]} {have} no effect {why}; leave {them} out.")
 
 
 def budget_of_kl(value: float | None) -> float | None:

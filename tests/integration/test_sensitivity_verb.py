@@ -102,10 +102,34 @@ def test_steps_down(wide: Path, text: Path, call: Call) -> None:
     assert "quantization:" in said.out
 
 
-def test_looks_at_weights_alone(wide: Path, call: Call) -> None:
-    said = call("sensitivity", str(wide), "--statistics", "--json")
+def test_looks_at_weights_alone(wide: Path, call: Call, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = (str(wide), "--statistics", "--out", str(out))
+    said = call("sensitivity", *arguments, "--json")
     assert said.code == 0, said.err
     assert len(json.loads(said.out)) == 14
+    assert json.loads((out / "statistics.json").read_text()) == json.loads(said.out)
+    again = call("sensitivity", *arguments)
+    assert again.code == 1
+    assert "exists already" in again.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--statistics --data x.txt", "--data has no effect"),
+        ("--statistics --budget 1GiB", "--budget has no effect"),
+        ("--statistics --by layer --max-kl 1", "--by and --max-kl have no effect"),
+        ("--statistics --cheap --check 3 --seed 1", "--cheap, --check and --seed have no effect"),
+        ("--data x.txt --steps 7", "--steps has no effect without --progressive"),
+        ("--data x.txt --method int8 --block-size 64", "--block-size has no effect with"),
+        ("--data x.txt --method int4 --double-quant", "--double-quant has no effect with"),
+    ],
+)
+def test_options_that_do_nothing_are_refused(options: str, words: str, call: Call) -> None:
+    said = call("sensitivity", "model", *options.split())
+    assert said.code == 2
+    assert words in said.err
 
 
 @pytest.mark.parametrize(

@@ -65,5 +65,8 @@ Statistics = Annotated[
 Top = Annotated[int, typer.Option(min=1, help="Rows of the tables.")]
 Out = Annotated[
     Path | None,
-    typer.Option(help="Folder to make, with sensitivity.json, heat-map.png and recipe.yaml."),
+    typer.Option(
+        help="Folder to make, with sensitivity.json, heat-map.png and recipe.yaml; with "
+        "--statistics, with statistics.json."
+    ),
 ]

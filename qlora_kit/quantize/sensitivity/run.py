@@ -81,7 +81,7 @@ def run_sensitivity(
         QloraKitError: whatever is at fault, before anything is measured.
     """
     if request.out is not None:
-        _require_writable(request.out)
+        require_writable(request.out)
     if request.chooses:
         require_loadable(request.rounding)
     require_rows(request.data, "train")
@@ -126,7 +126,11 @@ def examine(
     return sets[0], sets[1] if num_sets > 1 else None
 
 
-def _require_writable(out: Path) -> None:
+def require_writable(out: Path) -> None:
+    """
+    Raises:
+        RunError: something is there already, or nothing can be made there.
+    """
     if out.exists():
         raise RunError(f"{out} exists already; remove it, or name another folder.")
     with draft_beside(out):
