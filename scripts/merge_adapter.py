@@ -7,6 +7,7 @@ python scripts/merge_adapter.py --adapter path/to/adapter --out merged --data ev
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -17,8 +18,8 @@ from qlora_kit.recipe import MergeSpec, ModelSpec
 
 def positive(text: str) -> float:
     value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"must be greater than 0, got {text}")
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be greater than 0 and finite, got {text}")
     return value
 
 

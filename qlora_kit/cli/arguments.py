@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -44,6 +46,48 @@ Window = Annotated[int, typer.Option(min=8, help="Tokens of the sliding window o
 Force = Annotated[
     bool, typer.Option("--force", help="Load an adapter onto another base than its own.")
 ]
+CalibrationTokens = Annotated[
+    int | None, typer.Option(min=2, help="How much of it; unset: up to 16384 tokens.")
+]
+Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seeds what is drawn.")]
+
+
+def given_options(context: typer.Context) -> frozenset[str]:
+    """Parameters that are named on the command line, whatever they are set to."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return frozenset(
+        name for name, source in sources.items() if source and source.name == "COMMANDLINE"
+    )
+
+
+def refuse_unused(given: frozenset[str], names: Iterable[str], why: str) -> None:
+    """
+    Raises:
+        BadParameter: some of `names` are given, and would do nothing.
+    """
+    flags = [f"--{name.replace('_', '-')}" for name in names if name in given]
+    if flags:
+        listed = ", ".join(flags[:-1]) + " and " if flags[1:] else ""
+        have, them = ("have", "them") if flags[1:] else ("has", "it")
+        raise typer.BadParameter(f"{listed}{flags[-1]} {have} no effect {why}; leave {them} out.")
+
+
+def budget_of_kl(value: float | None) -> float | None:
+    """What --max-kl may be, as a callback; Typer's own bounds let NaN pass.
+
+    Raises:
+        BadParameter: it is negative, or not finite.
+    """
+    if value is not None and not 0 <= value < math.inf:
+        raise typer.BadParameter(f"must be nats per token, from 0 on, such as 0.05; got {value:g}.")
+    return value
+
+
+def budget_above_zero(value: float | None) -> float | None:
+    """The same where a recipe has that budget too, and takes no 0."""
+    if value == 0:
+        raise typer.BadParameter(f"must be above 0 nats per token, such as 0.001; got {value:g}.")
+    return budget_of_kl(value)
 
 
 def parse_bytes(text: str) -> int:

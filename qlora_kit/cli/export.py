@@ -10,10 +10,12 @@ from qlora_kit.cli.arguments import (
     AdapterPath,
     AllowPickle,
     AsJson,
+    CalibrationTokens,
     Force,
     HeldOutRows,
     MergeDtype,
     MethodOptions,
+    Seed,
     TrustRemoteCode,
 )
 from qlora_kit.cli.options import export as options
@@ -32,8 +34,8 @@ def command(
     max_kl: options.MaxKl = None,
     data: HeldOutRows = None,
     calibration: options.Calibration = None,
-    calibration_tokens: options.CalibrationTokens = None,
-    seed: options.Seed = 42,
+    calibration_tokens: CalibrationTokens = None,
+    seed: Seed = 42,
     trust_remote_code: TrustRemoteCode = False,
     allow_pickle: AllowPickle = False,
     force: Force = False,

@@ -16,6 +16,7 @@ from qlora_kit.cli.arguments import (
     HeldOutRows,
     MergeDtype,
     TrustRemoteCode,
+    budget_above_zero,
 )
 from qlora_kit.cli.reading import model_spec
 
@@ -37,7 +38,10 @@ def command(
     dtype: MergeDtype = None,
     max_kl: Annotated[
         float | None,
-        typer.Option(help="Budget: mean KL in nats per token from the trained graph."),
+        typer.Option(
+            callback=budget_above_zero,
+            help="Budget: mean KL in nats per token from the trained graph.",
+        ),
     ] = None,
     requantize: Annotated[
         Literal["nf4", "fp4"] | None,

@@ -6,7 +6,14 @@ import json
 
 import typer
 
-from qlora_kit.cli.arguments import AllowPickle, AsJson, MethodOptions, TrustRemoteCode
+from qlora_kit.cli.arguments import (
+    AllowPickle,
+    AsJson,
+    CalibrationTokens,
+    MethodOptions,
+    Seed,
+    TrustRemoteCode,
+)
 from qlora_kit.cli.options import quantize as options
 from qlora_kit.cli.reading import model_spec
 
@@ -19,10 +26,10 @@ def command(
     out: options.Out,
     settings: MethodOptions = None,
     calibration: options.Calibration = None,
-    calibration_tokens: options.CalibrationTokens = None,
-    calibration_length: options.CalibrationLength = 512,
+    calibration_tokens: CalibrationTokens = None,
+    calibration_length: options.CalibrationLength = None,
     sampling: options.Sampling = "random",
-    seed: options.Seed = 42,
+    seed: Seed = 42,
     data: options.Data = None,
     max_tokens: options.MaxTokens = 4096,
     max_kl: options.MaxKl = None,

@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
 
-from qlora_kit.cli.arguments import AllowPickle, AsJson, TrustRemoteCode, parse_bytes
+from qlora_kit.cli.arguments import (
+    AllowPickle,
+    AsJson,
+    Seed,
+    TrustRemoteCode,
+    given_options,
+    parse_bytes,
+    refuse_unused,
+)
 from qlora_kit.cli.options import sensitivity as options
 from qlora_kit.cli.reading import model_spec
 
@@ -21,9 +29,28 @@ if TYPE_CHECKING:
     from qlora_kit.report.reporter import Reporter
 
 NAME = "sensitivity"
+STATISTICS_FILE = "statistics.json"
+
+
+# What is of no use where nothing is run.
+_OF_RUNNING = (
+    "data",
+    "cheap",
+    "check",
+    "by",
+    "num_tokens",
+    "window_tokens",
+    "seed",
+    "stability",
+    "budget",
+    "max_kl",
+    "progressive",
+    "steps",
+)
 
 
 def command(
+    context: typer.Context,
     model: options.Model,
     data: options.Data = None,
     cheap: options.Cheap = False,
@@ -33,8 +60,8 @@ def command(
     block_size: options.BlockSize = 64,
     double_quant: options.DoubleQuant = True,
     num_tokens: options.NumTokens = 1024,
-    window_tokens: options.WindowTokens = 256,
-    seed: options.Seed = 42,
+    window_tokens: options.WindowTokens = None,
+    seed: Seed = 42,
     stability: options.Stability = False,
     budget: options.Budget = None,
     max_kl: options.MaxKl = None,
@@ -48,12 +75,8 @@ def command(
     as_json: AsJson = False,
 ) -> None:
     """Quantize one layer at a time, rank them, and choose which ones keep more bits."""
-    _require_agreeing(budget, max_kl, progressive)
-    if data is None and not statistics:
-        raise typer.BadParameter("name rows to measure on with --data, such as a text file.")
+    _require_agreeing(given_options(context), method)
     budget_bytes = None if budget is None else parse_bytes(budget)
-    if check and not cheap:
-        raise typer.BadParameter("--check measures some of what --cheap estimates; add --cheap.")
 
     from qlora_kit.cli.console import console_reporter
     from qlora_kit.quantize.rounding import Rounding
@@ -62,7 +85,7 @@ def command(
     spec = model_spec(model, trust_remote_code, allow_pickle)
     reporter = console_reporter(to_stderr=as_json)
     if statistics:
-        _weights_alone(spec, rounding, top, as_json, reporter)
+        _weights_alone(spec, rounding, top, out, as_json, reporter)
 
     from qlora_kit.quantize.sensitivity.run import Request, run_sensitivity
 
@@ -94,29 +117,61 @@ def command(
             reporter.say(f"Everything is in {out}.")
 
 
-def _require_agreeing(budget: str | None, max_kl: float | None, progressive: bool) -> None:
-    """One way of choosing a mixture, or none."""
-    if budget is not None and max_kl is not None:
+def _require_agreeing(given: frozenset[str], method: str) -> None:
+    """One way of choosing a mixture, or none, and no option that would do nothing."""
+    if "statistics" in given:
+        refuse_unused(given, _OF_RUNNING, "with --statistics, which runs nothing")
+    elif "data" not in given:
+        raise typer.BadParameter("name rows to measure on with --data, such as a text file.")
+    if {"budget", "max_kl"} <= given:
         raise typer.BadParameter("--budget and --max-kl both choose a mixture; give one of them.")
-    if progressive and max_kl is None:
+    if "progressive" not in given:
+        refuse_unused(given, ("steps",), "without --progressive")
+    elif "max_kl" not in given:
         raise typer.BadParameter("--progressive stops at a budget of quality; give --max-kl.")
+    if "check" in given and "cheap" not in given:
+        raise typer.BadParameter("--check measures some of what --cheap estimates; add --cheap.")
+    if method == "int8":
+        refuse_unused(given, ("block_size",), "with int8, which has a scale for each row")
+    if method in ("int4", "int8"):
+        refuse_unused(given, ("double_quant",), f"with {method}, whose scales stay as they are")
 
 
 def _weights_alone(
-    spec: ModelSpec, rounding: Rounding, top: int, as_json: bool, reporter: Reporter
+    spec: ModelSpec,
+    rounding: Rounding,
+    top: int,
+    out: Path | None,
+    as_json: bool,
+    reporter: Reporter,
 ) -> NoReturn:
     """Statistics of the weights, and the end of the verb: exit code 1 where one is no number."""
     from dataclasses import asdict
 
+    from qlora_kit.quantize.sensitivity.run import require_writable
     from qlora_kit.quantize.sensitivity.stored import stored_statistics
     from qlora_kit.report import sensitivity as report
 
+    if out is not None:
+        require_writable(out)
     layers = stored_statistics(spec, rounding, reporter)
+    text = json.dumps([asdict(one) for one in layers], indent=2)
+    if out is not None:
+        _write_statistics(out, text)
     if as_json:
-        print(json.dumps([asdict(one) for one in layers], indent=2))
+        print(text)
     else:
         report.statistics(reporter, layers, top)
+        if out is not None:
+            reporter.say(f"Of every layer they are in {out / STATISTICS_FILE}.")
     raise typer.Exit(1 if any(one.num_non_finite for one in layers) else 0)
+
+
+def _write_statistics(out: Path, text: str) -> None:
+    from qlora_kit.atomic import published_folder
+
+    with published_folder(out) as draft:
+        (draft / STATISTICS_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def _show(

@@ -21,6 +21,7 @@ from qlora_kit.quantize.source import open_source
 from qlora_kit.quantize.texts import find_texts, render_texts
 from qlora_kit.recipe import ModelSpec, QuantizationSpec
 from qlora_kit.recipe.vllm import max_lora_rank
+from qlora_kit.runtime.forward import context_tokens
 from qlora_kit.runtime.open import open_runtime
 
 if TYPE_CHECKING:
@@ -225,12 +226,8 @@ def _drawn(name: str, source: Source, given: Ingredients) -> Calibration:
         [row for row in part if row.input_ids not in given.held_out]
         for part in render_texts(texts, given.trained.tokenizer)
     ]
-    config = source.skeleton.model.config.get_text_config()
-    context = getattr(config, "max_position_embeddings", None)
-    spec = given.calibration_spec
-    if context is not None:
-        spec = spec.model_copy(update={"max_length": min(spec.max_length, context)})
-    return draw_calibration(texts, rows, spec, context)
+    context = context_tokens(source.skeleton.model)
+    return draw_calibration(texts, rows, given.calibration_spec, context)
 
 
 def _settings(job: Job) -> dict[str, Any]:

@@ -142,8 +142,9 @@ def parse_target(name: str) -> Target:
         entry = entry_of(name)
         choices = entry.variant.split("|")
         if variant and variant not in choices:
+            known = [family, *(f"{family}:{one}" for one in choices)]
             raise ModelError(
-                f"there is no {name}; there is {family}:{f', {family}:'.join(choices)}."
+                f"there is no {name}; there are {', '.join(known[:-1])} and {known[-1]}."
             )
     return Target(family, variant)
 

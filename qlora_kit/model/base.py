@@ -117,7 +117,7 @@ def load_base(
     _refuse_unsuitable(skeleton, quantization, bits, hardware.device, lora, aware)
     before_reading(skeleton)
     laps.lap("look at the base")
-    tokenizer = _load_tokenizer(source, spec, adapter)
+    tokenizer = base_tokenizer(source, spec, adapter)
     if adapter is None:
         check_vocabulary(skeleton.model, tokenizer)
     pad = ensure_padding(tokenizer, num_embeddings(skeleton.model))
@@ -317,9 +317,14 @@ def _refuse_experts(skeleton: Skeleton) -> None:
     )
 
 
-def _load_tokenizer(
-    source: ModelSource, spec: ModelSpec, adapter: Path | None
+def base_tokenizer(
+    source: ModelSource, spec: ModelSpec, adapter: Path | None = None
 ) -> PreTrainedTokenizerBase:
+    """The tokenizer that a base is loaded with: with an adapter, the one that was saved with it.
+
+    Raises:
+        ModelError: see `load_tokenizer` and `set_template_values`.
+    """
     folder = source.folder
     if adapter is not None:
         folder = adapter

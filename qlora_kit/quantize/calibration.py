@@ -18,17 +18,19 @@ from qlora_kit.recipe.base import Spec
 
 Sampling = Literal["whole", "random", "by-source", "by-length"]
 DEFAULT_TOKENS = 16_384
+DEFAULT_LENGTH = 512
 _NUM_LENGTHS = 4
 
 
 class CalibrationSpec(Spec):
     """How calibration text is drawn."""
 
-    num_tokens: int | None = Field(default=None, gt=0)
+    num_tokens: int | None = Field(default=None, ge=2)
     """How much; unset: as much as there is, up to 16384 tokens."""
 
-    max_length: int = Field(default=512, ge=8)
-    """Tokens that the model reads at once; a longer row is cut into several sequences."""
+    max_length: int | None = Field(default=None, ge=8)
+    """Tokens that the model reads at once; a longer row is cut into several sequences. Unset: 512,
+    or as many as the model attends to, where those are fewer."""
 
     sampling: Sampling = "random"
     """`whole`: from the first row on; `random`: any sequences; `by-source`: as many tokens of each
@@ -36,6 +38,21 @@ class CalibrationSpec(Spec):
 
     seed: int = Field(default=42, ge=0, lt=2**32)
     """Seeds the drawing."""
+
+    def length_within(self, context: int | None) -> int:
+        """Tokens of a sequence, for a model that attends to `context` tokens; None sets no limit.
+
+        Raises:
+            ModelError: more were asked for.
+        """
+        if context is None:
+            return self.max_length or DEFAULT_LENGTH
+        if self.max_length is not None and self.max_length > context:
+            raise ModelError(
+                f"calibration in sequences of {self.max_length} tokens exceeds the model's context "
+                f"of {context}; set --calibration-length {context} or less."
+            )
+        return self.max_length or min(DEFAULT_LENGTH, context)
 
 
 def require_wanted(need: CalibrationNeed, method: str, is_given: bool) -> None:
@@ -65,22 +82,23 @@ def draw_calibration(
     """Draw from the rows of each source.
 
     Args:
-        context: tokens that the model can attend to.
+        context: tokens that the model can attend to; None where nothing limits them.
 
     Raises:
-        ModelError: a sequence would be longer than that.
-        DataError: there is less text than was asked for.
+        ModelError: sequences were asked for that are longer than that.
+        DataError: there is less text than was asked for, or none.
     """
-    if context is not None and spec.max_length > context:
-        raise ModelError(
-            f"calibration in sequences of {spec.max_length} tokens exceeds the model's context of "
-            f"{context}; set --calibration-length {context} or less."
-        )
+    length = spec.length_within(context)
     pieces = [
-        [_Piece(place, piece) for row in source for piece in _cut(row, spec.max_length)]
+        [_Piece(place, piece) for row in source for piece in _cut(row, length)]
         for place, source in enumerate(rows)
     ]
     available = sum(piece.num_tokens for source in pieces for piece in source)
+    if not available:
+        raise DataError(
+            f"{texts.description} has nothing left to calibrate on: every row is among those that "
+            "the result is measured on; name other text with --calibration."
+        )
     if spec.num_tokens is not None and available < spec.num_tokens:
         aside = (
             " besides the fifth of its rows that is put aside for the comparison (which --data, "
@@ -102,7 +120,7 @@ def draw_calibration(
         num_tokens=num_tokens,
         description=(
             f"{num_tokens:,} of {available:,} tokens of {texts.description} in {len(drawn)} "
-            f"sequences of at most {spec.max_length}, drawn {_how(spec, of_each)}"
+            f"sequences of at most {length}, drawn {_how(spec, of_each)}"
         ),
         tokens_by_source=of_each,
     )

@@ -109,12 +109,7 @@ def within_bytes(units: Sequence[Options], other_bytes: int, budget: int) -> Mix
         ModelError: not even the narrowest fits; says what it takes.
     """
     mixture = narrowest(units, other_bytes)
-    if mixture.num_bytes > budget:
-        raise ModelError(
-            f"a budget of {size_text(budget)} is less than the {size_text(mixture.num_bytes)} that "
-            "the model takes with every layer at its narrowest (embeddings and norms stay in 16 "
-            "bits); raise it."
-        )
+    require_room(mixture.num_bytes, budget)
     stuck: set[str] = set()
     for step in _steps(units):
         if step.name in stuck:
@@ -124,6 +119,19 @@ def within_bytes(units: Sequence[Options], other_bytes: int, budget: int) -> Mix
             continue
         mixture = mixture.widened(step)
     return mixture
+
+
+def require_room(narrowest_bytes: int, budget: int) -> None:
+    """
+    Raises:
+        ModelError: not even the narrowest mixture fits; says what it takes.
+    """
+    if narrowest_bytes > budget:
+        raise ModelError(
+            f"a budget of {size_text(budget)} is less than the {size_text(narrowest_bytes)} that "
+            "the model takes with every layer at its narrowest (embeddings and norms stay in 16 "
+            "bits); raise it."
+        )
 
 
 def within_kl(

@@ -156,6 +156,12 @@ def unquantizable_bytes(skeleton: Skeleton) -> int:
     return _BYTES_16BIT * sum(p.numel() for name, p in parameters if name not in quantizable)
 
 
+def narrowest_bytes(skeleton: Skeleton, rounding: Rounding) -> int:
+    """Of the whole model with every linear layer kept as `rounding` says."""
+    narrow = dict.fromkeys(skeleton.linear_modules, rounding)
+    return _total(skeleton, narrow, unquantizable_bytes(skeleton))
+
+
 @dataclass
 class Trial:
     """Mixtures measured, each once, on the rows of a reference."""

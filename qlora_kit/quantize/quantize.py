@@ -32,6 +32,7 @@ from qlora_kit.quantize.source import open_source
 from qlora_kit.quantize.texts import require_rows
 from qlora_kit.recipe import ModelSpec
 from qlora_kit.report.reporter import SILENT, Reporter
+from qlora_kit.runtime.forward import context_tokens
 from qlora_kit.runtime.open import open_runtime
 
 if TYPE_CHECKING:
@@ -146,7 +147,8 @@ def examine(request: Request, source: Source, reporter: Reporter = SILENT) -> Pr
     texts, rows, held_out = texts_for(request.texts, source.tokenizer, request.calibration.seed)
     calibration = None
     if texts is not None:
-        calibration = draw_calibration(texts, rows, request.calibration, context_of(source))
+        context = context_tokens(source.skeleton.model)
+        calibration = draw_calibration(texts, rows, request.calibration, context)
     _require_supervised(held_out)
     needed = _bytes_to_write(request, source, method, options)
     require_disk(request.out, needed, "this model", "name another folder with --out")
@@ -244,13 +246,6 @@ def record(request: Request, ready: Prepared, draft: Path) -> None:
         tools=tools_of(ready.method.name),
         home=request.out,
     )
-
-
-def context_of(source: Source) -> int | None:
-    """Tokens that a model can attend to; None where its configuration sets no limit."""
-    text = source.skeleton.model.config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None)
-    return int(limit) if limit else None
 
 
 def _require_supervised(held_out: HeldOut) -> None:

@@ -30,8 +30,6 @@ def never(*_: object, **__: object) -> None:
                 "group_size=32",
                 "--calibration",
                 "{rows}",
-                "--calibration-length",
-                "64",
                 "--calibration-tokens",
                 "99999",
             ),
@@ -88,6 +86,39 @@ def test_nothing_is_measured_for_an_export_that_cannot_be_made(
     assert words in said.err
     assert "Traceback" not in said.err
     assert sorted(finished.folder.rglob("*")) == before, "something was written"
+
+
+NUMBERS = [
+    *(
+        (verb, "--max-kl", number)
+        for verb in ("quantize --method nf4", "export --to nf4", "merge", "sensitivity --data x")
+        for number in ("-1", "nan", "inf")
+    ),
+    ("merge", "--max-kl", "0"),
+    *(
+        (verb, option, number)
+        for verb in ("quantize --method gptq", "export --to gptq")
+        for option, number in (
+            ("--calibration-tokens", "0"),
+            ("--calibration-tokens", "1"),
+            ("--seed", "-1"),
+            ("--seed", str(2**32)),
+        )
+    ),
+    ("sensitivity --data x", "--seed", str(2**64)),
+]
+
+
+@pytest.mark.parametrize(("verb", "option", "number"), NUMBERS)
+def test_numbers_that_mean_nothing_are_refused_as_they_are_read(
+    verb: str, option: str, number: str, tmp_path: Path, call: Call
+) -> None:
+    name, *others = verb.split()
+    out = ("--out", str(tmp_path / "out"))
+    said = call(name, str(tmp_path / "model"), *others, *out, option, number)
+    assert said.code == 2, said.err
+    assert f"Invalid value for '{option}': " in said.err
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(

@@ -102,10 +102,34 @@ def test_steps_down(wide: Path, text: Path, call: Call) -> None:
     assert "quantization:" in said.out
 
 
-def test_looks_at_weights_alone(wide: Path, call: Call) -> None:
-    said = call("sensitivity", str(wide), "--statistics", "--json")
+def test_looks_at_weights_alone(wide: Path, call: Call, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = (str(wide), "--statistics", "--out", str(out))
+    said = call("sensitivity", *arguments, "--json")
     assert said.code == 0, said.err
     assert len(json.loads(said.out)) == 14
+    assert json.loads((out / "statistics.json").read_text()) == json.loads(said.out)
+    again = call("sensitivity", *arguments)
+    assert again.code == 1
+    assert "exists already" in again.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ("--statistics --data x.txt", "--data has no effect"),
+        ("--statistics --budget 1GiB", "--budget has no effect"),
+        ("--statistics --by layer --max-kl 1", "--by and --max-kl have no effect"),
+        ("--statistics --cheap --check 3 --seed 1", "--cheap, --check and --seed have no effect"),
+        ("--data x.txt --steps 7", "--steps has no effect without --progressive"),
+        ("--data x.txt --method int8 --block-size 64", "--block-size has no effect with"),
+        ("--data x.txt --method int4 --double-quant", "--double-quant has no effect with"),
+    ],
+)
+def test_options_that_do_nothing_are_refused(options: str, words: str, call: Call) -> None:
+    said = call("sensitivity", "model", *options.split())
+    assert said.code == 2
+    assert words in said.err
 
 
 @pytest.mark.parametrize(
@@ -157,7 +181,13 @@ def test_experts_are_no_part_of_a_mixture(text: Path, tmp_path: Path, call: Call
     assert "% of the parameters are fused experts" in ranked.out + ranked.err
 
 
-def test_says_what_is_too_little_or_too_long(wide: Path, text: Path, call: Call) -> None:
+def test_says_what_is_too_little_or_too_long(
+    wide: Path, text: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*_: object, **__: object) -> None:
+        pytest.fail("the model was loaded")
+
+    monkeypatch.setattr("qlora_kit.quantize.sensitivity.run.load_reference", never)
     little = call("sensitivity", str(wide), "--data", str(text), "--num-tokens", "99999")
     assert little.code == 1
     assert "the rows have" in little.err
@@ -165,7 +195,23 @@ def test_says_what_is_too_little_or_too_long(wide: Path, text: Path, call: Call)
     assert "attends to 256 tokens at most" in long.err
     small = call("sensitivity", str(wide), "--data", str(text), *FEW, "--cheap", "--budget", "9KB")
     assert small.code == 1
-    assert "at its narrowest" in small.err
+    assert "less than the 0.10 MiB that the model takes with every layer at its narrowest" in (
+        small.err
+    )
+
+
+def test_rows_unasked_are_as_long_as_the_model_attends_to(
+    text: Path, tmp_path: Path, call: Call
+) -> None:
+    short = build_llama(tmp_path / "short", max_position_embeddings=64)
+    arguments = (str(short), "--data", str(text), "--num-tokens", "96", "--cheap", "--json")
+    said = call("sensitivity", *arguments)
+    assert said.code == 0, said.err
+    same = call("sensitivity", *arguments, "--window-tokens", "64")
+    assert json.loads(same.out)["ranking"] == json.loads(said.out)["ranking"]
+    long = call("sensitivity", *arguments, "--window-tokens", "65")
+    assert long.code == 1
+    assert "attends to 64 tokens at most" in long.err
 
 
 @pytest.mark.slow

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from qlora_kit.cli.arguments import budget_of_kl
+
 
 def _show_targets(wanted: bool) -> None:
     """Every target with what it is."""
@@ -39,16 +41,14 @@ Base = Annotated[
 ]
 MaxKl = Annotated[
     float | None,
-    typer.Option(help="Budget: mean KL in nats per token from the trained model."),
+    typer.Option(
+        callback=budget_of_kl, help="Budget: mean KL in nats per token from the trained model."
+    ),
 ]
 Calibration = Annotated[
     str | None,
     typer.Option(help="Text for what is calibrated, instead of the run's training rows."),
 ]
-CalibrationTokens = Annotated[
-    int | None, typer.Option(help="How much of it; unset: up to 16384 tokens.")
-]
-Seed = Annotated[int, typer.Option(help="Seeds the drawing of calibration text.")]
 Targets = Annotated[
     bool,
     typer.Option("--targets", help="List them.", is_eager=True, callback=_show_targets),

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from qlora_kit.cli.arguments import budget_of_kl
 from qlora_kit.quantize.methods import METHODS
 
 
@@ -48,17 +49,18 @@ Calibration = Annotated[
     str | None,
     typer.Option(help="Text to calibrate on: a recipe, a file, wikitext2, c4, a hub data set."),
 ]
-CalibrationTokens = Annotated[
-    int | None, typer.Option(min=2, help="How much of it; unset: up to 16384 tokens.")
-]
 CalibrationLength = Annotated[
-    int, typer.Option(min=8, help="Tokens that are read at once; longer rows are cut.")
+    int | None,
+    typer.Option(
+        min=8,
+        help="Tokens that are read at once; longer rows are cut. Unset: 512, or the model's "
+        "context where that is shorter.",
+    ),
 ]
 Sampling = Annotated[
     Literal["whole", "random", "by-source", "by-length"],
     typer.Option(help="From the start, at random, or evenly over sources or lengths."),
 ]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seeds the drawing.")]
 Data = Annotated[
     str | None,
     typer.Option(help="Held-out text to compare on: a recipe (its eval rows), a file …"),
@@ -66,7 +68,10 @@ Data = Annotated[
 MaxTokens = Annotated[int, typer.Option(min=1, help="Tokens of it that are compared, at most.")]
 MaxKl = Annotated[
     float | None,
-    typer.Option(min=0, help="Budget: mean KL in nats per token from the source; exit 1 above it."),
+    typer.Option(
+        callback=budget_of_kl,
+        help="Budget: mean KL in nats per token from the source; exit 1 above it.",
+    ),
 ]
 Methods = Annotated[
     bool,

@@ -7,6 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from qlora_kit.cli.arguments import budget_of_kl
+
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A model in 16 or 32 bits: folder or hub id.")
 ]
@@ -30,8 +32,13 @@ Method = Annotated[
 BlockSize = Annotated[int, typer.Option(help="Numbers that share a scale.")]
 DoubleQuant = Annotated[bool, typer.Option(help="Quantize the scales of nf4 and fp4 too.")]
 NumTokens = Annotated[int, typer.Option(min=2, help="Tokens to measure on.")]
-WindowTokens = Annotated[int, typer.Option(min=8, help="Tokens of a row at most.")]
-Seed = Annotated[int, typer.Option(min=0, help="Of which rows are taken.")]
+WindowTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=8,
+        help="Tokens of a row at most. Unset: 256, or the model's context where that is shorter.",
+    ),
+]
 Stability = Annotated[
     bool, typer.Option("--stability", help="Rank on other rows too, and compare the order.")
 ]
@@ -39,7 +46,10 @@ Budget = Annotated[
     str | None,
     typer.Option(help="Choose bits per layer within this memory: 5.0GiB, 600MB."),
 ]
-MaxKl = Annotated[float | None, typer.Option(help="Choose the smallest mixture within this KL.")]
+MaxKl = Annotated[
+    float | None,
+    typer.Option(callback=budget_of_kl, help="Choose the smallest mixture within this KL."),
+]
 Progressive = Annotated[
     bool,
     typer.Option(
@@ -55,5 +65,8 @@ Statistics = Annotated[
 Top = Annotated[int, typer.Option(min=1, help="Rows of the tables.")]
 Out = Annotated[
     Path | None,
-    typer.Option(help="Folder to make, with sensitivity.json, heat-map.png and recipe.yaml."),
+    typer.Option(
+        help="Folder to make, with sensitivity.json, heat-map.png and recipe.yaml; with "
+        "--statistics, with statistics.json."
+    ),
 ]

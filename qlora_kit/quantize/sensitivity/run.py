@@ -11,9 +11,17 @@ import torch
 from qlora_kit.atomic import draft_beside
 from qlora_kit.environment import probe_hardware, resolve_compute_dtype
 from qlora_kit.errors import ModelError, RunError
-from qlora_kit.model.base import Base, load_base, refuse_unquantizable
-from qlora_kit.model.prequantized import stored_quantization
-from qlora_kit.quantize.mixed_base import Chosen, choose_mixture, require_loadable, uniform_base
+from qlora_kit.model.base import Base, base_tokenizer, load_base, refuse_unquantizable
+from qlora_kit.model.find import find_skeleton
+from qlora_kit.model.prequantized import prequantized_settings
+from qlora_kit.quantize.mixed import require_room
+from qlora_kit.quantize.mixed_base import (
+    Chosen,
+    choose_mixture,
+    narrowest_bytes,
+    require_loadable,
+    uniform_base,
+)
 from qlora_kit.quantize.progressive import Descent, descend
 from qlora_kit.quantize.rounding import Rounding
 from qlora_kit.quantize.sensitivity.measure import (
@@ -28,9 +36,13 @@ from qlora_kit.quantize.sensitivity.units import By
 from qlora_kit.quantize.texts import require_rows
 from qlora_kit.recipe import ModelSpec, QuantizationSpec
 from qlora_kit.report.reporter import SILENT, Reporter
+from qlora_kit.runtime.forward import context_tokens
 
 if TYPE_CHECKING:
     from qlora_kit.data.sequences import TokenSequence
+    from qlora_kit.model.skeleton import Skeleton
+
+DEFAULT_WINDOW = 256
 
 
 @dataclass(frozen=True)
@@ -43,7 +55,8 @@ class Request:
     is_exact: bool = True
     check: int = 0
     num_tokens: int = 1024
-    window_tokens: int = 256
+    window_tokens: int | None = None
+    """Of a row at most; unset: 256, or as many as the model attends to, where those are fewer."""
     seed: int = 42
     stability: bool = False
     budget_bytes: int | None = None
@@ -68,15 +81,13 @@ def run_sensitivity(
         QloraKitError: whatever is at fault, before anything is measured.
     """
     if request.out is not None:
-        _require_writable(request.out)
+        require_writable(request.out)
     if request.chooses:
         require_loadable(request.rounding)
     require_rows(request.data, "train")
+    first, other = examine(spec, request)
     base = load_reference(spec, reporter)
-    if request.chooses:
-        refuse_unquantizable(base.skeleton, uniform_base(request.rounding))
     _tell_of_experts(base, reporter)
-    first, other = read_sets(base, request, 2 if request.stability or request.chooses else 1)
     plan = Plan(request.rounding, request.by, request.is_exact, request.check, request.seed)
     others = other if request.stability else None
     found = measure_sensitivity(base, first, plan, others, reporter)
@@ -87,7 +98,39 @@ def run_sensitivity(
         return found, _choose(base, found, reference, request, reporter)
 
 
-def _require_writable(out: Path) -> None:
+def examine(
+    spec: ModelSpec, request: Request
+) -> tuple[list[TokenSequence], list[TokenSequence] | None]:
+    """Disjoint rows: to rank on, and where asked to measure on; once all is right that can be told
+    without the weights.
+
+    Raises:
+        ModelError: the model is stored quantized, cannot be loaded as a mixture or is too large for
+            the budget, or attends to fewer tokens than a row is to have.
+        DataError: there are too few rows.
+    """
+    source, skeleton = find_skeleton(spec)
+    if prequantized_settings(skeleton) is not None:
+        raise ModelError(
+            f"{source.name} is stored quantized, so there is nothing to compare with; take the "
+            "model in 16 bits."
+        )
+    if request.chooses:
+        refuse_unquantizable(skeleton, uniform_base(request.rounding))
+    if request.budget_bytes is not None:
+        require_room(narrowest_bytes(skeleton, request.rounding), request.budget_bytes)
+    window_tokens = _window_tokens(request.window_tokens, source.name, skeleton)
+    rows = read_rows(request.data, base_tokenizer(source, spec))
+    num_sets = 2 if request.stability or request.chooses else 1
+    sets = deal(rows, num_sets, request.num_tokens, window_tokens, request.seed)
+    return sets[0], sets[1] if num_sets > 1 else None
+
+
+def require_writable(out: Path) -> None:
+    """
+    Raises:
+        RunError: something is there already, or nothing can be made there.
+    """
     if out.exists():
         raise RunError(f"{out} exists already; remove it, or name another folder.")
     with draft_beside(out):
@@ -129,16 +172,7 @@ def _choose(
 
 
 def load_reference(spec: ModelSpec, reporter: Reporter = SILENT) -> Base:
-    """A model in the precision that everything is measured against.
-
-    Raises:
-        ModelError: it is stored quantized, so there is no such precision of it.
-    """
-    if stored_quantization(spec) is not None:
-        raise ModelError(
-            f"{spec.name_or_path} is stored quantized, so there is nothing to compare with; take "
-            "the model in 16 bits."
-        )
+    """A model in the precision that everything is measured against."""
     hardware = probe_hardware()
     dtype, why = resolve_compute_dtype("auto", hardware)
     quantization = QuantizationSpec(load_in_4bit=False)
@@ -147,16 +181,17 @@ def load_reference(spec: ModelSpec, reporter: Reporter = SILENT) -> Base:
     return base
 
 
-def read_sets(
-    base: Base, request: Request, num_sets: int
-) -> tuple[list[TokenSequence], list[TokenSequence] | None]:
-    """Disjoint rows: to rank on, and where asked to measure on."""
-    context = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
-    if context is not None and request.window_tokens > context:
+def _window_tokens(asked: int | None, name: str, skeleton: Skeleton) -> int:
+    """Tokens of a row at most; unasked as many as the model attends to, and 256 at most.
+
+    Raises:
+        ModelError: more were asked for than it attends to.
+    """
+    context = context_tokens(skeleton.model)
+    if context is None:
+        return asked or DEFAULT_WINDOW
+    if asked is not None and asked > context:
         raise ModelError(
-            f"{base.source.name} attends to {context} tokens at most; set --window-tokens "
-            f"{context} or less."
+            f"{name} attends to {context} tokens at most; set --window-tokens {context} or less."
         )
-    rows = read_rows(request.data, base.tokenizer)
-    sets = deal(rows, num_sets, request.num_tokens, request.window_tokens, request.seed)
-    return sets[0], sets[1] if num_sets > 1 else None
+    return asked or min(DEFAULT_WINDOW, context)

@@ -351,7 +351,7 @@ class TestNames:
         [
             ("guff", "did you mean gguf"),
             ("gguf:Q4_K_N", "did you mean Q4_K_"),
-            ("onnx:int4", "there is onnx:int8-dynamic"),
+            ("onnx:int4", "there are onnx, onnx:int8-dynamic and onnx:int8-static"),
             ("adapter:tgi", "there is adapter and adapter:vllm"),
             ("merged:f16", "merged has no variants"),
             ("nf4:", "names nothing behind its colon"),

@@ -311,6 +311,9 @@ def test_the_script(
     )
     assert code == 1
     assert "is not within the budget" in shown
-    code, shown = run_script("--adapter", tiny.run.folder, "--out", tmp_path / "x", "--max-kl", "0")
-    assert code == 2
-    assert "must be greater than 0" in shown
+    for number in ("0", "inf"):
+        code, shown = run_script(
+            "--adapter", tiny.run.folder, "--out", tmp_path / "x", "--max-kl", number
+        )
+        assert code == 2
+        assert f"must be greater than 0 and finite, got {number}" in shown

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from conftest import build_tokenizer
+from pydantic import ValidationError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from qlora_kit.data.sequences import TokenSequence
@@ -108,9 +109,26 @@ def test_text_that_is_shorter_than_asked_is_refused() -> None:
         draw_calibration(TEXTS, [rows(20, 40)], CalibrationSpec(num_tokens=1000), None)
 
 
-def test_sequences_longer_than_the_context_are_refused() -> None:
-    with pytest.raises(ModelError, match=r"512 tokens exceeds .* context of 128"):
-        draw_calibration(TEXTS, [rows(20)], CalibrationSpec(), 128)
+def test_text_that_is_all_held_out_is_refused() -> None:
+    with pytest.raises(DataError, match="some rows has nothing left to calibrate on"):
+        draw_calibration(TEXTS, [[]], CalibrationSpec(), None)
+
+
+def test_a_single_token_is_no_sequence() -> None:
+    with pytest.raises(ValidationError, match="greater than or equal to 2"):
+        CalibrationSpec(num_tokens=1)
+
+
+def test_a_length_that_was_asked_for_and_exceeds_the_context_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"256 tokens exceeds .* context of 128"):
+        draw_calibration(TEXTS, [rows(20)], CalibrationSpec(max_length=256), 128)
+
+
+@pytest.mark.parametrize(("context", "longest"), [(128, 128), (1024, 512), (None, 512)])
+def test_an_unasked_length_is_what_the_model_attends_to(context: int | None, longest: int) -> None:
+    drawn = draw_calibration(TEXTS, [rows(2000)], CalibrationSpec(), context)
+    assert max(one.num_tokens for one in drawn.sequences) == longest
+    assert f"sequences of at most {longest}, drawn" in drawn.description
 
 
 def test_text_that_is_needed_or_useless_is_told() -> None:

@@ -31,6 +31,7 @@ from qlora_kit.quantize.mixed_base import (
     require_loadable,
     unquantizable_bytes,
 )
+from qlora_kit.quantize.mixed_base import narrowest_bytes as bytes_by_shape
 from qlora_kit.quantize.progressive import descend
 from qlora_kit.quantize.rounding import Rounding, image_of
 from qlora_kit.quantize.sensitivity.measure import (
@@ -221,6 +222,7 @@ class TestOnAModel:
         assert whole.measured.name == "16 bits throughout"
         assert whole.quantization == {"load_in_4bit": False}
         assert [one.name for one in whole.others] == ["nf4, block 64 throughout"]
+        assert least == bytes_by_shape(base.skeleton, NF4), "what is refused before the ranking"
         assert narrow.measured.name == "mixture"
         assert not [one for one in narrow.others if one.num_bytes == least]
         heard = Tables()

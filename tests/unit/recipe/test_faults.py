@@ -172,6 +172,9 @@ IN_SECTIONS = [
         ["not quantized", "use original or auto"],
     ),
     ("export: {merge_options: {max_kl: 0}}", "export.merge_options.max_kl", ["greater than 0"]),
+    ("export: {merge_options: {max_kl: -1}}", "export.merge_options.max_kl", ["greater than 0"]),
+    ("export: {merge_options: {max_kl: .nan}}", "export.merge_options.max_kl", ["finite"]),
+    ("export: {merge_options: {max_kl: .inf}}", "export.merge_options.max_kl", ["finite"]),
     ("quantization_aware: {}", "quantization_aware.method", ["is required"]),
     (
         "quantization: {overrides: {self_attn.v_proj:8}}",

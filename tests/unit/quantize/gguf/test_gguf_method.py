@@ -21,6 +21,7 @@ from transformers import (
 
 from qlora_kit import extras
 from qlora_kit.errors import HardwareError, ModelError
+from qlora_kit.quantize.gguf import scripts
 from qlora_kit.quantize.gguf.convert import open_converter, splitting_rule
 from qlora_kit.quantize.gguf.make import checked_converter, dequantized_warning, fallback_note
 from qlora_kit.quantize.gguf.quantizer import quantize_file
@@ -92,7 +93,7 @@ def test_the_process_that_quantizes_loads_no_torch() -> None:
 
 
 def test_a_checkout_has_to_be_one(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="there is no folder"):
+    with pytest.raises(ModelError, match=r"there is no folder .*; llama_cpp=PATH names a checkout"):
         find_llama_cpp(tmp_path / "nothing")
     with pytest.raises(ModelError, match=r"lacks llama\.cpp's convert_hf_to_gguf\.py"):
         find_llama_cpp(tmp_path)
@@ -103,6 +104,15 @@ def test_a_checkout_has_to_be_one(tmp_path: Path) -> None:
     assert find_llama_cpp(tmp_path).quantizer is None
     (tmp_path / "build/bin/llama-quantize").touch()
     assert find_llama_cpp(tmp_path).quantizer == tmp_path / "build/bin/llama-quantize"
+
+
+def test_scripts_that_cannot_be_fetched_are_not_the_only_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("QLORA_KIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(scripts, "source_commands", lambda *_: [])
+    with pytest.raises(ModelError, match=r"(?s)could not be fetched.* with llama_cpp=PATH\."):
+        find_llama_cpp()
 
 
 def test_an_architecture_that_llama_cpp_does_not_know(
