@@ -56,6 +56,12 @@ def _how_made(certificate: dict[str, Any], options: MethodOptions | None) -> str
     elif target.startswith("lora-gguf"):
         whose = "as it was stored" if base == "original" else "as training saw it, dequantized"
         text += f" It stands here as GGUF beside its base, {whose}."
+    other = certificate.get("not_kept")
+    if other is not None:
+        text += (
+            " The merge into the other weights was tried as well, and is further off on held-out "
+            f"rows: perplexity {other['perplexity']:.4g}, KL {other['kl_mean']:.2g}."
+        )
     calibration = certificate["calibration"]
     if calibration is not None:
         text += f" Calibrated on {calibration['source']}."

@@ -45,7 +45,7 @@ def sixteen_bit(request: Request, reporter: Reporter) -> Iterator[Request]:
     merge = _merge_of(run, places)
     if merge is not None:
         reporter.say(f"merge     {merge} is there, and is of this adapter")
-        note = f"the 16-bit merge of {run}"
+        note = f"the 16-bit merge of {run.resolve().name}"
         yield replace(request, model=_at(request.model, merge), note=note)
         return
     hardware = probe_hardware()
@@ -63,7 +63,8 @@ def sixteen_bit(request: Request, reporter: Reporter) -> Iterator[Request]:
         options = MergeSpec(base=base)
         merge_reopened(reopened, merged, options, hardware, is_on_the_way=True, reporter=reporter)
         del reopened
-        note = f"{run}, merged into its {'16-bit' if base == 'original' else 'dequantized'} base"
+        whose = "16-bit" if base == "original" else "dequantized"
+        note = f"{run.resolve().name}, merged into its {whose} base"
         model = _at(request.model, merged)
         yield replace(request, model=model, note=note, keeps_source=False)
 

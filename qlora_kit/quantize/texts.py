@@ -91,7 +91,9 @@ def find_texts(name: str, part: Part) -> Texts:
         if part == "eval" and not data.has_eval_rows:
             raise DataError(f"{name} names no source in data.eval; add one, or name a file.")
         sources = data.eval if part == "eval" and data.eval else data.train
-        return Texts(sources, data.loss_on, f"data.{part} of {name}", recipe_part=(data, part))
+        return Texts(
+            sources, data.loss_on, f"data.{part} of {_published(name)}", recipe_part=(data, part)
+        )
     if name.lower() in KNOWN_SETS:
         known = KNOWN_SETS[name.lower()]
         spec = known.train if part == "train" else known.eval
@@ -100,7 +102,13 @@ def find_texts(name: str, part: Part) -> Texts:
     if name == DEMO_DATA:
         split = "train" if part == "train" else "test"
         return Texts((SourceSpec(path=name, split=split),), "assistant", f"{name} ({split})")
-    return Texts((SourceSpec(path=name),), "assistant", name)
+    return Texts((SourceSpec(path=name),), "assistant", _published(name))
+
+
+def _published(name: str) -> str:
+    """Of what is on this machine the last part alone: a description goes into cards as well."""
+    path = Path(name)
+    return path.name if path.is_absolute() or path.exists() else name
 
 
 def require_rows(name: str, part: Part) -> None:

@@ -137,7 +137,11 @@ def _checkout(folder: Path) -> LlamaCpp:
         )
     _require_parts(folder, "name the top folder of a checkout of llama.cpp, of 2026 or later")
     built = [folder / "build" / "bin" / "llama-quantize", folder / "llama-quantize"]
-    return LlamaCpp(folder, str(folder), next((one for one in built if one.is_file()), None))
+    return LlamaCpp(
+        folder,
+        f"the checkout {folder.resolve().name}",
+        next((one for one in built if one.is_file()), None),
+    )
 
 
 def _require_parts(folder: Path, remedy: str) -> None:

@@ -17,6 +17,7 @@ from qlora_kit.artifact.verify import verify
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import AdapterError, DataError, ModelError, QloraKitError, RunError
 from qlora_kit.export.export import _better, _Made, export_reopened
+from qlora_kit.export.export_card import write_export_card
 from qlora_kit.export.export_run import export_after_training
 from qlora_kit.export.jobs import ExportRequest, Job, placed, sound_jobs
 from qlora_kit.export.ledger import Row
@@ -86,6 +87,18 @@ def test_the_table_shows_the_whole_chain(exported: Exported) -> None:
         "merged, dequantized base in float32",
         "int8",
     ]
+
+
+def test_the_card_says_what_the_kept_one_was_chosen_over(
+    exported: Exported, tmp_path: Path
+) -> None:
+    alone, chosen = tmp_path / "alone", tmp_path / "chosen"
+    for folder, not_kept in ((alone, None), (chosen, {"perplexity": 1.25, "kl_mean": 0.034})):
+        folder.mkdir()
+        write_export_card({**exported.certificates["nf4"], "not_kept": not_kept}, None, folder)
+    words = "tried as well, and is further off on held-out rows: perplexity 1.25, KL 0.034."
+    assert words in (chosen / "README.md").read_text()
+    assert "tried as well" not in (alone / "README.md").read_text()
 
 
 def test_the_last_lines_say_where_each_is(exported: Exported) -> None:

@@ -228,7 +228,7 @@ def test_a_recipe_names_both(tmp_path: Path, tokenizer: PreTrainedTokenizerBase)
     texts, kept, found = texts_for(Named(str(recipe), None), tokenizer, seed=0)
     assert texts is not None
     assert (len(kept[0]), len(found.sequences)) == (20, 5)
-    assert found.description == f"data.eval of {recipe}"
+    assert found.description == "data.eval of recipe.yaml"
     recipe.write_text(f"model: {{name_or_path: x}}\ndata:\n  train: [{{path: {train}}}]\n")
     with pytest.raises(DataError, match=r"names no source in data\.eval"):
         find_texts(str(recipe), "eval")

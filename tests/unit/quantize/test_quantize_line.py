@@ -103,7 +103,9 @@ def test_what_is_published_knows_where_it_comes_from(
     assert "Options: `activations=static`" in card
     assert "import qlora_kit.quantize.int8  # registers it" in card
     assert "base_model" not in card, "the hub knows no such model"
-    assert str(tmp_path) not in card
+    for folder in (tmp_path, text.parent, llama.parent):
+        assert str(folder) not in card
+        assert str(folder) not in json.dumps(certificate)
     assert "a fifth of the rows" in certificate["held_out"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
 
