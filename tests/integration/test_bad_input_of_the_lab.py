@@ -11,7 +11,8 @@ from .conftest import Call, FinishedRun, task_rows, write_recipe, write_rows
 
 @pytest.fixture
 def rows(tmp_path: Path) -> Path:
-    return write_rows(tmp_path / "rows.jsonl", task_rows())
+    """Of the task, and none of the run's own, on which the results are compared."""
+    return write_rows(tmp_path / "rows.jsonl", [{"text": f"{row} please"} for row in task_rows()])
 
 
 def never(*_: object, **__: object) -> None:
