@@ -117,13 +117,11 @@ def test_mixtures_are_refused_in_four_and_eight_bits_before_the_weights_are_read
             load(folder, quantization)
 
 
-def test_layers_with_an_odd_number_of_inputs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_layers_with_an_odd_number_of_inputs(tmp_path: Path) -> None:
     """bitsandbytes takes its generic code for these, which it would compile at length."""
-    monkeypatch.setattr(torch._dynamo.config, "disable", True)
     folder = build(tmp_path, "llama", {**NEW, "intermediate_size": 51})
-    there_and_back(folder, QuantizationSpec())
+    with torch._dynamo.config.patch(disable=True):  # a monkeypatch leaves it without a value
+        there_and_back(folder, QuantizationSpec())
 
 
 FUSED_NAMES = {"gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"}
