@@ -68,6 +68,7 @@ def test_losses_of_50_updates(
 
 @pytest.mark.slow
 @pytest.mark.demo
+@pytest.mark.timeout(3600)
 def test_losses_of_50_updates_of_the_demo_model(tmp_path: Path) -> None:
     found, wanted = trained(tmp_path, "demo/smollm2-135m-instruct")
     assert wanted[-1] < 0.5 * wanted[0], "something has to be learned"
