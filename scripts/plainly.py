@@ -7,8 +7,6 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
-from qlora_kit.errors import QloraKitError
-
 
 class Fault(Exception):
     """A fault of the call or of a side; the message says what, got, do."""
@@ -25,6 +23,9 @@ class Parser(argparse.ArgumentParser):
 
 def plainly(main: Callable[[], int | None]) -> int:
     """Run a script; returns its exit code."""
+    # Other tools' environments, which import this file for Fault, have no kit.
+    from qlora_kit.errors import QloraKitError
+
     try:
         return main() or 0
     except (QloraKitError, Fault) as fault:

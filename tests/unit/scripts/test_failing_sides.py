@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import bench_train
 import pytest
 from train_bench.registry import Turn
-from train_bench.watch import Failure, run
+from train_bench.watch import SCRIPTS, Failure, run
 
 
 def fake(path: Path, does: str) -> Path:
@@ -73,3 +75,16 @@ def test_others_go_on_where_sides_fail(
     assert list(found["figures"]) == ["axolotl"]
     assert len(found["figures"]["axolotl"]["runs"]) == 3
     assert [one["label"] for one in found["failures"]] == ["torchtune", "llama-factory"]
+
+
+def test_a_side_of_another_environment_needs_nothing_of_the_kit() -> None:
+    """What LLaMA-Factory's and Axolotl's own Python imports before it comes to the tool."""
+    code = (
+        "import sys; sys.modules.update(qlora_kit=None, torch=None, transformers=None)\n"
+        "import train_bench.child"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPTS)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
