@@ -41,11 +41,15 @@ def run_recipe(
     allow_drift: bool = False,
     disk: Disk = DISK,
     laps: Laps = UNTIMED,
+    ends_process: bool = False,
 ) -> RunResult | None:
     """Train, evaluate, merge and certify what a recipe describes; an unfinished run is gone on
     with from its newest checkpoint.
 
     Under a launcher every process calls this; all but the main one return None.
+
+    Args:
+        ends_process: see `listening`.
 
     Raises:
         QloraKitError: whatever is at fault, before the work that it would spoil.
@@ -57,7 +61,7 @@ def run_recipe(
     reporter = reporter if processes.is_main else SILENT
     with (
         ExitStack() as held,
-        listening(Path(recipe.run_dir) / TRIGGER_FILE) as requests,
+        listening(Path(recipe.run_dir) / TRIGGER_FILE, ends_process=ends_process) as requests,
         told_how_it_ends(recipe, requests),
         MemoryWatch(hardware.device) as memory,
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -31,7 +32,7 @@ from qlora_kit.cli import (
     train,
     verify,
 )
-from qlora_kit.cli.terminated import Terminated, ended_by_sigterm
+from qlora_kit.cli.terminated import Terminated, ended_by_sigterm, left_as_it_was
 from qlora_kit.environment import quiet_upstream, require_one_process
 from qlora_kit.errors import QloraKitError
 from qlora_kit.refusals import refusal_of
@@ -120,6 +121,11 @@ def options(
 def main() -> None:
     """Run a verb. Exit code 0: what was asked holds; 1: a fault or a finding; 2: bad usage."""
     quiet_upstream()
+    with left_as_it_was(signal.SIGTERM):
+        _tell_faults()
+
+
+def _tell_faults() -> None:
     try:
         app()
     except QloraKitError as error:

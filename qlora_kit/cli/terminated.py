@@ -49,3 +49,16 @@ def ended_by_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
+def left_as_it_was(number: int) -> Iterator[None]:
+    """Put a signal's handler back at the end, for whoever calls the command line from Python."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)

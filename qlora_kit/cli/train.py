@@ -85,7 +85,9 @@ def _train(
 
         laps.lap("imports")
         try:
-            result = run_recipe(loaded, reporter, allow_drift=allow_drift, laps=laps)
+            result = run_recipe(
+                loaded, reporter, allow_drift=allow_drift, laps=laps, ends_process=True
+            )
         except RunStopped as stopped:
             reporter.warn(f"stopped by {stopped.signal_name}. {stopped.left_behind}")
             raise typer.Exit(128 + stopped.signal_number) from None

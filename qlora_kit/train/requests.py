@@ -10,6 +10,7 @@ saves, and training goes on.
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+
+from qlora_kit.errors import ProcessLost, QloraKitError
 
 TRIGGER_FILE = "save-now"
 _ECHO_SECONDS = 1.0
@@ -69,6 +72,8 @@ class Requests:
         now = time.monotonic()
         if now - self._stopped_at < _ECHO_SECONDS:
             return
+        if isinstance(sys.exc_info()[1], ProcessLost):
+            return  # a launcher's, which ends all when one is lost: what is kept is told first
         self._stopped_at = now
         is_first = self.stop_signal is None
         if self._deferred and not is_first and number == signal.SIGTERM:
@@ -97,10 +102,14 @@ def nothing_to_save_yet() -> Iterator[None]:
 
 
 @contextmanager
-def listening(trigger: Path) -> Iterator[Requests]:
+def listening(trigger: Path, *, ends_process: bool = False) -> Iterator[Requests]:
     """Requests whose signal handlers are in place within the block.
 
     Outside the main thread of a process, where there can be none, only the file is looked at.
+
+    Args:
+        ends_process: whether a fault that leaves the block ends the process with a message, which
+            SIGTERM then does not come before: it is ignored from there on.
     """
     requests = Requests(trigger)
     if threading.current_thread() is not threading.main_thread():
@@ -110,6 +119,10 @@ def listening(trigger: Path) -> Iterator[Requests]:
     before = {number: signal.signal(number, requests.on_signal) for number in numbers}
     try:
         yield requests
+    except QloraKitError:
+        if ends_process:
+            before[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

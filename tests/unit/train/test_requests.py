@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qlora_kit.errors import ProcessLost, RunError
 from qlora_kit.train.requests import TRIGGER_FILE, listening, nothing_to_save_yet
 
 
@@ -98,6 +99,35 @@ def test_handlers_are_put_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="this system has no SIGUSR1")
+@pytest.mark.parametrize("ends_process", [False, True])
+def test_a_fault_that_ends_the_process_is_told_before_a_sigterm_ends_it(
+    tmp_path: Path, ends_process: bool
+) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    trigger = tmp_path / TRIGGER_FILE
+    try:
+        with pytest.raises(RunError), listening(trigger, ends_process=ends_process):
+            raise RunError("at fault")
+        after = signal.getsignal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert after == (signal.SIG_IGN if ends_process else before)
+
+
+def test_a_launchers_sigterm_does_not_come_before_that_another_process_is_lost(
+    tmp_path: Path,
+) -> None:
+    def lose() -> None:
+        try:
+            raise ProcessLost("another has ended")
+        finally:
+            send(signal.SIGTERM)
+
+    with listening(tmp_path / TRIGGER_FILE) as requests, pytest.raises(ProcessLost):
+        lose()
+    assert requests.stop_signal is None
+
+
 def test_a_checkpoint_that_is_asked_for_too_early_is_no_reason_to_end() -> None:
     before = signal.getsignal(signal.SIGUSR1)
     with nothing_to_save_yet():
