@@ -23,10 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from adapted import adapted
 from plainly import Fault, Parser, plainly
 from torch import nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.model.demo import demo_model_folder
 from qlora_kit.model.fused.attach import plan_fusion
@@ -72,23 +71,6 @@ def parsed() -> argparse.Namespace:
     if arguments.model is not None and not arguments.model.is_dir():
         parser.error(f"--model {arguments.model} is no folder")
     return arguments
-
-
-def adapted(folder: Path, rank: int) -> Any:
-    """The model, quantized, with an adapter on all linear layers."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        dtype=torch.float32,
-        quantization_config=BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32,
-        ),
-    )
-    model.requires_grad_(False)
-    lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
-    return get_peft_model(model, lora).train()
 
 
 def step_of(model: Any, arguments: argparse.Namespace) -> Step:

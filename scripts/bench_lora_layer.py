@@ -20,10 +20,10 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from adapted import adapted
 from plainly import Parser, plainly
 from torch import nn
-from transformers import BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from qlora_kit.model.fused.attach import fused, plan_fusion
 from qlora_kit.model.fused.lean import LeanParts, lean, looking_for_lean_parts
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    model = adapted(arguments)
+    model = of_one_layer(arguments)
     block = model.base_model.model.model.layers[0]
     x = torch.randn(1, arguments.tokens, arguments.hidden, requires_grad=True)
 
@@ -82,7 +82,7 @@ def main() -> None:
         )
 
 
-def adapted(arguments: argparse.Namespace) -> Any:
+def of_one_layer(arguments: argparse.Namespace) -> Any:
     """A Llama of one layer, quantized, with an adapter on all linear layers."""
     config = LlamaConfig(
         vocab_size=64,
@@ -93,19 +93,7 @@ def adapted(arguments: argparse.Namespace) -> Any:
     )
     with tempfile.TemporaryDirectory() as folder:
         LlamaForCausalLM(config).save_pretrained(folder)
-        model = LlamaForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            quantization_config=BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.float32,
-            ),
-        )
-    model.requires_grad_(False)
-    lora = LoraConfig(r=arguments.rank, target_modules="all-linear")
-    return get_peft_model(model, lora).train()
+        return adapted(folder, arguments.rank)
 
 
 def timed(run: Callable[[], torch.Tensor]) -> float:
