@@ -27,6 +27,8 @@ from typing import Any
 
 from plainly import Parser, plainly
 
+from qlora_kit.memory.allocator import begin_with_a_tidy_heap
+
 MOST_OFF = {"tensors": 0.05, "process": 0.10}
 _MIB = 2**20
 
@@ -115,6 +117,7 @@ CASES = (
 
 
 def main() -> int:
+    begin_with_a_tidy_heap()  # as the command line does
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", help="names of shapes; unset: all of them")
     parser.add_argument("--threads", type=int, default=1)

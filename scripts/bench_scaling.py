@@ -31,6 +31,8 @@ import numpy as np
 from bench_plan import Case, case, prediction, prepared
 from plainly import Parser, plainly
 
+from qlora_kit.memory.allocator import begin_with_a_tidy_heap
+
 MOST_OFF = 0.25
 UPDATES = 3
 _MIB = 2**20
@@ -131,6 +133,7 @@ TERM_NAMES = ("products", "adapter", "attention", "elements", "optimizer", "each
 
 
 def main() -> int:
+    begin_with_a_tidy_heap()  # as the command line does
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=[*SWEEPS, "rows"], help="unset: all of them")
     parser.add_argument("--rounds", type=int, default=2)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGE_BYTES = 2**20
@@ -13,7 +16,46 @@ _LARGE_BYTES = 2**20
 # heap where twice that is free at the end.
 _USUAL_BYTES = 32 * 2**20
 # Of what a forward pass makes and lets go again; see `holes_left_by`.
-_SHARE_LEFT = 0.43
+_SHARE_LEFT, _SHARE_LEFT_TIDY = 0.43, 0.10
+
+
+_TUNABLES = "GLIBC_TUNABLES"
+# Freed blocks of a few bytes are otherwise handed out again as they are, for years if need be.
+_TIDY = {"glibc.malloc.tcache_count": "0", "glibc.malloc.mxfast": "0"}
+_GPU_DRIVER = Path("/dev/nvidiactl")
+
+
+def begin_with_a_tidy_heap() -> None:
+    """Let this process begin again, with the same command and number, and a C library that joins
+    every block that is freed with its free neighbours at once: only who starts a process can say
+    that. Holes then are few (docs/memory.md, "Holes in the heap").
+
+    Nothing is done with another library, where the environment says already what to do, where the
+    command cannot be read twice, and on a machine with a GPU, on which what the host does in
+    between is what counts. https://www.gnu.org/software/libc/manual/html_node/Memory-Allocation-Tunables.html
+    """
+    if not _is_glibc() or _settings().keys() & _TIDY.keys() or _GPU_DRIVER.exists():
+        return
+    if sys.argv[0] == "-" or not sys.executable:
+        return
+    values = ":".join(f"{name}={value}" for name, value in {**_settings(), **_TIDY}.items())
+    with suppress(OSError):
+        os.execve(
+            sys.executable,
+            [sys.executable, *sys.orig_argv[1:]],
+            {**os.environ, _TUNABLES: values},
+        )
+
+
+def is_tidy() -> bool:
+    """Whether this process has begun so."""
+    return _is_glibc() and _settings().items() >= _TIDY.items()
+
+
+def _settings() -> dict[str, str]:
+    """What the library was told by the environment."""
+    parts = (part.partition("=") for part in os.environ.get(_TUNABLES, "").split(":"))
+    return {name: value for name, _, value in parts if name}
 
 
 def is_of_the_heap(num_bytes: int) -> bool:
@@ -30,13 +72,16 @@ def holes_left_by(passing_bytes: int) -> int:
     and hands what it cuts off at either end to whoever asks for a few bytes next: in a forward
     pass mostly the graph that autograd keeps for the backward pass. A tensor that goes then leaves
     a hole as long as itself between two such crumbs, too short for the next tensor of its size,
-    until the graph goes. How many crumbs are taken depends on every small thing that is asked for,
-    so that the share is measured: docs/memory.md, "Holes in the heap".
+    until the graph goes. In a tidy heap (`begin_with_a_tidy_heap`) most crumbs find back. How many
+    are taken depends on every small thing that is asked for, so that the share is measured:
+    docs/memory.md, "Holes in the heap".
 
     Args:
         passing_bytes: of tensors that the forward pass makes and lets go again (`is_of_the_heap`).
     """
-    return int(_SHARE_LEFT * passing_bytes) if _is_glibc() else 0
+    if not _is_glibc():
+        return 0
+    return int((_SHARE_LEFT_TIDY if is_tidy() else _SHARE_LEFT) * passing_bytes)
 
 
 def _is_glibc() -> bool:

@@ -78,7 +78,7 @@ def _attention(
         parts = _split(row, lengths[place])
         outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in parts]
         rows.append(torch.cat(outputs, dim=1))
-    return torch.cat(rows), None
+    return torch.cat(rows) if len(rows) > 1 else rows[0], None
 
 
 def _split(

@@ -90,7 +90,8 @@ def iterate_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]
 
 def _safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
-        with safe_open(path, framework="pt") as shard:
+        # Not mapped: what was looked at would stay in memory to the end of the file.
+        with safe_open(path, framework="pt", backend="pread") as shard:
             for name in shard.keys():  # noqa: SIM118 - not a mapping
                 yield name, shard.get_tensor(name)
     except (SafetensorError, OSError) as error:

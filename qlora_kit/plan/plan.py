@@ -38,7 +38,7 @@ OPTIMIZER, FRAMEWORK = "optimizer", "framework"
 IN_FLIGHT = "a weight on its way"
 
 _GIB, _MIB = 2**30, 2**20
-FRAMEWORK_BYTES = {"cpu": 985 * _MIB, "cuda": 700 * _MIB}
+FRAMEWORK_BYTES = {"cpu": 1000 * _MIB, "cuda": 700 * _MIB}
 """Of a process that trains, tensors and the holes that they leave apart: interpreter and libraries;
 context and kernels of a GPU. Measured with torch 2.14 on a CPU; a guess for GPUs."""
 # Of each number of a weight while it is quantized (a CPU does it in float32), or just moved.

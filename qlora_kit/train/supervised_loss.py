@@ -7,8 +7,10 @@ memory of one chunk instead of the whole batch times the vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,8 +43,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(hidden), size):
-            part = slice(start, start + size)
+        for part in _parts(len(hidden), size):
             with torch.set_grad_enabled(gradient is not None):
                 chunk = hidden[part].detach().requires_grad_(gradient is not None)
                 logits = head(chunk)
@@ -68,7 +69,7 @@ def chunked_cross_entropy(
     Args:
         hidden: (N, H).
         targets: (N,), token ids.
-        size: places at a time.
+        size: places at a time, at most.
         is_trained: whether the head has gradients too; its logits are then computed twice.
     """
     if not len(hidden):
@@ -77,8 +78,7 @@ def chunked_cross_entropy(
         total: torch.Tensor = _ChunkedCrossEntropy.apply(hidden, targets, head, size)
         return total
     total = hidden.new_zeros((), dtype=torch.float32)
-    for start in range(0, len(hidden), size):
-        part = slice(start, start + size)
+    for part in _parts(len(hidden), size):
         total = total + checkpoint(
             lambda chunk, ids: _summed(head(chunk), ids),
             hidden[part],
@@ -86,6 +86,13 @@ def chunked_cross_entropy(
             use_reentrant=False,
         )
     return total
+
+
+def _parts(count: int, most: int) -> list[slice]:
+    """Of about the same length, as a short one costs little less: the head's weights are read."""
+    number = math.ceil(count / most)
+    ends = [count * n // number for n in range(number + 1)]
+    return [slice(start, end) for start, end in pairwise(ends)]
 
 
 def _with_gradient(

@@ -7,12 +7,19 @@ import os
 import platform
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NoReturn
 
 import pytest
 
-from qlora_kit.memory.allocator import holes_left_by, large_blocks_given_back
+from qlora_kit.memory import allocator
+from qlora_kit.memory.allocator import (
+    begin_with_a_tidy_heap,
+    holes_left_by,
+    is_tidy,
+    large_blocks_given_back,
+)
 
 _MIB = 2**20
 _TRIM_THRESHOLD, _THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
@@ -48,6 +55,7 @@ for is_wanted in (False, True, False):
 """
 
 _FORWARD = """
+import ctypes
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -55,9 +63,15 @@ from qlora_kit.memory.live import LiveTensors
 
 WIDTH, TOKENS, LAYERS = 256, 1024, 16
 
-def resident_bytes():
-    with open("/proc/self/statm") as sizes:
-        return int(sizes.read().split()[1]) * 4096
+class Heap(ctypes.Structure):  # struct mallinfo2 of malloc.h
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+def free_bytes():
+    library = ctypes.CDLL(None)
+    library.mallinfo2.restype = Heap
+    found = library.mallinfo2()
+    return found.fordblks - found.keepcost
 
 class Layer(nn.Module):
     def __init__(self):
@@ -69,15 +83,30 @@ class Layer(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 layers = [Layer() for _ in range(LAYERS)]
-torch.empty(31 * 2**20, dtype=torch.uint8)  # from then on blocks of that size are the heap's
-hidden = torch.zeros(TOKENS, WIDTH)
-layers[0](hidden).sum().backward()  # libraries take what they take once
-before, live = resident_bytes(), LiveTensors()
-with live:
+
+def forward():
+    hidden = torch.zeros(TOKENS, WIDTH)
     for one in layers:
         hidden = checkpoint(one, hidden, use_reentrant=False)
-    print(live.gone_bytes, resident_bytes() - before - live.num_bytes)
+    return hidden
+
+torch.empty(31 * 2**20, dtype=torch.uint8)  # from then on blocks of that size are the heap's
+forward().sum().backward()  # libraries take what they take once
+live = LiveTensors()
+with live:
+    forward()
+hidden = forward()
+print(live.gone_bytes, free_bytes())
 """
+
+_BEGINNING = """
+import os, sys
+from qlora_kit.memory.allocator import begin_with_a_tidy_heap, is_tidy
+
+begin_with_a_tidy_heap()
+print(os.getpid(), is_tidy(), sys.argv[1:], os.environ["GLIBC_TUNABLES"])
+"""
+_TIDY = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 
 
 @pytest.fixture
@@ -137,16 +166,100 @@ def test_freed_blocks_go_back_to_the_system_while_it_lasts() -> None:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not the GNU C library")
-def test_a_forward_pass_leaves_about_as_large_holes_as_are_told() -> None:
+@pytest.mark.parametrize("tunables", ["", _TIDY], ids=["as it is", "tidy"])
+def test_a_forward_pass_leaves_about_as_large_holes_as_are_told(
+    monkeypatch: pytest.MonkeyPatch, tunables: str
+) -> None:
     """Whose graph stays: 16 layers that keep nothing else, in a process of its own. How many holes
     there are is chance, within bounds.
     """
+    if int(platform.libc_ver()[1].split(".")[1]) < 33:
+        pytest.skip("a library that does not tell what is free")
+    monkeypatch.setenv("GLIBC_TUNABLES", tunables)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", _FORWARD]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
     passing, left = map(int, done.stdout.split())
     assert passing > 100 * _MIB
     assert 1 / 3 < holes_left_by(passing) / left < 3
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not the GNU C library")
+def test_a_process_begins_again_with_its_command_and_number(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(_BEGINNING)
+    environment = {**os.environ, "GLIBC_TUNABLES": "glibc.malloc.perturb=7"}
+    started = subprocess.Popen(
+        [sys.executable, "-X", "importtime", program, "a b", "--c"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    said, _ = started.communicate()
+    assert said == f"{started.pid} True ['a b', '--c'] glibc.malloc.perturb=7:{_TIDY}\n"
+
+
+@pytest.fixture
+def begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[object, ...]]:
+    """Processes that this one has become, which it does not."""
+    calls: list[tuple[object, ...]] = []
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.36"))
+    monkeypatch.setattr(os, "execve", lambda *given: calls.append(given))
+    monkeypatch.setattr(allocator, "_GPU_DRIVER", tmp_path / "none")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    return calls
+
+
+def test_a_process_begins_again_once(
+    monkeypatch: pytest.MonkeyPatch, begun: list[tuple[object, ...]]
+) -> None:
+    begin_with_a_tidy_heap()
+    ((program, command, environment),) = begun
+    assert program == sys.executable
+    assert isinstance(command, list)
+    assert command[1:] == sys.orig_argv[1:]
+    assert isinstance(environment, dict)
+    assert not is_tidy()
+    monkeypatch.setenv("GLIBC_TUNABLES", environment["GLIBC_TUNABLES"])
+    assert is_tidy()
+    begin_with_a_tidy_heap()
+    assert len(begun) == 1
+
+
+def test_what_a_user_says_of_the_heap_holds(
+    monkeypatch: pytest.MonkeyPatch, begun: list[tuple[object, ...]]
+) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.tcache_count=3")
+    begin_with_a_tidy_heap()
+    assert not begun
+    assert not is_tidy()
+
+
+def test_a_program_that_was_read_from_standard_input_cannot_begin_again(
+    monkeypatch: pytest.MonkeyPatch, begun: list[tuple[object, ...]]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["-", "train"])
+    begin_with_a_tidy_heap()
+    assert not begun
+
+
+def test_beside_a_gpu_the_heap_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, begun: list[tuple[object, ...]], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(allocator, "_GPU_DRIVER", tmp_path)
+    begin_with_a_tidy_heap()
+    assert not begun
+
+
+def test_a_system_that_refuses_is_no_reason_to_stop(
+    monkeypatch: pytest.MonkeyPatch, begun: list[tuple[object, ...]]
+) -> None:
+    def refusing(*_: object) -> NoReturn:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "execve", refusing)
+    begin_with_a_tidy_heap()
 
 
 def test_other_libraries_are_not_known_to_leave_holes(monkeypatch: pytest.MonkeyPatch) -> None:
