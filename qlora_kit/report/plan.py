@@ -26,7 +26,8 @@ def plan(reporter: Reporter, found: Plan, is_of_rows: bool) -> None:
     whose = "the longest of the rows" if is_of_rows else "rows of data.max_length, all supervised"
     reporter.say(
         f"batch     {len(worst.items)} sequence{'s' * (len(worst.items) > 1)}, "
-        f"{worst.num_tokens:,} tokens ({whose}), {sum(worst.supervised):,} supervised; {worst.description}"
+        f"{worst.num_tokens:,} tokens ({whose}), {sum(worst.supervised):,} supervised; "
+        f"{worst.description}"
     )
     reporter.say(
         f"chooses   {way.at_a_time} of {len(worst.items)} at a time, "
