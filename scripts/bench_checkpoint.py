@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from plainly import Parser, plainly
+from plainly import Parser, at_least, output_file, plainly
 
 from qlora_kit.checkpoint.checkpoints import find_checkpoints, rotate
 from qlora_kit.environment import quiet_upstream
@@ -58,8 +58,8 @@ def main() -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--recipe", type=Path, default=Path("recipes/quickstart.yaml"))
     parser.add_argument("--folder", type=Path, default=Path(), help="measure on this disk")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--repeats", type=at_least(1), default=20)
+    parser.add_argument("--json", type=output_file, help="write the figures here")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
     quiet_upstream()

@@ -30,7 +30,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from plainly import Parser, plainly
+from plainly import Parser, at_least, output_file, plainly
 
 BATCH_ROWS = 512
 MAX_LENGTH = 1024
@@ -38,11 +38,11 @@ MAX_LENGTH = 1024
 
 def main() -> int:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1_000, 10_000, 100_000])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rows", type=at_least(1), nargs="+", default=[1_000, 10_000, 100_000])
+    parser.add_argument("--repeats", type=at_least(1), default=3)
     parser.add_argument("--tokenizer", default="demo/smollm2-135m-instruct")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--json", type=output_file, help="write the figures here")
+    parser.add_argument("--one", type=at_least(1), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(arguments.one, arguments.repeats, arguments.tokenizer)))

@@ -27,7 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from plainly import Parser, plainly
+from plainly import Parser, at_least, existing_folder, output_file, plainly
 
 SIDES = ("kit", "cache", "transformers")
 _MIB = 2**20
@@ -37,15 +37,17 @@ _TRANSIENT_BYTES = 14
 
 def main() -> int:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, help="folder of a model; unset: a random Llama")
-    parser.add_argument("--hidden", type=int, default=1024)
-    parser.add_argument("--layers", type=int, default=16)
-    parser.add_argument("--vocabulary", type=int, default=32768)
-    parser.add_argument("--shards", type=int, default=4)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--model", type=existing_folder, help="folder of a model; unset: a random Llama"
+    )
+    parser.add_argument("--hidden", type=at_least(1), default=1024)
+    parser.add_argument("--layers", type=at_least(1), default=16)
+    parser.add_argument("--vocabulary", type=at_least(1), default=32768)
+    parser.add_argument("--shards", type=at_least(1), default=4)
+    parser.add_argument("--rounds", type=at_least(1), default=2)
+    parser.add_argument("--threads", type=at_least(1), default=1)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=output_file, help="write the figures here")
     parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--small", type=Path, help=argparse.SUPPRESS)

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from adapted import adapted
-from plainly import Parser, plainly
+from plainly import Parser, at_least, plainly
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -34,11 +34,11 @@ Way = Callable[[], AbstractContextManager[object]]
 
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--hidden", type=int, default=576)
-    parser.add_argument("--width", type=int, default=1536)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--hidden", type=at_least(1), default=576)
+    parser.add_argument("--width", type=at_least(1), default=1536)
+    parser.add_argument("--tokens", type=at_least(1), default=512)
+    parser.add_argument("--rank", type=at_least(1), default=16)
+    parser.add_argument("--rounds", type=at_least(1), default=9)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     model = of_one_layer(arguments)

@@ -15,7 +15,7 @@ import sys
 import time
 
 import torch
-from plainly import Parser, plainly
+from plainly import Parser, at_least, plainly
 from torch.nn import functional as F
 
 from qlora_kit.data.sequences import IGNORE_INDEX
@@ -24,12 +24,14 @@ from qlora_kit.train.supervised_loss import chunk_size, chunked_cross_entropy
 
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--vocabulary", type=int, default=49152)
-    parser.add_argument("--hidden", type=int, default=576)
-    parser.add_argument("--tokens", type=int, default=512)
-    parser.add_argument("--supervised", type=float, default=0.4)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--vocabulary", type=at_least(1), default=49152)
+    parser.add_argument("--hidden", type=at_least(1), default=576)
+    parser.add_argument("--tokens", type=at_least(1), default=512)
+    parser.add_argument("--supervised", type=float, default=0.4, help="share of the tokens")
+    parser.add_argument("--rounds", type=at_least(1), default=7)
     arguments = parser.parse_args()
+    if not 0 < arguments.supervised <= 1:
+        parser.error(f"--supervised must be above 0 and at most 1, got {arguments.supervised:g}")
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(arguments.vocabulary, arguments.hidden, generator=generator) * 0.02

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from plainly import Parser, plainly
+from plainly import Parser, at_least, plainly
 
 METHODS = {
     "nf4": [],
@@ -55,7 +55,7 @@ def main() -> int:
     parser.add_argument("--recipe", default="recipes/quickstart.yaml", help="whose rows are used")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--out", type=Path, required=True, help="folder for what is made")
-    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--repetitions", type=at_least(1), default=3)
     arguments = parser.parse_args()
     made = []
     for method in arguments.methods:

@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from plainly import Parser, plainly
+from plainly import Parser, at_least, output_file, plainly
 
 from qlora_kit.memory.allocator import begin_with_a_tidy_heap
 
@@ -119,9 +119,15 @@ CASES = (
 def main() -> int:
     begin_with_a_tidy_heap()  # as the command line does
     parser = Parser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", help="names of shapes; unset: all of them")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=[one.name for one in CASES],
+        metavar="SHAPE",
+        help=f"of {', '.join(one.name for one in CASES)}; unset: all of them",
+    )
+    parser.add_argument("--threads", type=at_least(1), default=1)
+    parser.add_argument("--json", type=output_file, help="write the figures here")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

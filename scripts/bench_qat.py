@@ -19,7 +19,7 @@ import bitsandbytes as bnb
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import Linear as LoraLinear
-from plainly import Parser, plainly
+from plainly import Parser, at_least, plainly
 from torch import nn
 
 from qlora_kit.model.qat.aware import Aware
@@ -95,9 +95,9 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 def main() -> None:
     parser = Parser(description=__doc__)
-    parser.add_argument("--tokens", type=int, default=400)
-    parser.add_argument("--hidden", type=int, default=576)
-    parser.add_argument("--inner", type=int, default=1536)
+    parser.add_argument("--tokens", type=at_least(1), default=400)
+    parser.add_argument("--hidden", type=at_least(1), default=576)
+    parser.add_argument("--inner", type=at_least(1), default=1536)
     asked = parser.parse_args()
     print(f"{torch.get_num_threads()} threads, {asked.tokens} tokens, median of {REPETITIONS}")
 

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from plainly import Parser, plainly
+from plainly import Parser, at_least, output_file, plainly
 
 from qlora_kit.checkpoint.checkpoints import publish_checkpoint
 from qlora_kit.checkpoint.draft import Draft
@@ -75,12 +75,12 @@ class Listening(Reporter):
 def main() -> int:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo/smollm2-135m-instruct", help="whose tokenizer")
-    parser.add_argument("--early", type=int, default=10, metavar="UPDATE")
-    parser.add_argument("--late", type=int, default=10_000, metavar="UPDATE")
-    parser.add_argument("--rows", type=int, default=20_000)
+    parser.add_argument("--early", type=at_least(1), default=10, metavar="UPDATE")
+    parser.add_argument("--late", type=at_least(1), default=10_000, metavar="UPDATE")
+    parser.add_argument("--rows", type=at_least(1), default=20_000)
     parser.add_argument("--streaming", action="store_true", help="rows are read while training")
-    parser.add_argument("--repeats", type=int, default=7, help="pairs")
-    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--repeats", type=at_least(1), default=7, help="pairs")
+    parser.add_argument("--json", type=output_file, help="write the figures here")
     arguments = parser.parse_args()
     quiet_upstream()
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:

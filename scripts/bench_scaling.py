@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 from bench_plan import Case, case, prediction, prepared
-from plainly import Parser, plainly
+from plainly import Parser, at_least, existing_file, output_file, plainly, plot_file
 
 from qlora_kit.memory.allocator import begin_with_a_tidy_heap
 
@@ -136,12 +136,16 @@ def main() -> int:
     begin_with_a_tidy_heap()  # as the command line does
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=[*SWEEPS, "rows"], help="unset: all of them")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--rounds", type=at_least(1), default=2)
+    parser.add_argument("--threads", type=at_least(1), default=1)
+    parser.add_argument("--json", type=output_file, help="write the figures here")
+    parser.add_argument("--plot", type=plot_file, help="draw them here")
     parser.add_argument("--extrapolate", action="store_true", help="to 8B and 70B, also on GPUs")
-    parser.add_argument("--read", type=Path, help="tell what was found before, and measure nothing")
+    parser.add_argument(
+        "--read",
+        type=existing_file,
+        help="tell what --json wrote before, and measure nothing",
+    )
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:

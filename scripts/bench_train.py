@@ -44,7 +44,7 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from plainly import Fault, Parser, plainly
+from plainly import Fault, Parser, output_file, plainly, plot_file
 from train_bench.registry import SIDES, turns
 from train_bench.sides import torchtune
 from train_bench.table import told
@@ -116,8 +116,8 @@ def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
             parser.add_argument(
                 f"--{side}", type=Path, metavar="PYTHON", help=f"of an environment with {side}"
             )
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path)
+    parser.add_argument("--json", type=output_file, help="write the figures here")
+    parser.add_argument("--plot", type=plot_file, help="draw speed against memory here")
     arguments = parser.parse_args(given)
     for name, least in {
         "batch": 1,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
+
+_PLOTS = (".png", ".svg", ".pdf")
 
 
 class Fault(Exception):
@@ -19,6 +22,53 @@ class Parser(argparse.ArgumentParser):
         """As argparse calls it, with this project's exit code."""
         print(f"{self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
         raise SystemExit(1)
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an option that is a whole number from `least` on."""
+
+    def number(text: str) -> int:
+        if not text.lstrip("-").isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} on, got {text}")
+        return int(text)
+
+    return number
+
+
+def output_file(text: str) -> Path:
+    """The type of an option that names a file to write once all is measured: its folder has to be
+    there before anything is.
+    """
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder; name a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{path.parent} is no folder; make it first")
+    return path
+
+
+def plot_file(text: str) -> Path:
+    """As `output_file`, in a format that is known by its ending."""
+    path = output_file(text)
+    if path.suffix not in _PLOTS:
+        raise argparse.ArgumentTypeError(f"must end in {', '.join(_PLOTS)}, got {text}")
+    return path
+
+
+def existing_folder(text: str) -> Path:
+    """The type of an option that names a folder to read."""
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is no folder")
+    return path
+
+
+def existing_file(text: str) -> Path:
+    """The type of an option that names a file to read."""
+    path = Path(text)
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text} is no file")
+    return path
 
 
 def plainly(main: Callable[[], int | None]) -> int:

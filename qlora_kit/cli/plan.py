@@ -22,7 +22,9 @@ def command(
     gpu: Annotated[
         str | None, typer.Option(help='Plan for this GPU, such as "RTX 4090", not this machine.')
     ] = None,
-    gpus: Annotated[int, typer.Option(min=1, help="How many of them, each with the model.")] = 1,
+    gpus: Annotated[
+        int, typer.Option(min=1, help="How many of --gpu there are, each with the model.")
+    ] = 1,
     budget: Annotated[
         str | None, typer.Option(help="Plan for so much memory: 20GiB. Unset: what there is.")
     ] = None,
@@ -46,6 +48,8 @@ def command(
 
     if calibrate and gpu is not None:
         raise typer.BadParameter("--calibrate measures this machine; leave --gpu out.")
+    if gpu is None and gpus > 1:
+        raise typer.BadParameter(f"--gpus {gpus} says how many of --gpu there are; name that one.")
     loaded = load_recipe(recipe, overrides or ())
     faults = preflight(loaded)
     if faults:
@@ -61,6 +65,7 @@ def command(
     from qlora_kit.plan.rows import train_rows
     from qlora_kit.plan.suggest import suggestions
     from qlora_kit.report import plan as report
+    from qlora_kit.report.reporter import SILENT
 
     vocabulary = load_vocabulary(loaded.model)
     available = _budget(loaded, hardware, budget)
@@ -69,7 +74,12 @@ def command(
     if calibrate:
         planner.calibrate(_precision(loaded, hardware))
     found = planner.plan(loaded, train)
+    reporter = SILENT if as_json else console_reporter()
+    report.plan(reporter, found, rows)
+    # Each is a plan of its own, which for a large model takes longer than anyone likes to wait.
     changes = [] if found.fits else suggestions(loaded, found, planner, train)
+    if not found.fits:
+        report.suggestions(reporter, changes)
     if as_json:
         values = {
             "recipe": str(recipe),
@@ -77,11 +87,6 @@ def command(
             "suggestions": [one.as_dict() for one in changes],
         }
         print(json.dumps(values, indent=2))
-    else:
-        reporter = console_reporter()
-        report.plan(reporter, found, rows)
-        if not found.fits:
-            report.suggestions(reporter, changes)
     raise typer.Exit(0 if found.fits else 1)
 
 

@@ -201,8 +201,13 @@ def room_for_unpacked(
     """
     if device != "cpu" or num_recomputing:
         return 0
+    return room_for_residents(model, room_bytes - kept.peak_bytes(0, lengths))
+
+
+def room_for_residents(model: nn.Module, left_bytes: float) -> int:
+    """Of what is left, as much as unpacked weights can take."""
     numbers: int = sum(one.quant_state.shape.numel() for one in _four_bit_parameters(model))
-    return max(min(int(room_bytes - kept.peak_bytes(0, lengths)), _FLOAT_BYTES * numbers), 0)
+    return max(min(int(left_bytes), _FLOAT_BYTES * numbers), 0)
 
 
 def bytes_of_update(model: nn.Module, optim: str) -> int:

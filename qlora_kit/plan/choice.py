@@ -12,6 +12,7 @@ from qlora_kit.memory.ways import (
     counts_of_recomputing,
     lengths_of_rows,
     room_for_kept,
+    room_for_residents,
     room_for_unpacked,
 )
 
@@ -64,7 +65,8 @@ def choice_of(
     way = situation.fastest(budget)
     if way is None:
         raise situation.nothing_fits(spec.memory_budget)
-    return Choice(way, int(budget - situation.peak_bytes(way)) if is_on_cpu else 0)
+    left = budget - situation.peak_bytes(way)
+    return Choice(way, room_for_residents(imagined.model, left) if is_on_cpu else 0)
 
 
 def _without_a_budget(

@@ -25,11 +25,12 @@ def plan(reporter: Reporter, found: Plan, is_of_rows: bool) -> None:
     )
     whose = "the longest of the rows" if is_of_rows else "rows of data.max_length, all supervised"
     reporter.say(
-        f"batch     {len(worst.items)} sequences, {worst.num_tokens:,} tokens ({whose}), "
-        f"{sum(worst.supervised):,} supervised; {worst.description}"
+        f"batch     {len(worst.items)} sequence{'s' * (len(worst.items) > 1)}, "
+        f"{worst.num_tokens:,} tokens ({whose}), {sum(worst.supervised):,} supervised; "
+        f"{worst.description}"
     )
     reporter.say(
-        f"chooses   {way.at_a_time} of {len(worst.items)} sequences at a time, "
+        f"chooses   {way.at_a_time} of {len(worst.items)} at a time, "
         f"{way.num_recomputing} of {found.num_layers} layers recomputing"
         + ", activations waiting in the host's memory" * way.offloads
         + f", {found.choice.resident_bytes / _MIB:,.0f} MiB for unpacked weights that stay"
@@ -62,7 +63,10 @@ def plan(reporter: Reporter, found: Plan, is_of_rows: bool) -> None:
 def _say_how_fast(reporter: Reporter, found: Plan) -> None:
     rate = found.tokens_per_second
     if rate is None:
-        reporter.say("speed     not known: nothing is calibrated here (plan RECIPE --calibrate)")
+        reporter.say(
+            f"speed     not known: no calibration of {found.hardware.device_name} is here; "
+            "plan RECIPE --calibrate makes one on the machine itself"
+        )
         return
     hours = "" if found.seconds is None else f", {found.seconds / 3600:,.2f} hours of training"
     reporter.say(f"speed     {rate:,.0f} tokens a second{hours}")

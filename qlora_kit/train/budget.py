@@ -15,7 +15,13 @@ import psutil
 import torch
 
 from qlora_kit.memory.allocator import large_blocks_given_back
-from qlora_kit.memory.ways import Situation, Way, bytes_of_update, counts_of_recomputing
+from qlora_kit.memory.ways import (
+    Situation,
+    Way,
+    bytes_of_update,
+    counts_of_recomputing,
+    room_for_residents,
+)
 from qlora_kit.train.fitting import divisor_of, sequences_before
 from qlora_kit.train.known_kept import known_or_counted
 from qlora_kit.train.loader import longest_of
@@ -100,7 +106,7 @@ def fit_memory(
     held_out_rows = min(processes.gathered(situation.most_held_out(held_out, budget)))
     if is_on_cpu:
         most = max(situation.peak_bytes(way), situation.held_out_bytes(held_out[:held_out_rows]))
-        residents.room_bytes = max(int(budget - most), 0)
+        residents.room_bytes = room_for_residents(model, budget - most)
     _tell(around.reporter, spec, situation, way, residents.room_bytes)
     if held_out_rows < len(held_out):
         around.reporter.say(f"          {held_out_rows} of {len(held_out)} held-out rows at a time")

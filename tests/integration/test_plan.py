@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from qlora_kit.errors import HardwareError
+from qlora_kit.plan import suggest
+
 from .conftest import Call, FinishedRun, write_recipe
 
 
@@ -42,6 +45,39 @@ def test_what_does_not_fit_is_a_finding(call: Call, tiny_llama: Path, tmp_path: 
     assert "It does not fit" in said.out
     assert "train.per_device_train_batch_size=1" in said.out
     assert "The smallest budget that would do is" in said.out
+
+
+def test_what_is_needed_is_shown_before_changes_are_tried(
+    call: Call, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of which is a plan of its own: minutes, for a large model."""
+
+    def interrupted(*_: object) -> None:
+        raise HardwareError("so far")
+
+    monkeypatch.setattr(suggest, "suggestions", interrupted)
+    said = call("plan", str(write_recipe(tmp_path, tiny_llama)), "--budget", "1MiB")
+    assert "It does not fit" in said.out
+    assert said.err == "error: so far\n"
+
+
+def test_more_gpus_than_one_are_of_a_named_kind(
+    call: Call, tiny_llama: Path, tmp_path: Path
+) -> None:
+    said = call("plan", str(write_recipe(tmp_path, tiny_llama)), "--gpus", "8")
+    assert said.code == 2
+    assert said.out == ""
+    assert "--gpus 8 says how many of --gpu there are; name that one." in said.err
+
+
+def test_a_large_budget_gives_unpacked_weights_what_they_can_take(
+    call: Call, tiny_llama: Path, tmp_path: Path
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama)
+    said = call("plan", str(recipe), "train.memory_budget=500GiB", "--budget", "500GiB", "--json")
+    values = json.loads(said.out)
+    taken = values["moments"]["training"]["bytes"]["unpacked weights"]
+    assert 0 < values["resident_bytes"] <= taken
 
 
 def test_an_unknown_gpu_lists_those_that_are_known(

@@ -178,7 +178,10 @@ class TestAPlan:
     ) -> None:
         recipe = recipe_for(tmp_path, tiny_llama, "train.max_steps=10")
         line = line_about_speed(planner, recipe, has_rows)
-        assert line == "speed     not known: nothing is calibrated here (plan RECIPE --calibrate)"
+        assert line == (
+            f"speed     not known: no calibration of {planner.hardware.device_name} is here; "
+            "plan RECIPE --calibrate makes one on the machine itself"
+        )
 
     def test_with_a_damaged_one_tells_the_same(
         self, planner: Planner, tmp_path: Path, tiny_llama: Path, cache: Path
