@@ -20,6 +20,7 @@ import torch
 
 from qlora_kit import kept
 from qlora_kit.errors import HardwareError
+from qlora_kit.memory.allocator import is_tidy
 from qlora_kit.plan.small_run import NUM_TOKENS, small_recipe
 from qlora_kit.versions import package_versions
 
@@ -101,6 +102,7 @@ def _key(hardware: Hardware, precision: str) -> str:
         "threads": torch.get_num_threads(),
         "precision": precision,
         "versions": package_versions(),
+        "tidy_heap": is_tidy(),
     }
     return kept.key_of(facts)
 
