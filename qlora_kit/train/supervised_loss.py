@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import get_gradient_edge
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -46,11 +47,15 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         for part in _parts(len(hidden), size):
             with torch.set_grad_enabled(gradient is not None):
                 chunk = hidden[part].detach().requires_grad_(gradient is not None)
-                logits = head(chunk)
-            loss, of_logits = _with_gradient(logits.detach(), targets[part], gradient is not None)
+                logits, are_kept = _logits(head, chunk)
+            # The gradient may come to lie where the logits were: they are not asked any more.
+            made_by = get_gradient_edge(logits) if gradient is not None else None
+            loss, of_logits = _with_gradient(
+                logits.detach(), targets[part], gradient is not None, not are_kept
+            )
             total += loss
-            if gradient is not None:
-                (gradient[part],) = torch.autograd.grad(logits, chunk, of_logits)
+            if gradient is not None and made_by is not None:
+                (gradient[part],) = torch.autograd.grad(made_by, chunk, of_logits)
         ctx.gradient = gradient
         return total
 
@@ -95,14 +100,31 @@ def _parts(count: int, most: int) -> list[slice]:
     return [slice(start, end) for start, end in pairwise(ends)]
 
 
+def _logits(head: Head, hidden: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """(what the head makes of hidden states; whether its backward pass needs the result again)"""
+    kept: list[torch.Tensor] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        logits = head(hidden)
+    storage = logits.untyped_storage()._cdata
+    return logits, any(one.untyped_storage()._cdata == storage for one in kept)
+
+
 def _with_gradient(
-    logits: torch.Tensor, targets: torch.Tensor, is_needed: bool
+    logits: torch.Tensor, targets: torch.Tensor, is_needed: bool, in_place: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(the sum of cross-entropies; its gradient: softmax, less 1 at the target)
 
-    In two tensors of the logits' shape, where autograd takes four.
+    In the memory of the logits, or in one tensor more of their shape, where autograd takes four.
     """
-    log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+    if in_place and logits.dtype == torch.float32:
+        log_probabilities = torch.log_softmax(logits, dim=-1, out=logits)
+    else:
+        log_probabilities = F.log_softmax(logits, dim=-1, dtype=torch.float32)
     loss = F.nll_loss(log_probabilities, targets, reduction="sum")
     if not is_needed:
         return loss, None

@@ -137,9 +137,17 @@ def test_a_batch_without_a_supervised_place_has_a_gradient_of_zero() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 3, 100])
-def test_chunks_add_up(size: int) -> None:
+@pytest.mark.parametrize(
+    "is_kept", [False, True], ids=["plain", "logits that the head needs again"]
+)
+def test_chunks_add_up(size: int, is_kept: bool) -> None:
     torch.manual_seed(0)
-    head = torch.nn.Linear(8, 50, bias=False).requires_grad_(False)
+    linear = torch.nn.Linear(8, 50, bias=False).requires_grad_(False)
+
+    def head(hidden: torch.Tensor) -> torch.Tensor:
+        logits = linear(hidden)
+        return torch.tanh(logits) if is_kept else logits
+
     hidden = torch.randn(10, 8, requires_grad=True)
     targets = torch.randint(0, 50, (10,))
     (2 * chunked_cross_entropy(hidden, targets, head, size)).backward()
