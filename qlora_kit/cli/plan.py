@@ -50,6 +50,7 @@ def command(
         raise typer.BadParameter("--calibrate measures this machine; leave --gpu out.")
     if gpu is None and gpus > 1:
         raise typer.BadParameter(f"--gpus {gpus} says how many of --gpu there are; name that one.")
+    asked_bytes = None if budget is None else parse_bytes(budget)
     loaded = load_recipe(recipe, overrides or ())
     faults = preflight(loaded)
     if faults:
@@ -68,13 +69,16 @@ def command(
     from qlora_kit.report.reporter import SILENT
 
     vocabulary = load_vocabulary(loaded.model)
-    available = _budget(loaded, hardware, budget)
+    available = asked_bytes or _there_is(loaded, hardware)
     train = train_rows(loaded, vocabulary) if rows else None
     planner = Planner(vocabulary, hardware, available)
     if calibrate:
         planner.calibrate(_precision(loaded, hardware))
-    found = planner.plan(loaded, train)
     reporter = SILENT if as_json else console_reporter()
+    reporter.say(
+        "counting  what a step takes, on tensors without numbers; a large model takes a minute"
+    )
+    found = planner.plan(loaded, train)
     report.plan(reporter, found, rows)
     # Each is a plan of its own, which for a large model takes longer than anyone likes to wait.
     changes = [] if found.fits else suggestions(loaded, found, planner, train)
@@ -90,15 +94,11 @@ def command(
     raise typer.Exit(0 if found.fits else 1)
 
 
-def _budget(recipe: Recipe, hardware: Hardware, asked: str | None) -> int:
+def _there_is(recipe: Recipe, hardware: Hardware) -> int:
     """Bytes that one device may use."""
-    from qlora_kit.train.memory import cgroup_limit_bytes
+    from qlora_kit.train.memory import device_bytes
 
-    if asked is not None:
-        return parse_bytes(asked)
-    there = hardware.device_memory_bytes
-    if there is None:
-        there = min(hardware.host_memory_bytes, cgroup_limit_bytes() or hardware.host_memory_bytes)
+    there = device_bytes(hardware)
     limit = recipe.train.max_memory_mib
     return there if limit is None else min(there, limit * 2**20)
 

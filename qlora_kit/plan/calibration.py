@@ -21,6 +21,7 @@ import torch
 from qlora_kit import kept
 from qlora_kit.errors import HardwareError
 from qlora_kit.memory.allocator import is_tidy
+from qlora_kit.plan.gpus import plain_name
 from qlora_kit.plan.small_run import NUM_TOKENS, small_recipe
 from qlora_kit.versions import package_versions
 
@@ -98,7 +99,7 @@ def calibrate(
 def _key(hardware: Hardware, precision: str) -> str:
     facts = {
         "method": _METHOD,
-        "machine": hardware.device_name,
+        "machine": plain_name(hardware.device_name),
         "threads": torch.get_num_threads(),
         "precision": precision,
         "versions": package_versions(),

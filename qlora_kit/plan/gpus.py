@@ -53,8 +53,8 @@ def known_gpu(name: str, count: int = 1) -> Hardware:
     Raises:
         HardwareError: the name is not known; lists those that are.
     """
-    names = {_plain(one): one for one in GPUS}
-    found = names.get(_plain(name))
+    names = {plain_name(one): one for one in GPUS}
+    found = names.get(plain_name(name))
     if found is None:
         raise HardwareError(f"there is no GPU '{name}' in the kit; it knows {', '.join(GPUS)}.")
     gpu = GPUS[found]
@@ -72,7 +72,7 @@ def known_gpu(name: str, count: int = 1) -> Hardware:
     )
 
 
-def _plain(name: str) -> str:
-    """Without capitals, spaces and the maker's words."""
+def plain_name(name: str) -> str:
+    """Without capitals, spaces and the maker's words: the same for what people and drivers say."""
     words = name.lower().replace("-", " ").replace("gb", "").split()
     return "".join(word for word in words if word not in ("nvidia", "geforce", "tesla"))

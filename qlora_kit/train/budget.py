@@ -25,6 +25,7 @@ from qlora_kit.memory.ways import (
 from qlora_kit.train.fitting import divisor_of, sequences_before
 from qlora_kit.train.known_kept import known_or_counted
 from qlora_kit.train.loader import longest_of
+from qlora_kit.train.memory import device_bytes
 from qlora_kit.train.recompute import Recompute, choose_recompute
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ def fit_memory(
                 + ("of a sharded model." if is_sharded else "without a sequence to look at.")
             )
         return Fit(choose_recompute(model, batches, spec, around, is_sharded, residents, key))
+    _warn_of_more_than_there_is(spec, around)
     wanted = sequences_before(before, spec)
     processes = around.processes
     situation = processes.together(lambda: _situation(model, batches, spec, around, longest, key))
@@ -117,6 +119,15 @@ def fit_memory(
         held_out_rows if held_out_rows < len(held_out) else None,
         is_on_cpu and way.gives_up_speed(situation.num_sequences),
     )
+
+
+def _warn_of_more_than_there_is(spec: TrainSpec, around: Surroundings) -> None:
+    there, budget = device_bytes(around.hardware), spec.memory_budget_bytes
+    if budget is not None and budget > there:
+        around.reporter.warn(
+            f"train.memory_budget ({spec.memory_budget}) is more than the {there / 2**30:.1f} GiB "
+            "that there are: what is chosen may not fit. Lower it, or set it to auto."
+        )
 
 
 def _longest_held_out(batches: Batching, spec: TrainSpec) -> list[tuple[int, ...]]:

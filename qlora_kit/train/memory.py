@@ -6,9 +6,13 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
+
+if TYPE_CHECKING:
+    from qlora_kit.environment import Hardware
 
 _SAMPLE_SECONDS = 0.05
 # Growth is judged once there are this many steps, over the second half of them.
@@ -115,6 +119,13 @@ def steady_slope(points: Sequence[int]) -> float | None:
     spread = sum((y - mean_y) ** 2 for y in points)
     explained = slope * covariance / spread if spread else 0.0
     return slope if explained > 0.8 and slope * count > 0.01 * mean_y else None
+
+
+def device_bytes(hardware: Hardware) -> int:
+    """Memory of one device, in use or not; on a CPU of what the container may use."""
+    if hardware.device_memory_bytes is not None:
+        return hardware.device_memory_bytes
+    return min(hardware.host_memory_bytes, cgroup_limit_bytes() or hardware.host_memory_bytes)
 
 
 def cgroup_limit_bytes() -> int | None:

@@ -98,6 +98,11 @@ class TestKept:
         assert recalled(replace(_MACHINE, device_name="another"), "fp32") is None
         assert recalled(_MACHINE, "bf16") is None
 
+    def test_by_whatever_name_the_machine_goes(self) -> None:
+        card = replace(_MACHINE, device_name="NVIDIA GeForce RTX 4090")
+        found = calibrate(card, "fp32", planned)
+        assert recalled(replace(_MACHINE, device_name="RTX 4090"), "fp32") == found
+
     def test_not_for_another_number_of_threads(self) -> None:
         found = calibrate(_MACHINE, "fp32", planned)
         before = torch.get_num_threads()

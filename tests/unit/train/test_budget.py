@@ -31,6 +31,9 @@ class Heard(Reporter):
     def say(self, text: str) -> None:
         self.lines.append(text)
 
+    def warn(self, text: str) -> None:
+        self.lines.append(text)
+
 
 @pytest.mark.parametrize(
     ("text", "wanted"),
@@ -155,6 +158,12 @@ def test_a_budget_holds_for_held_out_rows_as_well(
     assert len(losses) == 3
     assert losses == pytest.approx(wanted, rel=1e-5)
     assert any("of 8 held-out rows at a time" in line for line in said), said
+
+
+def test_a_budget_of_more_than_there_is_is_warned_of(tmp_path: Path, tiny_llama: Path) -> None:
+    _, said = trained(tmp_path / "much", tiny_llama, "5000GiB")
+    (line,) = [one for one in said if "is more than" in one]
+    assert "train.memory_budget (5000GiB) is more than the " in line
 
 
 def test_a_budget_that_nothing_fits_says_the_smallest_that_would(
