@@ -11,6 +11,7 @@ import os
 import platform
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,6 +29,7 @@ _NATIVE_BF16_MAX_SLOWDOWN = 1.0
 _USABLE_BF16_MAX_SLOWDOWN = 8.0
 _NUM_TIMINGS = 25
 _QUANTIZED_GIB = 30
+_TUNABLES = "GLIBC_TUNABLES"
 # What processes need in order to meet, and what MPI tells them of their number.
 _MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
@@ -189,6 +191,18 @@ def tensorboard_folder(default: Path) -> Path:
     """Where curves are written: transformers' own setting goes first."""
     asked = os.environ.get("TENSORBOARD_LOGGING_DIR")
     return Path(asked).expanduser() if asked else default
+
+
+def heap_settings() -> dict[str, str]:
+    """What the GNU C library was told of its heap when this process began, by name."""
+    parts = (part.partition("=") for part in os.environ.get(_TUNABLES, "").split(":"))
+    return {name: value for name, _, value in parts if name}
+
+
+def with_heap_settings(settings: Mapping[str, str]) -> dict[str, str]:
+    """The environment of this process, with these settings beside those that there are."""
+    values = {**heap_settings(), **settings}.items()
+    return {**os.environ, _TUNABLES: ":".join(f"{name}={value}" for name, value in values)}
 
 
 def quiet_upstream() -> None:

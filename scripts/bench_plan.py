@@ -117,7 +117,6 @@ CASES = (
 
 
 def main() -> int:
-    begin_with_a_tidy_heap()  # as the command line does
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--only",
@@ -337,4 +336,5 @@ def prediction(recipe: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
+    begin_with_a_tidy_heap()  # as the command line does
     sys.exit(plainly(main))

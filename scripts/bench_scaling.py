@@ -133,7 +133,6 @@ TERM_NAMES = ("products", "adapter", "attention", "elements", "optimizer", "each
 
 
 def main() -> int:
-    begin_with_a_tidy_heap()  # as the command line does
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", choices=[*SWEEPS, "rows"], help="unset: all of them")
     parser.add_argument("--rounds", type=at_least(1), default=2)
@@ -400,4 +399,5 @@ def plot(shapes: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
+    begin_with_a_tidy_heap()  # as the command line does
     sys.exit(plainly(main))

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from qlora_kit.environment import heap_settings, with_heap_settings
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGE_BYTES = 2**20
 # What the library itself comes to once blocks of that size were freed, at most; it then shrinks its
@@ -19,7 +21,6 @@ _USUAL_BYTES = 32 * 2**20
 _SHARE_LEFT, _SHARE_LEFT_TIDY = 0.43, 0.10
 
 
-_TUNABLES = "GLIBC_TUNABLES"
 # Freed blocks of a few bytes are otherwise handed out again as they are, for years if need be.
 _TIDY = {"glibc.malloc.tcache_count": "0", "glibc.malloc.mxfast": "0"}
 _GPU_DRIVER = Path("/dev/nvidiactl")
@@ -34,28 +35,18 @@ def begin_with_a_tidy_heap() -> None:
     command cannot be read twice, and on a machine with a GPU, on which what the host does in
     between is what counts. https://www.gnu.org/software/libc/manual/html_node/Memory-Allocation-Tunables.html
     """
-    if not _is_glibc() or _settings().keys() & _TIDY.keys() or _GPU_DRIVER.exists():
+    if not _is_glibc() or heap_settings().keys() & _TIDY.keys() or _GPU_DRIVER.exists():
         return
     if sys.argv[0] == "-" or not sys.executable:
         return
-    values = ":".join(f"{name}={value}" for name, value in {**_settings(), **_TIDY}.items())
+    command = [sys.executable, *sys.orig_argv[1:]]
     with suppress(OSError):
-        os.execve(
-            sys.executable,
-            [sys.executable, *sys.orig_argv[1:]],
-            {**os.environ, _TUNABLES: values},
-        )
+        os.execve(sys.executable, command, with_heap_settings(_TIDY))
 
 
 def is_tidy() -> bool:
     """Whether this process has begun so."""
-    return _is_glibc() and _settings().items() >= _TIDY.items()
-
-
-def _settings() -> dict[str, str]:
-    """What the library was told by the environment."""
-    parts = (part.partition("=") for part in os.environ.get(_TUNABLES, "").split(":"))
-    return {name: value for name, _, value in parts if name}
+    return _is_glibc() and heap_settings().items() >= _TIDY.items()
 
 
 def is_of_the_heap(num_bytes: int) -> bool:
