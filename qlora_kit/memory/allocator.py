@@ -19,9 +19,7 @@ _LARGE_BYTES = 2**20
 _USUAL_BYTES = 32 * 2**20
 # Of what a forward pass makes and lets go again; see `holes_left_by`.
 _SHARE_LEFT, _SHARE_LEFT_TIDY = 0.43, 0.10
-
-
-# Freed blocks of a few bytes are otherwise handed out again as they are, for years if need be.
+# No lists of small freed blocks that are not joined with their neighbours.
 _TIDY = {"glibc.malloc.tcache_count": "0", "glibc.malloc.mxfast": "0"}
 _GPU_DRIVER = Path("/dev/nvidiactl")
 

@@ -90,7 +90,7 @@ def iterate_tensors(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]
 
 def _safetensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
-        # Not mapped: what was looked at would stay in memory to the end of the file.
+        # Not mapped: all that was looked at would stay in memory while the file is open.
         with safe_open(path, framework="pt", backend="pread") as shard:
             for name in shard.keys():  # noqa: SIM118 - not a mapping
                 yield name, shard.get_tensor(name)
