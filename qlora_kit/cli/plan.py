@@ -69,7 +69,7 @@ def command(
     from qlora_kit.report.reporter import SILENT
 
     vocabulary = load_vocabulary(loaded.model)
-    available = asked_bytes or _there_is(loaded, hardware)
+    available = _there_is(loaded, hardware) if asked_bytes is None else asked_bytes
     train = train_rows(loaded, vocabulary) if rows else None
     planner = Planner(vocabulary, hardware, available)
     if calibrate:

@@ -284,3 +284,20 @@ def test_weights_that_moved_are_still_the_same(tmp_path: Path) -> None:
     first = scan_weights(save(tmp_path / "one", tensors()))
     shutil.move(tmp_path / "one", tmp_path / "two")
     assert scan_weights(tmp_path / "two") == first
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no /proc")
+def test_a_file_is_not_in_memory_as_a_whole(tmp_path: Path) -> None:
+    """Neither mapped nor read: 64 MiB in four tensors, of which one is there at a time."""
+
+    def mapped_mib() -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(one.split()[1]) for one in lines if one.startswith("RssFile")) / 1024
+
+    path = tmp_path / "model.safetensors"
+    save_file({f"weight.{n}": torch.ones(4 * 2**20) for n in range(4)}, path)
+    before, most = mapped_mib(), 0.0
+    for _, tensor in iterate_tensors([path]):
+        assert float(tensor.sum()) == 4 * 2**20
+        most = max(most, mapped_mib() - before)
+    assert most < 8
