@@ -29,8 +29,13 @@ def import_leanly() -> None:
 
     For a process that is this program's own: in another's transformers would not find SciPy.
     """
-    if not any(isinstance(finder, _Lean) for finder in sys.meta_path):
+    if not is_lean():
         sys.meta_path.insert(0, _Lean())
+
+
+def is_lean() -> bool:
+    """Whether this process imports so."""
+    return any(isinstance(finder, _Lean) for finder in sys.meta_path)
 
 
 class _Lean(MetaPathFinder):

@@ -27,6 +27,7 @@ from typing import Any
 
 from plainly import Parser, at_least, output_file, plainly
 
+from qlora_kit.lean_imports import import_leanly
 from qlora_kit.memory.allocator import begin_with_a_tidy_heap
 
 MOST_OFF = {"tensors": 0.05, "process": 0.10}
@@ -337,4 +338,5 @@ def prediction(recipe: Path) -> dict[str, int]:
 
 if __name__ == "__main__":
     begin_with_a_tidy_heap()  # as the command line does
+    import_leanly()
     sys.exit(plainly(main))

@@ -31,6 +31,7 @@ import numpy as np
 from bench_plan import Case, case, prediction, prepared
 from plainly import Parser, at_least, existing_file, output_file, plainly, plot_file
 
+from qlora_kit.lean_imports import import_leanly
 from qlora_kit.memory.allocator import begin_with_a_tidy_heap
 
 MOST_OFF = 0.25
@@ -400,4 +401,5 @@ def plot(shapes: Sequence[dict[str, Any]], path: Path) -> None:
 
 if __name__ == "__main__":
     begin_with_a_tidy_heap()  # as the command line does
+    import_leanly()
     sys.exit(plainly(main))

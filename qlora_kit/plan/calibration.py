@@ -20,6 +20,7 @@ import torch
 
 from qlora_kit import kept
 from qlora_kit.errors import HardwareError
+from qlora_kit.lean_imports import is_lean
 from qlora_kit.memory.allocator import is_tidy
 from qlora_kit.plan.gpus import plain_name
 from qlora_kit.plan.small_run import NUM_TOKENS, small_recipe
@@ -104,6 +105,7 @@ def _key(hardware: Hardware, precision: str) -> str:
         "precision": precision,
         "versions": package_versions(),
         "tidy_heap": is_tidy(),
+        "lean_imports": is_lean(),
     }
     return kept.key_of(facts)
 

@@ -13,6 +13,7 @@ from qlora_kit.data.prepare import Part
 from qlora_kit.environment import Hardware, resolve_compute_dtype
 from qlora_kit.errors import ModelError
 from qlora_kit.evaluate.evaluate import PERPLEXITY_BATCH_SIZE
+from qlora_kit.lean_imports import is_lean
 from qlora_kit.memory.kept import Kept
 from qlora_kit.memory.optimizer import state_bytes
 from qlora_kit.memory.ways import largest_quantized
@@ -41,6 +42,8 @@ _GIB, _MIB = 2**30, 2**20
 FRAMEWORK_BYTES = {"cpu": 1000 * _MIB, "cuda": 700 * _MIB}
 """Of a process that trains, tensors and the holes that they leave apart: interpreter and libraries;
 context and kernels of a GPU. Measured with torch 2.14 on a CPU; a guess for GPUs."""
+_SPARED_BYTES = 140 * _MIB
+"""Of that, libraries that lean imports leave out (docs/memory.md)."""
 # Of each number of a weight while it is quantized (a CPU does it in float32), or just moved.
 _BYTES_IN_FLIGHT = {"cpu": 14, "cuda": 4}
 
@@ -242,7 +245,10 @@ def foretold_training(
 
 def framework_bytes(hardware: Hardware, calibration: Calibration | None) -> int:
     """As calibrated, else as measured elsewhere."""
-    return FRAMEWORK_BYTES[hardware.device] if calibration is None else calibration.framework_bytes
+    if calibration is not None:
+        return calibration.framework_bytes
+    spares = hardware.device == "cpu" and is_lean()
+    return FRAMEWORK_BYTES[hardware.device] - spares * _SPARED_BYTES
 
 
 def _seconds_to_train(

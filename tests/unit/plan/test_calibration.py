@@ -17,7 +17,7 @@ from qlora_kit.model.vocabulary import load_vocabulary
 from qlora_kit.plan import calibration
 from qlora_kit.plan.calibration import Calibration, calibrate, recalled
 from qlora_kit.plan.effort import Effort
-from qlora_kit.plan.plan import Planner
+from qlora_kit.plan.plan import Planner, framework_bytes
 from qlora_kit.plan.rows import train_rows
 from qlora_kit.recipe import Recipe, load_recipe
 from qlora_kit.report import plan as report
@@ -77,6 +77,18 @@ def the_record(cache: Path) -> Path:
     return path
 
 
+def test_without_a_calibration_lean_imports_count_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {}
+    for is_lean in (False, True):
+        monkeypatch.setattr("qlora_kit.plan.plan.is_lean", lambda said=is_lean: said)
+        for device in ("cpu", "cuda"):
+            found[device, is_lean] = framework_bytes(replace(_MACHINE, device=device), None)
+    assert found["cpu", True] < found["cpu", False]
+    assert found["cuda", True] == found["cuda", False]
+    known = Calibration(_PEAK_BYTES, _PRODUCTS, _BYTES, _OPERATION)
+    assert framework_bytes(_MACHINE, known) == _PEAK_BYTES
+
+
 class TestKept:
     def test_rates_are_held_against_a_training_run(self) -> None:
         found = calibrate(_MACHINE, "fp32", planned)
@@ -102,6 +114,15 @@ class TestKept:
         card = replace(_MACHINE, device_name="NVIDIA GeForce RTX 4090")
         found = calibrate(card, "fp32", planned)
         assert recalled(replace(_MACHINE, device_name="RTX 4090"), "fp32") == found
+
+    def test_not_for_a_process_that_imports_otherwise(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(calibration, "is_lean", lambda: True)
+        found = calibrate(_MACHINE, "fp32", planned)
+        assert recalled(_MACHINE, "fp32") == found
+        monkeypatch.setattr(calibration, "is_lean", lambda: False)
+        assert recalled(_MACHINE, "fp32") is None
 
     def test_not_for_another_number_of_threads(self) -> None:
         found = calibrate(_MACHINE, "fp32", planned)
