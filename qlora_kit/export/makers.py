@@ -222,10 +222,9 @@ def calibration_of(job: Job, source: Source, given: Ingredients) -> Calibration 
 
 def _drawn(name: str, source: Source, given: Ingredients) -> Calibration:
     texts = find_texts(name, "train")
-    rows = [
-        [row for row in part if row.input_ids not in given.held_out]
-        for part in render_texts(texts, given.trained.tokenizer)
-    ]
+    rendered = render_texts(texts, given.trained.tokenizer)
+    rows = [[row for row in part if row.input_ids not in given.held_out] for part in rendered.rows]
+    texts = replace(texts, description=rendered.description)
     context = context_tokens(source.skeleton.model)
     return draw_calibration(texts, rows, given.calibration_spec, context)
 

@@ -50,7 +50,10 @@ def texts_for(
         DataError: a source cannot be read, or nothing is left to compare on.
     """
     texts = None if named.calibration is None else find_texts(named.calibration, "train")
-    rows = [] if texts is None else render_texts(texts, tokenizer)
+    rows: list[list[TokenSequence]] = []
+    if texts is not None:
+        rendered = render_texts(texts, tokenizer)
+        rows, texts = rendered.rows, replace(texts, description=rendered.description)
     own = _own_held_out(named, texts)
     if own is None:
         assert texts is not None
@@ -58,7 +61,8 @@ def texts_for(
         texts = replace(texts, is_divided=True)
         return texts, rows, HeldOut(held, f"a fifth of the rows of {texts.description}")
     known = {row.input_ids for source in rows for row in source}
-    found = [row for source in render_texts(own, tokenizer) for row in source]
+    rendered = render_texts(own, tokenizer)
+    found = [row for source in rendered.rows for row in source]
     apart = tuple(row for row in found if row.input_ids not in known)
     if not apart:
         raise DataError(
@@ -67,7 +71,7 @@ def texts_for(
         )
     left_out = len(found) - len(apart)
     note = f", {left_out} of whose rows are left out because they calibrate" if left_out else ""
-    return texts, rows, HeldOut(apart, own.description + note)
+    return texts, rows, HeldOut(apart, rendered.description + note)
 
 
 def _own_held_out(named: Named, texts: Texts | None) -> Texts | None:

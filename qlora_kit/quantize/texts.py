@@ -6,6 +6,7 @@ Used for calibration text and for the held-out text that a result is compared on
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -119,45 +120,69 @@ def require_rows(name: str, part: Part) -> None:
     require_readable(find_texts(name, part).sources)
 
 
-def render_texts(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> list[list[TokenSequence]]:
-    """The rows of each source as sequences, whole, in order; rows that cannot be used are left out.
+@dataclass(frozen=True)
+class Rendered:
+    """Rows as sequences, whole, in order, by source."""
+
+    rows: list[list[TokenSequence]]
+    description: str
+    """Of the texts, and how many of their rows cannot be used."""
+
+
+class _LeftOut:
+    """Counts rows that cannot be used."""
+
+    num_rows = 0
+
+
+def render_texts(texts: Texts, tokenizer: PreTrainedTokenizerBase) -> Rendered:
+    """The rows of each source; those that cannot be used are left out, and counted.
 
     Raises:
         DataError: a source cannot be read, or has no row that can be used.
     """
-    found = [list(_rendered(source, texts, tokenizer)) for source in texts.sources]
+    left_out = _LeftOut()
+    found = [list(_rendered(source, texts, tokenizer, left_out)) for source in texts.sources]
     if not any(found):
         raise DataError(
             f"{texts.description} has no row that can be used; `qlora-kit data` shows why."
         )
-    return found
+    is_told = left_out.num_rows > 0 and texts.joined_rows == 1  # WikiText has empty rows by nature
+    note = f", {left_out.num_rows:,} of whose rows cannot be used" if is_told else ""
+    return Rendered(found, texts.description + note)
 
 
 def _rendered(
-    source: SourceSpec, texts: Texts, tokenizer: PreTrainedTokenizerBase
+    source: SourceSpec, texts: Texts, tokenizer: PreTrainedTokenizerBase, left_out: _LeftOut
 ) -> Iterator[TokenSequence]:
-    for example in _joined(_examples(source, texts.recipe_part), texts.joined_rows):
+    examples = _examples(source, texts.recipe_part, left_out)
+    for example in _joined(examples, texts.joined_rows):
         try:
             sequence = render(_without_template(example, tokenizer), tokenizer, texts.loss_on)
         except RowRefused:
+            left_out.num_rows += 1
             continue
         if sequence.num_tokens > 1:
             yield sequence
+        else:
+            left_out.num_rows += 1
 
 
-def _examples(source: SourceSpec, recipe_part: tuple[DataSpec, Part] | None) -> Iterator[Example]:
+def _examples(
+    source: SourceSpec, recipe_part: tuple[DataSpec, Part] | None, left_out: _LeftOut
+) -> Iterator[Example]:
     """The sound rows; those of the hub are read as far as they are needed, and not stored."""
     recogniser = Recogniser(source, needs_answer=False)
     selection = None if recipe_part is None else selection_for(recipe_part[1], recipe_part[0])
     for row in read_source(source, streaming=True):
-        if isinstance(row, BadRow):
-            continue
-        try:
-            example = recogniser.recognise(row)
-        except RowRefused:
-            continue
-        answer = fine_tuning_example(example)
-        if answer is not None and (selection is None or selection.rule_against(example) is None):
+        answer = example = None
+        if not isinstance(row, BadRow):
+            with suppress(RowRefused):
+                example = recogniser.recognise(row)
+                answer = fine_tuning_example(example)
+        if example is None or answer is None:
+            left_out.num_rows += 1
+        elif selection is None or selection.rule_against(example) is None:
             yield answer
 
 

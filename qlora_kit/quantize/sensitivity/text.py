@@ -26,7 +26,7 @@ def read_rows(source: str, tokenizer: PreTrainedTokenizerBase) -> list[TokenSequ
         DataError: nothing can be read. RecipeError: the recipe has faults.
     """
     found = render_texts(find_texts(source, "train"), tokenizer)
-    return [row for rows in found for row in rows]
+    return [row for rows in found.rows for row in rows]
 
 
 def deal(

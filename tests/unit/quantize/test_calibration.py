@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -149,6 +150,27 @@ def test_a_fifth_of_a_file_is_held_out(tmp_path: Path, tokenizer: PreTrainedToke
     assert "a fifth of the rows of" in held.description
 
 
+def test_rows_that_cannot_be_used_are_counted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_kit.data.render.MOST_CHARACTERS", 2_000)
+    sound = text_file(tmp_path / "rows.jsonl", 20)
+    faulty = tmp_path / "faulty.jsonl"
+    no_json, no_text, empty = "{not json", json.dumps({"text": 7}), json.dumps({"text": ""})
+    enormous = json.dumps({"text": "so " * 1_000})
+    lines = [sound.read_text().strip(), no_json, no_text, empty, enormous]
+    faulty.write_text("\n".join(lines) + "\n")
+    texts, kept, held = texts_for(Named(str(faulty), "demo/commands"), tokenizer, seed=0)
+    assert texts is not None
+    assert texts.description == "faulty.jsonl, 4 of whose rows cannot be used"
+    assert sum(map(len, kept)) == 20
+    drawn = draw_calibration(texts, kept, CalibrationSpec(num_tokens=30), None)
+    assert "4 of whose rows cannot be used" in drawn.description
+    assert "cannot" not in held.description
+    _, _, held = texts_for(Named(None, str(faulty)), tokenizer, seed=0)
+    assert held.description == "faulty.jsonl, 4 of whose rows cannot be used"
+
+
 def test_a_refusal_says_what_was_put_aside(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -175,7 +197,7 @@ def test_a_single_text_is_cut_in_two(tmp_path: Path, tokenizer: PreTrainedTokeni
     path.write_text("the quick brown fox jumps over the lazy dog. " * 40)
     _, ((kept,),), held = texts_for(Named(str(path), None), tokenizer, seed=0)
     (rest,) = held.sequences
-    whole = render_texts(find_texts(str(path), "train"), tokenizer)[0][0]
+    whole = render_texts(find_texts(str(path), "train"), tokenizer).rows[0][0]
     assert kept.input_ids + rest.input_ids == whole.input_ids
     short = tmp_path / "short.txt"
     short.write_text("hi")
@@ -215,7 +237,7 @@ def test_a_base_model_without_template_reads_conversations_as_text(
 ) -> None:
     build_tokenizer(tmp_path, chat_template=None)
     plain = AutoTokenizer.from_pretrained(tmp_path)
-    row = render_texts(find_texts("demo/commands", "eval"), plain)[0][0]
+    row = render_texts(find_texts("demo/commands", "eval"), plain).rows[0][0]
     assert row.num_supervised == row.num_tokens - 1
     assert "\n" in plain.decode(row.input_ids)
 

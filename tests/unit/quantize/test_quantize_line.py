@@ -64,7 +64,7 @@ def test_certificate_tells_the_distance_of_what_plain_transformers_loads(
     out = tmp_path / "out"
     certificate = quantize(asked(llama, method, out, texts=Named(None, str(text))))
     source = source_of(llama)
-    rows = render_texts(find_texts(str(text), "eval"), source.tokenizer)[0]
+    rows = render_texts(find_texts(str(text), "eval"), source.tokenizer).rows[0]
     wanted = measure_divergence(
         CausalScorer(reloaded(llama), 0), CausalScorer(reloaded(out), 0), rows, batch_size=4
     )
