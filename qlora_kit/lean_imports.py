@@ -1,10 +1,12 @@
 """Imports without what no verb needs: half of the time.
 
-transformers imports scikit-learn, SciPy and torchao wherever they are installed, for assisted
-generation, the losses of object detection and bases that torchao quantized, none of which is done
-here, and parses what every installed distribution says of itself. bitsandbytes asks torch for two
-compiled functions when it is imported, for which torch loads its compiler. And Python looks for
-garbage again and again among objects that imports have made and nobody lets go.
+transformers imports scikit-learn, SciPy, torchao and datasets wherever they are installed, for
+assisted generation, the losses of object detection, bases that torchao quantized, and tables that a
+trainer is given, none of which is done here. It parses what every installed distribution says of
+itself, and opens all of its own files. bitsandbytes asks torch for two compiled functions when it
+is imported, for which torch loads its compiler. And Python looks for garbage again and again among
+objects that imports have made and nobody lets go: while modules are imported, and whenever a
+quarter as many have been made since.
 """
 
 from __future__ import annotations
@@ -21,13 +23,14 @@ from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any
 
-_NOT_NEEDED = ("sklearn", "scipy", "torchao")
+_NOT_NEEDED = ("sklearn", "scipy", "torchao", "datasets")
 
 
 def import_leanly() -> None:
     """From here on this package's modules, and what they bring, are imported so.
 
-    For a process that is this program's own: in another's transformers would not find SciPy.
+    For a process that is this program's own: in another's transformers would not find SciPy, and
+    its trainer would not know a table of datasets.
     """
     if not is_lean():
         sys.meta_path.insert(0, _Lean())
@@ -66,13 +69,18 @@ def _within(
 
 @contextmanager
 def _uncollected() -> Iterator[None]:
-    """What imports have made is looked through once, after the outermost."""
+    """What imports make is not looked through for garbage before the outermost is done, and what
+    came with torch never: a million objects, which stay as long as the process.
+    """
     if not gc.isenabled():
         yield
         return
+    was_there = "torch" in sys.modules  # and so, maybe, a model, which somebody may let go
     gc.disable()
     try:
         yield
+        if not was_there and "torch" in sys.modules:
+            gc.freeze()
     finally:
         gc.enable()
 
@@ -97,6 +105,18 @@ def _lean_transformers() -> Iterator[None]:
         importlib.metadata.packages_distributions = parsed
         for name in hidden:
             sys.modules.pop(name, None)
+
+
+@contextmanager
+def _lean_import_utils() -> Iterator[None]:
+    """What transformers is about to make of all its files is remembered."""
+    yield
+    utils: Any = sys.modules["transformers.utils.import_utils"]
+    create = getattr(utils, "create_import_structure_from_path", None)
+    if create is not None:
+        from qlora_kit.import_structure import remembering
+
+        utils.create_import_structure_from_path = remembering(create)
 
 
 @contextmanager
@@ -127,7 +147,11 @@ def _lean_bitsandbytes() -> Iterator[None]:
         torch.compile = compile_now
 
 
-_LEAN = {"transformers": _lean_transformers, "bitsandbytes": _lean_bitsandbytes}
+_LEAN = {
+    "transformers": _lean_transformers,
+    "transformers.utils.import_utils": _lean_import_utils,
+    "bitsandbytes": _lean_bitsandbytes,
+}
 
 
 def distributions_of_packages() -> dict[str, list[str]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import platform
 from collections.abc import Iterable
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ def package_versions(names: Iterable[str] = REPORTED_PACKAGES) -> dict[str, str 
     return {name: _version(name) for name in names}
 
 
+@lru_cache
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from jinja2 import TemplateSyntaxError
 
+from qlora_kit import kept
 from qlora_kit.errors import ModelError
 from qlora_kit.model.reason import reason_of
 from qlora_kit.templates import library
@@ -33,6 +34,7 @@ _SPARE_PATTERN = re.compile(
     r"[<\[].{0,2}(pad|.*_pad|reserved.*|unused.*|extra_id.*).{0,2}[>\]]", re.I
 )
 _NEW_PAD = "<|pad|>"
+_KIND = "tokenizer_hashes"  # in the cache
 _BAD_TOKENIZER = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError)
 
 
@@ -172,7 +174,19 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 @lru_cache(maxsize=2)
 def _hash_of(backend: str, pad: str | None) -> str:
-    """Remembered: the text is megabytes long, and every adapter that is written asks for it."""
+    """Remembered, here and from one start to the next: the text is megabytes long, and every start
+    and every adapter that is written asks for it.
+    """
+    key = kept.key_of({"backend": hashlib.sha256(backend.encode()).hexdigest(), "pad": pad})
+    known = kept.recall(_KIND, key)
+    if known is not None:
+        return str(known["sha256"])
+    found = _hashed(backend, pad)
+    kept.keep(_KIND, key, {"sha256": found})
+    return found
+
+
+def _hashed(backend: str, pad: str | None) -> str:
     state = json.loads(backend)
     state["padding"] = state["truncation"] = None
     state["added_tokens"] = [one for one in state["added_tokens"] if one["content"] != pad]

@@ -21,15 +21,16 @@ import json, sys
 from qlora_kit.lean_imports import import_leanly
 import_leanly()
 import qlora_kit.run
-spared = ("sklearn", "scipy", "torchao", "torch._inductor.compile_fx")
+spared = ("sklearn", "scipy", "torchao", "datasets", "torch._inductor.compile_fx")
 brought = [name for name in spared if name in sys.modules]
 import gc, importlib.util
 import transformers.utils
 print(json.dumps({
     "brought": brought,
     "asked": [transformers.utils.is_sklearn_available(), transformers.utils.is_scipy_available()],
-    "found": [importlib.util.find_spec(name) is not None for name in spared[:3]],
+    "found": [importlib.util.find_spec(name) is not None for name in spared[:4]],
     "collects": gc.isenabled(),
+    "frozen": gc.get_freeze_count(),
 }))
 """
 
@@ -71,6 +72,7 @@ def test_training_brings_neither_scikit_learn_nor_a_compiler_and_leaves_them_to_
     assert told["asked"] == [False, False]
     assert told["found"] == [one is not None for one in there]
     assert told["collects"]
+    assert told["frozen"] > 100_000
 
 
 @pytest.mark.skipif(
@@ -101,6 +103,12 @@ def test_nothing_is_collected_while_own_modules_are_imported(finder, package):
     assert not sys.modules["qlora_kit.inner_one"].was
     assert not sys.modules[outer].was  # after an import within it
     assert gc.isenabled()
+
+
+def test_what_is_imported_after_torch_can_be_garbage(finder, package):
+    frozen = gc.get_freeze_count()
+    __import__(package("late_one", "def f(): pass\nf.itself = f\n"))
+    assert gc.get_freeze_count() == frozen
 
 
 def test_a_module_that_fails_leaves_the_collector_on(finder, package):
