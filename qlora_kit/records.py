@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +17,21 @@ from typing import Any
 
 _BLOCK_BYTES = 1 << 22  # a thread that hashes waits for the interpreter after each
 _SEAL = "sha256_of_the_rest"
+
+
+def json_text(values: Any) -> str:
+    """For people and other programs: indented, what is not ASCII as it is, and null for what JSON
+    has no number for, NaN and infinity.
+    """
+    return json.dumps(_with_numbers(values), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _with_numbers(values: Any) -> Any:
+    if isinstance(values, Mapping):
+        return {name: _with_numbers(value) for name, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_with_numbers(value) for value in values]
+    return None if isinstance(values, float) and not math.isfinite(values) else values
 
 
 @dataclass(frozen=True)

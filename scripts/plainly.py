@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 _PLOTS = (".png", ".svg", ".pdf")
 
@@ -17,6 +17,13 @@ class Fault(Exception):
 
 class Parser(argparse.ArgumentParser):
     """Of a script's options: what is wrong with them is told in one line."""
+
+    def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
+        """As argparse has it; what an option is where nobody sets it is told too."""
+        told = settings.get("help", "")
+        if settings.get("default") not in (None, False, argparse.SUPPRESS) and "unset" not in told:
+            settings["help"] = f"{told} (default: %(default)s)".strip()
+        return super().add_argument(*names, **settings)
 
     def error(self, message: str) -> NoReturn:
         """As argparse calls it, with this project's exit code."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -19,6 +18,7 @@ from qlora_kit.cli.arguments import (
 )
 from qlora_kit.cli.options import sensitivity as options
 from qlora_kit.cli.reading import model_spec
+from qlora_kit.records import json_text
 
 if TYPE_CHECKING:
     from qlora_kit.quantize.mixed_base import Chosen
@@ -110,7 +110,7 @@ def command(
     if out is not None:
         _write(out, values, found, chosen)
     if as_json:
-        print(json.dumps(values, indent=2, ensure_ascii=False))
+        print(json_text(values))
     else:
         _show(reporter, found, chosen, top)
         if out is not None:
@@ -155,7 +155,7 @@ def _weights_alone(
     if out is not None:
         require_writable(out)
     layers = stored_statistics(spec, rounding, reporter)
-    text = json.dumps([asdict(one) for one in layers], indent=2)
+    text = json_text([asdict(one) for one in layers])
     if out is not None:
         _write_statistics(out, text)
     if as_json:
@@ -207,7 +207,7 @@ def _write(
     from qlora_kit.report.sensitivity import heat_map
 
     with published_folder(out) as draft:
-        text = json.dumps(values, indent=2, ensure_ascii=False)
+        text = json_text(values)
         (draft / "sensitivity.json").write_text(text + "\n", encoding="utf-8")
         heat_map(found, draft / "heat-map.png")
         if chosen is not None:

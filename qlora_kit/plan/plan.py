@@ -42,7 +42,7 @@ _GIB, _MIB = 2**30, 2**20
 FRAMEWORK_BYTES = {"cpu": 1000 * _MIB, "cuda": 700 * _MIB}
 """Of a process that trains, tensors and the holes that they leave apart: interpreter and libraries;
 context and kernels of a GPU. Measured with torch 2.14 on a CPU; a guess for GPUs."""
-_SPARED_BYTES = 130 * _MIB
+_SPARED_BYTES = 205 * _MIB
 """Of that, libraries that lean imports leave out (docs/memory.md)."""
 # Of each number of a weight while it is quantized (a CPU does it in float32), or just moved.
 _BYTES_IN_FLIGHT = {"cpu": 14, "cuda": 4}

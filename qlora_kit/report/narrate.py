@@ -82,8 +82,9 @@ def computing(reporter: Reporter, shortcuts: Shortcuts, recompute: Recompute) ->
     tried = f"; on a trial gradients differ by {shortcuts.difference:.1e}" * bool(parts)
     reporter.say(f"shortcuts {'; '.join(parts) or 'none'}{tried}")
     if recompute.reason:
+        of_how_many = f"{recompute.count} of {recompute.num_layers} layers"
         reporter.say(
-            f"recompute {recompute.count} of {recompute.num_layers} layers: {recompute.reason}"
+            f"recompute {of_how_many if recompute.num_layers else 'none'}: {recompute.reason}"
         )
 
 

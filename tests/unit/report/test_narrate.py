@@ -103,9 +103,11 @@ def test_what_is_certified_is_named(aware: dict[str, str] | None, dtype: str, li
 class TestComputing:
     """Which shortcuts are taken, which are not, and which layers compute twice."""
 
-    def lines(self, shortcuts: Shortcuts, count: int = 0, reason: str = "") -> list[str]:
+    def lines(
+        self, shortcuts: Shortcuts, count: int = 0, reason: str = "", of: int = 4
+    ) -> list[str]:
         heard = Heard()
-        narrate.computing(heard, shortcuts, Recompute(Module(), count, 4, reason))
+        narrate.computing(heard, shortcuts, Recompute(Module(), count, of, reason))
         return heard.lines
 
     def test_what_is_left_to_peft_is_said_with_the_reason(self) -> None:
@@ -124,3 +126,6 @@ class TestComputing:
 
     def test_why_so_many_recompute(self) -> None:
         assert self.lines(NONE, 3, "so it is")[1] == "recompute 3 of 4 layers: so it is"
+
+    def test_none_of_none_recompute(self) -> None:
+        assert self.lines(NONE, 0, "so it is", of=0)[1] == "recompute none: so it is"
