@@ -10,13 +10,20 @@ _TRAINING = ("train", "plan")
 """Verbs that train, or tell what that takes."""
 
 
-def main() -> None:
-    """Run a verb, in a process that has begun as training needs it and imports what it needs."""
-    if sys.argv[1:2] and sys.argv[1] in _TRAINING:
+def begin(trains: bool = True) -> None:
+    """Go on as a process of the command line: with the heap that training needs, if need be in a
+    program that begins again, and with imports of what is needed.
+    """
+    if trains:
         begin_with_a_tidy_heap()
     from qlora_kit.lean_imports import import_leanly
 
     import_leanly()
+
+
+def main() -> None:
+    """Run a verb."""
+    begin(trains=sys.argv[1:2] != [] and sys.argv[1] in _TRAINING)
     from qlora_kit.cli import main as run_verb
 
     run_verb()

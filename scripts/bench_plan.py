@@ -27,8 +27,7 @@ from typing import Any
 
 from plainly import Parser, at_least, output_file, plainly
 
-from qlora_kit.lean_imports import import_leanly
-from qlora_kit.memory.allocator import begin_with_a_tidy_heap
+from qlora_kit.__main__ import begin
 
 MOST_OFF = {"tensors": 0.05, "process": 0.10}
 _MIB = 2**20
@@ -337,6 +336,5 @@ def prediction(recipe: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    begin_with_a_tidy_heap()  # as the command line does
-    import_leanly()
+    begin()
     sys.exit(plainly(main))

@@ -31,8 +31,7 @@ import numpy as np
 from bench_plan import Case, case, prediction, prepared
 from plainly import Parser, at_least, existing_file, output_file, plainly, plot_file
 
-from qlora_kit.lean_imports import import_leanly
-from qlora_kit.memory.allocator import begin_with_a_tidy_heap
+from qlora_kit.__main__ import begin
 
 MOST_OFF = 0.25
 UPDATES = 3
@@ -400,6 +399,5 @@ def plot(shapes: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 if __name__ == "__main__":
-    begin_with_a_tidy_heap()  # as the command line does
-    import_leanly()
+    begin()
     sys.exit(plainly(main))

@@ -15,12 +15,10 @@ from train_bench.work import Work
 
 def main(side: str, recompute: str, folder: Path) -> None:
     """Do the work as the side does it, and write down what it tells."""
-    if side == "kit":  # as its command line begins
-        from qlora_kit.lean_imports import import_leanly
-        from qlora_kit.memory.allocator import begin_with_a_tidy_heap
+    if side == "kit":
+        from qlora_kit.__main__ import begin
 
-        begin_with_a_tidy_heap()
-        import_leanly()
+        begin()
     work = replace(Work(**json.loads((folder / "work.json").read_text())), recompute=recompute)
     told = importlib.import_module(SIDES[side].module).train(work, folder)
     (folder / "told.json").write_text(json.dumps({**asdict(told), "versions": versions()}))

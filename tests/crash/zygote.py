@@ -19,16 +19,15 @@ from faulty_disk import FaultyDisk
 
 from crash.faults import Watch
 from qlora_kit import cli
+from qlora_kit.__main__ import begin
 from qlora_kit.errors import QloraKitError
-from qlora_kit.lean_imports import import_leanly
 
 
 def warm_up() -> None:
     """Import what a run imports on its way, as the command line does; starts no thread."""
-    import_leanly()
+    begin(trains=False)
     import accelerate.state  # noqa: F401
     import bitsandbytes  # noqa: F401
-    import datasets  # noqa: F401
     import transformers.trainer  # noqa: F401
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast  # noqa: F401
 
