@@ -70,16 +70,17 @@ def _within(
 @contextmanager
 def _uncollected() -> Iterator[None]:
     """What imports make is not looked through for garbage before the outermost is done, and what
-    came with torch never: a million objects, which stay as long as the process.
+    is there once transformers has come never: a million objects, which stay as long as the process
+    but for a few.
     """
     if not gc.isenabled():
         yield
         return
-    was_there = "torch" in sys.modules  # and so, maybe, a model, which somebody may let go
+    was_there = "transformers" in sys.modules  # so maybe a model, which somebody may let go
     gc.disable()
     try:
         yield
-        if not was_there and "torch" in sys.modules:
+        if not was_there and "transformers" in sys.modules:
             gc.freeze()
     finally:
         gc.enable()

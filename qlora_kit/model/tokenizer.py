@@ -35,6 +35,7 @@ _SPARE_PATTERN = re.compile(
 )
 _NEW_PAD = "<|pad|>"
 _KIND = "tokenizer_hashes"  # in the cache
+_METHOD = 1  # another one whenever `_hashed` says something else of the same
 _BAD_TOKENIZER = (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError)
 
 
@@ -177,7 +178,8 @@ def _hash_of(backend: str, pad: str | None) -> str:
     """Remembered, here and from one start to the next: the text is megabytes long, and every start
     and every adapter that is written asks for it.
     """
-    key = kept.key_of({"backend": hashlib.sha256(backend.encode()).hexdigest(), "pad": pad})
+    digest = hashlib.sha256(backend.encode()).hexdigest()
+    key = kept.key_of({"method": _METHOD, "backend": digest, "pad": pad})
     known = kept.recall(_KIND, key)
     if known is not None:
         return str(known["sha256"])

@@ -21,6 +21,7 @@ from transformers import (
 from qlora_kit.errors import ModelError
 from qlora_kit.model.tokenizer import (
     PadChoice,
+    _hash_of,
     ensure_padding,
     load_tokenizer,
     set_template_values,
@@ -274,6 +275,22 @@ class TestTheHash:
         tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
         seen.add(tokenizer_hash(tokenizer))
         assert len(seen) == 4
+
+    def test_it_is_known_from_one_start_to_the_next(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("QLORA_KIT_CACHE", str(tmp_path / "cache"))
+        tokenizer = load_tokenizer(folder)
+        _hash_of.cache_clear()
+        before = tokenizer_hash(tokenizer)
+        (kept,) = (tmp_path / "cache" / "tokenizer_hashes").iterdir()
+        _hash_of.cache_clear()
+        with monkeypatch.context() as unhashed:
+            unhashed.setattr("qlora_kit.model.tokenizer._hashed", pytest.fail)
+            assert tokenizer_hash(tokenizer) == before
+        kept.write_text(kept.read_text().replace(before, before[::-1]))
+        _hash_of.cache_clear()
+        assert tokenizer_hash(tokenizer) == before
 
     def test_how_rows_were_last_padded_or_cut_is_nothing_to_it(self, folder: Path) -> None:
         tokenizer = load_tokenizer(folder)
