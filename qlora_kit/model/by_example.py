@@ -1,6 +1,7 @@
 """Attention for rows of several examples: each by itself, in time and memory of its own square.
 
 torch's SDPA is otherwise given a mask over the whole row, and computes what the mask then hides.
+On a GPU all examples are one call of FlashAttention, where it passes a trial of its own.
 Registered with transformers as an attention of its own, and switched on for a while.
 """
 
@@ -9,13 +10,16 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from qlora_kit.model import variable_length
+from qlora_kit.model.example_masks import ExampleMasks, masks_behind, placeholder_of
 
 NAME = "sdpa_by_example"
 _Lengths = tuple[tuple[int, ...], ...]
@@ -65,20 +69,51 @@ def _attention(
 ) -> tuple[torch.Tensor, None]:
     """As transformers' for SDPA: (B, heads, S, D) to (B, S, heads, D)."""
     lengths: _Lengths = ()
-    if attention_mask is None and position_ids is not None and query.shape[2] == key.shape[2]:
-        lengths = _last_lengths.of(position_ids)
-    if max(map(len, lengths), default=1) == 1:
+    masks = masks_behind(attention_mask)
+    is_free = attention_mask is None or masks is not None
+    if is_free and query.shape[2] == key.shape[2]:
+        if position_ids is not None:
+            lengths = _last_lengths.of(position_ids)
+        elif masks is not None:
+            lengths = ((query.shape[2],),)
+    if masks is None and max(map(len, lengths), default=1) == 1:
         whole: tuple[torch.Tensor, None] = sdpa_attention_forward(
             module, query, key, value, attention_mask, **options
         )
         return whole
     lengths = lengths * (len(query) if len(lengths) == 1 else 1)
+    places = [_places(row) for row in lengths]
+    is_plain = not options.get("dropout") and options.get("position_bias") is None
+    if is_plain and variable_length.covers(query, key, value):
+        window = None if masks is None else _window_of(masks, places)
+        if masks is None or (window is not None and variable_length.knows_windows()):
+            is_causal = options.get("is_causal")
+            if is_causal is None:
+                is_causal = getattr(module, "is_causal", True)
+            how = (options.get("scaling"), is_causal, window)
+            return variable_length.attend(query, key, value, lengths, *how), None
     rows = []
-    for place, row in enumerate(zip(*(one.split(1) for one in (query, key, value)), strict=True)):
-        parts = _split(row, lengths[place])
-        outputs = [sdpa_attention_forward(module, q, k, v, None, **options)[0] for q, k, v in parts]
+    for number, row in enumerate(zip(*(one.split(1) for one in (query, key, value)), strict=True)):
+        outputs = []
+        parts = _split(row, lengths[number])
+        for (start, length), (q, k, v) in zip(places[number], parts, strict=True):
+            mask = None if masks is None else masks.of(number, start, length)
+            outputs.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
         rows.append(torch.cat(outputs, dim=1))
     return torch.cat(rows) if len(rows) > 1 else rows[0], None
+
+
+def _places(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """(where each example begins, how many tokens it has)"""
+    return list(zip([0, *accumulate(lengths)], lengths, strict=False))
+
+
+def _window_of(masks: ExampleMasks, places: Sequence[Sequence[tuple[int, int]]]) -> int | None:
+    """Tokens that each token of every example sees; None: it is no such pattern."""
+    is_window = masks.are_windows(
+        (number, *one) for number, row in enumerate(places) for one in row
+    )
+    return masks.local_size if is_window else None
 
 
 def _split(
@@ -89,6 +124,7 @@ def _split(
 
 
 def _mask(
+    batch_size: int,
     q_length: int,
     kv_length: int,
     attention_mask: torch.Tensor | None = None,
@@ -96,11 +132,17 @@ def _mask(
     use_vmap: bool = False,
     **options: Any,
 ) -> torch.Tensor | None:
-    """None where each example sees all of itself that came before; else as for SDPA."""
+    """None where each example sees all of itself that came before; else as for SDPA, or what
+    stands for it where it can be made for each example.
+    """
     is_plain = attention_mask is None and not use_vmap and q_length == kv_length
-    if is_plain and (local_size is None or local_size >= q_length):
+    if is_plain and local_size is None:
         return None
+    if is_plain and local_size is not None and "mask_function" in options:
+        # Also where all is near: a probe of short rows then shows whether the model hands it on.
+        return placeholder_of(batch_size, q_length, local_size, options)
     mask: torch.Tensor | None = sdpa_mask(
+        batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
         attention_mask=attention_mask,
@@ -118,6 +160,27 @@ def can_attend_by_example(model: torch.nn.Module) -> bool:
         and model.config._attn_implementation == "sdpa"
         and model._supports_attention_backend
     )
+
+
+def gains_by_example(
+    model: torch.nn.Module, device: torch.device, compute_dtype: torch.dtype
+) -> bool:
+    """Whether a batch in one row is then no slower than a padded one: on a CPU, and on a GPU where
+    the examples of a row are one call of a kernel.
+    """
+    if not can_attend_by_example(model):
+        return False
+    if device.type == "cpu":
+        return True
+    config: Any = model.config
+    return variable_length.is_sound(device, compute_dtype, *_heads(config.get_text_config()))
+
+
+def _heads(config: Any) -> tuple[int, int, int]:
+    """(heads of queries, of keys, their width), as most layers have them."""
+    num = config.num_attention_heads
+    num_keys = getattr(config, "num_key_value_heads", None) or num
+    return num, num_keys, getattr(config, "head_dim", None) or config.hidden_size // num
 
 
 @contextmanager

@@ -215,9 +215,9 @@ class Planner:
     def _batches(self, recipe: Recipe, imagined: ImaginedTraining, train: Part | None) -> Batching:
         pad = self.vocabulary.tokenizer.pad_token_id
         assert isinstance(pad, int)
-        device = self.hardware.device
         part = Part.empty() if train is None else train
-        return foreseen_batches(imagined.causal, part, recipe.data, pad, device)
+        where = (self.hardware, imagined.compute_dtype)
+        return foreseen_batches(imagined.causal, part, recipe.data, pad, *where)
 
     def _model_of(self, recipe: Recipe) -> ImaginedTraining:
         """The same one for recipes that differ in batches, optimizer and the like alone."""

@@ -130,8 +130,9 @@ class DataSpec(Spec):
 
     padding_free: Literal["auto"] | bool = "auto"
     """Put a batch's examples into one row, isolated from each other, so that nothing is padded.
-    `auto` does so with the attention kernels that are told where examples end (flash, flex), and on
-    a CPU with torch's SDPA, which is given each example by itself."""
+    `auto` does so with the attention kernels that are told where examples end (flash, flex), and
+    with torch's SDPA where it is given each example by itself: on a CPU, and on a GPU in 16 bits by
+    one call of torch's own FlashAttention, which is tried first."""
 
     loss_on: Literal["assistant", "last", "all"] | tuple[Role, ...] = "assistant"
     """Train on what the assistant says and its end-of-turn token, on its last turn only, on

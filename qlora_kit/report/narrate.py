@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections import Counter
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.checkpoint.drift import Drift, lines_of
@@ -61,10 +62,15 @@ def hardware(
     reporter.say(f"compute   {compute_dtype}, trained in {precision}: {why}")
 
 
+def left_out(reporter: Reporter, reasons: Iterable[str]) -> None:
+    """What could have been faster, and why it is not."""
+    for why in reasons:
+        reporter.warn(f"{why}; training goes on without, exactly.")
+
+
 def computing(reporter: Reporter, shortcuts: Shortcuts, recompute: Recompute) -> None:
     """Which shortcuts training takes, and which layers compute twice."""
-    for why in shortcuts.left:
-        reporter.warn(f"{why}; training goes on without, exactly.")
+    left_out(reporter, shortcuts.left)
     parts = []
     if shortcuts.supervised_loss:
         parts.append("logits at supervised places alone")

@@ -93,6 +93,7 @@ def prepare(
     batches = processes.together(
         lambda: plan_batches(adapted.model, base, train, held_out.sequences, recipe.data)
     )
+    narrate.left_out(reporter, batches.left)
     narrate.adapter(reporter, adapted, recipe)
     laps.lap("adapter")
     return Prepared(base, train, held_out, adapted, batches, precision)

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from qlora_kit import kept
 from qlora_kit.data.collate import Collator, IsolatingCollator
 from qlora_kit.data.pack import PackedSequence, PackedSequences, pack
 from qlora_kit.data.sequences import TokenSequence
 from qlora_kit.data.stream import StreamedSequences
-from qlora_kit.model.by_example import attending_by_example, can_attend_by_example
+from qlora_kit.model import variable_length
+from qlora_kit.model.by_example import (
+    attending_by_example,
+    can_attend_by_example,
+    gains_by_example,
+)
 from qlora_kit.train.facts import facts_of
 from qlora_kit.train.isolation import Leakage, leaking, measure_leakage
 from qlora_kit.train.loader import (
@@ -29,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from qlora_kit.data.prepare import Part
+    from qlora_kit.environment import Hardware
     from qlora_kit.model.base import Base
     from qlora_kit.recipe import DataSpec, TrainSpec
 
@@ -52,6 +60,9 @@ class Batching:
 
     by_example: bool = False
     """Whether attention takes the examples of a row one by one."""
+
+    left: tuple[str, ...] = ()
+    """Kernels that should have worked here, and why they are not used."""
 
     @property
     def num_items(self) -> int:
@@ -117,6 +128,18 @@ def plan_batches(
         ModelError: packing or padding_free is asked for, and examples of one row see each other
             in this model.
     """
+    planned = _planned(model, base, train, held_out, spec)
+    kernel = "FlashAttention over the examples of a row"
+    return replace(planned, left=tuple(f"{kernel}: {why}" for why in variable_length.failures()))
+
+
+def _planned(
+    model: nn.Module,
+    base: Base,
+    train: Part,
+    held_out: Sequence[TokenSequence],
+    spec: DataSpec,
+) -> Batching:
     pad_token_id = base.tokenizer.pad_token_id
     assert isinstance(pad_token_id, int)
     if spec.packing:
@@ -125,36 +148,48 @@ def plan_batches(
             raise leaking("data.packing", leakage)
         why = f"isolated from each other (probed: {leakage.difference:.1e} of the logits' range)"
         return _packing(train, held_out, spec, pad_token_id, by_example, why)
-    if _leaves_padding_out(base.model, spec, next(model.parameters()).device.type):
+    device = next(model.parameters()).device
+    gains = gains_by_example(base.model, device, base.compute_dtype)
+    if _leaves_padding_out(base.model, spec, gains):
         leakage, by_example = _probed(model, base, train.sequences, pad_token_id)
         is_sdpa = _kernel(base.model) == "sdpa"
         if leakage.is_isolated and (by_example or spec.padding_free is True or not is_sdpa):
-            return _without_padding(base.model, train, held_out, pad_token_id, by_example)
+            is_one_call = gains and device.type != "cpu"
+            return _without_padding(
+                base.model, train, held_out, pad_token_id, by_example, is_one_call
+            )
         if spec.padding_free is True:
             raise leaking("data.padding_free", leakage)
     return _padded(train, held_out, pad_token_id)
 
 
 def foreseen_batches(
-    model: PreTrainedModel, train: Part, spec: DataSpec, pad_token_id: int, device: str
+    model: PreTrainedModel,
+    train: Part,
+    spec: DataSpec,
+    pad_token_id: int,
+    hardware: Hardware,
+    compute_dtype: torch.dtype,
 ) -> Batching:
-    """As `plan_batches` will decide where no example sees another, which it proves and this takes
-    for granted.
+    """As `plan_batches` will decide where no example sees another and the kernel of a GPU works,
+    which it proves and this takes for granted.
     """
     by_example = can_attend_by_example(model)
+    is_suitable = variable_length.suits(hardware, compute_dtype)
+    gains = by_example and (hardware.device == "cpu" or is_suitable)
     if spec.packing:
         return _packing(train, (), spec, pad_token_id, by_example, "")
-    if _leaves_padding_out(model, spec, device):
-        return _without_padding(model, train, (), pad_token_id, by_example)
+    if _leaves_padding_out(model, spec, gains):
+        is_one_call = gains and hardware.device != "cpu"
+        return _without_padding(model, train, (), pad_token_id, by_example, is_one_call)
     return _padded(train, (), pad_token_id)
 
 
-def _leaves_padding_out(model: PreTrainedModel, spec: DataSpec, device: str) -> bool:
+def _leaves_padding_out(model: PreTrainedModel, spec: DataSpec, gains: bool) -> bool:
     """Whether the recipe wants it so, or leaves it to us and attention does not pay for it."""
     if spec.padding_free != "auto":
         return spec.padding_free
-    by_example = device == "cpu" and can_attend_by_example(model)
-    return _kernel(model) in _VARIABLE_LENGTH or by_example
+    return _kernel(model) in _VARIABLE_LENGTH or gains
 
 
 def _kernel(model: PreTrainedModel) -> str | None:
@@ -192,10 +227,13 @@ def _without_padding(
     held_out: Sequence[TokenSequence],
     pad_token_id: int,
     by_example: bool,
+    is_one_call: bool,
 ) -> Batching:
     items = train.sequences if train.stream is None else train.stream
     collator = IsolatingCollator(pad_token_id, flatten=True)
     how = "each example by itself" if by_example else _kernel(model)
+    if by_example and is_one_call:
+        how = "each example by itself, in one call of torch's FlashAttention"
     what = f"without padding ({how})"
     return Batching(items, held_out, collator, what, train.sequences, by_example)
 

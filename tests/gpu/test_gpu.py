@@ -61,6 +61,19 @@ def train(path: Path, *overrides: str) -> dict[str, object]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [(8, 8, 64), (8, 2, 128), (4, 1, 256)])
+def test_torch_s_flash_attention_takes_the_examples_of_a_row(
+    dtype: torch.dtype, heads: tuple[int, int, int]
+) -> None:
+    from qlora_kit.model import variable_length
+
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("the kernel needs compute capability 8.0")
+    assert variable_length.is_sound(torch.device("cuda", 0), dtype, *heads)
+    assert variable_length.failures() == ()
+
+
 @pytest.mark.parametrize("precision", ["auto", "fp16", "fp32"])
 def test_line_runs_and_merges_within_budget(tmp_path: Path, precision: str) -> None:
     compute = {"auto": "auto", "fp16": "float16", "fp32": "float32"}[precision]

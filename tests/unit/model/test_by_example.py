@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from qlora_kit.data.collate import Batch, Collator, IsolatingCollator
 from qlora_kit.data.pack import PackedSequence
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
-from qlora_kit.model import by_example
+from qlora_kit.model import by_example, example_masks
 from qlora_kit.model.by_example import (
     attending_by_example,
     can_attend_by_example,
@@ -88,6 +88,42 @@ def test_each_example_is_attended_to_by_itself(monkeypatch: pytest.MonkeyPatch) 
         outcome_of = IsolatingCollator(0, flatten=True)(rows(9, 20, 5))
         model(outcome_of["input_ids"], position_ids=outcome_of["position_ids"], use_cache=False)
     assert seen == [(9, None), (20, None), (5, None)] * 2
+
+
+def test_a_window_takes_no_mask_over_the_whole_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an example is no longer than the window, none at all."""
+    model = model_of("gemma3")
+    seen: list[tuple[int, Any]] = []
+    own = by_example.sdpa_attention_forward
+
+    def watched(module: Any, query: Any, key: Any, value: Any, mask: Any, **options: Any) -> Any:
+        seen.append((query.shape[2], None if mask is None else tuple(mask.shape)))
+        return own(module, query, key, value, mask, **options)
+
+    monkeypatch.setattr(by_example, "sdpa_attention_forward", watched)
+    batch = IsolatingCollator(0, flatten=True)(rows(8, 20, 5))
+    with attending_by_example(model), torch.no_grad():
+        model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    assert seen == [(8, None), (20, (1, 1, 20, 20)), (5, None)] * 2
+
+
+def test_one_example_longer_than_the_window_without_positions() -> None:
+    model = model_of("gemma3")
+    ids = torch.tensor([rows(30)[0].input_ids])
+    with torch.no_grad():
+        wanted = model(ids, use_cache=False).logits
+        with attending_by_example(model):
+            found = model(ids, use_cache=False).logits
+    torch.testing.assert_close(found, wanted)
+
+
+def test_what_stands_for_a_mask_hides_all_where_nobody_knows_it() -> None:
+    options = {"mask_function": None, "device": "cpu"}
+    placeholder = example_masks.placeholder_of(2, 5, 3, options)
+    assert placeholder.shape == (2, 1, 5, 5)
+    assert not placeholder.any()
+    assert example_masks.masks_behind(placeholder[:, :, -2:]) is not None
+    assert example_masks.masks_behind(placeholder.clone()) is None
 
 
 def test_padding_masks_and_caches_are_as_ever() -> None:
