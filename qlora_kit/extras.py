@@ -17,6 +17,7 @@ EXTRAS: dict[str, tuple[str, ...]] = {
     "gptq": ("llmcompressor", "compressed_tensors"),
     "lm-eval": ("lm_eval",),
     "qat": ("compressed_tensors",),
+    "liger": ("liger_kernel",),
 }
 """The modules that each extra makes importable, by its name in `pyproject.toml`."""
 
@@ -26,6 +27,7 @@ PURPOSES: dict[str, str] = {
     "gptq": "quantize and export by gptq and awq",
     "lm-eval": "evaluate --tasks",
     "qat": "storing and loading what quantization_aware trains for int8 and int4-group",
+    "liger": "norms, gated MLPs and rotary embeddings by Triton kernels on a GPU (train)",
 }
 """What each of them is for."""
 

@@ -20,6 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from qlora_kit.model import variable_length
 from qlora_kit.model.example_masks import ExampleMasks, masks_behind, placeholder_of
+from qlora_kit.model.heads import heads_of
 
 NAME = "sdpa_by_example"
 _Lengths = tuple[tuple[int, ...], ...]
@@ -172,15 +173,7 @@ def gains_by_example(
         return False
     if device.type == "cpu":
         return True
-    config: Any = model.config
-    return variable_length.is_sound(device, compute_dtype, *_heads(config.get_text_config()))
-
-
-def _heads(config: Any) -> tuple[int, int, int]:
-    """(heads of queries, of keys, their width), as most layers have them."""
-    num = config.num_attention_heads
-    num_keys = getattr(config, "num_key_value_heads", None) or num
-    return num, num_keys, getattr(config, "head_dim", None) or config.hidden_size // num
+    return variable_length.is_sound(device, compute_dtype, *heads_of(model))
 
 
 @contextmanager

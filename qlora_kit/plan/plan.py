@@ -28,6 +28,7 @@ from qlora_kit.runtime.batches import BATCH_TOKENS, LOGITS_BYTES
 from qlora_kit.train.arguments import resolve_precision
 from qlora_kit.train.batching import foreseen_batches
 from qlora_kit.train.loader import lengths_of
+from qlora_kit.train.shortcuts import SWITCHES
 
 if TYPE_CHECKING:
     from qlora_kit.model.vocabulary import Vocabulary
@@ -222,7 +223,7 @@ class Planner:
     def _model_of(self, recipe: Recipe) -> ImaginedTraining:
         """The same one for recipes that differ in batches, optimizer and the like alone."""
         train = recipe.train
-        shortcuts = (train.fused_loss, train.fused_lora, train.fused_mlp, train.fused_norm)
+        shortcuts = [getattr(train, name) for name in SWITCHES]
         key = repr((recipe.model, recipe.quantization, recipe.lora, shortcuts, train.precision))
         if key not in self._imagined:
             self._imagined[key] = _imagined(recipe, self.vocabulary, self.hardware)

@@ -27,6 +27,7 @@ from qlora_kit.model.fused.gated import looks_gated
 from qlora_kit.model.fused.lean import LeanParts
 from qlora_kit.model.fused.norm import KINDS, looks_like_norm
 from qlora_kit.model.fused.residents import Residents
+from qlora_kit.model.fused.rotary import rotary_files
 from qlora_kit.plan.effort import CountedEffort, Effort
 from qlora_kit.plan.stand_in import give_tensors, stand_in_base
 from qlora_kit.runtime.forward import CHUNK_CELLS
@@ -336,7 +337,8 @@ def _lean_parts(model: Any, spec: TrainSpec) -> LeanParts:
     kinds = {
         name: KINDS[type(model.get_submodule(name)).__name__.startswith("Gemma")] for name in norms
     }
-    return LeanParts(tuple(mlps), kinds)
+    rotary = tuple(rotary_files(model)) if spec.fused_rotary else ()
+    return LeanParts(tuple(mlps), kinds, rotary)
 
 
 @contextmanager

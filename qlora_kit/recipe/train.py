@@ -84,6 +84,16 @@ class TrainSpec(Spec):
     """Compute RMSNorm as one operation that keeps its input alone: the same numbers up to rounding
     of gradients. Tried first, too."""
 
+    fused_rotary: bool = True
+    """Compute the rotary embedding of queries and keys as one operation: the same numbers up to
+    rounding. Tried first, too."""
+
+    use_liger_kernel: Literal["auto"] | bool = "auto"
+    """Let Liger's Triton kernels compute norms, gated MLPs and rotary embeddings on a GPU, of those
+    that the four above cover. `auto` takes each where it passes the trial and is faster than
+    torch's operations, timed when a run starts; true, where it passes. It is an extra:
+    `pip install 'qlora-kit[liger]'`."""
+
     optim: Optimizer = "paged_adamw_8bit"
     """Optimizer. The paged 8-bit ones keep 2 bytes of state per trainable parameter and spill
     to host memory under pressure; on a CPU they run unpaged."""

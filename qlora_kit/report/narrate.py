@@ -85,8 +85,12 @@ def computing(reporter: Reporter, shortcuts: Shortcuts, recompute: Recompute) ->
         parts.append(f"{len(lean.mlps)} MLPs that keep less")
     if lean.norms:
         parts.append(f"{len(lean.norms)} norms that keep less")
+    if lean.rotary:
+        parts.append("rotary embeddings as one operation")
     tried = f"; on a trial gradients differ by {shortcuts.difference:.1e}" * bool(parts)
     reporter.say(f"shortcuts {'; '.join(parts) or 'none'}{tried}")
+    if shortcuts.why_kernels:
+        reporter.say(f"kernels   {shortcuts.why_kernels}")
     if recompute.reason:
         of_how_many = f"{recompute.count} of {recompute.num_layers} layers"
         reporter.say(

@@ -14,7 +14,7 @@ from qlora_kit.model.fused.attach import Fusion
 from qlora_kit.model.fused.lean import LeanParts
 from qlora_kit.model.fused.norm import NormKind
 from qlora_kit.train.facts import facts_of
-from qlora_kit.train.shortcuts import Shortcuts, choose_shortcuts
+from qlora_kit.train.shortcuts import LIGER_PARTS, SWITCHES, Shortcuts, choose_shortcuts
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qlora_kit.train.surroundings import Surroundings
 
 _KIND = "shortcuts"
-_SWITCHES = ("fused_loss", "fused_lora", "fused_mlp", "fused_norm")
+_SWITCHES = (*SWITCHES, "use_liger_kernel")
 _DIFFERS = "processes came to different choices"
 
 
@@ -109,16 +109,20 @@ def _tell_drift(before: Progress | None, found: Shortcuts, around: Surroundings)
 def _counted(one: Shortcuts) -> str:
     num_layers = one.fusion.num_layers if one.fusion else 0
     loss = "logits at supervised places alone" if one.supervised_loss else "all logits"
+    liger = [LIGER_PARTS[name] for name in one.liger]
+    kernels = f", Liger's kernels for {', '.join(liger)}" * bool(liger)
     return (
         f"{loss}, {num_layers} fused LoRA layers, {len(one.lean.mlps)} MLPs and "
-        f"{len(one.lean.norms)} norms that keep less"
+        f"{len(one.lean.norms)} norms that keep less, rotary embeddings as one operation in "
+        f"{len(one.lean.rotary)} files{kernels}"
     )
 
 
 def _taken(one: Shortcuts) -> dict[str, Any]:
     """Without what is only told."""
     values = _as_values(one)
-    return {name: values[name] for name in ("supervised_loss", "groups", "mlps", "norms")}
+    told = ("not_fused", "difference", "left", "why_kernels")
+    return {name: one for name, one in values.items() if name not in told}
 
 
 def _as_values(one: Shortcuts) -> dict[str, Any]:
@@ -129,6 +133,9 @@ def _as_values(one: Shortcuts) -> dict[str, Any]:
         "not_fused": {} if fusion is None else dict(fusion.left),
         "mlps": list(one.lean.mlps),
         "norms": {name: asdict(kind) for name, kind in one.lean.norms.items()},
+        "rotary": list(one.lean.rotary),
+        "liger": list(one.liger),
+        "why_kernels": one.why_kernels,
         "difference": one.difference,
         "left": list(one.left),
     }
@@ -144,5 +151,7 @@ def _from_values(values: Mapping[str, Any]) -> Shortcuts:
         else Fusion(tuple(map(tuple, groups)), Counter(values["not_fused"])),
         difference=values["difference"],
         left=tuple(values["left"]),
-        lean=LeanParts(tuple(values["mlps"]), norms),
+        lean=LeanParts(tuple(values["mlps"]), norms, tuple(values.get("rotary", ()))),
+        liger=tuple(values.get("liger", ())),
+        why_kernels=values.get("why_kernels", ""),
     )

@@ -13,9 +13,11 @@ import torch
 
 from qlora_kit.model.fused.attach import Fusion, fused, plan_fusion
 from qlora_kit.model.fused.lean import NO_PARTS, LeanParts, lean, looking_for_lean_parts
+from qlora_kit.model.fused.liger import GATED, NORM, ROTARY, why_no_liger
 from qlora_kit.model.fused.remade import Origins
 from qlora_kit.model.fused.residents import Residents
 from qlora_kit.out_of_memory import is_out_of_memory
+from qlora_kit.train.kernel_race import NUM_TOKENS, Raced, pairs_of, race, seconds_on_a_gpu
 from qlora_kit.train.supervised_loss import supervised_only
 
 if TYPE_CHECKING:
@@ -29,17 +31,13 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Between one way of computing and the other: of the loss, and of all gradients together.
 _TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
 _STIRRED = 0.02
-_FAILURES = (
-    TypeError,
-    AttributeError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    MemoryError,
-    NotImplementedError,
-)
 _LOSS = "the loss of supervised places alone"
 _LORA = "LoRA as one operation"
+_ROTARY = "rotary embeddings as one operation"
+_LIGER = "Liger's kernels"
+LIGER_PARTS = {NORM: "norms", GATED: "gated MLPs", ROTARY: "rotary embeddings"}
+SWITCHES = ("fused_loss", "fused_lora", "fused_mlp", "fused_norm", "fused_rotary")
+"""Of a recipe's `train`, each for one of them."""
 _SHARDED = "the model is shared out over several GPUs"
 _RAN_OUT = "memory ran out on a trial of one short sequence"
 
@@ -56,7 +54,11 @@ class Shortcuts:
     left: tuple[str, ...] = ()
     """What was asked for and cannot be, and why."""
     lean: LeanParts = NO_PARTS
-    """Gated MLPs and norms that keep less."""
+    """Gated MLPs, norms and rotary embeddings that keep or take less."""
+    liger: tuple[str, ...] = ()
+    """Which of them Liger's kernels compute, of `model.fused.liger.OPERATIONS`."""
+    why_kernels: str = ""
+    """By what that was chosen, in a few words; empty where there is nothing to say."""
 
 
 NONE = Shortcuts()
@@ -71,7 +73,7 @@ def choose_shortcuts(
     Args:
         precision: bf16, fp16 or fp32, of autocast.
     """
-    if not (spec.fused_loss or spec.fused_lora or spec.fused_mlp or spec.fused_norm):
+    if not any(getattr(spec, name) for name in SWITCHES):
         return NONE
     if is_sharded:
         return Shortcuts(left=(_SHARDED,))
@@ -92,7 +94,51 @@ def choose_shortcuts(
                 found, why = _tried(trial, wanted, found, [changes])
                 if why is not None:
                     left.append(f"{name}: {why}")
-    return replace(found, left=tuple(left))
+        found, without = _with_kernels(trial, wanted, found, spec)
+    return replace(found, left=(*left, *without))
+
+
+def _with_kernels(
+    trial: _Trial, wanted: _Outcome, found: Shortcuts, spec: TrainSpec
+) -> tuple[Shortcuts, list[str]]:
+    """(with those of Liger's kernels that are exact and gain; what fails, and why)"""
+    if not spec.use_liger_kernel or found.lean == NO_PARTS:
+        return found, []
+    is_asked_for = spec.use_liger_kernel is True
+    why = why_no_liger(trial.device)
+    if why is not None:
+        if is_asked_for:
+            return found, [f"{_LIGER}: {why}"]
+        is_told = trial.device.type == "cuda"
+        return replace(found, why_kernels=f"torch's own ({_LIGER}: {why})" * is_told), []
+    try:
+        pairs = pairs_of(trial.model, found.lean, trial.dtype)
+        raced = race(pairs, seconds_on_a_gpu)
+    except Exception as error:  # as above
+        reason = _RAN_OUT if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
+        return found, [f"{_LIGER}: they fail ({reason})"]
+    left = []
+    for name, one in raced.items():
+        if not one.apart <= _TOLERANCE[trial.precision]:
+            left.append(f"{_LIGER} for {LIGER_PARTS[name]}: {one.apart:.2g} of their size off")
+        elif one.is_faster or is_asked_for:
+            taking = {"liger": (*found.liger, name)}
+            found, fault = _tried(trial, wanted, found, [taking])
+            if fault is not None:
+                left.append(f"{_LIGER} for {LIGER_PARTS[name]}: {fault}")
+    return replace(found, why_kernels=_told(found, raced)), left
+
+
+def _told(found: Shortcuts, raced: Mapping[str, Raced]) -> str:
+    """How fast each of Liger's kernels is, and which are taken."""
+    taken = [name for name in raced if name in found.liger]
+    others = [name for name in raced if name not in found.liger]
+    parts = []
+    for whose, names in (("Liger's", taken), ("torch's own", others)):
+        each = (f"{LIGER_PARTS[name]} ({raced[name].gain:.2f} ×)" for name in names)
+        if names:
+            parts.append(f"{whose} for {', '.join(each)}")
+    return "; ".join(parts) + f": time of torch's over Liger's on {NUM_TOKENS:,} tokens"
 
 
 def _candidates(
@@ -113,6 +159,8 @@ def _candidates(
         candidates.append(("MLPs that keep less", {"lean": LeanParts(mlps=parts.mlps)}))
     if spec.fused_norm and parts.norms:
         candidates.append(("norms that keep less", {"lean": LeanParts(norms=parts.norms)}))
+    if spec.fused_rotary and parts.rotary:
+        candidates.append((_ROTARY, {"lean": LeanParts(rotary=parts.rotary)}))
     return candidates, left
 
 
@@ -149,7 +197,7 @@ def taken(
             stack.enter_context(supervised_only(model.get_base_model()))
         if shortcuts.fusion is not None:
             stack.enter_context(fused(model, shortcuts.fusion, origins, residents))
-        stack.enter_context(lean(model, shortcuts.lean, origins))
+        stack.enter_context(lean(model, shortcuts.lean, origins, shortcuts.liger))
         yield
 
 
@@ -174,6 +222,7 @@ class _Trial:
     def __init__(self, model: PeftModel, causal: PreTrainedModel, precision: str):
         self.model = model
         self.precision = precision
+        self.dtype = _AUTOCAST.get(precision, torch.float32)
         self.device = next(model.parameters()).device
         generator = torch.Generator().manual_seed(0)
         entries = causal.config.get_text_config().vocab_size
@@ -220,7 +269,7 @@ class _Trial:
         """(what is wrong, how far the gradients are apart)"""
         try:
             found = self.outcome()
-        except _FAILURES as error:
+        except Exception as error:  # whatever a kernel or its compiler has to say
             return f"it fails ({type(error).__name__}: {error})", 0.0
         tolerance = _TOLERANCE[self.precision]
         if not abs(found.loss - wanted.loss) <= tolerance * max(abs(wanted.loss), 1.0):

@@ -74,6 +74,29 @@ def test_torch_s_flash_attention_takes_the_examples_of_a_row(
     assert variable_length.failures() == ()
 
 
+def test_liger_s_kernels_are_exact_here(tmp_path: Path) -> None:
+    """Whether or not they are faster."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from qlora_kit.model.fused.liger import OPERATIONS
+    from qlora_kit.recipe import TrainSpec
+    from qlora_kit.train.shortcuts import choose_shortcuts
+
+    folder = build_llama(tmp_path / "model", hidden_size=256, intermediate_size=512)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).cuda()
+    base.requires_grad_(False)
+    model = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    for wanted in (True, "auto"):
+        spec = TrainSpec(use_liger_kernel=wanted)
+        found = choose_shortcuts(model, spec, "bf16", is_sharded=False)
+        assert found.left == ()
+        print(found.why_kernels)
+        if wanted is True:
+            assert found.liger == OPERATIONS
+
+
 @pytest.mark.parametrize("precision", ["auto", "fp16", "fp32"])
 def test_line_runs_and_merges_within_budget(tmp_path: Path, precision: str) -> None:
     compute = {"auto": "auto", "fp16": "float16", "fp32": "float32"}[precision]

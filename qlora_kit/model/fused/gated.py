@@ -19,53 +19,68 @@ Activation = Callable[[torch.Tensor], torch.Tensor]
 _CHILDREN = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 
 
-class _Gated(torch.autograd.Function):
+class GatedOps:
+    """By torch's own operations, with an activation of any kind."""
+
+    def product(self, gate: torch.Tensor, up: torch.Tensor, act: Activation) -> torch.Tensor:
+        """act(gate) · up, where it can be in the memory of act(gate)."""
+        activated = act(gate)
+        # Storages by themselves: a trial on tensors without numbers has no addresses.
+        is_own = activated.untyped_storage()._cdata != gate.untyped_storage()._cdata
+        return activated.mul_(up) if is_own else activated * up
+
+    def gradients(
+        self, given: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, act: Activation
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of gate and of up, which nobody needs afterwards."""
+        with torch.enable_grad():
+            leaf = gate.detach().requires_grad_()
+            activated = act(leaf)
+        (of_gate,) = torch.autograd.grad(activated, leaf, given * up)
+        return of_gate, activated.detach() * given
+
+
+BY_TORCH = GatedOps()
+
+
+class Gated(torch.autograd.Function):
+    """act(gate) · up."""
+
     @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, act: Activation) -> torch.Tensor:
+    def forward(
+        ctx: Any, gate: torch.Tensor, up: torch.Tensor, act: Activation, ops: GatedOps
+    ) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
-        ctx.act = act
-        return _product(gate, up, act)
+        ctx.act, ctx.ops = act, ops
+        return ops.product(gate, up, act)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (given,) = gradients
-        gate, up = ctx.saved_tensors
-        with torch.enable_grad():
-            leaf = gate.detach().requires_grad_()
-            activated = ctx.act(leaf)
-        (of_gate,) = torch.autograd.grad(activated, leaf, given * up)
-        return of_gate, activated.detach() * given, None
-
-
-def _product(gate: torch.Tensor, up: torch.Tensor, act: Activation) -> torch.Tensor:
-    """act(gate) · up, where it can be in the memory of act(gate)."""
-    activated = act(gate)
-    # Storages by themselves: a trial on tensors without numbers has no addresses.
-    is_own = activated.untyped_storage()._cdata != gate.untyped_storage()._cdata
-    return activated.mul_(up) if is_own else activated * up
+        return *ctx.ops.gradients(gradients[0], *ctx.saved_tensors, ctx.act), None, None
 
 
 class GatedForward:
     """The forward pass of one MLP."""
 
-    def __init__(self, module: Any, origins: Origins):
+    def __init__(self, module: Any, origins: Origins, ops: GatedOps = BY_TORCH):
         self.module = module
         self.origins = origins
+        self.ops = ops
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         module = self.module
         gate, up = module.gate_proj(x), module.up_proj(x)
         y: torch.Tensor
         if not (torch.is_grad_enabled() and gate.requires_grad and up.requires_grad):
-            y = module.down_proj(_product(gate, up, module.act_fn))
+            y = module.down_proj(self._made(gate, up))
             return y
-        inner = _Gated.apply(gate, up, module.act_fn)
+        inner = Gated.apply(gate, up, module.act_fn, self.ops)
         self.origins.note(inner, self._made, gate, up)
         y = module.down_proj(inner)
         return y
 
     def _made(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        return _product(gate, up, self.module.act_fn)
+        return self.ops.product(gate, up, self.module.act_fn)
 
 
 def looks_gated(module: nn.Module) -> bool:

@@ -1,34 +1,47 @@
-"""Parts of a model that keep less for the backward pass than their own code does.
+"""Parts of a model that keep less for the backward pass than their own code does, or take less.
 
 They are known by what they compute: a module that looks like a gated MLP or an RMSNorm is given
-real hidden states, and has to come to the same bits.
+real hidden states, and has to come to the same bits; a family's rotary embedding, queries and keys.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from qlora_kit.model.fused import gated, liger, norm, rotary
 from qlora_kit.model.fused.gated import GatedForward, is_gated, looks_gated
 from qlora_kit.model.fused.norm import NormForward, NormKind, kind_of, looks_like_norm
 from qlora_kit.model.fused.remade import Origins
 from qlora_kit.model.fused.replaced import replaced_forward
+from qlora_kit.model.fused.rotary import (
+    RotaryForward,
+    Rotate,
+    is_rotation,
+    replaced_rotary,
+    rotary_files,
+)
 
 
 @dataclass(frozen=True)
 class LeanParts:
-    """By the names of modules."""
+    """By the names of modules, of the model and of Python."""
 
     mlps: tuple[str, ...] = ()
     norms: Mapping[str, NormKind] = field(default_factory=dict)
+    rotary: tuple[str, ...] = ()
+    """Of Python."""
 
     def joined(self, other: LeanParts) -> LeanParts:
-        return LeanParts(self.mlps + other.mlps, {**self.norms, **other.norms})
+        return LeanParts(
+            self.mlps + other.mlps, {**self.norms, **other.norms}, self.rotary + other.rotary
+        )
 
 
 NO_PARTS = LeanParts()
@@ -40,12 +53,16 @@ class Seen:
 
     mlps: dict[str, bool] = field(default_factory=dict)
     norms: dict[str, NormKind | None] = field(default_factory=dict)
+    rotary: dict[str, bool] = field(default_factory=dict)
 
     @property
     def parts(self) -> LeanParts:
         """Those of which each call came to the same."""
         mlps = tuple(name for name, is_same in self.mlps.items() if is_same)
-        return LeanParts(mlps, {name: kind for name, kind in self.norms.items() if kind})
+        norms = {name: kind for name, kind in self.norms.items() if kind}
+        return LeanParts(
+            mlps, norms, tuple(name for name, is_same in self.rotary.items() if is_same)
+        )
 
 
 @contextmanager
@@ -68,31 +85,52 @@ def looking_for_lean_parts(model: nn.Module) -> Iterator[Seen]:
 
         return hook
 
-    handles = []
-    for name, module in model.named_modules():
-        if looks_gated(module):
-            handles.append(module.register_forward_hook(at_mlp(name)))
-        elif looks_like_norm(module):
-            handles.append(module.register_forward_hook(at_norm(name)))
-    try:
+    def at_rotary(name: str, own: Rotate) -> Rotate:
+        def watched(*given: Any, **named: Any) -> Any:
+            so_far = len(given) == 4 and not named and seen.rotary.get(name, True)
+            seen.rotary[name] = so_far and is_rotation(own, *given)
+            return own(*given, **named)
+
+        return watched
+
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            if looks_gated(module):
+                handle = module.register_forward_hook(at_mlp(name))
+            elif looks_like_norm(module):
+                handle = module.register_forward_hook(at_norm(name))
+            else:
+                continue
+            stack.callback(handle.remove)
+        for name, file in rotary_files(model).items():
+            stack.enter_context(replaced_rotary(file, partial(at_rotary, name)))
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
-def lean(model: nn.Module, parts: LeanParts, origins: Origins) -> Iterator[None]:
+def lean(
+    model: nn.Module, parts: LeanParts, origins: Origins, by_liger: Collection[str] = ()
+) -> Iterator[None]:
     """These parts keep less, while the context lasts.
 
     Args:
         origins: is told how their results can be made again.
+        by_liger: of `liger.OPERATIONS`, those that Liger's kernels compute.
     """
+    norm_ops = liger.LigerNorm() if liger.NORM in by_liger else norm.BY_TORCH
+    gated_ops = liger.LigerGated() if liger.GATED in by_liger else gated.BY_TORCH
+    rotary_ops = liger.LigerRotary() if liger.ROTARY in by_liger else rotary.BY_TORCH
+    files = rotary_files(model) if parts.rotary else {}
     with ExitStack() as stack:
         for name in parts.mlps:
             module = model.get_submodule(name)
-            stack.enter_context(replaced_forward(module, GatedForward(module, origins)))
+            forward = GatedForward(module, origins, gated_ops)
+            stack.enter_context(replaced_forward(module, forward))
         for name, kind in parts.norms.items():
             module = model.get_submodule(name)
-            stack.enter_context(replaced_forward(module, NormForward(module, kind, origins)))
+            normed = NormForward(module, kind, origins, norm_ops)
+            stack.enter_context(replaced_forward(module, normed))
+        for name in parts.rotary:
+            made = partial(RotaryForward, ops=rotary_ops)
+            stack.enter_context(replaced_rotary(files[name], made))
         yield

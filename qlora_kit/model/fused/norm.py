@@ -54,24 +54,56 @@ KINDS = (
 )
 
 
+class NormOps:
+    """By torch's own operations."""
+
+    def forward(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, kind: NormKind
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(y, as x; the reciprocal deviation, float32, (…, 1))"""
+        reciprocal = _reciprocal(x, eps)
+        return kind.scaled(x, reciprocal, weight), reciprocal
+
+    def again(
+        self, x: torch.Tensor, reciprocal: torch.Tensor, weight: torch.Tensor, kind: NormKind
+    ) -> torch.Tensor:
+        """y once more, to the bit."""
+        return kind.scaled(x, reciprocal, weight)
+
+    def gradient(
+        self,
+        given: torch.Tensor,
+        x: torch.Tensor,
+        reciprocal: torch.Tensor,
+        weight: torch.Tensor,
+        kind: NormKind,
+    ) -> torch.Tensor:
+        """Of x, where `given` is that of y."""
+        scaled = kind.gradient_of_normed(given, weight)
+        normed = x.to(torch.float32) * reciprocal
+        along = (scaled * normed).mean(-1, keepdim=True)
+        return scaled.sub_(normed.mul_(along)).mul_(reciprocal).to(x.dtype)
+
+
+BY_TORCH = NormOps()
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, kind: NormKind
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float, kind: NormKind, ops: NormOps
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        reciprocal = _reciprocal(x, eps)
+        y, reciprocal = ops.forward(x, weight, eps, kind)
         ctx.save_for_backward(x, reciprocal, weight)
-        ctx.kind = kind
+        ctx.kind, ctx.ops = kind, ops
         ctx.mark_non_differentiable(reciprocal)
-        return kind.scaled(x, reciprocal, weight), reciprocal
+        return y, reciprocal
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, reciprocal, weight = ctx.saved_tensors
-        given = ctx.kind.gradient_of_normed(gradients[0], weight)
-        normed = x.to(torch.float32) * reciprocal
-        along = (given * normed).mean(-1, keepdim=True)
-        return given.sub_(normed.mul_(along)).mul_(reciprocal).to(x.dtype), None, None, None
+        of_x = ctx.ops.gradient(gradients[0], x, reciprocal, weight, ctx.kind)
+        return of_x, None, None, None, None
 
 
 def _reciprocal(x: torch.Tensor, eps: float) -> torch.Tensor:
@@ -81,22 +113,25 @@ def _reciprocal(x: torch.Tensor, eps: float) -> torch.Tensor:
 class NormForward:
     """The forward pass of one norm."""
 
-    def __init__(self, module: nn.Module, kind: NormKind, origins: Origins):
+    def __init__(
+        self, module: nn.Module, kind: NormKind, origins: Origins, ops: NormOps = BY_TORCH
+    ):
         self.module = module
         self.kind = kind
         self.eps = _eps(module)
         self.origins = origins
+        self.ops = ops
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
-            y, reciprocal = _RmsNorm.apply(x, self.module.weight, self.eps, self.kind)
+            y, reciprocal = _RmsNorm.apply(x, self.module.weight, self.eps, self.kind, self.ops)
         self.origins.note(y, self._made, x, reciprocal)
         result: torch.Tensor = y
         return result
 
     def _made(self, x: torch.Tensor, reciprocal: torch.Tensor) -> torch.Tensor:
         assert isinstance(self.module.weight, torch.Tensor)
-        return self.kind.scaled(x, reciprocal, self.module.weight.detach())
+        return self.ops.again(x, reciprocal, self.module.weight.detach(), self.kind)
 
 
 def looks_like_norm(module: nn.Module) -> bool:

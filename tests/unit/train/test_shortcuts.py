@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
 
 from qlora_kit.model.fused import linear
 from qlora_kit.recipe import TrainSpec
 from qlora_kit.train import supervised_loss
-from qlora_kit.train.shortcuts import NONE, choose_shortcuts, taken
+from qlora_kit.train.shortcuts import NONE, SWITCHES, choose_shortcuts, taken
 
 IDS = torch.arange(3, 40)[None]
 
@@ -37,6 +39,7 @@ def test_both_are_taken_and_nothing_is_changed_by_the_trial(model: Any) -> None:
     assert found.supervised_loss
     assert found.fusion.num_layers == 14
     assert (len(found.lean.mlps), len(found.lean.norms)) == (2, 5)
+    assert found.lean.rotary == ("transformers.models.llama.modeling_llama",)
     assert 0 < found.difference < 1e-5
     assert found.left == ()
     assert model.training
@@ -47,12 +50,12 @@ def test_both_are_taken_and_nothing_is_changed_by_the_trial(model: Any) -> None:
 
 
 def test_each_can_be_switched_off(model: Any) -> None:
-    none = {"fused_loss": False, "fused_lora": False, "fused_mlp": False, "fused_norm": False}
-    assert chosen(model, **none) == NONE
+    assert chosen(model, **dict.fromkeys(SWITCHES, False)) == NONE
     assert chosen(model, fused_loss=False).supervised_loss is False
     assert chosen(model, fused_lora=False).fusion is None
     assert chosen(model, fused_mlp=False).lean.mlps == ()
     assert chosen(model, fused_norm=False).lean.norms == {}
+    assert chosen(model, fused_rotary=False).lean.rotary == ()
     sharded = choose_shortcuts(model, TrainSpec(), "fp32", is_sharded=True)
     assert (sharded.supervised_loss, sharded.fusion) == (False, None)
     assert "several GPUs" in sharded.left[0]
@@ -101,9 +104,17 @@ def test_a_model_whose_loss_has_other_parts_keeps_its_own(model: Any) -> None:
     assert "routers" in found.left[0]
 
 
+def test_without_a_gpu_liger_is_told_of_where_it_was_asked_for(model: Any) -> None:
+    assert chosen(model).why_kernels == ""
+    assert chosen(model, use_liger_kernel=True).left == (
+        "Liger's kernels: Triton kernels need a GPU",
+    )
+
+
 def test_they_last_as_long_as_the_context(model: Any) -> None:
     found = chosen(model)
     with taken(model, found):
         assert model(input_ids=IDS, labels=IDS, use_cache=False).logits is None
     assert model(input_ids=IDS, labels=IDS, use_cache=False).logits is not None
     assert all("forward" not in one.__dict__ for one in model.modules())
+    assert inspect.isfunction(modeling_llama.apply_rotary_pos_emb)

@@ -115,7 +115,7 @@ def test_what_is_found_in_other_architectures_computes_the_same(name: str) -> No
     parts = found_in(model)
     wanted = outcome(model)
     with lean(model, parts, Origins()):
-        require_same(outcome(model), wanted, 1e-5)
+        require_same(outcome(model), wanted, 3e-5)
     assert all("forward" not in vars(one) for one in model.modules())
 
 

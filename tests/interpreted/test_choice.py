@@ -1,0 +1,150 @@
+"""Which of Liger's kernels a run takes: those that are exact and, on this clock, faster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from qlora_kit.model.fused import liger
+from qlora_kit.model.fused.liger import GATED, NORM, OPERATIONS, ROTARY
+from qlora_kit.recipe import TrainSpec
+from qlora_kit.train import kernel_race, shortcuts
+from qlora_kit.train.known_shortcuts import _as_values, _from_values
+from qlora_kit.train.shortcuts import Shortcuts, choose_shortcuts, taken
+
+IDS = torch.arange(3, 23)[None]
+TORCH_S, LIGER_S = 3.0, 2.0
+
+
+@pytest.fixture
+def model(tiny_llama: Path) -> Any:
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    base.requires_grad_(False)
+    torch.manual_seed(1)
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, one in adapted.named_parameters():
+            if "lora_B" in name:
+                one.normal_(std=0.05)
+    return adapted.train()
+
+
+@pytest.fixture(autouse=True)
+def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """As if there were one, on which Liger takes two thirds of the time; by operation, what it
+    takes otherwise.
+    """
+    slower: dict[str, float] = {}
+
+    def paired(*given: Any, **named: Any) -> Any:
+        pairs = kernel_race.pairs_of(*given, **named, num_tokens=6)
+        for name, pair in pairs.items():
+            clock[pair.by_torch] = TORCH_S
+            clock[pair.by_liger] = slower.get(name, LIGER_S)
+        return pairs
+
+    clock: dict[Any, float] = {}
+    monkeypatch.setattr(shortcuts, "why_no_liger", lambda device: None)
+    monkeypatch.setattr(shortcuts, "pairs_of", paired)
+    monkeypatch.setattr(shortcuts, "seconds_on_a_gpu", clock.__getitem__)
+    return slower
+
+
+def chosen(model: Any, **train: Any) -> Shortcuts:
+    return choose_shortcuts(model, TrainSpec(**train), "fp32", is_sharded=False)
+
+
+def outcome(model: Any, taking: Shortcuts) -> tuple[float, list[torch.Tensor]]:
+    model.zero_grad()
+    with taken(model, taking):
+        loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        loss.backward()
+    return float(loss.detach()), [
+        one.grad.clone() for one in model.parameters() if one.grad is not None
+    ]
+
+
+def test_all_are_taken_and_a_step_is_the_same(model: Any) -> None:
+    found = chosen(model)
+    assert found.liger == OPERATIONS
+    assert found.left == ()
+    assert found.why_kernels == (
+        "Liger's for norms (1.50 ×), gated MLPs (1.50 ×), rotary embeddings (1.50 ×): time of "
+        "torch's over Liger's on 4,096 tokens"
+    )
+    loss, gradients = outcome(model, found)
+    wanted, wanted_gradients = outcome(model, Shortcuts())
+    assert loss == pytest.approx(wanted, rel=1e-6)
+    for one, other in zip(gradients, wanted_gradients, strict=True):
+        assert float((one - other).norm()) <= 1e-5 * float(other.norm())
+
+
+def test_they_are_what_computes(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = set()
+    own = liger._liger
+
+    def noted(name: str) -> Any:
+        names.add(name)
+        return own(name)
+
+    found = chosen(model)
+    monkeypatch.setattr(liger, "_liger", noted)
+    outcome(model, found)
+    assert names == {"rms_norm", "utils", "swiglu", "rope"}
+
+
+def test_what_is_not_faster_stays_with_torch(model: Any, gpu: dict[str, float]) -> None:
+    gpu[GATED] = TORCH_S
+    found = chosen(model)
+    assert found.liger == (NORM, ROTARY)
+    assert "; torch's own for gated MLPs (1.00 ×)" in found.why_kernels
+    assert chosen(model, use_liger_kernel=True).liger == OPERATIONS
+
+
+def test_they_can_be_switched_off(model: Any) -> None:
+    found = chosen(model, use_liger_kernel=False)
+    assert (found.liger, found.why_kernels) == ((), "")
+    assert chosen(model, fused_norm=False).liger == (GATED, ROTARY)
+
+
+def test_a_kernel_that_computes_something_else_is_left_out(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = liger.LigerGated.product
+
+    def wrong(self: Any, *given: Any) -> torch.Tensor:
+        return 1.01 * own(self, *given)
+
+    monkeypatch.setattr(liger.LigerGated, "product", wrong)
+    found = chosen(model)
+    assert found.liger == (NORM, ROTARY)
+    (left,) = found.left
+    assert left == "Liger's kernels for gated MLPs: 0.01 of their size off"
+
+
+def test_kernels_that_fail_are_left_out(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> Any:
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(liger, "_liger", fails)
+    found = chosen(model)
+    assert found.liger == ()
+    assert found.left == (
+        "Liger's kernels: they fail (RuntimeError: no kernel image is available)",
+    )
+    assert found.lean.norms, "the rest goes on"
+
+
+def test_a_later_start_knows_them(model: Any) -> None:
+    found = chosen(model)
+    again = _from_values(_as_values(found))
+    assert (again.liger, again.lean, again.why_kernels) == (
+        found.liger,
+        found.lean,
+        found.why_kernels,
+    )
