@@ -32,12 +32,19 @@ with all of it; the column `recomputes` says what was done.
 
 `--trl FOLDER` names a folder with TRL (`pip install --no-deps --target FOLDER trl`), which the
 kit itself does not need. The other tools want environments of their own, named by their Python.
-Training is on the CPU on all sides, so that Unsloth, which needs a GPU, cannot be one.
+
+On a GPU (`--device cuda`, the default where there is one) time is taken when its queue is empty,
+and what torch's allocator gave out and reserved at most stands beside the host's memory. Unsloth
+needs one:
+
+python scripts/bench_train.py --model 8B --rows rows.jsonl --max-length 2048 --precision bf16 \\
+    --sides kit plain unsloth --unsloth unsloth/bin/python
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import tempfile
@@ -95,7 +102,7 @@ def named(failure: Failure) -> Failure:
 
 
 def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
-    """The options: those given, or the command line's."""
+    """The options: those given, or the command line's. Raises Fault where a device is not there."""
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="demo/smollm2-135m-instruct")
     parser.add_argument("--rows", help="rows as a recipe's source; unset: the demo's commands")
@@ -108,6 +115,7 @@ def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--optimizer", choices=("adamw_torch", "sgd"), default="adamw_torch")
     parser.add_argument("--learning-rate", type=float, default=RATE)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=["kit", "plain"])
     parser.add_argument("--trl", type=Path, metavar="FOLDER", help="folder with TRL")
@@ -128,6 +136,7 @@ def parsed(given: Sequence[str] | None = None) -> argparse.Namespace:
     }.items():
         if getattr(arguments, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(arguments, name)}")
+    arguments.device = device_of(arguments.device)
     return arguments
 
 
@@ -135,6 +144,8 @@ def check_options(arguments: argparse.Namespace) -> None:
     """Before anything is loaded: each side is said where it is. Raises Fault."""
     for side in arguments.sides:
         known = SIDES[side]
+        if known.gpu_only and arguments.device == "cpu":
+            raise Fault(f"{side} needs a GPU; this is a run on the CPU. Leave it out of --sides.")
         if not known.needs:
             continue
         where = getattr(arguments, known.needs)
@@ -142,6 +153,20 @@ def check_options(arguments: argparse.Namespace) -> None:
             raise Fault(f"{side} needs --{known.option}: where it is installed.")
         if not Path(where).exists():
             raise Fault(f"--{known.option} {where} is not there; install {known.package} first.")
+
+
+def device_of(asked: str) -> str:
+    """`cpu` or `cuda`; on the CPU nobody sees a GPU from here on. Raises Fault where none is."""
+    import torch
+
+    if asked != "cpu" and torch.cuda.is_available():
+        return "cuda"
+    if asked == "cuda":
+        raise Fault(
+            "--device cuda: torch sees no GPU here. Leave the option out to run on the CPU."
+        )
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    return "cpu"
 
 
 def lacking(arguments: argparse.Namespace) -> list[Failure]:

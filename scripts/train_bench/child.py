@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from train_bench.registry import SIDES
-from train_bench.told import versions
+from train_bench.told import device_peaks, versions
 from train_bench.work import Work
 
 
@@ -21,7 +21,9 @@ def main(side: str, recompute: str, folder: Path) -> None:
         begin()
     work = replace(Work(**json.loads((folder / "work.json").read_text())), recompute=recompute)
     told = importlib.import_module(SIDES[side].module).train(work, folder)
-    (folder / "told.json").write_text(json.dumps({**asdict(told), "versions": versions()}))
+    (folder / "told.json").write_text(
+        json.dumps({**asdict(told), "versions": versions(), "device": device_peaks()})
+    )
 
 
 if __name__ == "__main__":

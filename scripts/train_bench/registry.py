@@ -16,6 +16,7 @@ class Side:
     """Distribution that its environment must have; empty: this program's own will do."""
     needs: str = ""
     """Option that says where that environment is: a folder of packages or an interpreter."""
+    gpu_only: bool = False
 
     @property
     def option(self) -> str:
@@ -34,6 +35,7 @@ SIDES = {
     "trl": Side("train_bench.sides.trl", "trl", "trl"),
     "llama-factory": Side("train_bench.sides.llama_factory", "llamafactory", "llama_factory"),
     "axolotl": Side("train_bench.sides.axolotl", "axolotl", "axolotl"),
+    "unsloth": Side("train_bench.sides.unsloth", "unsloth", "unsloth", gpu_only=True),
     "torchtune": Side("train_bench.sides.torchtune", "torchtune", "torchtune"),
 }
 

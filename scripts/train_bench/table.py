@@ -147,6 +147,10 @@ def figures_of(found: list[Outcome], work: Work, operations: float) -> dict[str,
         "real_per_second": sum(work.real_tokens[1:]) / seconds,
         "real_per_cpu_second": sum(work.real_tokens[1:]) / cpu_seconds,
         "peak_bytes": statistics.median(one.peak_bytes for one in found),
+        "device_peaks": {
+            name: statistics.median(one.device_peaks[name] for one in found)
+            for name in found[0].device_peaks
+        },
         "first_update_seconds": statistics.median(one.ends[0] for one in found),
         "first_update_cpu_seconds": statistics.median(one.cpu_ends[0] for one in found),
         "share_of_limit": operations / (rate * 1e9) / seconds,
@@ -165,12 +169,14 @@ def show(figures: dict[str, dict[str, Any]], work: Work, arguments: argparse.Nam
         f"{len(work.updates)} updates of {arguments.accumulation} × {arguments.batch} rows, "
         f"{real / (len(work.updates) - 1):,.0f} real and "
         f"{supervised / (len(work.updates) - 1):,.0f} supervised tokens each; recompute "
-        f"{arguments.recompute}, {arguments.precision}, {arguments.threads} thread(s), "
+        f"{arguments.recompute}, {arguments.precision}, {arguments.device}, "
+        f"{arguments.threads} thread(s), "
         f"{arguments.rounds} rounds; {work.optimizer} at {work.learning_rate:g}"
     )
+    on_device = [f"{name} MiB" for name in next(iter(figures.values()))["device_peaks"]]
     print(
         "side          recomputes   supervised/s     real/s   real/CPU s   peak MiB   "
-        "first update s (CPU)   share of limit   gauge"
+        "first update s (CPU)   share of limit   gauge" + "".join(f"{one:>15}" for one in on_device)
     )
     for label, now in figures.items():
         print(
@@ -179,6 +185,7 @@ def show(figures: dict[str, dict[str, Any]], work: Work, arguments: argparse.Nam
             f"{now['peak_bytes'] / 2**20:10,.0f} {now['first_update_seconds']:15.1f} "
             f"({now['first_update_cpu_seconds']:4.1f})"
             f"{now['share_of_limit']:17.2f} {now['gauge']:7.1f} (× {now['gauge_drift']:.2f})"
+            + "".join(f"{one / 2**20:15,.0f}" for one in now["device_peaks"].values())
         )
     for label, share in disturbed(figures).items():
         print(f"{label}: ran at {share:.2f} of the best gauge, so only its CPU seconds tell much")
@@ -227,6 +234,12 @@ def against_kit(rounds: list[list[Outcome]], void: set[str]) -> dict[str, dict[s
 
 def ratios_of(pairs: list[tuple[Outcome, Outcome]]) -> dict[str, str]:
     """Of the kit's runs and another side's, round by round."""
+    on_device = {
+        f"{name} on the GPU": spread(
+            [kit.device_peaks[name] / other.device_peaks[name] for kit, other in pairs]
+        )
+        for name in pairs[0][0].device_peaks
+    }
     return {
         "speed": spread([other.seconds / kit.seconds for kit, other in pairs]),
         "speed by CPU seconds": spread(
@@ -235,6 +248,7 @@ def ratios_of(pairs: list[tuple[Outcome, Outcome]]) -> dict[str, str]:
         "peak": spread([kit.peak_bytes / other.peak_bytes for kit, other in pairs]),
         "first update": spread([kit.ends[0] / other.ends[0] for kit, other in pairs]),
         "in CPU seconds": spread([kit.cpu_ends[0] / other.cpu_ends[0] for kit, other in pairs]),
+        **on_device,
     }
 
 
@@ -271,6 +285,10 @@ def difference(losses: list[float], wanted: list[float]) -> Apart:
     return Apart(largest, apart.index(largest) + 1)
 
 
+def any_on_device(figures: dict[str, dict[str, Any]]) -> bool:
+    return any(now["device_peaks"] for now in figures.values())
+
+
 def draw(figures: dict[str, dict[str, Any]], path: Path) -> None:
     """Speed against memory."""
     from matplotlib.figure import Figure
@@ -278,8 +296,9 @@ def draw(figures: dict[str, dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(6, 4))
     axis = figure.subplots()
     for side, now in figures.items():
-        axis.scatter(now["peak_bytes"] / 2**20, now["supervised_per_second"])
-        axis.annotate(side, (now["peak_bytes"] / 2**20, now["supervised_per_second"]))
-    axis.set_xlabel("peak memory, MiB")
+        peak = now["device_peaks"].get("allocated", now["peak_bytes"]) / 2**20
+        axis.scatter(peak, now["supervised_per_second"])
+        axis.annotate(side, (peak, now["supervised_per_second"]))
+    axis.set_xlabel("peak memory, MiB" + (" of the GPU" * any_on_device(figures)))
     axis.set_ylabel("supervised tokens per second")
     figure.savefig(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import resource
+import sys
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,8 @@ LIBRARIES = (
     "bitsandbytes",
     "torchao",
     "trl",
+    "liger-kernel",
+    "unsloth",
     "llamafactory",
     "axolotl",
     "torchtune",
@@ -22,11 +25,33 @@ LIBRARIES = (
 
 
 def moment() -> tuple[float, float]:
-    """The time, and the CPU seconds of this process and of children that have ended, so far."""
+    """The time, and the CPU seconds of this process and of children that have ended, so far; on a
+    GPU when its queue is empty.
+    """
+    if is_on_a_gpu():
+        import torch
+
+        torch.cuda.synchronize()
     own, children = (
         resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
     )
     return time.time(), own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+def is_on_a_gpu() -> bool:
+    """Whether this process has computed on one."""
+    torch = sys.modules.get("torch")
+    return torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized()
+
+
+def device_peaks() -> dict[str, int]:
+    """Bytes that torch's allocator had given out and had reserved, at most; empty on a CPU."""
+    if not is_on_a_gpu():
+        return {}
+    import torch
+
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return {"allocated": allocated, "reserved": reserved}
 
 
 @dataclass

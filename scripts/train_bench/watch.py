@@ -46,6 +46,9 @@ class Outcome:
     recomputes: str
     versions: dict[str, str]
     peak_bytes: int
+    """Of the host's memory, of the process and its children."""
+    device_peaks: dict[str, int]
+    """Of a GPU's, in bytes: `allocated` and `reserved` by torch."""
     gauge_before: float
     """Products per second, in 10⁹ floating-point operations."""
     gauge_after: float
@@ -94,6 +97,7 @@ def environment(side: str, arguments: argparse.Namespace) -> dict[str, str]:
     return {
         **os.environ,
         **QUIET,
+        **({"CUDA_VISIBLE_DEVICES": ""} if arguments.device == "cpu" else {}),
         "OMP_NUM_THREADS": str(arguments.threads),
         "PYTHONPATH": os.pathsep.join(path for path in paths if path),
     }
@@ -104,7 +108,7 @@ def run(turn: Turn, folder: Path, arguments: argparse.Namespace) -> Outcome | Fa
     python = interpreter(turn.side, arguments)
     command = [python, "-m", "train_bench.child", turn.side, turn.recompute, str(folder)]
     (folder / "told.json").unlink(missing_ok=True)
-    before = gauge(arguments.threads)
+    before = gauge(arguments.threads, arguments.device, arguments.precision)
     started = time.time()
     log = folder / f"{turn.side}.log"
     with log.open("w") as output:
@@ -129,8 +133,9 @@ def run(turn: Turn, folder: Path, arguments: argparse.Namespace) -> Outcome | Fa
         recomputes=found["recomputes"],
         versions=found["versions"],
         peak_bytes=peak,
+        device_peaks=found["device"],
         gauge_before=before,
-        gauge_after=gauge(arguments.threads),
+        gauge_after=gauge(arguments.threads, arguments.device, arguments.precision),
     )
 
 
@@ -185,17 +190,24 @@ def bytes_of_its_own(process: psutil.Process) -> int:
     return 0 if is_young else int(process.memory_full_info().uss)
 
 
-def gauge(threads: int) -> float:
-    """10⁹ operations per second of products as a small model has them, for about a second."""
+def gauge(threads: int, device: str = "cpu", precision: str = "fp32") -> float:
+    """10⁹ operations per second of products as a small model has them, or on a GPU one of 8B, for
+    about a second.
+    """
     import torch
 
     torch.set_num_threads(threads)
-    left, right = torch.randn(512, 576), torch.randn(1536, 576)
+    rows, inner, outer = (512, 576, 1536) if device == "cpu" else (4096, 4096, 14336)
+    dtype = torch.bfloat16 if device != "cpu" and precision == "bf16" else torch.float32
+    left = torch.randn(rows, inner, device=device, dtype=dtype)
+    right = torch.randn(outer, inner, device=device, dtype=dtype)
     rates = []
     ends = time.perf_counter() + 1.0
     while time.perf_counter() < ends:
         started = time.perf_counter()
         for _ in range(8):
             left @ right.T
-        rates.append(8 * 2 * 512 * 576 * 1536 / (time.perf_counter() - started) / 1e9)
+        if device != "cpu":
+            torch.cuda.synchronize()
+        rates.append(8 * 2 * rows * inner * outer / (time.perf_counter() - started) / 1e9)
     return statistics.median(rates)

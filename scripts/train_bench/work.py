@@ -27,6 +27,8 @@ class Work:
     accumulation: int
     recompute: str
     precision: str
+    device: str
+    """`cpu` or `cuda`."""
     threads: int
     optimizer: str
     """As transformers calls it: `adamw_torch` or `sgd`."""
@@ -81,12 +83,18 @@ def prepared(arguments: argparse.Namespace, folder: Path) -> tuple[Work, dict[st
         accumulation=arguments.accumulation,
         recompute=arguments.recompute,
         precision=arguments.precision,
+        device=arguments.device,
         threads=arguments.threads,
         optimizer=arguments.optimizer,
         learning_rate=arguments.learning_rate,
         updates=dealt(ready.train.sequences, arguments),
     )
     (folder / "work.json").write_text(json.dumps(asdict(work)))
+    if arguments.device != "cpu":
+        import torch
+
+        del ready
+        torch.cuda.empty_cache()
     return work, values
 
 

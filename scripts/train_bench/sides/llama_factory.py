@@ -54,7 +54,7 @@ def configuration(work: Work, folder: Path) -> dict[str, Any]:
         "max_grad_norm": 1.0,
         "optim": work.optimizer,
         "bf16": work.precision == "bf16",
-        "use_cpu": True,
+        "use_cpu": work.device == "cpu",
         "logging_steps": 1,
         "save_strategy": "no",
         "report_to": "none",

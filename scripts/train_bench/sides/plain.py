@@ -27,7 +27,8 @@ def train(work: Work, _: Path) -> Told:
         total = 0.0
         for start in range(0, len(rows), work.batch):
             batch = padded(rows[start : start + work.batch])
-            with torch.autocast("cpu", torch.bfloat16, enabled=work.precision == "bf16"):
+            batch = {name: one.to(work.device) for name, one in batch.items()}
+            with torch.autocast(work.device, torch.bfloat16, enabled=work.precision == "bf16"):
                 loss = model(**batch, use_cache=False, num_items_in_batch=supervised).loss
             loss.backward()
             total += float(loss.detach())
@@ -45,6 +46,7 @@ def quantized_with_adapter(work: Work) -> Any:
     base = AutoModelForCausalLM.from_pretrained(
         work.model,
         dtype=dtype,
+        device_map={"": work.device} if work.device != "cpu" else None,
         quantization_config=BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",

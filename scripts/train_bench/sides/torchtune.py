@@ -87,7 +87,7 @@ def configuration(work: Work, folder: Path) -> dict[str, Any]:
         "clip_grad_norm": 1.0,
         "compile": False,
         "metric_logger": {"_component_": f"{HERE}.Log"},
-        "device": "cpu",
+        "device": work.device,
         "dtype": work.precision,
         "enable_activation_checkpointing": work.recompute == "all",
     }

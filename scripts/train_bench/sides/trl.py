@@ -51,7 +51,7 @@ def configuration(work: Work, folder: Path) -> dict[str, Any]:
         "save_strategy": "no",
         "report_to": "none",
         "bf16": work.precision == "bf16",
-        "use_cpu": True,
+        "use_cpu": work.device == "cpu",
         "train_sampling_strategy": "sequential",
         "disable_tqdm": True,
     }

@@ -15,7 +15,7 @@ import pytest
 from plainly import Fault
 from train_bench import table
 from train_bench.registry import SIDES, turns
-from train_bench.sides import axolotl, llama_factory, torchtune, trl
+from train_bench.sides import axolotl, llama_factory, torchtune, trl, unsloth
 from train_bench.told import Told
 from train_bench.watch import Outcome, watched
 from train_bench.work import RANK, Work, dealt
@@ -31,6 +31,7 @@ WORK = Work(
     accumulation=1,
     recompute="auto",
     precision="fp32",
+    device="cpu",
     threads=1,
     optimizer="adamw_torch",
     learning_rate=2e-4,
@@ -53,7 +54,7 @@ LLAMA = {
 def outcome(label: str, losses: list[float], seconds: float = 1.0) -> Outcome:
     """A run whose updates take so long each."""
     ends = [seconds * (n + 1) for n in range(len(losses))]
-    return Outcome(label, losses, ends, ends, "none", {}, 100, 1.0, 1.0)
+    return Outcome(label, losses, ends, ends, "none", {}, 100, {}, 1.0, 1.0)
 
 
 def test_rows_for_others_have_a_mask_and_their_order() -> None:
@@ -115,6 +116,16 @@ def test_trl_is_left_its_default_of_recomputing(tmp_path: Path) -> None:
         return trl.configuration(work, tmp_path).get("gradient_checkpointing")
 
     assert [told(one) for one in ("auto", "all", "none")] == [None, True, False]
+
+
+def test_unsloth_has_the_same_work(tmp_path: Path) -> None:
+    work = replace(WORK, device="cuda", precision="bf16")
+    assert unsloth.loading(work)["max_seq_length"] == 4
+    values = unsloth.adapting(work)
+    assert (values["r"], values["lora_dropout"]) == (RANK, 0.0)
+    told = [unsloth.adapting(replace(work, recompute=one)) for one in ("auto", "all", "none")]
+    assert [one["use_gradient_checkpointing"] for one in told] == ["unsloth", True, False]
+    assert trl.configuration(work, tmp_path)["use_cpu"] is False
 
 
 def test_axolotl_has_the_same_work(tmp_path: Path) -> None:
@@ -198,6 +209,20 @@ def test_a_side_that_differs_has_no_ratio_and_others_do() -> None:
     assert table.against_kit([row], {"kit"}) == {}
 
 
+def test_memory_of_a_gpu_is_compared_where_there_is_one() -> None:
+    peaks = {"kit": 200, "plain": 400}
+    row = [
+        replace(outcome(one, [1.0, 1.0]), device_peaks={"allocated": size, "reserved": 500})
+        for one, size in peaks.items()
+    ]
+    ratios = table.against_kit([row], set())["plain"]
+    assert ratios["allocated on the GPU"] == "0.50 (0.50-0.50)"
+    assert ratios["reserved on the GPU"] == "1.00 (1.00-1.00)"
+    assert "allocated on the GPU" not in table.ratios_of(
+        [(outcome("kit", [1.0, 1.0]), outcome("plain", [1.0, 1.0]))]
+    )
+
+
 def test_a_side_that_differs_is_named_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
     apart = {"plain": table.Apart(0.0, 1), "torchtune": table.Apart(0.05, 7)}
     assert table.judged(apart, {"torchtune"}, 1e-4) == 1
@@ -248,6 +273,7 @@ def spoken(*options: str) -> subprocess.CompletedProcess[str]:
             "has no llamafactory; install it there.\nNo side is left to run.",
         ),
         (["--rows", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--sides", "unsloth", "--device", "cpu"], "unsloth needs a GPU"),
     ],
 )
 def test_a_foreseeable_fault_is_one_message(options: list[str], said: str) -> None:
