@@ -98,14 +98,20 @@ def recomputing_layers(model: nn.Module) -> list[Any]:
     return [one for one in model.modules() if isinstance(one, GradientCheckpointingLayer)]
 
 
-def measure_kept(model: nn.Module, run: Callable[[int], torch.Tensor]) -> Kept:
+def measure_kept(
+    model: nn.Module,
+    run: Callable[[int], torch.Tensor],
+    of_all: OfAll = list,
+) -> Kept:
     """Count what training passes keep.
 
     Args:
         run: passes one sequence of so many tokens through the model, and returns the loss.
+        of_all: makes of what is known of each layer of the model that of each layer there is to be,
+            where a few stand for all.
     """
     layers = recomputing_layers(model)
-    counts = [_count(model, layers, partial(run, length)) for length in LENGTHS]
+    counts = [_count(model, layers, partial(run, length), of_all) for length in LENGTHS]
     by_layer = zip(*(one.layers for one in counts), strict=True)
     return Kept(
         tuple(Growth.through(LENGTHS, sizes) for sizes in by_layer),
@@ -113,6 +119,15 @@ def measure_kept(model: nn.Module, run: Callable[[int], torch.Tensor]) -> Kept:
         Growth.through(LENGTHS, [one.rest for one in counts]),
         Growth.through(LENGTHS, [one.passing for one in counts]),
     )
+
+
+OfAll = Callable[[Sequence["_OfLayer"]], Sequence["_OfLayer"]]
+
+
+@dataclass(frozen=True)
+class _OfLayer:
+    kept: int
+    passing: int
 
 
 @dataclass(frozen=True)
@@ -123,7 +138,9 @@ class _Counted:
     passing: int
 
 
-def _count(model: nn.Module, layers: Sequence[Any], run: Callable[[], torch.Tensor]) -> _Counted:
+def _count(
+    model: nn.Module, layers: Sequence[Any], run: Callable[[], torch.Tensor], of_all: OfAll
+) -> _Counted:
     """Bytes that are there after the pass and were not before."""
     live = LiveTensors()
     hold_weights(model, live)
@@ -137,14 +154,20 @@ def _count(model: nn.Module, layers: Sequence[Any], run: Callable[[], torch.Tens
     try:
         with torch.enable_grad(), live:
             loss = run()
-            kept = [one.bytes_kept() for one in passed]
+            found = [_OfLayer(one.bytes_kept(), one.passing) for one in passed]
             total, passing = live.num_bytes - before, live.gone_bytes
             del loss
     finally:
         for handle in handles:
             handle.remove()
     inputs = max((one.given_bytes for one in passed), default=0)
-    return _Counted(tuple(kept), inputs, total - sum(kept), passing)
+    whole = of_all(found)
+    return _Counted(
+        tuple(one.kept for one in whole),
+        inputs,
+        total - sum(one.kept for one in found),
+        passing + sum(one.passing for one in whole) - sum(one.passing for one in found),
+    )
 
 
 @dataclass
@@ -156,6 +179,9 @@ class _Passed:
     before: int = 0
     added: int = 0
     """Beside what it hands on."""
+    gone_before: int = 0
+    passing: int = 0
+    """Made and let go again."""
 
     def entering(
         self,
@@ -166,11 +192,12 @@ class _Passed:
     ) -> None:
         given = _first_tensor((*arguments, *options.values())).untyped_storage()
         self.given, self.given_bytes = weakref.ref(given), given.nbytes()
-        self.before = live.num_bytes
+        self.before, self.gone_before = live.num_bytes, live.gone_bytes
 
     def leaving(self, live: LiveTensors, _: nn.Module, arguments: Any, output: Any) -> None:
         handed_on = _first_tensor(output if isinstance(output, tuple) else (output,))
         self.added = live.num_bytes - self.before - handed_on.untyped_storage().nbytes()
+        self.passing = live.gone_bytes - self.gone_before
 
     def bytes_kept(self) -> int:
         """With its input, where that is there yet."""

@@ -279,7 +279,9 @@ def _told_apart(recipe: Recipe) -> Iterator[None]:
         ) from error
 
 
-def _imagined(recipe: Recipe, vocabulary: Vocabulary, hardware: Hardware) -> ImaginedTraining:
+def _imagined(
+    recipe: Recipe, vocabulary: Vocabulary, hardware: Hardware, is_quick: bool = True
+) -> ImaginedTraining:
     spec = recipe.model
     compute_dtype, _ = resolve_compute_dtype(recipe.quantization.compute_dtype, hardware)
     precision = resolve_precision(recipe.train.precision, compute_dtype, hardware)
@@ -288,7 +290,9 @@ def _imagined(recipe: Recipe, vocabulary: Vocabulary, hardware: Hardware) -> Ima
     if spec.attn_implementation != "auto":
         skeleton.model.set_attn_implementation(spec.attn_implementation)
     dtype: torch.dtype = getattr(torch, compute_dtype)
-    return ImaginedTraining(recipe, skeleton, vocabulary, dtype, precision, hardware.device)
+    return ImaginedTraining(
+        recipe, skeleton, vocabulary, dtype, precision, hardware.device, is_quick
+    )
 
 
 def _taken(recipe: Recipe, choice: Choice, num_sequences: int) -> Taken:

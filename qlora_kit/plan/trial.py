@@ -8,27 +8,28 @@ inside themselves, which no trial sees.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kit.memory.allocator import holes_left_by
 from qlora_kit.memory.kept import Kept, measure_kept, recomputing_layers
-from qlora_kit.memory.live import GRADIENTS, Component, LiveTensors
+from qlora_kit.memory.live import GRADIENTS, UNPACKED, Component, LiveTensors
 from qlora_kit.memory.weights import hold_weights
 from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.by_example import attending_by_example, can_attend_by_example, know_lengths
-from qlora_kit.model.fused.attach import Fusion, plan_fusion
+from qlora_kit.model.fused.attach import Fusion, plan_fusion, reasons_left
 from qlora_kit.model.fused.gated import looks_gated
 from qlora_kit.model.fused.lean import LeanParts
 from qlora_kit.model.fused.norm import KINDS, looks_like_norm
 from qlora_kit.model.fused.residents import Residents
 from qlora_kit.model.fused.rotary import rotary_files
 from qlora_kit.plan.effort import CountedEffort, Effort
+from qlora_kit.plan.few_layers import BEGIN, BEHIND, Course, FewLayers, NotAlikeError, few_layers
 from qlora_kit.plan.stand_in import give_tensors, stand_in_base
 from qlora_kit.runtime.forward import CHUNK_CELLS
 from qlora_kit.train.recompute import able_to_recompute, recompute_first
@@ -90,6 +91,8 @@ class Taken:
     """Whether freed blocks go back to the system at once; see `large_blocks_given_back`."""
 
 
+_T = TypeVar("_T")
+
 Peak = Mapping[Component, int]
 """Bytes by component, at the moment when they are most together."""
 
@@ -105,9 +108,11 @@ class ImaginedTraining:
         compute_dtype: torch.dtype,
         precision: str,
         device: str,
+        is_quick: bool = True,
     ):
         """Args: skeleton: built for this alone; precision: bf16, fp16 or fp32, of autocast.
             device: cpu or cuda, by which the size of a chunk of logits goes.
+            is_quick: whether a few layers may stand for all that are alike.
 
         Raises:
             ModelError: it holds what is not known to a trial.
@@ -126,6 +131,9 @@ class ImaginedTraining:
         with self.mode:
             give_tensors(base.model, recipe.quantization, compute_dtype)
         self.num_entries = int(base.model.config.get_text_config().vocab_size)
+        self.is_quick = is_quick
+        self.why_all: list[str] = []
+        """Of trials that a few layers were not enough for."""
         self.attention = str(base.model.config._attn_implementation)
         self.has_own_loss = (
             not recipe.train.fused_loss or why_no_supervised_loss(base.model) is not None
@@ -137,10 +145,28 @@ class ImaginedTraining:
         self._told: dict[tuple[Any, ...], Peak] = {}
 
     def _fusion(self) -> Fusion:
-        with self.mode:
-            ids = torch.zeros(_SHORT, dtype=torch.long)
-            mask = torch.ones_like(ids)
-            return plan_fusion(self.model, lambda: self.model(ids, mask, use_cache=False))
+        def found(few: FewLayers | None) -> Fusion:
+            with self.mode, _in_place(few):
+                ids = torch.zeros(_SHORT, dtype=torch.long)
+                mask = torch.ones_like(ids)
+                fusion = plan_fusion(self.model, lambda: self.model(ids, mask, use_cache=False))
+            return fusion if few is None else _fusion_of_all(fusion, few, self.model)
+
+        return self._told_by_few(found)
+
+    def _told_by_few(self, trial: Callable[[FewLayers | None], _T], num_recomputing: int = 0) -> _T:
+        """What a trial tells that goes through a few layers where they can stand for all, and
+        through all of them where that comes to nothing.
+        """
+        config = self.causal.config.get_text_config()
+        few = few_layers(self.model, config, num_recomputing) if self.is_quick else None
+        if few is not None:
+            try:
+                return trial(few)
+            except Exception as error:  # also of code that counts on all of its layers
+                self.why_all.append(f"{type(error).__name__}: {error}")
+                self.model.zero_grad()
+        return trial(None)
 
     @property
     def num_layers(self) -> int:
@@ -168,11 +194,21 @@ class ImaginedTraining:
         def run(length: int) -> torch.Tensor:
             return self._loss(_batch(Shape(((length,),), _NUM_SUPERVISED), is_seen))
 
-        with self._computing(_NUM_SUPERVISED, is_seen):
-            self.model.train()
-            found = measure_kept(self.model, run)
-            self.model.eval()
-        return found
+        def found(few: FewLayers | None) -> Kept:
+            with self._computing(_NUM_SUPERVISED, is_seen), _in_place(few):
+                self.model.train()
+                if few is None:
+                    return measure_kept(self.model, run)
+                chosen = few.chosen
+
+                def of_all(each: Sequence[Any]) -> Sequence[Any]:
+                    return few.of_all(dict(zip(chosen, each, strict=True)))
+
+                return measure_kept(self.model, run, of_all)
+
+        kept = self._told_by_few(found)
+        self.model.eval()
+        return kept
 
     def _is_seen(self, shape: Shape | None = None) -> bool:
         """Whether attention goes by positions, and needs no mask."""
@@ -186,14 +222,19 @@ class ImaginedTraining:
 
     def effort(self, shape: Shape, num_recomputing: int) -> Effort:
         """What forward and backward passes have to do."""
-        counted = CountedEffort()
-        with self._on(shape) as batch, counted:
-            with self._recomputing(num_recomputing):
-                self.model.train()
-                self._loss(batch).backward()
-            self.model.zero_grad()
-            self.model.eval()
-        return counted.effort
+
+        def found(few: FewLayers | None) -> Effort:
+            counting = CountedEffort()
+            course = Course(few, counts=lambda: vars(counting.effort))
+            with self._on(shape) as batch, counting, _in_place(few):
+                with self._recomputing(_among(few, num_recomputing)), course.watched():
+                    self.model.train()
+                    self._loss(batch).backward()
+                self.model.zero_grad()
+                self.model.eval()
+            return Effort(**course.counted)
+
+        return self._told_by_few(found, num_recomputing)
 
     def held_out_loss(self, shape: Shape) -> Peak:
         """The peak of a forward pass in evaluation while training goes on."""
@@ -214,46 +255,60 @@ class ImaginedTraining:
         return self._told[key]
 
     def _step(self, shape: Shape, how: Taken) -> Peak:
+        return self._told_by_few(partial(self._step_of, shape, how), how.num_recomputing)
+
+    def _step_of(self, shape: Shape, how: Taken, few: FewLayers | None) -> Peak:
         live = LiveTensors(self.num_entries)
         hold_weights(self.model, live)
         residents = Residents(how.resident_bytes)
-        with self._on(shape, residents) as batch, live:
-            with self._recomputing(how.num_recomputing):
+        course = Course(few, live)
+        with self._on(shape, residents) as batch, live, _in_place(few):
+            with self._recomputing(_among(few, how.num_recomputing)):
                 self.model.train()
-                with _known_gradients(self.trained, live), _kept_elsewhere(how.offloads):
+                offloaded = _kept_elsewhere(how.offloads)
+                with course.watched(), _known_gradients(self.trained, live), offloaded:
                     for _ in range(1 + how.is_accumulated):
-                        live.forget_peak()
-                        before = live.gone_bytes
+                        course.cut(BEGIN)
                         loss = self._loss(batch)
-                        passing = live.gone_bytes - before
+                        course.cut(BEHIND)
                         loss.backward()
                         del loss
-                peak = live.peak
             self.model.zero_grad()
             self.model.eval()
+        stays = residents.num_bytes > 0
+        if few is not None and stays and course.most_added(UNPACKED) > how.resident_bytes:
+            raise NotAlikeError("the first layers' weights stay, and the last ones' do not")
         if self.device != "cpu" or how.gives_back:
-            return peak
-        return {**peak, HOLES: holes_left_by(passing)}
+            return course.peak
+        return {**course.peak, HOLES: holes_left_by(course.passing_bytes)}
 
     def _held_out_loss(self, shape: Shape) -> Peak:
-        live = LiveTensors(self.num_entries)
-        hold_weights(self.model, live)
-        with self._on(shape) as batch, live, torch.no_grad():
-            self.model.eval()
-            self._loss(batch)
-        return live.peak
+        def found(few: FewLayers | None) -> Peak:
+            live = LiveTensors(self.num_entries)
+            hold_weights(self.model, live)
+            course = Course(few, live)
+            with self._on(shape) as batch, live, torch.no_grad(), _in_place(few), course.watched():
+                self.model.eval()
+                self._loss(batch)
+            return course.peak
+
+        return self._told_by_few(found)
 
     def _scoring(self, num_rows: int, num_tokens: int) -> Peak:
+        return self._told_by_few(partial(self._scoring_of, num_rows, num_tokens))
+
+    def _scoring_of(self, num_rows: int, num_tokens: int, few: FewLayers | None) -> Peak:
         shape = Shape(((num_tokens,),) * num_rows, 0, num_rows > 1)
         live = LiveTensors(self.num_entries)
         hold_weights(self.model, live)
-        with self._on(shape) as batch, live, torch.no_grad():
+        course = Course(few, live)
+        with self._on(shape) as batch, live, torch.no_grad(), _in_place(few), course.watched():
             columns = torch.zeros(num_tokens - 1, dtype=torch.long)
             logits = self._forward(batch, logits_to_keep=columns).logits
             rows = [one[columns] for one in logits] if num_rows > 1 else [logits[0]]
             part = rows[0][: max(1, CHUNK_CELLS // self.num_entries)].float()
             torch.log_softmax(part, dim=-1)
-        return live.peak
+        return course.peak
 
     def _answering(self, num_rows: int, num_prompt: int, num_new: int) -> Peak:
         live = LiveTensors(self.num_entries)
@@ -311,6 +366,40 @@ class ImaginedTraining:
         with able_to_recompute(self.model, "auto" if count else False):
             recompute_first(self.model, count)
             yield
+
+
+def _in_place(few: FewLayers | None) -> AbstractContextManager[None]:
+    return nullcontext() if few is None else few.in_place()
+
+
+def _among(few: FewLayers | None, count: int) -> int:
+    """How many of the chosen layers recompute, where the first `count` of all do."""
+    return count if few is None else sum(one < count for one in few.chosen)
+
+
+def _fusion_of_all(fusion: Fusion, few: FewLayers, model: PeftModel) -> Fusion:
+    """With the layers that others have stood for, under their names."""
+    by_layer: dict[int, list[tuple[str, ...]]] = {one: [] for one in few.chosen}
+    others = []
+    for group in fusion.groups:
+        places = {_layer_of(name, few.prefix) for name in group}
+        (place,) = places if len(places) == 1 else (None,)
+        if place is None:
+            others.append(group)
+        else:
+            start = f"{few.prefix}{place}."
+            by_layer[place].append(tuple(name.removeprefix(start) for name in group))
+    whole = [
+        tuple(f"{few.prefix}{number}.{name}" for name in group)
+        for number, groups in enumerate(few.of_all(by_layer))
+        for group in groups
+    ]
+    return Fusion((*whole, *others), reasons_left(model))
+
+
+def _layer_of(name: str, prefix: str) -> int | None:
+    number = name.removeprefix(prefix).partition(".")[0]
+    return int(number) if name.startswith(prefix) and number.isdecimal() else None
 
 
 class _ImaginedForward(SupervisedForward):

@@ -73,6 +73,12 @@ def plan_fusion(model: PeftModel, run: Callable[[], Any]) -> Fusion:
     return Fusion((*groups, *often), Counter(reason for reason in reasons.values() if reason))
 
 
+def reasons_left(model: PeftModel) -> Counter[str]:
+    """Why how many layers of a model have to be computed by PEFT."""
+    reasons = (why_left(one) for one in model.modules() if _is_lora_layer(one))
+    return Counter(one for one in reasons if one)
+
+
 def why_left(layer: Any) -> str | None:
     """Why a LoRA layer has to be computed by PEFT; None where it need not."""
     kind = f"{type(layer).__module__}.{type(layer).__name__}"
