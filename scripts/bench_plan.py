@@ -215,6 +215,14 @@ def make_model(one: Case, folder: Path) -> None:
     from qlora_kit.plan.small_run import save_byte_tokenizer
 
     save_byte_tokenizer(folder)
+    torch.manual_seed(0)
+    positions = {} if one.family == "gpt2" else {"max_position_embeddings": 4096}
+    config = AutoConfig.for_model(one.family, **configuration_of(one), **positions)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+
+
+def configuration_of(one: Case) -> dict[str, Any]:
+    """Of the model's sizes, as its family names them."""
     values: dict[str, Any] = {"vocab_size": one.vocabulary, "eos_token_id": 1, "pad_token_id": 0}
     values |= {"bos_token_id": 1, "tie_word_embeddings": one.is_tied}
     if one.family == "gpt2":
@@ -224,10 +232,7 @@ def make_model(one: Case, folder: Path) -> None:
         values |= {"hidden_size": one.hidden, "num_hidden_layers": one.layers}
         values |= {"intermediate_size": one.inner, "num_attention_heads": one.heads}
         values |= {"num_key_value_heads": one.kv_heads, "head_dim": one.hidden // one.heads}
-        values |= {"max_position_embeddings": 4096}
-    torch.manual_seed(0)
-    config = AutoConfig.for_model(one.family, **values)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return values
 
 
 def measured(recipe: Path, threads: int) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""How the time of an update and its memory grow with length, layers, width, rank, batch and rows.
+"""How time and memory grow with length, layers, width, rank, vocabulary, batch and rows.
 
 python scripts/bench_scaling.py --json found.json --plot found.png
 python scripts/bench_scaling.py --only length --rounds 1
@@ -7,8 +7,11 @@ python scripts/bench_scaling.py --read found.json --extrapolate
 One thing at a time is varied on a model of random weights of SmolLM2-135M's shape, with four layers
 and a vocabulary of 8,192, trained through `run_recipe`, in a process of its own for each shape. CPU
 seconds of an update are then fitted by least squares, without negative terms, to what there is to
-compute (see `Terms`), and each shape is held against a fit that was made without it. Memory is told
-by `qlora-kit plan` and measured. The exit code is 1 where such a fit is off by more than 25 %.
+compute (see `Terms`), the memory of the process to what there is to hold (see `Holds`), and each
+shape is held against a fit that was made without it. Memory is also told by `qlora-kit plan`. The
+exit code is 1 where a fit is off by more than 25 % (time) or 10 % (memory).
+
+`--extrapolate` tells what the fits say of 8B and 70B, and what `plan` says that they take of GPUs.
 """
 
 from __future__ import annotations
@@ -28,12 +31,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_plan import Case, case, prediction, prepared
+from bench_plan import Case, case, configuration_of, prediction, prepared
 from plainly import Parser, at_least, existing_file, output_file, plainly, plot_file
 
 from qlora_kit.__main__ import begin
 
-MOST_OFF = 0.25
+MOST_OFF, MOST_OFF_IN_MEMORY = 0.25, 0.1
 UPDATES = 3
 _MIB = 2**20
 _TOKENIZER_ENTRIES = 8192
@@ -54,6 +57,7 @@ SWEEPS: dict[str, Sequence[Case]] = {
     "layers": [replace(_BASE, layers=n) for n in (2, 4, 8, 16)],
     "width": [_width(n) for n in (192, 384, 576, 1152, 1728)],
     "rank": [replace(_BASE, rank=n) for n in (4, 16, 64, 256)],
+    "vocabulary": [replace(_BASE, vocabulary=n) for n in (8192, 32768, 131072)],
     "batch": [replace(_BASE, batch=n, tokens=256) for n in (1, 2, 4, 8)],
     "recompute": [replace(_BASE, train={**_BASE.train, "gradient_checkpointing": True})],
 }
@@ -77,6 +81,8 @@ LARGE = {
 # Peaks of dense products in bfloat16, 10¹² operations a second, as their makers say.
 GPUS = (("RTX 4090", 165.2), ("A100", 312.0), ("H100", 989.4))
 PRODUCT_SHARE = 0.5
+FITTING = (("RTX 4090", 24), ("A100", 40), ("A100 80GB, H100", 80))
+"""With their memory in GiB."""
 ROW_COUNTS = (64, 1024, 16384)
 
 
@@ -102,17 +108,7 @@ class Terms:
     @classmethod
     def of(cls, one: Case) -> Terms:
         tokens = one.tokens * one.batch
-        head_size = one.hidden // one.heads
-        kv = one.kv_heads * head_size
-        sizes = [(one.hidden, one.hidden + 2 * kv), (one.hidden, one.hidden)]
-        sizes += [(one.hidden, 2 * one.inner), (one.inner, one.hidden)]
-        linear = one.layers * sum(inner * outer for inner, outer in sizes)
-        # Each of the seven projections has its own A and B.
-        pairs = [(one.hidden, one.hidden), (one.hidden, kv), (one.hidden, kv)]
-        pairs += (
-            [(one.hidden, one.hidden)] + 2 * [(one.hidden, one.inner)] + [(one.inner, one.hidden)]
-        )
-        adapter = one.layers * one.rank * sum(inner + outer for inner, outer in pairs)
+        linear, adapter = parameters_of(one)
         again = 1 if one.train["gradient_checkpointing"] else 0
         supervised = tokens / 2  # see `bench_plan.prepared`
         head = supervised * one.hidden * one.vocabulary
@@ -129,6 +125,58 @@ class Terms:
         return [*asdict(self).values(), 1.0]
 
 
+def parameters_of(one: Case) -> tuple[int, int]:
+    """(of all linear layers but the head, of the adapter)"""
+    kv = one.kv_heads * (one.hidden // one.heads)
+    # Each of the seven projections has its own A and B.
+    sizes = [(one.hidden, one.hidden), (one.hidden, kv), (one.hidden, kv), (one.hidden, one.hidden)]
+    sizes += 2 * [(one.hidden, one.inner)] + [(one.inner, one.hidden)]
+    linear = one.layers * sum(inner * outer for inner, outer in sizes)
+    return linear, one.layers * one.rank * sum(inner + outer for inner, outer in sizes)
+
+
+@dataclass(frozen=True)
+class Holds:
+    """What a process holds when most is alive, in MiB, as it can be counted on paper: float32 on a
+    CPU, where unpacked weights stay as long as no layer recomputes.
+    """
+
+    weights: float
+    """4.127 bits of each number, and 32 more of those that stay unpacked."""
+    vocabulary: float
+    adapter: float
+    """Parameters, gradients, and two states of AdamW."""
+    activations: float
+    """Of each token and layer twice the hidden states, queries, keys and values, gate and up; its
+    input alone where it recomputes, and one layer's whole."""
+    logits: float
+    """Of a chunk of supervised places."""
+    passing: float
+    """What a forward pass lets go again, of whose blocks some stay behind as holes."""
+
+    @classmethod
+    def of(cls, one: Case) -> Holds:
+        linear, adapter = parameters_of(one)
+        tokens = one.tokens * one.batch
+        kv = one.kv_heads * (one.hidden // one.heads)
+        a_layer = 4 * one.hidden + 2 * kv + 2 * one.inner
+        recomputes = bool(one.train["gradient_checkpointing"])
+        kept = one.layers * one.hidden + a_layer if recomputes else one.layers * a_layer
+        passing = tokens * one.layers * (3 * one.hidden + 2 * one.inner)
+        return cls(
+            weights=linear * (4.127 / 8 + 4 * (not recomputes)) / _MIB,
+            vocabulary=4 * one.vocabulary * one.hidden / _MIB,
+            adapter=16 * adapter / _MIB,
+            activations=4 * tokens * kept / _MIB,
+            logits=min(32.0, 4 * tokens / 2 * one.vocabulary / _MIB),
+            passing=4 * passing * (1 + recomputes) / _MIB,
+        )
+
+    def as_row(self) -> list[float]:
+        return [*asdict(self).values(), 1.0]
+
+
+HOLD_NAMES = ("weights", "vocabulary", "adapter", "activations", "logits", "passing", "process")
 TERM_NAMES = ("products", "adapter", "attention", "elements", "optimizer", "each update")
 
 
@@ -153,9 +201,10 @@ def main() -> int:
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     print(tables(found))
-    off = tell_fit(found["shapes"])
+    off = tell_fit(found["shapes"]) + tell_memory_fit(found["shapes"])
     if arguments.extrapolate:
         print(extrapolated(found["shapes"]))
+        print(memory_extrapolated(found["shapes"]))
     if arguments.plot:
         plot(found["shapes"], arguments.plot)
     return 1 if off else 0
@@ -319,17 +368,42 @@ def tell_fit(shapes: Sequence[dict[str, Any]]) -> list[str]:
     print("\nfit, seconds for 10⁹ of each (operations, numbers, parameters), and for an update:")
     for name, rate in zip(TERM_NAMES, rates, strict=True):
         print(f"  {name:12} {rate:.4g}" + (f"  {1 / rate:,.1f} 10⁹/s" if rate > 0 else ""))
+    return without_each(shapes, terms, seconds, "s", MOST_OFF)
+
+
+def tell_memory_fit(shapes: Sequence[dict[str, Any]]) -> list[str]:
+    """The same of the memory of the process."""
+    holds = np.array([Holds.of(Case(**one["case"])).as_row() for one in shapes])
+    peaks = np.array([max(one["process"]) / _MIB for one in shapes])
+    if len(shapes) <= holds.shape[1] + 1:
+        return []
+    shares = fitted(holds, peaks)
+    print("\nfit, MiB of the process for each that is counted, and for the process itself:")
+    for name, share in zip(HOLD_NAMES, shares, strict=True):
+        print(f"  {name:12} {share:.4g}")
+    return without_each(shapes, holds, peaks, "MiB", MOST_OFF_IN_MEMORY)
+
+
+def without_each(
+    shapes: Sequence[dict[str, Any]],
+    terms: np.ndarray,
+    values: np.ndarray,
+    unit: str,
+    most_off: float,
+) -> list[str]:
+    """Print how each shape stands to a fit that was made without it; returns those that are off."""
     off = []
     print("each shape by a fit without it:")
     for number, row in enumerate(shapes):
-        rest = np.arange(len(cases)) != number
-        told = float(terms[number] @ fitted(terms[rest], seconds[rest]))
-        ratio = told / seconds[number]
+        rest = np.arange(len(shapes)) != number
+        told = float(terms[number] @ fitted(terms[rest], values[rest]))
+        ratio = told / values[number]
         name = f"{row['sweeps'][0]} {value_of(row['sweeps'][0], row['case'])}"
-        is_off = bool(abs(ratio - 1) > MOST_OFF)
+        is_off = bool(abs(ratio - 1) > most_off)
         off += [name] * is_off
         print(
-            f"  {name:20} {told:8.2f} of {seconds[number]:8.2f} s  {ratio:.2f}" + "  OFF" * is_off
+            f"  {name:20} {told:10,.2f} of {values[number]:10,.2f} {unit}  {ratio:.2f}"
+            + "  OFF" * is_off
         )
     return off
 
@@ -366,6 +440,57 @@ def extrapolated(shapes: Sequence[dict[str, Any]]) -> str:
         values += [f"{speed:,.0f}" for speed in on_gpus] if one is not _DEMO else []
         lines.append(f"{name:26}" + "".join(f"{value:>12}" for value in values))
     return "\n".join(lines)
+
+
+def memory_extrapolated(shapes: Sequence[dict[str, Any]]) -> str:
+    """Of this CPU by the fit, in float32; of GPUs by `plan`, in bfloat16 with the same optimizer.
+    Of eight GPUs each holds all of it.
+    """
+    holds = np.array([Holds.of(Case(**one["case"])).as_row() for one in shapes])
+    shares = fitted(holds, np.array([max(one["process"]) / _MIB for one in shapes]))
+    lines = [
+        "",
+        "EXTRAPOLATED, GiB: of this CPU by the fit, by plan of each of one or eight GPUs",
+        " " * 26 + "".join(f"{one:>14}" for one in ("here", "a GPU", "fits")),
+    ]
+    for name, one in LARGE.items():
+        here = float(np.array(Holds.of(one).as_row()) @ shares) / 1024
+        needed = planned_bytes(one) / 2**30
+        fits = [gpu for gpu, memory_gib in FITTING if needed <= memory_gib]
+        told = f"{here:14.1f}{needed:14.1f}"
+        lines.append(f"{name:26}{told}  {', '.join(fits) or 'none of them'}")
+    return "\n".join(lines)
+
+
+def planned_bytes(one: Case) -> int:
+    """What `plan` says of an H100's memory, from a configuration and a tokenizer alone."""
+    from transformers import AutoConfig
+
+    from qlora_kit.model.vocabulary import load_vocabulary
+    from qlora_kit.plan.gpus import known_gpu
+    from qlora_kit.plan.plan import Planner
+    from qlora_kit.plan.small_run import save_byte_tokenizer
+    from qlora_kit.recipe import Recipe
+
+    with tempfile.TemporaryDirectory(prefix="bench-scaling-") as scratch:
+        save_byte_tokenizer(Path(scratch))
+        values = configuration_of(one)
+        config = AutoConfig.for_model(one.family, **values, max_position_embeddings=one.tokens)
+        config.save_pretrained(scratch)
+        recipe = Recipe.model_validate(
+            {
+                "model": {"name_or_path": scratch},
+                "lora": {"r": one.rank},
+                "data": {"train": [{"path": "rows.jsonl"}], "max_length": one.tokens},
+                "train": {**one.train, "per_device_train_batch_size": one.batch},
+                "evaluate": {"perplexity": False},
+                "run_dir": f"{scratch}/run",
+            }
+        )
+        hardware = known_gpu("H100")
+        assert hardware.device_memory_bytes is not None
+        planner = Planner(load_vocabulary(recipe.model), hardware, hardware.device_memory_bytes)
+        return planner.plan(recipe).peak.num_bytes
 
 
 def fitted(terms: np.ndarray, seconds: np.ndarray) -> np.ndarray:

@@ -26,6 +26,7 @@ def telling(*losses: float) -> str:
     """What a side does that has figures, as a shell writes it."""
     ends = [[4e9 + n, n] for n in range(len(losses))]
     told = {"losses": losses, "ends": ends, "recomputes": "none", "versions": {}}
+    told["device"] = {}
     return f"cat > $5/told.json <<'END'\n{json.dumps(told)}\nEND"
 
 
@@ -40,7 +41,9 @@ FAILS = {
 @pytest.mark.parametrize("does", FAILS)
 def test_a_side_that_fails_is_told_with_its_last_lines(tmp_path: Path, does: str) -> None:
     python = fake(tmp_path / "python", does)
-    arguments = argparse.Namespace(axolotl=python, threads=1, updates=2)
+    arguments = argparse.Namespace(
+        axolotl=python, threads=1, updates=2, device="cpu", precision="fp32"
+    )
     ended = run(Turn("axolotl", "auto", "axolotl"), tmp_path, arguments)
     assert isinstance(ended, Failure)
     assert str(ended) == f"axolotl failed: {FAILS[does]}"
