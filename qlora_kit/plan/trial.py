@@ -280,7 +280,8 @@ class ImaginedTraining:
             raise NotAlikeError("the first layers' weights stay, and the last ones' do not")
         if self.device != "cpu" or how.gives_back:
             return course.peak
-        return {**course.peak, HOLES: holes_left_by(course.passing_bytes)}
+        recomputing = how.num_recomputing / max(self.num_layers, 1)
+        return {**course.peak, HOLES: holes_left_by(course.passing_bytes, recomputing)}
 
     def _held_out_loss(self, shape: Shape) -> Peak:
         def found(few: FewLayers | None) -> Peak:

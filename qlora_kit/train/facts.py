@@ -14,10 +14,11 @@ from torch import nn
 import qlora_kit
 from qlora_kit.model.qat.attach import fake_quantization_of
 from qlora_kit.records import file_sha256
-from qlora_kit.versions import package_versions
+from qlora_kit.versions import REPORTED_PACKAGES, package_versions
 
 # Whose code is told by a version, or by its digest.
 _KNOWN_PACKAGES = {"torch", "transformers", "peft", "bitsandbytes", "qlora_kit"}
+_VERSIONS = (*REPORTED_PACKAGES, "liger-kernel", "triton")
 _DECIDING_CODE = ("data", "memory", "model", "train")
 
 
@@ -36,7 +37,7 @@ def facts_of(model: nn.Module) -> dict[str, Any] | None:
     config = model.get_base_model().config
     return {
         "code": _code(),
-        "versions": {**package_versions(), "python": sys.version},
+        "versions": {**package_versions(_VERSIONS), "python": sys.version},
         "machine": _machine(next(model.parameters()).device),
         "products": torch.get_float32_matmul_precision(),
         "config": config.to_dict(),

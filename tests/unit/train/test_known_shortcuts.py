@@ -179,3 +179,21 @@ def test_processes_that_differ_take_none(start: Start) -> None:
     assert found.shortcuts.fusion is None
     assert not found.shortcuts.supervised_loss
     assert found.shortcuts.left == ("processes came to different choices",)
+
+
+def test_processes_take_the_kernels_that_all_of_them_found_faster(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clock may tell one process otherwise; what else is taken stays."""
+
+    def gathered(one: Any) -> list[Any]:
+        return [one, ("norm", "rotary")] if isinstance(one, tuple) else [one, one]
+
+    found = replace(choose_shortcuts(model, TrainSpec(), "fp32", False), liger=("norm", "gated"))
+    monkeypatch.setattr(known_shortcuts, "choose_shortcuts", lambda *_: found)
+    around: Any = SimpleNamespace(
+        precision="fp32", reporter=Heard(), processes=SimpleNamespace(gathered=gathered)
+    )
+    chosen = known_or_tried(model, TrainSpec(), around, False, None).shortcuts
+    assert chosen.liger == ("norm",)
+    assert chosen.lean == found.lean
