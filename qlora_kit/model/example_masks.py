@@ -73,7 +73,7 @@ class _Placeholders:
         self._of: dict[int, tuple[StorageWeakRef, ExampleMasks]] = {}
 
     def add(self, masks: ExampleMasks, shape: tuple[int, ...], device: Any) -> torch.Tensor:
-        # False: who took it for a mask would see nothing, and get no finite loss.
+        # False: who took it for a mask would see nothing, and the probe tell it from the others.
         one = torch.zeros((1,) * len(shape), dtype=torch.bool, device=device)
         reference = StorageWeakRef(one.untyped_storage())
         self._of = {cdata: kept for cdata, kept in self._of.items() if not kept[0].expired()}

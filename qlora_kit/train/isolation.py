@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -66,7 +67,8 @@ def measure_leakage(
             alone = each[id(part)]
             scale = float(alone.max() - alone.min())
             apart = float((packed[number, start:end] - alone).abs().max())
-            difference = max(difference, apart / max(scale, 1e-6))
+            of_range = apart / max(scale, 1e-6)
+            difference = max(difference, of_range if math.isfinite(of_range) else math.inf)
             start = end
     return Leakage(difference, _LIMIT[compute_dtype])
 

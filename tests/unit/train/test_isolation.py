@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +24,9 @@ from transformers import (
 from qlora_kit.data.collate import IsolatingCollator
 from qlora_kit.data.pack import PackedSequence
 from qlora_kit.data.sequences import TokenSequence
-from qlora_kit.train.isolation import leaking, measure_leakage
+from qlora_kit.model import by_example
+from qlora_kit.model.by_example import attending_by_example
+from qlora_kit.train.isolation import Leakage, leaking, measure_leakage
 
 PAD = 0
 COMMON = {"vocab_size": 96, "pad_token_id": PAD, "bos_token_id": 1, "eos_token_id": 2}
@@ -142,3 +146,27 @@ def test_dropout_does_not_look_like_leaking() -> None:
     config.resid_pdrop = config.embd_pdrop = config.attn_pdrop = 0.5
     model = model_of(config).train()
     assert measure_leakage(model, sequences(), PAD, torch.float32).is_isolated
+
+
+def test_a_model_that_takes_what_stands_for_a_mask_for_one_is_not_isolated(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It sees nothing at all."""
+    model = model_of(ISOLATED["gemma3"](), "sdpa")
+
+    def probe() -> Leakage:
+        attending = partial(attending_by_example, model)
+        return measure_leakage(model, sequences(), PAD, torch.float32, attending)
+
+    assert probe().is_isolated
+    monkeypatch.setattr(by_example, "masks_behind", lambda mask: None)
+    assert not probe().is_isolated
+
+
+def test_logits_that_are_no_numbers_prove_nothing() -> None:
+    model = model_of(ISOLATED["llama"]())
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.nan)
+    found = measure_leakage(model, sequences(), PAD, torch.float32)
+    assert found == Leakage(math.inf, 1e-3)
+    assert not found.is_isolated
