@@ -10,6 +10,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -20,7 +21,6 @@ from transformers.masking_utils import sdpa_mask
 
 from qlora_kit.model import variable_length
 from qlora_kit.model.example_masks import ExampleMasks, masks_behind, placeholder_of
-from qlora_kit.model.heads import heads_of
 
 NAME = "sdpa_by_example"
 _Lengths = tuple[tuple[int, ...], ...]
@@ -43,6 +43,27 @@ class _LastLengths:
 
 
 _last_lengths = _LastLengths()
+
+
+@dataclass
+class Seen:
+    """How attention has taken rows of several examples, by layers that it was called for."""
+
+    in_one_call: int = 0
+    one_by_one: int = 0
+
+
+_seen = Seen()
+
+
+@contextmanager
+def watched_attention() -> Iterator[Seen]:
+    """What is done within stands in the result afterwards."""
+    before = Seen(_seen.in_one_call, _seen.one_by_one)
+    found = Seen()
+    yield found
+    found.in_one_call = _seen.in_one_call - before.in_one_call
+    found.one_by_one = _seen.one_by_one - before.one_by_one
 
 
 def know_lengths(positions: torch.Tensor, lengths: _Lengths) -> None:
@@ -91,8 +112,11 @@ def _attention(
             is_causal = options.get("is_causal")
             if is_causal is None:
                 is_causal = getattr(module, "is_causal", True)
+            is_causal = is_causal or masks is not None  # those have been seen to be
+            _seen.in_one_call += 1
             how = (options.get("scaling"), is_causal, window)
             return variable_length.attend(query, key, value, lengths, *how), None
+    _seen.one_by_one += 1
     rows = []
     for number, row in enumerate(zip(*(one.split(1) for one in (query, key, value)), strict=True)):
         outputs = []
@@ -155,25 +179,30 @@ def _mask(
 
 
 def can_attend_by_example(model: torch.nn.Module) -> bool:
-    """Whether the model computes with torch's SDPA, and lets its attention be chosen."""
+    """Whether the model computes with torch's SDPA, and lets its attention be chosen; none that
+    attends in chunks (Llama 4), which would be counted from the beginning of the row.
+    """
     return (
         isinstance(model, PreTrainedModel)
         and model.config._attn_implementation == "sdpa"
         and model._supports_attention_backend
+        and getattr(model.config.get_text_config(), "attention_chunk_size", None) is None
     )
 
 
 def gains_by_example(
     model: torch.nn.Module, device: torch.device, compute_dtype: torch.dtype
 ) -> bool:
-    """Whether a batch in one row is then no slower than a padded one: on a CPU, and on a GPU where
-    the examples of a row are one call of a kernel.
+    """Whether a batch in one row may then be no slower than a padded one: on a CPU it is not, and
+    on a GPU where the examples of a row are one call of a kernel, as a probe has to show.
     """
     if not can_attend_by_example(model):
         return False
     if device.type == "cpu":
         return True
-    return variable_length.is_sound(device, compute_dtype, *heads_of(model))
+    config: Any = model.config
+    has_dropout = getattr(config.get_text_config(), "attention_dropout", 0.0)
+    return not has_dropout and variable_length.is_suitable(device, compute_dtype)
 
 
 @contextmanager

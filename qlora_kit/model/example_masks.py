@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers.masking_utils import sdpa_mask
 
+_BAND = 1024
+
 
 class ExampleMasks:
     """Of one pass through the model: what each example may see of itself."""
@@ -46,24 +48,41 @@ class ExampleMasks:
         return self._are_windows
 
     def _is_window(self, row: int, start: int, length: int) -> bool:
-        mask = self.of(row, start, length)
-        return mask is None or torch.equal(mask[0, 0], _window(length, self.local_size, mask))
+        """A band of rows at a time: the whole would take the square of the example."""
+        if length <= self.local_size:
+            return self.of(row, start, length) is None
+        for first in range(0, length, _BAND):
+            count = min(_BAND, length - first)
+            seen = self._mask(row, start, (first, count), length)
+            if not torch.equal(seen[0, 0], _window((first, count), length, self.local_size, seen)):
+                return False
+        return True
 
     def _of(self, row: int, start: int, length: int) -> torch.Tensor | None:
-        def within(batch: Any, head: Any, query: Any, key: Any) -> Any:
-            return self.mask_function(batch + row, head, query + start, key + start)
-
-        size = {"batch_size": 1, "q_length": length, "kv_length": length}
-        named = {"mask_function": within, "allow_is_causal_skip": False, "local_size": None}
-        mask: torch.Tensor = sdpa_mask(**{**self.options, **size, **named})
+        mask = self._mask(row, start, (0, length), length)
         if isinstance(mask, FakeTensor):  # does not tell
             return None if length <= self.local_size else mask
-        return None if torch.equal(mask[0, 0], _window(length, length, mask)) else mask
+        causal = _window((0, length), length, length, mask)
+        return None if torch.equal(mask[0, 0], causal) else mask
+
+    def _mask(self, row: int, start: int, of: tuple[int, int], length: int) -> torch.Tensor:
+        """(1, 1, count, length) of the `of[1]` tokens from `of[0]` on."""
+        row, (first, count) = row % self.num_rows, of
+
+        def within(batch: Any, head: Any, query: Any, key: Any) -> Any:
+            return self.mask_function(batch + row, head, query + (start + first), key + start)
+
+        size = {"batch_size": 1, "q_length": count, "kv_length": length}
+        named = {"mask_function": within, "allow_is_causal_skip": False, "local_size": None}
+        mask: torch.Tensor = sdpa_mask(**{**self.options, **size, **named})
+        return mask
 
 
-def _window(length: int, size: int, like: torch.Tensor) -> torch.Tensor:
-    seen = torch.ones((length, length), dtype=torch.bool, device=like.device).tril()
-    return seen.triu(1 - size)
+def _window(of: tuple[int, int], length: int, size: int, like: torch.Tensor) -> torch.Tensor:
+    """(count, length): of each of these tokens the `size` that end with it."""
+    first, count = of
+    seen = torch.ones((count, length), dtype=torch.bool, device=like.device).tril(first)
+    return seen.triu(first + 1 - size)
 
 
 class _Placeholders:

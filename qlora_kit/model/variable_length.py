@@ -44,7 +44,7 @@ def is_sound(
     device: torch.device, dtype: torch.dtype, num_heads: int, num_key_heads: int, width: int
 ) -> bool:
     """Whether outputs and gradients of a few random examples are those of torch's SDPA."""
-    if not _is_suitable(device, dtype) or width > _WIDEST or width % _WIDTHS_ARE_MULTIPLES_OF:
+    if not is_suitable(device, dtype) or width > _WIDEST or width % _WIDTHS_ARE_MULTIPLES_OF:
         return False
     if num_heads % num_key_heads:
         return False
@@ -153,7 +153,8 @@ def _torch_kernel() -> tuple[Callable[..., Any], frozenset[str]]:
     return varlen_attn, frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def _is_suitable(device: torch.device, dtype: torch.dtype) -> bool:
+def is_suitable(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel is made for such numbers on such a device."""
     if device.type != "cuda" or dtype not in _DTYPES:
         return False
     return torch.cuda.get_device_capability(device) >= _LEAST_CAPABILITY

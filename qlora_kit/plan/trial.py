@@ -440,9 +440,11 @@ def _known_gradients(trained: Sequence[torch.Tensor], live: LiveTensors) -> Iter
             live.hold([parameter.grad], GRADIENTS)
 
     handles = [one.register_post_accumulate_grad_hook(note) for one in trained]
-    yield
-    for handle in handles:
-        handle.remove()
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager

@@ -89,8 +89,8 @@ class TrainSpec(Spec):
     rounding. Tried first, too."""
 
     use_liger_kernel: Literal["auto"] | bool = "auto"
-    """Let Liger's Triton kernels compute norms, gated MLPs and rotary embeddings on a GPU, of those
-    that the four above cover. `auto` takes each where it passes the trial and is faster than
+    """Let Liger's Triton kernels compute on a GPU what fused_mlp, fused_norm and fused_rotary make
+    one operation of. `auto` takes each where it passes the trial and is faster than
     torch's operations, timed when a run starts; true, where it passes. It is an extra:
     `pip install 'qlora-kit[liger]'`."""
 

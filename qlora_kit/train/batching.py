@@ -18,6 +18,7 @@ from qlora_kit.model.by_example import (
     attending_by_example,
     can_attend_by_example,
     gains_by_example,
+    watched_attention,
 )
 from qlora_kit.train.facts import facts_of
 from qlora_kit.train.isolation import Leakage, leaking, measure_leakage
@@ -143,23 +144,23 @@ def _planned(
     pad_token_id = base.tokenizer.pad_token_id
     assert isinstance(pad_token_id, int)
     if spec.packing:
-        leakage, by_example = _probed(model, base, train.sequences, pad_token_id)
+        probe = _probed(model, base, train.sequences, pad_token_id)
+        leakage = probe.leakage
         if not leakage.is_isolated:
             raise leaking("data.packing", leakage)
         why = f"isolated from each other (probed: {leakage.difference:.1e} of the logits' range)"
-        return _packing(train, held_out, spec, pad_token_id, by_example, why)
+        return _packing(train, held_out, spec, pad_token_id, probe.by_example, why)
     device = next(model.parameters()).device
     gains = gains_by_example(base.model, device, base.compute_dtype)
     if _leaves_padding_out(base.model, spec, gains):
-        leakage, by_example = _probed(model, base, train.sequences, pad_token_id)
+        probe = _probed(model, base, train.sequences, pad_token_id)
         is_sdpa = _kernel(base.model) == "sdpa"
-        if leakage.is_isolated and (by_example or spec.padding_free is True or not is_sdpa):
-            is_one_call = gains and device.type != "cpu"
-            return _without_padding(
-                base.model, train, held_out, pad_token_id, by_example, is_one_call
-            )
+        pays = probe.by_example and (device.type == "cpu" or probe.in_one_call)
+        if probe.leakage.is_isolated and (pays or spec.padding_free is True or not is_sdpa):
+            how = (probe.by_example, probe.in_one_call)
+            return _without_padding(base.model, train, held_out, pad_token_id, *how)
         if spec.padding_free is True:
-            raise leaking("data.padding_free", leakage)
+            raise leaking("data.padding_free", probe.leakage)
     return _padded(train, held_out, pad_token_id)
 
 
@@ -244,33 +245,46 @@ def _padded(train: Part, held_out: Sequence[TokenSequence], pad_token_id: int) -
     return Batching(items, held_out, Collator(pad_token_id), what, train.sequences)
 
 
+@dataclass(frozen=True)
+class _Probe:
+    leakage: Leakage
+    by_example: bool
+    """Whether attention takes the examples of a row one by one."""
+    in_one_call: bool
+    """Of a kernel of a GPU, in every layer."""
+
+
 def _probed(
     model: nn.Module, base: Base, sequences: Sequence[TokenSequence], pad_token_id: int
-) -> tuple[Leakage, bool]:
-    """What examples in one row see of each other, and whether attention takes them one by one;
-    as an earlier start has found it on the same model, libraries and machine.
+) -> _Probe:
+    """What examples in one row see of each other, and how attention takes them; as an earlier start
+    has found it on the same model, libraries and machine.
     """
     facts = facts_of(model)
     key = None if facts is None else kept.key_of({**facts, "dtype": str(base.compute_dtype)})
     known = None if key is None else kept.recall(_KIND, key)
     if known is not None:
-        return Leakage(known["difference"], known["limit"]), known["by_example"]
-    leakage, by_example = _measured(model, base, sequences, pad_token_id)
-    if key is not None and leakage.is_isolated:
-        kept.keep(_KIND, key, {**asdict(leakage), "by_example": by_example})
-    return leakage, by_example
+        leakage = Leakage(known["difference"], known["limit"])
+        return _Probe(leakage, known["by_example"], known["in_one_call"])
+    probe = _measured(model, base, sequences, pad_token_id)
+    if key is not None and probe.leakage.is_isolated and not variable_length.failures():
+        how = {"by_example": probe.by_example, "in_one_call": probe.in_one_call}
+        kept.keep(_KIND, key, {**asdict(probe.leakage), **how})
+    return probe
 
 
 def _measured(
     model: nn.Module, base: Base, sequences: Sequence[TokenSequence], pad_token_id: int
-) -> tuple[Leakage, bool]:
+) -> _Probe:
     """One by one where attention can, unless the model does not tell it where they end."""
     probe = (model, sequences, pad_token_id, base.compute_dtype)
     if can_attend_by_example(base.model):
-        leakage = measure_leakage(*probe, lambda: attending_by_example(base.model))
+        with watched_attention() as seen:
+            leakage = measure_leakage(*probe, lambda: attending_by_example(base.model))
         if leakage.is_isolated:
-            return leakage, True
-    return measure_leakage(*probe), False
+            in_one_call = seen.in_one_call > 0 and seen.one_by_one == 0
+            return _Probe(leakage, True, in_one_call)
+    return _Probe(measure_leakage(*probe), False, False)
 
 
 def _packed(sequences: Sequence[TokenSequence], capacity: int) -> Sequence[PackedSequence]:

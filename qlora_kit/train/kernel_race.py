@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 from qlora_kit.model.fused import gated, liger, norm, rotary
 from qlora_kit.model.fused.gated import Activation, Gated, GatedOps
 from qlora_kit.model.fused.lean import LeanParts
-from qlora_kit.model.fused.norm import NormForward, NormOps
+from qlora_kit.model.fused.norm import NormForward, NormKind, NormOps
 from qlora_kit.model.fused.remade import Origins
 from qlora_kit.model.fused.rotary import Rotary, RotaryOps
 from qlora_kit.model.heads import heads_of
@@ -49,41 +49,44 @@ class Raced:
         return self.gain >= _LEAST_GAIN
 
 
-def race(pairs: Mapping[str, Pair], seconds: Callable[[Run], float]) -> dict[str, Raced]:
-    """Both sides of each, in turns after a first one that compiles.
+def raced(pair: Pair, seconds: Callable[[Run], float]) -> Raced:
+    """Both sides in turns, after a first one that compiles.
 
     Args:
         seconds: how long one run takes.
     """
-    found = {}
-    for name, pair in pairs.items():
-        apart = _apart(pair.by_liger(), pair.by_torch())
-        turns = [(seconds(pair.by_torch), seconds(pair.by_liger)) for _ in range(_NUM_RUNS)]
-        gain = statistics.median(ours for ours, _ in turns) / statistics.median(
-            theirs for _, theirs in turns
-        )
-        found[name] = Raced(gain, apart)
-    return found
+    apart = _apart(pair.by_liger(), pair.by_torch())
+    turns = [(seconds(pair.by_torch), seconds(pair.by_liger)) for _ in range(_NUM_RUNS)]
+    ours, theirs = (statistics.median(one[side] for one in turns) for side in range(2))
+    return Raced(ours / theirs, apart)
 
 
-def pairs_of(
-    model: nn.Module, parts: LeanParts, dtype: torch.dtype, num_tokens: int = NUM_TOKENS
-) -> dict[str, Pair]:
-    """Of the model's own widths, on its device; by the operations of `liger.OPERATIONS`."""
+def pair_of(
+    operation: str,
+    model: nn.Module,
+    parts: LeanParts,
+    dtype: torch.dtype,
+    num_tokens: int = NUM_TOKENS,
+) -> Pair | None:
+    """Of the model's own widths, on its device; None where there is nothing to compute so.
+
+    Args:
+        operation: of `liger.OPERATIONS`.
+    """
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    pairs = {}
-    if parts.norms:
-        pairs[liger.NORM] = _of_norm(model, parts, drawn, num_tokens)
-    if parts.mlps:
-        pairs[liger.GATED] = _of_gated(model, parts, drawn, num_tokens)
-    if parts.rotary:
-        pairs[liger.ROTARY] = _of_rotary(model, drawn, num_tokens)
-    return pairs
+    if operation == liger.NORM and parts.norms:
+        return _of_norms(model, parts, drawn, num_tokens)
+    if operation == liger.GATED and parts.mlps:
+        return _of_gated(model, parts, drawn, num_tokens)
+    heads = heads_of(model)
+    if operation == liger.ROTARY and parts.rotary and heads is not None:
+        return _of_rotary(heads, drawn, num_tokens)
+    return None
 
 
 def seconds_on_a_gpu(run: Run) -> float:
@@ -97,16 +100,29 @@ def seconds_on_a_gpu(run: Run) -> float:
     return float(start.elapsed_time(end)) / 1e3
 
 
-def _of_norm(model: nn.Module, parts: LeanParts, drawn: Any, num_tokens: int) -> Pair:
-    name, kind = next(iter(parts.norms.items()))
-    module = model.get_submodule(name)
-    assert isinstance(module.weight, torch.Tensor)
-    x, given = (drawn(1, num_tokens, len(module.weight)) for _ in range(2))
+def _of_norms(model: nn.Module, parts: LeanParts, drawn: Any, num_tokens: int) -> Pair:
+    """One of each width: narrow ones are of each head, and Liger has another kernel for so many
+    short rows.
+    """
+    by_width: dict[int, tuple[nn.Module, NormKind]] = {}
+    for name, kind in parts.norms.items():
+        module = model.get_submodule(name)
+        assert isinstance(module.weight, torch.Tensor)
+        by_width.setdefault(len(module.weight), (module, kind))
+    widest = max(by_width)
+    given = {
+        width: [drawn(1, num_tokens * (widest // width), width) for _ in range(2)]
+        for width in by_width
+    }
 
     def run(ops: NormOps) -> tuple[torch.Tensor, ...]:
-        leaf = x.detach().requires_grad_()
-        y = NormForward(module, kind, Origins(), ops)(leaf)
-        return y, *torch.autograd.grad(y, leaf, given.to(y.dtype))
+        made = []
+        for width, (module, kind) in by_width.items():
+            x, gradient = given[width]
+            leaf = x.detach().requires_grad_()
+            y = NormForward(module, kind, Origins(), ops)(leaf)
+            made += [y, *torch.autograd.grad(y, leaf, gradient.to(y.dtype))]
+        return tuple(made)
 
     return Pair(lambda: run(norm.BY_TORCH), lambda: run(liger.LigerNorm()))
 
@@ -125,8 +141,8 @@ def _of_gated(model: nn.Module, parts: LeanParts, drawn: Any, num_tokens: int) -
     return Pair(lambda: run(gated.BY_TORCH), lambda: run(liger.LigerGated()))
 
 
-def _of_rotary(model: nn.Module, drawn: Any, num_tokens: int) -> Pair:
-    num_heads, num_keys, width = heads_of(model)
+def _of_rotary(heads: tuple[int, int, int], drawn: Any, num_tokens: int) -> Pair:
+    num_heads, num_keys, width = heads
     q, of_q = (drawn(1, num_tokens, num_heads, width).transpose(1, 2) for _ in range(2))
     k, of_k = (drawn(1, num_tokens, num_keys, width).transpose(1, 2) for _ in range(2))
     angles = drawn(1, num_tokens, width // 2).repeat(1, 1, 2)

@@ -68,7 +68,10 @@ def known_or_tried(
             kept.keep(_KIND, key, _as_values(found))
     # A clock may come to different choices where two kernels are as fast as each other.
     of_all = around.processes.gathered(found.liger)
-    found = replace(found, liger=tuple(one for one in found.liger if all(one in o for o in of_all)))
+    common = tuple(one for one in found.liger if all(one in other for other in of_all))
+    if common != found.liger:
+        why = f"{found.why_kernels}; those that are faster for all processes are taken"
+        found = replace(found, liger=common, why_kernels=why)
     others = around.processes.gathered(_taken(found))
     if any(one != others[0] for one in others):
         found = Shortcuts(left=(_DIFFERS,))

@@ -17,7 +17,7 @@ from qlora_kit.model.fused.liger import GATED, NORM, ROTARY, why_no_liger
 from qlora_kit.model.fused.remade import Origins
 from qlora_kit.model.fused.residents import Residents
 from qlora_kit.out_of_memory import is_out_of_memory
-from qlora_kit.train.kernel_race import NUM_TOKENS, Raced, pairs_of, race, seconds_on_a_gpu
+from qlora_kit.train.kernel_race import NUM_TOKENS, Raced, pair_of, raced, seconds_on_a_gpu
 from qlora_kit.train.supervised_loss import supervised_only
 
 if TYPE_CHECKING:
@@ -111,31 +111,47 @@ def _with_kernels(
             return found, [f"{_LIGER}: {why}"]
         is_told = trial.device.type == "cuda"
         return replace(found, why_kernels=f"torch's own ({_LIGER}: {why})" * is_told), []
-    try:
-        pairs = pairs_of(trial.model, found.lean, trial.dtype)
-        raced = race(pairs, seconds_on_a_gpu)
-    except Exception as error:  # as above
-        reason = _RAN_OUT if is_out_of_memory(error) else f"{type(error).__name__}: {error}"
-        return found, [f"{_LIGER}: they fail ({reason})"]
     left = []
-    for name, one in raced.items():
-        if not one.apart <= _TOLERANCE[trial.precision]:
-            left.append(f"{_LIGER} for {LIGER_PARTS[name]}: {one.apart:.2g} of their size off")
-        elif one.is_faster or is_asked_for:
-            taking = {"liger": (*found.liger, name)}
-            found, fault = _tried(trial, wanted, found, [taking])
-            if fault is not None:
-                left.append(f"{_LIGER} for {LIGER_PARTS[name]}: {fault}")
-    return replace(found, why_kernels=_told(found, raced)), left
+    times: dict[str, Raced] = {}
+    for name, part in LIGER_PARTS.items():
+        found, one, fault = _with_kernel(name, trial, wanted, found, is_asked_for)
+        if one is not None:
+            times[name] = one
+        if fault is not None:
+            left.append(f"{_LIGER} for {part}: {fault}")
+    return replace(found, why_kernels=_told(found, times)), left
 
 
-def _told(found: Shortcuts, raced: Mapping[str, Raced]) -> str:
+def _with_kernel(
+    name: str, trial: _Trial, wanted: _Outcome, found: Shortcuts, is_asked_for: bool
+) -> tuple[Shortcuts, Raced | None, str | None]:
+    """(with it where it is exact and gains, how fast it is, what is wrong with it)"""
+    try:
+        pair = pair_of(name, trial.model, found.lean, trial.dtype)
+        if pair is None:
+            return found, None, None
+        one = raced(pair, seconds_on_a_gpu)
+    except Exception as error:  # as above
+        if is_out_of_memory(error):
+            return found, None, f"memory ran out on {NUM_TOKENS:,} tokens"
+        return found, None, f"it fails ({type(error).__name__}: {error})"
+    if not one.apart <= _TOLERANCE[trial.precision]:
+        return found, None, f"{one.apart:.2g} of their size off"
+    if not (one.is_faster or is_asked_for):
+        return found, one, None
+    found, fault = _tried(trial, wanted, found, [{"liger": (*found.liger, name)}])
+    return found, one if fault is None else None, fault
+
+
+def _told(found: Shortcuts, times: Mapping[str, Raced]) -> str:
     """How fast each of Liger's kernels is, and which are taken."""
-    taken = [name for name in raced if name in found.liger]
-    others = [name for name in raced if name not in found.liger]
+    if not times:
+        return ""
+    taken = [name for name in times if name in found.liger]
+    others = [name for name in times if name not in found.liger]
     parts = []
     for whose, names in (("Liger's", taken), ("torch's own", others)):
-        each = (f"{LIGER_PARTS[name]} ({raced[name].gain:.2f} ×)" for name in names)
+        each = (f"{LIGER_PARTS[name]} ({times[name].gain:.2f} ×)" for name in names)
         if names:
             parts.append(f"{whose} for {', '.join(each)}")
     return "; ".join(parts) + f": time of torch's over Liger's on {NUM_TOKENS:,} tokens"

@@ -11,7 +11,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 from qlora_kit.model.fused import liger
+from qlora_kit.model.fused.lean import LeanParts
 from qlora_kit.model.fused.liger import GATED, NORM, OPERATIONS, ROTARY
+from qlora_kit.model.fused.norm import KINDS
 from qlora_kit.recipe import TrainSpec
 from qlora_kit.train import kernel_race, shortcuts
 from qlora_kit.train.known_shortcuts import _as_values, _from_values
@@ -41,16 +43,16 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """
     slower: dict[str, float] = {}
 
-    def paired(*given: Any, **named: Any) -> Any:
-        pairs = kernel_race.pairs_of(*given, **named, num_tokens=6)
-        for name, pair in pairs.items():
+    def paired(name: str, *given: Any) -> Any:
+        pair = kernel_race.pair_of(name, *given, num_tokens=6)
+        if pair is not None:
             clock[pair.by_torch] = TORCH_S
             clock[pair.by_liger] = slower.get(name, LIGER_S)
-        return pairs
+        return pair
 
     clock: dict[Any, float] = {}
     monkeypatch.setattr(shortcuts, "why_no_liger", lambda device: None)
-    monkeypatch.setattr(shortcuts, "pairs_of", paired)
+    monkeypatch.setattr(shortcuts, "pair_of", paired)
     monkeypatch.setattr(shortcuts, "seconds_on_a_gpu", clock.__getitem__)
     return slower
 
@@ -127,17 +129,42 @@ def test_a_kernel_that_computes_something_else_is_left_out(
     assert left == "Liger's kernels for gated MLPs: 0.01 of their size off"
 
 
-def test_kernels_that_fail_are_left_out(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("no kernel image"), "it fails (RuntimeError: no kernel image)"),
+        (torch.cuda.OutOfMemoryError("CUDA out of memory"), "memory ran out on 4,096 tokens"),
+    ],
+)
+def test_a_kernel_that_fails_is_left_out_and_others_are_not(
+    error: Exception, said: str, model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = liger._liger
+
     def fails(name: str) -> Any:
-        raise RuntimeError("no kernel image is available")
+        if name == "swiglu":
+            raise error
+        return own(name)
 
     monkeypatch.setattr(liger, "_liger", fails)
     found = chosen(model)
-    assert found.liger == ()
-    assert found.left == (
-        "Liger's kernels: they fail (RuntimeError: no kernel image is available)",
-    )
-    assert found.lean.norms, "the rest goes on"
+    assert found.liger == (NORM, ROTARY)
+    assert found.left == (f"Liger's kernels for gated MLPs: {said}",)
+    assert "gated" not in found.why_kernels
+
+
+def test_norms_of_each_width_are_tried(model: Any) -> None:
+    """Those of queries and keys are of each head: many short rows."""
+    layer = model.get_base_model().model.layers[0].input_layernorm
+    narrow = type(layer)(16).requires_grad_(False)
+    model.get_base_model().model.layers[0].q_norm = narrow
+    names = {name: KINDS[0] for name, one in model.named_modules() if one in (layer, narrow)}
+    pair = kernel_race.pair_of(NORM, model, LeanParts(norms=names), torch.float32, num_tokens=6)
+    assert pair is not None
+    width = len(layer.weight)
+    shapes = [tuple(one.shape) for one in pair.by_torch()]
+    assert sorted(set(shapes)) == sorted({(1, 6, width), (1, 6 * width // 16, 16)})
+    assert kernel_race.raced(pair, lambda run: 1.0).apart < 1e-5
 
 
 def test_a_later_start_knows_them(model: Any) -> None:

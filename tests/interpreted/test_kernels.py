@@ -57,6 +57,19 @@ def test_norms(dtype: torch.dtype, kind: NormKind) -> None:
     assert apart(gradient, wanted_gradient) <= TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_norms_of_many_short_rows(kind: NormKind) -> None:
+    """Which Liger computes by another kernel, sixteen rows at a time."""
+    x, given = drawn(2**15, 8), drawn(2**15, 8, seed=2)
+    weight = 1 + drawn(8, seed=1) / 4
+    found, wanted = [], []
+    for ops, into in ((liger.LigerNorm(), found), (norm.BY_TORCH, wanted)):
+        y, reciprocal = ops.forward(x, weight, 1e-5, kind)
+        into += [y, ops.gradient(given, x, reciprocal, weight, kind)]
+    for one, other in zip(found, wanted, strict=True):
+        assert apart(one, other) <= TOLERANCE[torch.float32]
+
+
 def test_a_weight_of_another_dtype_is_left_to_torch() -> None:
     """Llama's norm then gives the weight's dtype, Liger's the input's."""
     x = drawn(2, 24, dtype=torch.float16)

@@ -45,10 +45,12 @@ def train(work: Work, folder: Path) -> Told:
 
 def loading(work: Work) -> dict[str, Any]:
     """Of `FastLanguageModel.from_pretrained`: NF4, double quantization, as it always has."""
+    import torch
+
     return {
         "model_name": work.model,
         "max_seq_length": work.longest,
-        "dtype": None if work.precision == "bf16" else "float32",
+        "dtype": torch.bfloat16 if work.precision == "bf16" else torch.float32,
         "load_in_4bit": True,
         "local_files_only": True,
     }

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.masking_utils import causal_mask_function, sliding_window_causal_mask_function
 
 from qlora_kit.data.collate import Batch, Collator, IsolatingCollator
 from qlora_kit.data.pack import PackedSequence
@@ -115,6 +116,29 @@ def test_one_example_longer_than_the_window_without_positions() -> None:
         with attending_by_example(model):
             found = model(ids, use_cache=False).logits
     torch.testing.assert_close(found, wanted)
+
+
+def test_chunks_are_not_attended_to_by_example() -> None:
+    """They would be counted from the beginning of the row."""
+    model = model_of("llama, untied")
+    model.config.attention_chunk_size = 8192
+    assert not can_attend_by_example(model)
+
+
+def masks_of(function: Any, local_size: int = 3) -> Any:
+    options = {"mask_function": function, "device": "cpu"}
+    return example_masks.ExampleMasks(2, local_size, options)
+
+
+@pytest.mark.parametrize("band", [2, 1024])
+def test_a_window_is_known_by_its_mask(band: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(example_masks, "_BAND", band)
+    window = masks_of(sliding_window_causal_mask_function(3))
+    assert window.are_windows([(0, 0, 7), (1, 4, 2)])
+    assert not window._made or all(one is None for one in window._made.values()), "nothing is kept"
+    assert not masks_of(causal_mask_function).are_windows([(0, 0, 7)]), "it hides nothing"
+    assert not masks_of(sliding_window_causal_mask_function(4)).are_windows([(0, 0, 7)])
+    assert masks_of(sliding_window_causal_mask_function(4), 4).are_windows([(0, 0, 7)])
 
 
 def test_what_stands_for_a_mask_hides_all_where_nobody_knows_it() -> None:

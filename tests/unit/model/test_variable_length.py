@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,12 @@ from torch.nn import functional as F
 from qlora_kit.data.collate import Collator, IsolatingCollator
 from qlora_kit.data.pack import PackedSequence
 from qlora_kit.model import variable_length
-from qlora_kit.model.by_example import attending_by_example, gains_by_example
+from qlora_kit.model.by_example import (
+    Seen,
+    attending_by_example,
+    gains_by_example,
+    watched_attention,
+)
 
 from .test_by_example import NAMES, model_of, outcome, rows
 
@@ -84,7 +90,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, run: Any) -> None:
     _calls.clear()
     known = frozenset(variable_length.inspect.signature(run).parameters)
     monkeypatch.setattr(variable_length, "_torch_kernel", lambda: (run, known))
-    monkeypatch.setattr(variable_length, "_is_suitable", lambda device, dtype: True)
+    monkeypatch.setattr(variable_length, "is_suitable", lambda device, dtype: True)
     monkeypatch.setattr(variable_length, "_WIDTHS_ARE_MULTIPLES_OF", 1)
     monkeypatch.setitem(variable_length._TOLERANCE, torch.float32, 1e-5)
 
@@ -177,7 +183,7 @@ def test_a_kernel_that_comes_to_something_else_is_left_out(monkeypatch: pytest.M
     assert not variable_length.is_sound(CPU, torch.float32, 4, 2, 8)
     (why,) = variable_length.failures()
     assert why.startswith("on a trial it is ")
-    assert not gains_on_a_gpu(model_of("llama, untied"), monkeypatch)
+    assert how_attended(model_of("llama, untied")) == Seen(in_one_call=0, one_by_one=2)
     forget()
 
 
@@ -200,25 +206,43 @@ def test_a_kernel_that_fails_is_left_out_and_memory_that_runs_out_is_told(
 
 def test_what_it_is_not_asked_for() -> None:
     forget()
-    sound = variable_length.is_sound
-    assert not sound(CPU, torch.bfloat16, 4, 2, 64)
+    assert not variable_length.is_sound(CPU, torch.bfloat16, 4, 2, 64)
     query = torch.zeros(1, 4, 3, 8)
     assert not variable_length.covers(query, query, query)
     assert variable_length.failures() == ()
 
 
-def gains_on_a_gpu(model: Any, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """By the trial, which runs on the CPU."""
-    own = variable_length.is_sound
-    with monkeypatch.context() as patch:
-        patch.setattr(
-            variable_length, "is_sound", lambda device, dtype, *heads: own(CPU, dtype, *heads)
-        )
-        return gains_by_example(model, torch.device("cuda"), torch.float32)
+def test_heads_of_other_widths_are_not_covered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in latent attention, whose values are narrower than its queries and keys."""
+    monkeypatch.setattr(variable_length, "is_sound", lambda *_: True)
+    wide, narrow = (SimpleNamespace(is_cuda=True, shape=(1, 4, 9, w)) for w in (192, 128))
+    for one in (wide, narrow):
+        one.device, one.dtype = "cuda", torch.bfloat16
+    covers: Any = variable_length.covers
+    assert covers(narrow, narrow, narrow)
+    assert not covers(wide, wide, narrow)
 
 
-def test_a_gpu_gains_where_the_kernel_is_sound(
-    kernel: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert gains_on_a_gpu(model_of("llama, untied"), monkeypatch)
-    assert not gains_on_a_gpu(model_of("llama, untied", "eager"), monkeypatch)
+def how_attended(model: Any) -> Seen:
+    """Of a batch of several examples, by layers."""
+    batch = IsolatingCollator(0, flatten=True)(rows(9, 20, 5))
+    with watched_attention() as seen, attending_by_example(model), torch.no_grad():
+        model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    return seen
+
+
+def test_a_probe_sees_how_examples_are_taken(kernel: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama, untied")
+    assert how_attended(model) == Seen(in_one_call=2, one_by_one=0)
+    monkeypatch.setattr(variable_length, "covers", lambda *_: False)
+    assert how_attended(model) == Seen(in_one_call=0, one_by_one=2)
+
+
+def test_a_gpu_may_gain_where_the_kernel_is_made_for_it(kernel: None) -> None:
+    gpu = torch.device("cuda")
+    assert gains_by_example(model_of("llama, untied"), gpu, torch.bfloat16)
+    assert not gains_by_example(model_of("llama, untied", "eager"), gpu, torch.bfloat16)
+    dropping = model_of("llama, untied")
+    dropping.config.attention_dropout = 0.1
+    assert not gains_by_example(dropping, gpu, torch.bfloat16)
+    assert gains_by_example(dropping, CPU, torch.float32)

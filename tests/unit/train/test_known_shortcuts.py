@@ -196,4 +196,5 @@ def test_processes_take_the_kernels_that_all_of_them_found_faster(
     )
     chosen = known_or_tried(model, TrainSpec(), around, False, None).shortcuts
     assert chosen.liger == ("norm",)
+    assert chosen.why_kernels.endswith("those that are faster for all processes are taken")
     assert chosen.lean == found.lean
