@@ -76,7 +76,7 @@ def command(
         planner.calibrate(_precision(loaded, hardware))
     reporter = SILENT if as_json else console_reporter()
     reporter.say(
-        "counting  what a step takes, on tensors without numbers; a large model takes a minute"
+        "counting  what a step takes, on tensors without numbers; a large model takes a while"
     )
     found = planner.plan(loaded, train)
     report.plan(reporter, found, rows)
