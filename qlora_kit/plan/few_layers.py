@@ -10,7 +10,7 @@ come to.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from torch import nn
 
 from qlora_kit.memory.kept import recomputing_layers
 from qlora_kit.memory.live import Component, LiveTensors
+from qlora_kit.model.fused.attach import Fusion, reasons_left
 
 _OWN_NUMBERS = ("layer_idx", "layer_id", "layer_number", "layer_index")
 BEGIN, FORWARD, HEAD, BEHIND, BACKWARD = "begin", "forward", "head", "behind", "backward"
@@ -138,6 +139,41 @@ def _tensors(module: nn.Module) -> Hashable:
         (name, type(one).__name__, tuple(one.shape), str(one.dtype), one.requires_grad)
         for name, one in module.named_parameters(recurse=False)
     )
+
+
+def in_place(few: FewLayers | None) -> AbstractContextManager[None]:
+    """The few in place of all; None: all of them are."""
+    return nullcontext() if few is None else few.in_place()
+
+
+def among(few: FewLayers | None, count: int) -> int:
+    """How many of the chosen layers recompute, where the first `count` of all do."""
+    return count if few is None else sum(one < count for one in few.chosen)
+
+
+def fusion_of_all(fusion: Fusion, few: FewLayers, model: Any) -> Fusion:
+    """With the layers that others have stood for, under their names."""
+    by_layer: dict[int, list[tuple[str, ...]]] = {one: [] for one in few.chosen}
+    others = []
+    for group in fusion.groups:
+        places = {_layer_of(name, few.prefix) for name in group}
+        (place,) = places if len(places) == 1 else (None,)
+        if place is None:
+            others.append(group)
+        else:
+            start = f"{few.prefix}{place}."
+            by_layer[place].append(tuple(name.removeprefix(start) for name in group))
+    whole = [
+        tuple(f"{few.prefix}{number}.{name}" for name in group)
+        for number, groups in enumerate(few.of_all(by_layer))
+        for group in groups
+    ]
+    return Fusion((*whole, *others), reasons_left(model))
+
+
+def _layer_of(name: str, prefix: str) -> int | None:
+    number = name.removeprefix(prefix).partition(".")[0]
+    return int(number) if name.startswith(prefix) and number.isdecimal() else None
 
 
 @dataclass(frozen=True)

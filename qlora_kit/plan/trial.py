@@ -8,7 +8,7 @@ inside themselves, which no trial sees.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -22,14 +22,24 @@ from qlora_kit.memory.live import GRADIENTS, UNPACKED, Component, LiveTensors
 from qlora_kit.memory.weights import hold_weights
 from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.by_example import attending_by_example, can_attend_by_example, know_lengths
-from qlora_kit.model.fused.attach import Fusion, plan_fusion, reasons_left
+from qlora_kit.model.fused.attach import Fusion, plan_fusion
 from qlora_kit.model.fused.gated import looks_gated
 from qlora_kit.model.fused.lean import LeanParts
 from qlora_kit.model.fused.norm import KINDS, looks_like_norm
 from qlora_kit.model.fused.residents import Residents
 from qlora_kit.model.fused.rotary import rotary_files
 from qlora_kit.plan.effort import CountedEffort, Effort
-from qlora_kit.plan.few_layers import BEGIN, BEHIND, Course, FewLayers, NotAlikeError, few_layers
+from qlora_kit.plan.few_layers import (
+    BEGIN,
+    BEHIND,
+    Course,
+    FewLayers,
+    NotAlikeError,
+    among,
+    few_layers,
+    fusion_of_all,
+    in_place,
+)
 from qlora_kit.plan.stand_in import give_tensors, stand_in_base
 from qlora_kit.runtime.forward import CHUNK_CELLS
 from qlora_kit.train.recompute import able_to_recompute, recompute_first
@@ -146,11 +156,11 @@ class ImaginedTraining:
 
     def _fusion(self) -> Fusion:
         def found(few: FewLayers | None) -> Fusion:
-            with self.mode, _in_place(few):
+            with self.mode, in_place(few):
                 ids = torch.zeros(_SHORT, dtype=torch.long)
                 mask = torch.ones_like(ids)
                 fusion = plan_fusion(self.model, lambda: self.model(ids, mask, use_cache=False))
-            return fusion if few is None else _fusion_of_all(fusion, few, self.model)
+            return fusion if few is None else fusion_of_all(fusion, few, self.model)
 
         return self._told_by_few(found)
 
@@ -195,7 +205,7 @@ class ImaginedTraining:
             return self._loss(_batch(Shape(((length,),), _NUM_SUPERVISED), is_seen))
 
         def found(few: FewLayers | None) -> Kept:
-            with self._computing(_NUM_SUPERVISED, is_seen), _in_place(few):
+            with self._computing(_NUM_SUPERVISED, is_seen), in_place(few):
                 self.model.train()
                 if few is None:
                     return measure_kept(self.model, run)
@@ -226,8 +236,8 @@ class ImaginedTraining:
         def found(few: FewLayers | None) -> Effort:
             counting = CountedEffort()
             course = Course(few, counts=lambda: vars(counting.effort))
-            with self._on(shape) as batch, counting, _in_place(few):
-                with self._recomputing(_among(few, num_recomputing)), course.watched():
+            with self._on(shape) as batch, counting, in_place(few):
+                with self._recomputing(among(few, num_recomputing)), course.watched():
                     self.model.train()
                     self._loss(batch).backward()
                 self.model.zero_grad()
@@ -262,8 +272,8 @@ class ImaginedTraining:
         hold_weights(self.model, live)
         residents = Residents(how.resident_bytes)
         course = Course(few, live)
-        with self._on(shape, residents) as batch, live, _in_place(few):
-            with self._recomputing(_among(few, how.num_recomputing)):
+        with self._on(shape, residents) as batch, live, in_place(few):
+            with self._recomputing(among(few, how.num_recomputing)):
                 self.model.train()
                 offloaded = _kept_elsewhere(how.offloads)
                 with course.watched(), _known_gradients(self.trained, live), offloaded:
@@ -288,7 +298,7 @@ class ImaginedTraining:
             live = LiveTensors(self.num_entries)
             hold_weights(self.model, live)
             course = Course(few, live)
-            with self._on(shape) as batch, live, torch.no_grad(), _in_place(few), course.watched():
+            with self._on(shape) as batch, live, torch.no_grad(), in_place(few), course.watched():
                 self.model.eval()
                 self._loss(batch)
             return course.peak
@@ -303,7 +313,7 @@ class ImaginedTraining:
         live = LiveTensors(self.num_entries)
         hold_weights(self.model, live)
         course = Course(few, live)
-        with self._on(shape) as batch, live, torch.no_grad(), _in_place(few), course.watched():
+        with self._on(shape) as batch, live, torch.no_grad(), in_place(few), course.watched():
             columns = torch.zeros(num_tokens - 1, dtype=torch.long)
             logits = self._forward(batch, logits_to_keep=columns).logits
             rows = [one[columns] for one in logits] if num_rows > 1 else [logits[0]]
@@ -367,40 +377,6 @@ class ImaginedTraining:
         with able_to_recompute(self.model, "auto" if count else False):
             recompute_first(self.model, count)
             yield
-
-
-def _in_place(few: FewLayers | None) -> AbstractContextManager[None]:
-    return nullcontext() if few is None else few.in_place()
-
-
-def _among(few: FewLayers | None, count: int) -> int:
-    """How many of the chosen layers recompute, where the first `count` of all do."""
-    return count if few is None else sum(one < count for one in few.chosen)
-
-
-def _fusion_of_all(fusion: Fusion, few: FewLayers, model: PeftModel) -> Fusion:
-    """With the layers that others have stood for, under their names."""
-    by_layer: dict[int, list[tuple[str, ...]]] = {one: [] for one in few.chosen}
-    others = []
-    for group in fusion.groups:
-        places = {_layer_of(name, few.prefix) for name in group}
-        (place,) = places if len(places) == 1 else (None,)
-        if place is None:
-            others.append(group)
-        else:
-            start = f"{few.prefix}{place}."
-            by_layer[place].append(tuple(name.removeprefix(start) for name in group))
-    whole = [
-        tuple(f"{few.prefix}{number}.{name}" for name in group)
-        for number, groups in enumerate(few.of_all(by_layer))
-        for group in groups
-    ]
-    return Fusion((*whole, *others), reasons_left(model))
-
-
-def _layer_of(name: str, prefix: str) -> int | None:
-    number = name.removeprefix(prefix).partition(".")[0]
-    return int(number) if name.startswith(prefix) and number.isdecimal() else None
 
 
 class _ImaginedForward(SupervisedForward):

@@ -23,7 +23,7 @@ from qlora_kit.report.reporter import Reporter
 from qlora_kit.runtime.forward import context_tokens
 from qlora_kit.startup import UNTIMED, Laps
 from qlora_kit.train.arguments import require_tf32, resolve_precision
-from qlora_kit.train.batching import Batching, plan_batches
+from qlora_kit.train.batching import Batching, kernels_left, plan_batches
 from qlora_kit.train.memory import cgroup_limit_bytes
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ def prepare(
     batches = processes.together(
         lambda: plan_batches(adapted.model, base, train, held_out.sequences, recipe.data)
     )
-    narrate.left_out(reporter, batches.left)
+    narrate.left_out(reporter, kernels_left())
     narrate.adapter(reporter, adapted, recipe)
     laps.lap("adapter")
     return Prepared(base, train, held_out, adapted, batches, precision)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -61,9 +61,6 @@ class Batching:
 
     by_example: bool = False
     """Whether attention takes the examples of a row one by one."""
-
-    left: tuple[str, ...] = ()
-    """Kernels that should have worked here, and why they are not used."""
 
     @property
     def num_items(self) -> int:
@@ -129,18 +126,6 @@ def plan_batches(
         ModelError: packing or padding_free is asked for, and examples of one row see each other
             in this model.
     """
-    planned = _planned(model, base, train, held_out, spec)
-    kernel = "FlashAttention over the examples of a row"
-    return replace(planned, left=tuple(f"{kernel}: {why}" for why in variable_length.failures()))
-
-
-def _planned(
-    model: nn.Module,
-    base: Base,
-    train: Part,
-    held_out: Sequence[TokenSequence],
-    spec: DataSpec,
-) -> Batching:
     pad_token_id = base.tokenizer.pad_token_id
     assert isinstance(pad_token_id, int)
     if spec.packing:
@@ -162,6 +147,14 @@ def _planned(
         if spec.padding_free is True:
             raise leaking("data.padding_free", probe.leakage)
     return _padded(train, held_out, pad_token_id)
+
+
+def kernels_left() -> list[str]:
+    """Those that should have worked here, and why they are not used; known once batches are
+    planned.
+    """
+    kernel = "FlashAttention over the examples of a row"
+    return [f"{kernel}: {why}" for why in variable_length.failures()]
 
 
 def foreseen_batches(

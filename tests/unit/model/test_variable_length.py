@@ -21,6 +21,7 @@ from qlora_kit.model.by_example import (
     gains_by_example,
     watched_attention,
 )
+from qlora_kit.train.batching import kernels_left
 
 from .test_by_example import NAMES, model_of, outcome, rows
 
@@ -183,6 +184,7 @@ def test_a_kernel_that_comes_to_something_else_is_left_out(monkeypatch: pytest.M
     assert not variable_length.is_sound(CPU, torch.float32, 4, 2, 8)
     (why,) = variable_length.failures()
     assert why.startswith("on a trial it is ")
+    assert kernels_left() == [f"FlashAttention over the examples of a row: {why}"]
     assert how_attended(model_of("llama, untied")) == Seen(in_one_call=0, one_by_one=2)
     forget()
 
