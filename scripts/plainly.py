@@ -21,7 +21,8 @@ class Parser(argparse.ArgumentParser):
     def add_argument(self, *names: Any, **settings: Any) -> argparse.Action:
         """As argparse has it; what an option is where nobody sets it is told too."""
         told, default = settings.get("help", ""), settings.get("default")
-        if default is not None and default is not False and "unset" not in told:
+        untold = default is None or default is False or default is argparse.SUPPRESS
+        if not untold and "unset" not in told:
             settings["help"] = f"{told} (default: %(default)s)".strip()
         return super().add_argument(*names, **settings)
 

@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+BENCHES = sorted(
+    file.stem.removeprefix("bench_")
+    for file in (Path(__file__).parents[3] / "scripts").glob("bench_*.py")
+)
 WRITERS = ("train", "plan", "scaling", "loading", "data", "resume", "checkpoint")
 
 
@@ -19,6 +23,16 @@ def refused(name: str, *options: str) -> int:
         with pytest.raises(SystemExit) as ended:
             bench.main()
     return int(str(ended.value.code))
+
+
+@pytest.mark.parametrize("name", BENCHES)
+def test_the_options_of_a_bench_are_shown_to_who_asks(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert refused(name, "--help") == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: bench_{name}.py")
+    assert "SUPPRESS" not in shown
 
 
 @pytest.mark.parametrize("name", WRITERS)
