@@ -104,8 +104,6 @@ def _there_is(recipe: Recipe, hardware: Hardware) -> int:
 
 
 def _precision(recipe: Recipe, hardware: Hardware) -> str:
-    from qlora_kit.environment import resolve_compute_dtype
-    from qlora_kit.train.arguments import resolve_precision
+    from qlora_kit.train.arguments import resolve_training_dtypes
 
-    compute_dtype, _ = resolve_compute_dtype(recipe.quantization.compute_dtype, hardware)
-    return resolve_precision(recipe.train.precision, compute_dtype, hardware)
+    return resolve_training_dtypes(recipe, hardware).precision

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_kit.data.prepare import Part
-from qlora_kit.environment import Hardware, resolve_compute_dtype
+from qlora_kit.environment import Hardware
 from qlora_kit.errors import ModelError
 from qlora_kit.evaluate.evaluate import PERPLEXITY_BATCH_SIZE
 from qlora_kit.lean_imports import is_lean
@@ -25,7 +25,7 @@ from qlora_kit.plan.choice import Choice, choice_of
 from qlora_kit.plan.rows import WorstBatch, longest_possible, train_rows, worst_batch
 from qlora_kit.plan.trial import HOLES, ImaginedTraining, Peak, Shape, Taken
 from qlora_kit.runtime.batches import BATCH_TOKENS, LOGITS_BYTES
-from qlora_kit.train.arguments import resolve_precision
+from qlora_kit.train.arguments import resolve_training_dtypes
 from qlora_kit.train.batching import foreseen_batches
 from qlora_kit.train.loader import lengths_of
 from qlora_kit.train.shortcuts import SWITCHES
@@ -283,15 +283,14 @@ def _imagined(
     recipe: Recipe, vocabulary: Vocabulary, hardware: Hardware, is_quick: bool = True
 ) -> ImaginedTraining:
     spec = recipe.model
-    compute_dtype, _ = resolve_compute_dtype(recipe.quantization.compute_dtype, hardware)
-    precision = resolve_precision(recipe.train.precision, compute_dtype, hardware)
+    dtypes = resolve_training_dtypes(recipe, hardware)
     config = load_config(vocabulary.source.folder, spec.trust_remote_code)
     skeleton = build_skeleton(config, spec.trust_remote_code)
     if spec.attn_implementation != "auto":
         skeleton.model.set_attn_implementation(spec.attn_implementation)
-    dtype: torch.dtype = getattr(torch, compute_dtype)
+    dtype: torch.dtype = getattr(torch, dtypes.compute)
     return ImaginedTraining(
-        recipe, skeleton, vocabulary, dtype, precision, hardware.device, is_quick
+        recipe, skeleton, vocabulary, dtype, dtypes.precision, hardware.device, is_quick
     )
 
 

@@ -34,8 +34,9 @@ class QuantizationSpec(Spec):
     """Quantize the 4-bit scales too: 4.13 instead of 4.50 bits per parameter."""
 
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
-    """What products are computed in. `auto` probes the hardware: bfloat16 where it is native,
-    else float16 with a scaler on a GPU, else float32."""
+    """What products are computed in. `auto` follows train.precision; is that `auto` too, the
+    hardware is probed: bfloat16 where it is native, else float16 with a scaler on a GPU, else
+    float32."""
 
     quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
     """dtype that 4-bit weights are packed in; FSDP can shard only a floating one."""

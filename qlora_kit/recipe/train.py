@@ -129,7 +129,8 @@ class TrainSpec(Spec):
     """Noise on the embeddings, NEFTune (arXiv:2310.05914); 5 is a usual value."""
 
     precision: Literal["auto", "bf16", "fp16", "fp32"] = "auto"
-    """Autocast dtype; `auto` follows quantization.compute_dtype. fp16 trains with a scaler."""
+    """Autocast dtype; `auto` follows quantization.compute_dtype, which follows this where it is
+    itself `auto`. fp16 trains with a scaler."""
 
     tf32: bool | None = None
     """Allow TF32 in float32 products; unset leaves torch's own setting."""

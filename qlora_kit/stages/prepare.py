@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from qlora_kit.data.prepare import Part, prepare_eval, prepare_train
-from qlora_kit.environment import Hardware, launcher_settings, resolve_compute_dtype
+from qlora_kit.environment import Hardware, launcher_settings
 from qlora_kit.evaluate.evaluate import window_size
 from qlora_kit.launcher import require_launch
 from qlora_kit.model.adapter import Adapted, attach_adapter
@@ -22,7 +22,7 @@ from qlora_kit.report import narrate
 from qlora_kit.report.reporter import Reporter
 from qlora_kit.runtime.forward import context_tokens
 from qlora_kit.startup import UNTIMED, Laps
-from qlora_kit.train.arguments import require_tf32, resolve_precision
+from qlora_kit.train.arguments import require_tf32, resolve_training_dtypes
 from qlora_kit.train.batching import Batching, kernels_left, plan_batches
 from qlora_kit.train.memory import cgroup_limit_bytes
 
@@ -56,8 +56,8 @@ def prepare(
     laps: Laps = UNTIMED,
 ) -> Prepared:
     """Load the base, render the data, attach a fresh adapter."""
-    compute_dtype, why = resolve_compute_dtype(recipe.quantization.compute_dtype, hardware)
-    precision = resolve_precision(recipe.train.precision, compute_dtype, hardware)
+    dtypes = resolve_training_dtypes(recipe, hardware)
+    compute_dtype, why, precision = dtypes.compute, dtypes.why, dtypes.precision
     require_tf32(recipe.train.tf32, hardware)
     processes.together(
         lambda: require_launch(

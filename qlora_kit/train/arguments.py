@@ -2,19 +2,46 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qlora_kit.environment import Hardware
+from qlora_kit.environment import Hardware, resolve_compute_dtype
 from qlora_kit.errors import HardwareError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments
 
-    from qlora_kit.recipe import TrainSpec
+    from qlora_kit.recipe import Recipe, TrainSpec
 
 _DTYPE_OF = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _PRECISION_OF = {dtype: precision for precision, dtype in _DTYPE_OF.items()}
+
+
+@dataclass(frozen=True)
+class TrainingDtypes:
+    """What a recipe's training computes in on one machine."""
+
+    compute: str
+    """dtype of the base's products, as torch calls it."""
+    why: str
+    precision: str
+    """Autocast: `bf16`, `fp16` or `fp32`."""
+
+
+def resolve_training_dtypes(recipe: Recipe, hardware: Hardware) -> TrainingDtypes:
+    """Of `quantization.compute_dtype` and `train.precision` the one that is said decides, and the
+    other follows: a base in bfloat16 could not be trained in float32.
+
+    Raises:
+        HardwareError: the machine has no units for what was asked.
+    """
+    asked, precision = recipe.quantization.compute_dtype, recipe.train.precision
+    if asked == "auto" and precision != "auto":
+        resolve_precision(precision, _DTYPE_OF[precision], hardware)
+        return TrainingDtypes(_DTYPE_OF[precision], f"train.precision is {precision}", precision)
+    compute, why = resolve_compute_dtype(asked, hardware)
+    return TrainingDtypes(compute, why, resolve_precision(precision, compute, hardware))
 
 
 def resolve_precision(asked: str, compute_dtype: str, hardware: Hardware) -> str:

@@ -25,7 +25,8 @@ from qlora_kit.environment import (
     resolve_compute_dtype,
 )
 from qlora_kit.errors import HardwareError
-from qlora_kit.train.arguments import resolve_precision
+from qlora_kit.recipe import Recipe
+from qlora_kit.train.arguments import resolve_precision, resolve_training_dtypes
 from qlora_kit.versions import describe, kit_version
 
 PACKAGE = Path(qlora_kit.__file__).parent
@@ -90,6 +91,40 @@ def test_the_reason_is_the_evidence() -> None:
     assert resolve_compute_dtype("auto", machine("cpu"))[1] == "cpu has no bfloat16 units"
     assert "gradient scaler" in resolve_compute_dtype("auto", machine("turing"))[1]
     assert resolve_compute_dtype("float32", machine("ampere"))[1] == "asked for"
+
+
+@pytest.mark.parametrize(
+    ("kind", "compute", "precision", "expected"),
+    [
+        ("cpu with bf16", "auto", "auto", ("bfloat16", "bf16")),
+        ("cpu with bf16", "auto", "fp32", ("float32", "fp32")),
+        ("cpu with bf16", "float32", "auto", ("float32", "fp32")),
+        ("cpu", "auto", "auto", ("float32", "fp32")),
+        ("ampere", "auto", "fp16", ("float16", "fp16")),
+        ("turing", "auto", "fp32", ("float32", "fp32")),
+        ("cpu", "auto", "bf16", None),
+        ("turing", "auto", "bf16", None),
+        ("cpu with bf16", "auto", "fp16", None),
+    ],
+)
+def test_a_precision_that_is_asked_for_is_what_the_base_computes_in(
+    kind: str, compute: str, precision: str, expected: tuple[str, str] | None
+) -> None:
+    """A base in bfloat16 cannot be trained without autocast."""
+    recipe = Recipe.model_validate(
+        {
+            "model": {"name_or_path": "base"},
+            "data": {"train": [{"path": "rows.jsonl"}]},
+            "quantization": {"compute_dtype": compute},
+            "train": {"precision": precision},
+        }
+    )
+    if expected is None:
+        with pytest.raises(HardwareError, match=f"train.precision is {precision}"):
+            resolve_training_dtypes(recipe, machine(kind))
+    else:
+        dtypes = resolve_training_dtypes(recipe, machine(kind))
+        assert (dtypes.compute, dtypes.precision) == expected
 
 
 def test_what_a_refusal_offers_is_accepted() -> None:
