@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 _NATIVE_BF16_MAX_SLOWDOWN = 1.0
 _USABLE_BF16_MAX_SLOWDOWN = 8.0
 _NUM_TIMINGS = 25
+_CPU_BFLOAT16 = "QLORA_KIT_CPU_BFLOAT16"
+_ONEDNN_SHAPES = "64"
 _QUANTIZED_GIB = 30
 _TUNABLES = "GLIBC_TUNABLES"
 # What processes need in order to meet, and what MPI tells them of their number.
@@ -205,8 +207,8 @@ def with_heap_settings(settings: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, _TUNABLES: ":".join(f"{name}={value}" for name, value in values)}
 
 
-def quiet_upstream() -> None:
-    """Turn off upstream telemetry and progress bars before those libraries are imported.
+def settle_upstream() -> None:
+    """Before those libraries are imported: no telemetry, no progress bars, bounded caches.
 
     bitsandbytes logs one line per 8-bit product where it computes in another dtype than float16,
     and on a CPU with AVX512-BF16 that a kernel could not be fetched which is never used here; torch
@@ -225,6 +227,10 @@ def quiet_upstream() -> None:
     os.environ.setdefault("LLM_COMPRESSOR_LOG_LEVEL", "CRITICAL")
     os.environ.setdefault("LOGURU_LEVEL", "ERROR")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # oneDNN, by which a CPU multiplies in bfloat16, keeps about a MiB for every shape of a product,
+    # of 1,024 shapes twice; rows of all lengths have as many.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", _ONEDNN_SHAPES)
+    os.environ.setdefault("LRU_CACHE_CAPACITY", _ONEDNN_SHAPES)
     for name in ("bitsandbytes", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
@@ -296,10 +302,13 @@ def probe_hardware() -> Hardware:
 
 def _probe_cpu_bf16() -> tuple[bool, bool, str]:
     """Whether bf16 is native, whether it is usable, and why: one backward-shaped product (g @ W) is
-    timed in both dtypes, and emulated bf16 gives itself away.
+    timed in both dtypes, and emulated bf16 gives itself away. `QLORA_KIT_CPU_BFLOAT16=off` in the
+    environment leaves it out of use, so that a CPU computes what others do.
     """
     import torch
 
+    if os.environ.get(_CPU_BFLOAT16, "on") == "off":
+        return False, False, f"{_CPU_BFLOAT16} is off"
     if not _onednn_has_bf16():
         return False, False, "this CPU has no native bfloat16 (oneDNN reports no support)"
     ratio = _product_seconds(torch.bfloat16) / _product_seconds(torch.float32)

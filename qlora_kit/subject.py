@@ -11,7 +11,7 @@ import torch
 from qlora_kit.checkpoint.run_directory import RunDirectory, is_run, open_run
 from qlora_kit.environment import probe_hardware, resolve_compute_dtype
 from qlora_kit.errors import AdapterError, HardwareError
-from qlora_kit.model.base import Base, load_base, prepare_for_training
+from qlora_kit.model.base import Base, load_base, prepare_for_training, upcasts_norms
 from qlora_kit.model.manifest import MANIFEST_FILE, base_of, read_manifest, stored_settings
 from qlora_kit.model.prequantized import stored_quantization
 from qlora_kit.model.saved import load_adapter
@@ -74,7 +74,8 @@ def _with_adapter(
     reporter: Reporter,
 ) -> tuple[PeftModel, Base]:
     base = _load(spec, _native(quantization), adapter, reporter)
-    prepare_for_training(base.model)  # the graph that was trained has its norms in float32
+    # The graph that was trained, with its norms in float32 if it had them so.
+    prepare_for_training(base.model, upcasts_norms(quantization, base.compute_dtype))
     model, findings = load_adapter(base, quantization, adapter, force)
     for finding in findings:
         reporter.warn(finding)

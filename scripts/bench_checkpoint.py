@@ -29,7 +29,7 @@ from unittest.mock import patch
 from plainly import Parser, at_least, output_file, plainly
 
 from qlora_kit.checkpoint.checkpoints import find_checkpoints, rotate
-from qlora_kit.environment import quiet_upstream
+from qlora_kit.environment import settle_upstream
 from qlora_kit.recipe import load_recipe
 from qlora_kit.run import run_recipe
 from qlora_kit.train.saving import Saver
@@ -62,7 +62,7 @@ def main() -> int:
     parser.add_argument("--json", type=output_file, help="write the figures here")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = parser.parse_args()
-    quiet_upstream()
+    settle_upstream()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="bench-") as scratch:
         figures = measure(arguments, Path(scratch))
     print(f"{figures['files']} files, {figures['bytes'] / 1e6:.1f} MB, {arguments.repeats} pairs")

@@ -248,9 +248,9 @@ def measured(recipe: Path, threads: int) -> dict[str, int]:
 
 def measure(recipe: Path) -> int:
     """In the child."""
-    from qlora_kit.environment import quiet_upstream
+    from qlora_kit.environment import settle_upstream
 
-    quiet_upstream()
+    settle_upstream()
     import torch
 
     from qlora_kit.recipe import load_recipe

@@ -35,7 +35,7 @@ from qlora_kit.checkpoint.draft import Draft
 from qlora_kit.checkpoint.manifest import MANIFEST_FILE
 from qlora_kit.checkpoint.tensors import load_values, value_parts
 from qlora_kit.data.prepare import prepare_train
-from qlora_kit.environment import quiet_upstream
+from qlora_kit.environment import settle_upstream
 from qlora_kit.errors import RunStopped
 from qlora_kit.model.source import resolve_source
 from qlora_kit.recipe import Recipe, load_recipe
@@ -82,7 +82,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=at_least(1), default=7, help="pairs")
     parser.add_argument("--json", type=output_file, help="write the figures here")
     arguments = parser.parse_args()
-    quiet_upstream()
+    settle_upstream()
     with tempfile.TemporaryDirectory(prefix="bench-") as scratch:
         figures = measure(Path(scratch), arguments)
     for side in ("early", "late"):

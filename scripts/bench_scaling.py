@@ -279,9 +279,9 @@ def write_rows(path: Path, one: Case, count: int) -> None:
 
 def measure(recipe: Path) -> int:
     """In the child: CPU seconds of each update, of which the first begins the optimizer's state."""
-    from qlora_kit.environment import quiet_upstream
+    from qlora_kit.environment import settle_upstream
 
-    quiet_upstream()
+    settle_upstream()
     from contextlib import nullcontext
 
     from qlora_kit.recipe import load_recipe

@@ -11,7 +11,7 @@ import math
 import sys
 from pathlib import Path
 
-from qlora_kit.environment import probe_hardware, quiet_upstream
+from qlora_kit.environment import probe_hardware, settle_upstream
 from qlora_kit.errors import QloraKitError
 from qlora_kit.recipe import MergeSpec, ModelSpec
 
@@ -44,7 +44,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     arguments = parse_arguments()
-    quiet_upstream()
+    settle_upstream()
 
     from qlora_kit.cli.console import console_reporter
     from qlora_kit.export.merge import require_absent

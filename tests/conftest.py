@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 # Before torch is imported: two cores, and other processes on them.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# What is compared closely is in float32 on any machine; tests/integration/test_bfloat16.py is not.
+os.environ.setdefault("QLORA_KIT_CPU_BFLOAT16", "off")
 
 import pytest
 

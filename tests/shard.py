@@ -17,7 +17,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import ConstantLR
 
 from qlora_kit.checkpoint.checkpoints import publish_checkpoint
-from qlora_kit.environment import probe_hardware, quiet_upstream
+from qlora_kit.environment import probe_hardware, settle_upstream
 from qlora_kit.model.adapter import Adapted, attach_adapter
 from qlora_kit.model.base import Base, load_base, prepare_for_training
 from qlora_kit.model.saved import adapter_files, load_adapter
@@ -61,7 +61,7 @@ def step(moving: Moving, ids: torch.Tensor) -> float:
 
 
 def main(model: str, storage: str, folder: Path) -> None:
-    quiet_upstream()
+    settle_upstream()
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()

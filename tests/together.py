@@ -181,8 +181,8 @@ def work(plan: Path) -> None:
 
 
 if __name__ == "__main__":
-    from qlora_kit.environment import quiet_upstream
+    from qlora_kit.environment import settle_upstream
 
-    quiet_upstream()
+    settle_upstream()
     for line in sys.stdin:
         work(Path(line.rstrip("\n")))

@@ -33,7 +33,7 @@ from qlora_kit.cli import (
     verify,
 )
 from qlora_kit.cli.terminated import Terminated, ended_by_sigterm, left_as_it_was
-from qlora_kit.environment import quiet_upstream, require_one_process
+from qlora_kit.environment import require_one_process, settle_upstream
 from qlora_kit.errors import QloraKitError
 from qlora_kit.refusals import refusal_of
 
@@ -120,7 +120,7 @@ def options(
 
 def main() -> None:
     """Run a verb. Exit code 0: what was asked holds; 1: a fault or a finding; 2: bad usage."""
-    quiet_upstream()
+    settle_upstream()
     with left_as_it_was(signal.SIGTERM):
         _tell_faults()
 

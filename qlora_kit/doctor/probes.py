@@ -99,7 +99,7 @@ def four_bit() -> FourBit:
     )
     layer.load_state_dict({"weight": weight})
     layer = layer.to(device)
-    stored = dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+    stored = dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
     outputs = layer(inputs)
     outputs.backward(gradient)
     assert inputs.grad is not None

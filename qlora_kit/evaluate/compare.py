@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from qlora_kit.data.read import require_readable
-from qlora_kit.environment import quiet_upstream
+from qlora_kit.environment import settle_upstream
 from qlora_kit.errors import HardwareError, QloraKitError
 from qlora_kit.evaluate.one import Measurement, Task, measure_one
 
@@ -70,7 +70,7 @@ def measure_apart(name: str, task: Task, is_reference: bool) -> Measurement:
     Raises:
         HardwareError: the process was killed, as the system does where memory runs out.
     """
-    with ProcessPoolExecutor(1, get_context("spawn"), initializer=quiet_upstream) as pool:
+    with ProcessPoolExecutor(1, get_context("spawn"), initializer=settle_upstream) as pool:
         try:
             return pool.submit(measure_one, name, task, is_reference).result()
         except BrokenProcessPool:

@@ -15,7 +15,7 @@ from qlora_kit.environment import Hardware
 from qlora_kit.errors import AdapterError, DataError
 from qlora_kit.export.delta import read_config
 from qlora_kit.export.trained import TrainedAdapter, trained_adapter
-from qlora_kit.model.base import load_base, prepare_for_training
+from qlora_kit.model.base import load_base, prepare_for_training, upcasts_norms
 from qlora_kit.model.manifest import (
     MANIFEST_FILE,
     Manifest,
@@ -105,7 +105,7 @@ def reopen_adapter(
         hardware,
         adapter=origin.folder if own_tokenizer else None,
     )
-    prepare_for_training(base.model)
+    prepare_for_training(base.model, upcasts_norms(origin.quantization, origin.compute_dtype))
     held_out = prepare_eval(spec, base.tokenizer, base.stop_ids)
     model, findings = load_adapter(base, origin.quantization, origin.folder, force)
     for finding in findings:

@@ -206,8 +206,9 @@ def room_for_unpacked(
 
 def room_for_residents(model: nn.Module, left_bytes: float) -> int:
     """Of what is left, as much as unpacked weights can take."""
-    numbers: int = sum(one.quant_state.shape.numel() for one in _four_bit_parameters(model))
-    return max(min(int(left_bytes), _FLOAT_BYTES * numbers), 0)
+    states: Iterator[Any] = (one.quant_state for one in _four_bit_parameters(model))
+    all_of_them: int = sum(one.shape.numel() * one.dtype.itemsize for one in states)
+    return max(min(int(left_bytes), all_of_them), 0)
 
 
 def bytes_of_update(model: nn.Module, optim: str) -> int:

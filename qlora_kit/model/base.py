@@ -355,13 +355,21 @@ def num_embeddings(model: PreTrainedModel) -> int:
     return int(weight.shape[0])
 
 
-def prepare_for_training(model: PreTrainedModel) -> None:
-    """Norms to float32, everything frozen; nothing else changes size.
+def upcasts_norms(quantization: QuantizationSpec, compute_dtype: torch.dtype) -> bool:
+    """Whether norms are in float32 beside a base that computes in 16 bits."""
+    asked = quantization.upcast_norms
+    return compute_dtype == torch.float16 if asked == "auto" else asked
+
+
+def prepare_for_training(model: PreTrainedModel, upcast_norms: bool = False) -> None:
+    """Everything frozen, and norms to float32 where that is asked for; nothing else changes size.
 
     PEFT's `prepare_model_for_kbit_training` casts every 16-bit parameter up, embeddings, head
     and experts too.
     """
     model.requires_grad_(False)
+    if not upcast_norms:
+        return
     for module in model.modules():
         if "norm" in type(module).__name__.lower():
             for parameter in module.parameters(recurse=False):

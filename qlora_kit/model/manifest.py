@@ -34,7 +34,7 @@ _DECISIVE = (
     "overrides",
 )
 # What a manifest that was written before there was such a key stands for.
-_BEFORE: dict[str, Any] = {"overrides": {}}
+_BEFORE: dict[str, Any] = {"overrides": {}, "upcast_norms": True}
 # Packages whose arithmetic an adapter has learned with.
 _NUMERIC_PACKAGES = ("torch", "transformers", "bitsandbytes", "peft")
 
@@ -183,7 +183,8 @@ def stored_settings(manifest: Manifest, folder: Path) -> QuantizationSpec:
     Raises:
         AdapterError: what the manifest says is no quantization.
     """
-    settings = {key: value for key, value in manifest.quantization.items() if key in _SPEC_KEYS}
+    stored = {**_BEFORE, **manifest.quantization}
+    settings = {key: value for key, value in stored.items() if key in _SPEC_KEYS}
     try:
         return QuantizationSpec.model_validate(settings)
     except ValueError as error:

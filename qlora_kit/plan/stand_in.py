@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qlora_kit.model.base import Base, prepare_for_training
+from qlora_kit.model.base import Base, prepare_for_training, upcasts_norms
 from qlora_kit.model.bits import quantized_bits
 from qlora_kit.model.blocks import BLOCK_SIZE
 from qlora_kit.model.quantized import count_quantized
@@ -139,7 +139,7 @@ def give_tensors(
             module._buffers[key] = torch.empty(buffer.shape, dtype=buffer.dtype)
     model.tie_weights()
     trained = [one for one in model.parameters() if one.requires_grad]
-    prepare_for_training(model)
+    prepare_for_training(model, upcasts_norms(quantization, compute_dtype))
     for parameter in trained:
         parameter.requires_grad_(True)
 

@@ -38,6 +38,11 @@ class QuantizationSpec(Spec):
     hardware is probed: bfloat16 where it is native, else float16 with a scaler on a GPU, else
     float32."""
 
+    upcast_norms: Literal["auto"] | bool = "auto"
+    """Keep norms in float32 where the rest computes in 16 bits, and by that all that passes from
+    layer to layer. `auto`: with float16, whose range is narrow. In bfloat16, as most models were
+    trained, activations take half of that memory."""
+
     quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
     """dtype that 4-bit weights are packed in; FSDP can shard only a floating one."""
 

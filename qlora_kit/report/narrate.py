@@ -52,14 +52,20 @@ _HIGHEST_FULL_RATE = 1e-4
 
 
 def hardware(
-    reporter: Reporter, machine: Hardware, compute_dtype: str, why: str, precision: str
+    reporter: Reporter,
+    machine: Hardware,
+    compute_dtype: str,
+    why: str,
+    precision: str,
+    has_wide_norms: bool = False,
 ) -> None:
     """The device, its memory, and the dtypes that follow from it, with why."""
     memory = machine.device_memory_bytes or machine.host_memory_bytes
     reporter.say(
         f"machine   {machine.device_name}, {machine.num_cpus} cores, {memory / _GIB:.0f} GiB"
     )
-    reporter.say(f"compute   {compute_dtype}, trained in {precision}: {why}")
+    norms = ", norms in float32" if has_wide_norms and compute_dtype != "float32" else ""
+    reporter.say(f"compute   {compute_dtype}{norms}, trained in {precision}: {why}")
 
 
 def left_out(reporter: Reporter, reasons: Iterable[str]) -> None:

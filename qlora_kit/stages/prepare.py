@@ -12,7 +12,7 @@ from qlora_kit.environment import Hardware, launcher_settings
 from qlora_kit.evaluate.evaluate import window_size
 from qlora_kit.launcher import require_launch
 from qlora_kit.model.adapter import Adapted, attach_adapter
-from qlora_kit.model.base import Base, load_base, prepare_for_training
+from qlora_kit.model.base import Base, load_base, prepare_for_training, upcasts_norms
 from qlora_kit.model.qat.aware import Aware, aware_of
 from qlora_kit.model.qat.room import require_memory, room_for_each
 from qlora_kit.model.shared import require_same_base, state_checksum
@@ -64,9 +64,10 @@ def prepare(
             launcher_settings(), recipe, precision, hardware.device, processes.count
         )
     )
-    narrate.hardware(reporter, hardware, compute_dtype, why, precision)
-
     dtype: torch.dtype = getattr(torch, compute_dtype)
+    has_wide_norms = upcasts_norms(recipe.quantization, dtype)
+    narrate.hardware(reporter, hardware, compute_dtype, why, precision, has_wide_norms)
+
     aware = aware_of(recipe.quantization_aware, recipe.export.merge_options.dtype, dtype)
     base = _load(recipe, dtype, why, aware, hardware, processes, reporter, laps)
     if recipe.evaluate.perplexity and recipe.data.has_eval_rows:
@@ -74,7 +75,7 @@ def prepare(
         processes.together(
             lambda: window_size(context_tokens(base.model), recipe.evaluate, recipe.data)
         )
-    prepare_for_training(base.model)
+    prepare_for_training(base.model, has_wide_norms)
     narrate.base(reporter, base, recipe.quantization)
     laps.lap("check of the base")
 

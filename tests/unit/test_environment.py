@@ -135,6 +135,10 @@ def test_what_a_refusal_offers_is_accepted() -> None:
 
 
 class TestTheProbe:
+    @pytest.fixture(autouse=True)
+    def in_use(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("QLORA_KIT_CPU_BFLOAT16", raising=False)
+
     def test_emulated_bf16_is_never_picked_on_this_cpu(self) -> None:
         """Measured here once more, with larger matrices than the probe's."""
         if torch.cuda.is_available():
@@ -164,6 +168,13 @@ class TestTheProbe:
             times = {torch.bfloat16: ratio, torch.float32: 1.0}
             monkeypatch.setattr(environment, "_product_seconds", times.__getitem__)
             assert environment._probe_cpu_bf16()[:2] == found
+
+    def test_it_can_be_left_out_of_use(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(environment, "_onednn_has_bf16", lambda: True)
+        monkeypatch.setattr(environment, "_product_seconds", lambda dtype: 1.0)
+        assert environment._probe_cpu_bf16()[0]
+        monkeypatch.setenv("QLORA_KIT_CPU_BFLOAT16", "off")
+        assert environment._probe_cpu_bf16() == (False, False, "QLORA_KIT_CPU_BFLOAT16 is off")
 
     def test_slow_bf16_is_taken_where_it_is_asked_for(self) -> None:
         slow = replace(machine("cpu"), slow_bf16=True)
@@ -252,10 +263,11 @@ class TestTheEnvironment:
     ) -> None:
         monkeypatch.setattr(os, "environ", {"TRANSFORMERS_VERBOSITY": "debug"})
         level = logging.getLogger("bitsandbytes").level
-        environment.quiet_upstream()
+        environment.settle_upstream()
         logging.getLogger("bitsandbytes").setLevel(level)
         assert os.environ["TRANSFORMERS_VERBOSITY"] == "debug"
         assert os.environ["HF_HUB_DISABLE_TELEMETRY"] == "1"
+        assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
 
     def test_no_other_module_reads_it(self) -> None:
         reads = re.compile(r"\benviron\b|\bgetenv\b|\bputenv\b")

@@ -72,12 +72,16 @@ class Rotary(torch.autograd.Function):
         ops: RotaryOps,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(cos, sin)
-        ctx.ops = ops
-        return ops.forward(q, k, cos, sin)
+        # Wide norms make queries of another type than the cosines.
+        ctx.ops = ops if q.dtype == cos.dtype else BY_TORCH
+        ctx.dtype = q.dtype
+        rotated: tuple[torch.Tensor, torch.Tensor] = ctx.ops.forward(q, k, cos, sin)
+        return rotated
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *ctx.ops.gradients(*gradients, *ctx.saved_tensors), None, None, None
+        of_q, of_k = ctx.ops.gradients(*gradients, *ctx.saved_tensors)
+        return of_q.to(ctx.dtype), of_k.to(ctx.dtype), None, None, None
 
 
 class RotaryForward:
@@ -103,14 +107,15 @@ class RotaryForward:
 
 
 def is_usual(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
-    """Whether all of each head is rotated, all are of one type, and cos and sin are constants."""
+    """Whether all of each head is rotated, and cos and sin are constants."""
     width = q.shape[-1]
     return (
         q.ndim == k.ndim == 4
         and cos.ndim == sin.ndim == 3
         and k.shape[-1] == cos.shape[-1] == sin.shape[-1] == width
         and width % 2 == 0
-        and q.dtype == k.dtype == cos.dtype == sin.dtype
+        and q.dtype == k.dtype
+        and cos.dtype == sin.dtype
         and not (cos.requires_grad or sin.requires_grad)
     )
 

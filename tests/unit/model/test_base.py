@@ -20,7 +20,7 @@ from transformers import BitsAndBytesConfig
 from qlora_kit.errors import ModelError
 from qlora_kit.model import base as base_module
 from qlora_kit.model.adapter import attach_adapter
-from qlora_kit.model.base import bitsandbytes_config, prepare_for_training
+from qlora_kit.model.base import bitsandbytes_config, prepare_for_training, upcasts_norms
 from qlora_kit.model.quantized import four_bit_modules, is_quantized
 from qlora_kit.model.skeleton import build_skeleton, load_config
 from qlora_kit.model.weight import dequantized_weight
@@ -253,6 +253,8 @@ class TestPreparation:
         ).model
         before = self.sizes(fresh)
         prepare_for_training(fresh)
+        assert self.sizes(fresh) == before
+        prepare_for_training(fresh, upcast_norms=True)
         after = self.sizes(fresh)
         grown = {name for name in before if after[name] != before[name]}
         norms = {name for name in before if "norm" in name or re.search(r"\bln_", name)}
@@ -260,6 +262,21 @@ class TestPreparation:
         assert all(after[name] == 2 * before[name] for name in grown)
         assert fresh.get_input_embeddings().weight.dtype == dtype
         assert not any(value.requires_grad for value in fresh.parameters())
+
+    @pytest.mark.parametrize(
+        ("asked", "dtype", "expected"),
+        [
+            ("auto", torch.bfloat16, False),
+            ("auto", torch.float16, True),
+            (True, torch.bfloat16, True),
+            (False, torch.float16, False),
+        ],
+    )
+    def test_norms_are_wide_where_the_range_is_narrow_or_it_is_asked_for(
+        self, asked: bool | str, dtype: torch.dtype, expected: bool
+    ) -> None:
+        spec = QuantizationSpec.model_validate({"upcast_norms": asked})
+        assert upcasts_norms(spec, dtype) is expected
 
     def test_upstream_s_blanket_upcast_inflates_the_embeddings(self, tiny_llama: Path) -> None:
         """Why there is a preparation of our own."""
