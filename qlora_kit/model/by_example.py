@@ -8,7 +8,7 @@ Registered with transformers as an attention of its own, and switched on for a w
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qlora_kit.model import variable_length
+from qlora_kit.model import short_attention, variable_length
 from qlora_kit.model.example_masks import ExampleMasks, masks_behind, placeholder_of
 
 NAME = "sdpa_by_example"
@@ -99,20 +99,13 @@ def _attention(
         elif masks is not None:
             lengths = ((query.shape[2],),)
     if masks is None and max(map(len, lengths), default=1) == 1:
-        whole: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, **options
-        )
-        return whole
+        return _alone(module, query, key, value, attention_mask, **options), None
     lengths = lengths * (len(query) if len(lengths) == 1 else 1)
     places = [_places(row) for row in lengths]
-    is_plain = not options.get("dropout") and options.get("position_bias") is None
-    if is_plain and variable_length.covers(query, key, value):
+    if _is_plain(options) and variable_length.covers(query, key, value):
         window = None if masks is None else _window_of(masks, places)
         if masks is None or (window is not None and variable_length.knows_windows()):
-            is_causal = options.get("is_causal")
-            if is_causal is None:
-                is_causal = getattr(module, "is_causal", True)
-            is_causal = is_causal or masks is not None  # those have been seen to be
+            is_causal = _is_causal(module, options) or masks is not None  # seen to be
             _seen.in_one_call += 1
             how = (options.get("scaling"), is_causal, window)
             return variable_length.attend(query, key, value, lengths, *how), None
@@ -123,9 +116,36 @@ def _attention(
         parts = _split(row, lengths[number])
         for (start, length), (q, k, v) in zip(places[number], parts, strict=True):
             mask = None if masks is None else masks.of(number, start, length)
-            outputs.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
+            outputs.append(_alone(module, q, k, v, mask, **options))
         rows.append(torch.cat(outputs, dim=1))
     return torch.cat(rows) if len(rows) > 1 else rows[0], None
+
+
+def _alone(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    **options: Any,
+) -> torch.Tensor:
+    """Of rows that are one example each."""
+    if mask is None and _is_plain(options) and short_attention.covers(query, key, value):
+        how = (_is_causal(module, options), options.get("scaling"))
+        return short_attention.attend(query, key, value, *how)
+    whole: torch.Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
+    return whole
+
+
+def _is_plain(options: Mapping[str, Any]) -> bool:
+    """Whether nothing is drawn at random, and nothing added to the scores."""
+    return not options.get("dropout") and options.get("position_bias") is None
+
+
+def _is_causal(module: torch.nn.Module, options: Mapping[str, Any]) -> bool:
+    """As transformers finds it where there is no mask."""
+    said = options.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if said is None else said)
 
 
 def _places(lengths: Sequence[int]) -> list[tuple[int, int]]:

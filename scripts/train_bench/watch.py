@@ -198,7 +198,7 @@ def gauge(threads: int, device: str = "cpu", precision: str = "fp32") -> float:
 
     torch.set_num_threads(threads)
     rows, inner, outer = (512, 576, 1536) if device == "cpu" else (4096, 4096, 14336)
-    dtype = torch.bfloat16 if device != "cpu" and precision == "bf16" else torch.float32
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     left = torch.randn(rows, inner, device=device, dtype=dtype)
     right = torch.randn(outer, inner, device=device, dtype=dtype)
     rates = []

@@ -1,4 +1,4 @@
-"""What a recipe computes by itself where a CPU has bfloat16 units; the other tests are in float32."""
+"""What a recipe computes by itself where a CPU has bfloat16 units; other tests are in float32."""
 
 from __future__ import annotations
 
