@@ -1,0 +1,1 @@
+"""What `bench_scaling.py` is made of."""
