@@ -303,17 +303,25 @@ def probe_hardware() -> Hardware:
 def _probe_cpu_bf16() -> tuple[bool, bool, str]:
     """Whether bf16 is native, whether it is usable, and why: one backward-shaped product (g @ W) is
     timed in both dtypes, and emulated bf16 gives itself away. `QLORA_KIT_CPU_BFLOAT16=off` in the
-    environment leaves it out of use, so that a CPU computes what others do.
+    environment leaves it out of use.
     """
     import torch
 
-    if os.environ.get(_CPU_BFLOAT16, "on") == "off":
+    if _is_switched_off():
         return False, False, f"{_CPU_BFLOAT16} is off"
     if not _onednn_has_bf16():
         return False, False, "this CPU has no native bfloat16 (oneDNN reports no support)"
     ratio = _product_seconds(torch.bfloat16) / _product_seconds(torch.float32)
     native, usable = ratio <= _NATIVE_BF16_MAX_SLOWDOWN, ratio <= _USABLE_BF16_MAX_SLOWDOWN
     return native, usable, f"a bfloat16 product takes {ratio:.1f} times a float32 one on this CPU"
+
+
+def _is_switched_off() -> bool:
+    """Raises HardwareError where the environment says neither on nor off."""
+    said = os.environ.get(_CPU_BFLOAT16, "on").lower()
+    if said not in ("on", "off"):
+        raise HardwareError(f"{_CPU_BFLOAT16} is {said!r}; set it to on or off.")
+    return said == "off"
 
 
 def _onednn_has_bf16() -> bool:
@@ -353,7 +361,7 @@ def resolve_compute_dtype(asked: str, hardware: Hardware) -> tuple[str, str]:
                 f"quantization.compute_dtype is bfloat16, but {hardware.reason}; "
                 "use auto or float32"
                 + (" or float16" if hardware.native_fp16 else "")
-                + " (emulated bfloat16 trains about 70 times slower)."
+                + ("." if _is_switched_off() else " (emulated, it trains about 70 times slower).")
             )
         return "bfloat16", "asked for"
     if asked == "float16":

@@ -12,7 +12,13 @@ from qlora_kit.checkpoint.run_directory import RunDirectory, is_run, open_run
 from qlora_kit.environment import probe_hardware, resolve_compute_dtype
 from qlora_kit.errors import AdapterError, HardwareError
 from qlora_kit.model.base import Base, load_base, prepare_for_training, upcasts_norms
-from qlora_kit.model.manifest import MANIFEST_FILE, base_of, read_manifest, stored_settings
+from qlora_kit.model.manifest import (
+    MANIFEST_FILE,
+    base_of,
+    computed_as,
+    read_manifest,
+    stored_settings,
+)
 from qlora_kit.model.prequantized import stored_quantization
 from qlora_kit.model.saved import load_adapter
 from qlora_kit.recipe import ModelSpec, QuantizationSpec, Recipe
@@ -56,7 +62,10 @@ def load_subject(
     read_as = model_spec or ModelSpec(name_or_path=name)
     if is_run(folder):
         run, recipe = open_run(folder)
-        model, base = _with_adapter(recipe.model, recipe.quantization, run.adapter, force, reporter)
+        quantization = recipe.quantization
+        if (run.adapter / MANIFEST_FILE).is_file():
+            quantization = computed_as(read_manifest(run.adapter), quantization, run.adapter)
+        model, base = _with_adapter(recipe.model, quantization, run.adapter, force, reporter)
         return Subject(name, model, base, run, recipe, run.adapter)
     if (folder / "adapter_config.json").is_file():
         spec, quantization = _from_manifest(folder, read_as)

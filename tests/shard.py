@@ -41,7 +41,7 @@ def build(
     base = load_base(
         ModelSpec(name_or_path=model), quantization, torch.float32, "test", probe_hardware()
     )
-    prepare_for_training(base.model)
+    prepare_for_training(base.model, upcast_norms=False)
     adapted = attach_adapter(base, LoraSpec(r=4, alpha=8, dropout=0.0), seed=1)
     files = adapter_files(adapted.model, base, quantization, "0" * 64)
     if sharded:

@@ -29,7 +29,7 @@ from qlora_kit.checkpoint.run_directory import (
 )
 from qlora_kit.environment import Hardware
 from qlora_kit.errors import RunError
-from qlora_kit.recipe import Recipe, load_recipe, save_recipe
+from qlora_kit.recipe import Recipe, load_written_out, save_recipe
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def enter(
     held_by_folder = run.read_recipe()
     if held_by_folder is None:
         warned.append(_recipe_put_back(run, found, recipe, disk))
-        held_by_folder = load_recipe(run.recipe)
+        held_by_folder = load_written_out(run.recipe)
     drift = _drift(_trained_by(found) or held_by_folder, recipe, found, num_processes)
     holds_work = found.folder is not None or found.damaged or run.adapter.is_dir()
     is_possible = all(change.is_possible for change in drift.breaking)
@@ -125,7 +125,7 @@ def _trained_by(found: Found) -> Recipe | None:
     on with other values was killed before it saved.
     """
     record = None if found.folder is None else found.folder / RECIPE_RECORD
-    return None if record is None or not record.is_file() else load_recipe(record)
+    return None if record is None or not record.is_file() else load_written_out(record)
 
 
 def _drift(saved: Recipe, now: Recipe, found: Found, num_processes: int) -> Drift:

@@ -14,7 +14,7 @@ from qlora_kit.checkpoint.drift import compare
 from qlora_kit.checkpoint.lock import LOCK_FILE
 from qlora_kit.checkpoint.manifest import faults_at_a_glance
 from qlora_kit.errors import RecipeError, RunError
-from qlora_kit.recipe import Recipe, load_recipe, recipe_hash, save_recipe
+from qlora_kit.recipe import Recipe, load_written_out, recipe_hash, save_recipe
 from qlora_kit.refusals import naming
 from qlora_kit.versions import describe
 
@@ -94,7 +94,7 @@ class RunDirectory:
     def read_recipe(self) -> Recipe | None:
         """The recipe of the run; None where it is gone or cannot be read."""
         try:
-            return load_recipe(self.recipe)
+            return load_written_out(self.recipe)
         except RecipeError:
             return None
 
@@ -173,7 +173,7 @@ def open_run(folder: Path) -> tuple[RunDirectory, Recipe]:
             raise RunError(f"{folder} has lost its recipe.yaml. Copy {copy} to {run.recipe}.")
         if not run.recipe.is_file():
             raise RunError(f"{folder} is not a run: it has no recipe.yaml.")
-        recipe = load_recipe(run.recipe)  # which says what is wrong with it
+        recipe = load_written_out(run.recipe)  # which says what is wrong with it
     if not run.adapter.is_dir():
         raise RunError(f"{folder} has no adapter: its training did not end. {left_behind(recipe)}")
     return run, recipe
@@ -271,7 +271,7 @@ def _how_it_differs(run: RunDirectory, recipe: Recipe) -> str:
     copies = [folder / RECIPE_RECORD for folder in find_checkpoints(run.folder)]
     path = next((one for one in (run.recipe, *copies) if one.is_file()), None)
     try:
-        there = None if path is None else load_recipe(path)
+        there = None if path is None else load_written_out(path)
     except RecipeError:
         there = None
     if there is None:

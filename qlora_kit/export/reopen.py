@@ -20,6 +20,7 @@ from qlora_kit.model.manifest import (
     MANIFEST_FILE,
     Manifest,
     base_of,
+    computed_as,
     read_manifest,
     stored_settings,
 )
@@ -132,7 +133,7 @@ def _of_run(folder: Path) -> _Origin:
     return _Origin(
         folder=run.adapter,
         model=recipe.model,
-        quantization=recipe.quantization,
+        quantization=computed_as(manifest, recipe.quantization, run.adapter),
         compute_dtype=_compute_dtype(manifest),
         data=recipe.data,
         recipe_sha256=recipe_hash(recipe),
@@ -183,4 +184,4 @@ def _warn_of_emulation(dtype: torch.dtype, hardware: Hardware, reporter: Reporte
     native = {torch.bfloat16: hardware.native_bf16, torch.float16: hardware.native_fp16}
     if not native.get(dtype, True):
         name = str(dtype).removeprefix("torch.")
-        reporter.warn(f"trained in {name}, which {hardware.device_name} only emulates: slow.")
+        reporter.warn(f"trained in {name}, which is slow here: {hardware.reason}.")

@@ -361,7 +361,7 @@ def upcasts_norms(quantization: QuantizationSpec, compute_dtype: torch.dtype) ->
     return compute_dtype == torch.float16 if asked == "auto" else asked
 
 
-def prepare_for_training(model: PreTrainedModel, upcast_norms: bool = False) -> None:
+def prepare_for_training(model: PreTrainedModel, upcast_norms: bool) -> None:
     """Everything frozen, and norms to float32 where that is asked for; nothing else changes size.
 
     PEFT's `prepare_model_for_kbit_training` casts every 16-bit parameter up, embeddings, head
@@ -383,4 +383,5 @@ def quantization_record(
     """What a manifest says about how the base was kept."""
     record = quantization.model_dump(mode="json")
     record["compute_dtype"] = str(compute_dtype).removeprefix("torch.")
+    record["upcast_norms"] = upcasts_norms(quantization, compute_dtype)
     return record

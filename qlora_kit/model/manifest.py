@@ -193,6 +193,15 @@ def stored_settings(manifest: Manifest, folder: Path) -> QuantizationSpec:
         ) from None
 
 
+def computed_as(
+    manifest: Manifest, quantization: QuantizationSpec, folder: Path
+) -> QuantizationSpec:
+    """These settings, computed in what the adapter was trained in."""
+    stored = stored_settings(manifest, folder)
+    how = {name: getattr(stored, name) for name in ("compute_dtype", "upcast_norms")}
+    return quantization.model_copy(update=how)
+
+
 _SPEC_KEYS = frozenset(QuantizationSpec.model_fields)
 
 

@@ -7,6 +7,7 @@ from qlora_kit.recipe.identity import recipe_hash
 from qlora_kit.recipe.load import (
     load_recipe,
     load_whole_sections,
+    load_written_out,
     recipe_from_dict,
     recipe_text,
     save_recipe,
@@ -33,6 +34,7 @@ __all__ = [
     "TrainSpec",
     "load_recipe",
     "load_whole_sections",
+    "load_written_out",
     "recipe_from_dict",
     "recipe_hash",
     "recipe_text",

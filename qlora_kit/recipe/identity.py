@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 #  - A recipe that leaves the field to the default asks for something else than it did before the
 #    change. It gets another hash, and a run that it goes on with is refused or told the change
 #    (`checkpoint/drift.py`), as if the user had made it.
-FIRST_DEFAULTS: Mapping[str, Any] = {"train.gradient_checkpointing": True}
+FIRST_DEFAULTS: Mapping[str, Any] = {
+    "train.gradient_checkpointing": True,
+    "quantization.upcast_norms": True,
+}
 
 
 def recipe_hash(recipe: Recipe, first_defaults: Mapping[str, Any] = FIRST_DEFAULTS) -> str:

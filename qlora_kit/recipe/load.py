@@ -36,6 +36,8 @@ _STAND_INS: dict[str, Spec] = {
         max_length=2**31,
     ),
 }
+# Fields whose default does something else than was done before there were such fields.
+_BEFORE_THERE_WERE: dict[str, dict[str, Any]] = {"quantization": {"upcast_norms": True}}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -48,6 +50,20 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: holds every fault found, each with its path, what was got, what to do.
     """
     values, faults = _read(Path(path), overrides)
+    return recipe_from_dict(values, str(path), faults)
+
+
+def load_written_out(path: Path) -> Recipe:
+    """The recipe that a run or a checkpoint was given by `save_recipe`, every default spelled out.
+    A field that is not there was not there when it was written, and means what was done before.
+
+    Raises:
+        RecipeError: as `load_recipe`.
+    """
+    values, faults = _read(path, ())
+    for section, fields in _BEFORE_THERE_WERE.items():
+        if isinstance(values.get(section), dict):
+            values[section] = {**fields, **values[section]}
     return recipe_from_dict(values, str(path), faults)
 
 

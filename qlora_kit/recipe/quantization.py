@@ -39,9 +39,9 @@ class QuantizationSpec(Spec):
     float32."""
 
     upcast_norms: Literal["auto"] | bool = "auto"
-    """Keep norms in float32 where the rest computes in 16 bits, and by that all that passes from
-    layer to layer. `auto`: with float16, whose range is narrow. In bfloat16, as most models were
-    trained, activations take half of that memory."""
+    """Keep norms in float32 where the rest computes in 16 bits, by which what passes from layer
+    to layer of a 4-bit base is in float32 too and takes about twice the memory. `auto`: with
+    float16, whose range is narrow; in bfloat16, as most models were trained, norms stay so."""
 
     quant_storage: Literal["uint8", "bfloat16", "float16", "float32"] = "uint8"
     """dtype that 4-bit weights are packed in; FSDP can shard only a floating one."""

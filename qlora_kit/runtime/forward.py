@@ -60,7 +60,8 @@ def inference_context(
 ) -> Iterator[None]:
     """No gradients, and autocast where the model computes in 16 bits.
 
-    A base in 16 bits has norms and adapters in float32, which only autocast brings together.
+    A base in 16 bits has adapters, and it may be norms, in float32, which only autocast brings
+    together.
     None, like float32, means no autocast. `torch.inference_mode` is not used: whatever a module
     keeps from such a forward pass (rotary tables, repacked weights) could not be trained with.
     """

@@ -12,7 +12,7 @@ from qlora_kit.errors import CheckpointError
 from qlora_kit.evaluate.held_out import evaluate_held_out
 from qlora_kit.export.export_run import export_after_training
 from qlora_kit.export.merge_run import merge_after_training
-from qlora_kit.model.base import load_base
+from qlora_kit.model.base import load_base, prepare_for_training, upcasts_norms
 from qlora_kit.model.saved import load_adapter, save_adapter
 from qlora_kit.plan.beside import Beside, note, training_beside
 from qlora_kit.recipe import Recipe
@@ -68,6 +68,7 @@ def made_whole(
         adapter=adapter,
         is_shared=True,
     )
+    prepare_for_training(base.model, upcasts_norms(recipe.quantization, base.compute_dtype))
     model, _ = load_adapter(base, recipe.quantization, adapter)
     return replace(ready, base=base, adapted=replace(ready.adapted, model=model))
 

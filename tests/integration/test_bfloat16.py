@@ -10,6 +10,7 @@ import pytest
 
 from qlora_kit import environment
 from qlora_kit.environment import probe_hardware
+from qlora_kit.model.manifest import MANIFEST_FILE
 
 from .conftest import Call, write_recipe
 
@@ -71,7 +72,11 @@ def test_full_precision_is_had_where_it_is_asked_for(
 def test_a_killed_run_goes_on_to_the_same_bits(
     tiny_llama: Path, tmp_path: Path, call: Call
 ) -> None:
+    kept = tmp_path / "kept"
     recipe = write_recipe(tmp_path, tiny_llama, export={"merge": False})
-    said = call("prove-resume", str(recipe), "--keep", str(tmp_path / "kept"), "--json")
+    # Said, as the processes time it anew, beside other tests.
+    said = call("prove-resume", str(recipe), "train.precision=bf16", "--keep", str(kept), "--json")
     assert said.code == 0, said.err
     assert json.loads(said.out)["holds"]
+    manifest = json.loads((kept / "killed" / "adapter" / MANIFEST_FILE).read_text())
+    assert manifest["quantization"]["compute_dtype"] == "bfloat16"

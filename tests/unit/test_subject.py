@@ -18,9 +18,10 @@ from qlora_kit import environment, subject
 from qlora_kit.checkpoint.run_directory import create_run
 from qlora_kit.environment import probe_hardware, resolve_compute_dtype
 from qlora_kit.errors import AdapterError, ModelError, QloraKitError, RunError
+from qlora_kit.export.reopen import reopen_adapter
 from qlora_kit.model.adapter import attach_adapter
-from qlora_kit.model.base import load_base, prepare_for_training
-from qlora_kit.model.manifest import MANIFEST_FILE, read_manifest, write_manifest
+from qlora_kit.model.base import load_base, prepare_for_training, upcasts_norms
+from qlora_kit.model.manifest import MANIFEST_FILE, read_manifest, stored_settings, write_manifest
 from qlora_kit.model.quantized import never_repacked
 from qlora_kit.model.saved import save_adapter
 from qlora_kit.recipe import LoraSpec, ModelSpec, QuantizationSpec, recipe_from_dict, save_recipe
@@ -74,7 +75,7 @@ def trained(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Train
         "test",
     )
     base = load_base(recipe.model, recipe.quantization, torch.float32, "a test", probe_hardware())
-    prepare_for_training(base.model)
+    prepare_for_training(base.model, upcast_norms=False)
     model = attach_adapter(base, LoraSpec(r=4), 0).model
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
@@ -94,6 +95,71 @@ def adapter(trained: Trained, tmp_path: Path) -> Path:
 @pytest.fixture
 def run(trained: Trained, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained.folder, tmp_path / "run"))
+
+
+def wide_norms(model: torch.nn.Module) -> set[bool]:
+    return {
+        value.dtype == torch.float32
+        for name, value in model.named_parameters()
+        if "norm" in name and "lora" not in name
+    }
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_it_computes_as_it_was_trained(
+    asked: bool, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever `auto` would stand for on this machine, and whoever opens it."""
+    machine = replace(probe_hardware(), native_bf16=True)
+    monkeypatch.setattr(subject, "probe_hardware", lambda: machine)
+    folder = tmp_path / "run"
+    recipe = recipe_from_dict(
+        {
+            "model": {"name_or_path": str(tiny_llama)},
+            "quantization": {"upcast_norms": asked},
+            "data": {"train": [{"path": str(tmp_path / "rows.jsonl")}]},
+            "run_dir": str(folder),
+        },
+        "test",
+    )
+    row = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    base = load_base(recipe.model, recipe.quantization, torch.bfloat16, "a test", machine)
+    prepare_for_training(base.model, upcasts_norms(recipe.quantization, torch.bfloat16))
+    model = attach_adapter(base, LoraSpec(r=4), 0).model
+    run = create_run(recipe)
+    save_adapter(model, base, recipe.quantization, "0" * 64, run.adapter)
+    assert wide_norms(model) == {asked}
+    for name in (folder, folder / "adapter"):
+        loaded = load_subject(str(name))
+        assert loaded.base.compute_dtype == torch.bfloat16
+        assert wide_norms(loaded.model) == {asked}
+        again = reopen_adapter(Path(name), machine, data=tmp_path / "rows.jsonl")
+        assert again.trained.compute_dtype == torch.bfloat16
+        assert wide_norms(again.take_model()) == {asked}
+
+
+def test_a_run_in_full_precision_is_not_opened_in_half(
+    trained: Trained, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its recipe may leave it to `train.precision`, or to what another machine had."""
+    machine = replace(probe_hardware(), native_bf16=True)
+    monkeypatch.setattr(subject, "probe_hardware", lambda: machine)
+    text = (run / "recipe.yaml").read_text()
+    (run / "recipe.yaml").write_text(text.replace("compute_dtype: float32", "compute_dtype: auto"))
+    loaded = load_subject(str(run))
+    assert loaded.base.compute_dtype == torch.float32
+    torch.testing.assert_close(logits_of(loaded), trained.logits, rtol=0, atol=0)
+
+
+def test_a_manifest_of_before_means_wide_norms(run: Path) -> None:
+    path = run / "adapter" / MANIFEST_FILE
+    values = json.loads(path.read_text())
+    assert values["quantization"]["upcast_norms"] is False
+    assert stored_settings(read_manifest(run / "adapter"), run).upcast_norms is False
+    del values["quantization"]["upcast_norms"]
+    path.write_text(json.dumps(values))
+    assert stored_settings(read_manifest(run / "adapter"), run).upcast_norms is True
 
 
 class TestWhatLoads:

@@ -71,8 +71,10 @@ class Rotary(torch.autograd.Function):
         sin: torch.Tensor,
         ops: RotaryOps,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        # Wide norms make queries of a wider type than the cosines.
+        if torch.promote_types(q.dtype, cos.dtype) == q.dtype:
+            cos, sin = cos.to(q.dtype), sin.to(q.dtype)
         ctx.save_for_backward(cos, sin)
-        # Wide norms make queries of another type than the cosines.
         ctx.ops = ops if q.dtype == cos.dtype else BY_TORCH
         ctx.dtype = q.dtype
         rotated: tuple[torch.Tensor, torch.Tensor] = ctx.ops.forward(q, k, cos, sin)

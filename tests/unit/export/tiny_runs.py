@@ -165,7 +165,7 @@ def load(
         "a test",
         probe_hardware(),
     )
-    prepare_for_training(base.model)
+    prepare_for_training(base.model, upcast_norms=False)
     return base
 
 

@@ -13,7 +13,7 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 from qlora_kit.data.collate import Batch, Collator, IsolatingCollator
 from qlora_kit.data.pack import PackedSequence
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
-from qlora_kit.model import by_example, example_masks
+from qlora_kit.model import by_example, example_masks, short_attention
 from qlora_kit.model.by_example import (
     attending_by_example,
     can_attend_by_example,
@@ -183,3 +183,35 @@ def test_who_can() -> None:
     assert not can_attend_by_example(model_of("llama, untied", "eager"))
     assert not can_attend_by_example(model_of("bloom: fused QKV, alibi", "eager"))
     assert not can_attend_by_example(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", NAMES[:2])
+def test_short_examples_in_bfloat16_are_given_to_their_own_attention(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which computes the same as torch's, for examples in a row and for a row that is one."""
+    model = model_of(name).to(torch.bfloat16)
+    given: list[tuple[int, bool]] = []
+    own = short_attention.attend
+
+    def watched(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *how: Any) -> torch.Tensor:
+        given.append((q.shape[2], how[0]))
+        return own(q, k, v, *how)
+
+    monkeypatch.setattr(short_attention, "attend", watched)
+    for lengths in ((9, 20, 5), (33,)):
+        batch = IsolatingCollator(0)(rows(*lengths))
+        with attending_by_example(model):
+            loss, gradients = outcome(model, batch)
+            asked, given[:] = sorted(given), []
+            monkeypatch.setattr(short_attention, "covers", lambda *_: False)
+            wanted_loss, wanted = outcome(model, batch)
+            monkeypatch.undo()
+            monkeypatch.setattr(short_attention, "attend", watched)
+        num_layers = model.config.num_hidden_layers
+        assert asked == sorted([(length, True) for length in lengths] * num_layers)
+        assert given == []
+        assert loss == wanted_loss
+        for key, gradient in gradients.items():
+            apart = (gradient - wanted[key]).float().norm() / wanted[key].float().norm()
+            assert apart < 0.05, key

@@ -166,7 +166,7 @@ def load(
         lora=lora,
         adapter=adapter,
     )
-    prepare_for_training(base.model)
+    prepare_for_training(base.model, upcast_norms=False)
     return base
 
 

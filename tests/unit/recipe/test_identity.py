@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from qlora_kit.recipe import (
     Recipe,
     SourceSpec,
     TrainSpec,
-    load_recipe,
+    load_written_out,
     recipe_from_dict,
     recipe_hash,
+    save_recipe,
 )
 from qlora_kit.recipe.identity import FIRST_DEFAULTS
 
@@ -106,4 +108,20 @@ def test_a_default_that_changed_is_noted() -> None:
     """If this fails, a default was changed or a field removed: note the old default in
     `recipe/identity.py` (FIRST_DEFAULTS), and leave this file as it is.
     """
-    assert recipe_hash(load_recipe(GOLDEN)) == GOLDEN_SHA256
+    assert recipe_hash(load_written_out(GOLDEN)) == GOLDEN_SHA256
+
+
+def test_a_record_without_a_field_means_what_was_done_before_there_was_one(tmp_path: Path) -> None:
+    """And a recipe of today's that leaves it out asks for something else."""
+    now = recipe_from_dict({**MINIMAL, "quantization": {"quant_type": "fp4"}}, "x")
+    assert now.quantization.upcast_norms == "auto"
+    save_recipe(now, tmp_path / "new.yaml")
+    assert load_written_out(tmp_path / "new.yaml") == now
+    spelled_out = now.model_dump(mode="json")
+    del spelled_out["quantization"]["upcast_norms"]
+    (tmp_path / "old.yaml").write_text(json.dumps(spelled_out))
+    before = load_written_out(tmp_path / "old.yaml")
+    assert before.quantization.upcast_norms is True
+    assert before.quantization.quant_type == "fp4"
+    (change,) = compare(before, now).breaking
+    assert change.difference == "quantization.upcast_norms: true → auto"

@@ -145,7 +145,7 @@ def run(tiny_llama: Path, tmp_path: Path) -> Run:
     ) -> Outcome:
         quantization = QuantizationSpec(load_in_4bit=bits == 4, load_in_8bit=bits == 8)
         base = load_tiny(tiny_llama, quantization)
-        prepare_for_training(base.model)
+        prepare_for_training(base.model, upcast_norms=False)
         options = {"r": 4, "alpha": 8, "dropout": 0.1, **(lora or {})}
         seen = Aware(QuantizationAwareSpec(**aware), torch.float32) if aware else None
         adapted = attach_adapter(base, LoraSpec(**options), seed_of_adapter, seen)

@@ -59,7 +59,7 @@ Start = Callable[..., Setup]
 def start(tiny_llama: Path) -> Start:
     def build(seed: int = 1, folder: Path = tiny_llama, **lora: object) -> Setup:
         base = load_tiny(folder)
-        prepare_for_training(base.model)
+        prepare_for_training(base.model, upcast_norms=False)
         return Setup(base, attach_adapter(base, LoraSpec(r=4, alpha=8, **lora), seed))
 
     return build
