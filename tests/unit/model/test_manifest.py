@@ -122,7 +122,7 @@ class TestWhatDecides:
 
     def test_every_setting_decides_or_is_known_not_to(self) -> None:
         """A new setting has to be put on one side or the other."""
-        undecisive = {"compute_dtype", "quant_storage"}
+        undecisive = {"compute_dtype", "upcast_norms", "quant_storage"}
         assert set(manifest_module._DECISIVE) == set(QuantizationSpec.model_fields) - undecisive
 
     def test_another_tokenizer(self, saved: Saved) -> None:
@@ -306,7 +306,9 @@ class TestWhatIsWritten:
 
     def test_settings_come_back_with_the_dtype_that_auto_became(self, saved: Saved) -> None:
         settings = stored_settings(read_manifest(saved.folder), saved.folder)
-        assert settings == TRAINED_WITH.model_copy(update={"compute_dtype": "float32"})
+        assert settings == TRAINED_WITH.model_copy(
+            update={"compute_dtype": "float32", "upcast_norms": False}
+        )
 
     def test_a_relative_base_is_named_for_good(
         self, saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

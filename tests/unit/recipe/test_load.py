@@ -122,7 +122,7 @@ def test_a_saved_recipe_loads_as_an_equal_one(tmp_path: Path) -> None:
     fields_set: set[str] = set()
 
     @given(recipes())
-    @settings(max_examples=250, deadline=None, derandomize=True, database=None)
+    @settings(max_examples=350, deadline=None, derandomize=True, database=None)
     def check(recipe: Recipe) -> None:
         save_recipe(recipe, path)
         text = path.read_text()
