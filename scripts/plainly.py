@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -84,6 +85,8 @@ def plainly(main: Callable[[], int | None]) -> int:
     # Other tools' environments, which import this file for Fault, have no kit.
     from qlora_kit.errors import QloraKitError
 
+    for name in ("bitsandbytes", "torch.utils._pytree"):  # of kernels that nothing here uses
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return main() or 0
     except (QloraKitError, Fault) as fault:

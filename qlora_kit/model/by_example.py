@@ -220,9 +220,19 @@ def gains_by_example(
         return False
     if device.type == "cpu":
         return True
+    return may_be_one_call(model) and variable_length.is_suitable(device, compute_dtype)
+
+
+def may_be_one_call(model: torch.nn.Module) -> bool:
+    """Whether nothing in its configuration keeps the examples of a row from a GPU's kernel: heads
+    whose values are of another width than their keys (DeepSeek's latent attention), or dropout.
+    """
     config: Any = model.config
-    has_dropout = getattr(config.get_text_config(), "attention_dropout", 0.0)
-    return not has_dropout and variable_length.is_suitable(device, compute_dtype)
+    text = config.get_text_config()
+    of_values = getattr(text, "v_head_dim", None)
+    of_keys = getattr(text, "qk_nope_head_dim", 0) + getattr(text, "qk_rope_head_dim", 0)
+    is_even = of_values is None or of_values == of_keys
+    return is_even and not getattr(text, "attention_dropout", 0.0)
 
 
 @contextmanager

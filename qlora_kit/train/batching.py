@@ -18,6 +18,7 @@ from qlora_kit.model.by_example import (
     attending_by_example,
     can_attend_by_example,
     gains_by_example,
+    may_be_one_call,
     watched_attention,
 )
 from qlora_kit.train.facts import facts_of
@@ -169,7 +170,7 @@ def foreseen_batches(
     which it proves and this takes for granted.
     """
     by_example = can_attend_by_example(model)
-    is_suitable = variable_length.suits(hardware, compute_dtype)
+    is_suitable = variable_length.suits(hardware, compute_dtype) and may_be_one_call(model)
     gains = by_example and (hardware.device == "cpu" or is_suitable)
     if spec.packing:
         return _packing(train, (), spec, pad_token_id, by_example, "")

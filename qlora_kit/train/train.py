@@ -130,33 +130,38 @@ def train_adapter(
             fit,
             choice,
         )
-        trainer, step, cadence = assembled(course)
-        around.memory.phase("training")
-        with (
-            around.reporter.progress("training", num_updates) as progress,
-            around.requests.deferred(),
-            processes.noticing_loss(),
-            warnings.catch_warnings(),
-            told_in_the_foreground(),
-            trainer.hooks.settled(),
-            fit.offloading(),
-            fit.giving_back(),
-        ):
-            # On a CPU paged optimizers run unpaged, which is what is meant there.
-            warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
-            step.progress = progress
-            try:
-                trainer.train()
-            except GivenUp as given_up:  # before the first update
-                trainer.stop_signal = given_up.signal_number
-            stop_signal = (
-                cadence.stop_signal or trainer.stop_signal or _late_signal(trainer, around)
-            )
-            trainer.hooks.settle()
-        if hardware.device == "cuda":
-            torch.cuda.synchronize()
+        result = _gone_through(course)
     model.config.use_cache = True
     model.eval()
+    return result
+
+
+def _gone_through(course: Course) -> TrainResult:
+    """All updates that are left, or those until a signal comes."""
+    around, fit = course.around, course.fit
+    trainer, step, cadence = assembled(course)
+    around.memory.phase("training")
+    with (
+        around.reporter.progress("training", course.num_updates) as progress,
+        around.requests.deferred(),
+        around.processes.noticing_loss(),
+        warnings.catch_warnings(),
+        told_in_the_foreground(),
+        trainer.hooks.settled(),
+        fit.offloading(),
+        fit.giving_back(),
+    ):
+        # On a CPU paged optimizers run unpaged, which is what is meant there.
+        warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")
+        step.progress = progress
+        try:
+            trainer.train()
+        except GivenUp as given_up:  # before the first update
+            trainer.stop_signal = given_up.signal_number
+        stop_signal = cadence.stop_signal or trainer.stop_signal or _late_signal(trainer, around)
+        trainer.hooks.settle()
+    if around.hardware.device == "cuda":
+        torch.cuda.synchronize()
     return _result(trainer, fit, step.seconds, stop_signal)
 
 

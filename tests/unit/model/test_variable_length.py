@@ -248,3 +248,9 @@ def test_a_gpu_may_gain_where_the_kernel_is_made_for_it(kernel: None) -> None:
     dropping.config.attention_dropout = 0.1
     assert not gains_by_example(dropping, gpu, torch.bfloat16)
     assert gains_by_example(dropping, CPU, torch.float32)
+    latent = model_of("llama, untied")
+    latent.config.qk_nope_head_dim, latent.config.qk_rope_head_dim = 8, 8
+    latent.config.v_head_dim = 16
+    assert gains_by_example(latent, gpu, torch.bfloat16)
+    latent.config.v_head_dim = 12
+    assert not gains_by_example(latent, gpu, torch.bfloat16)
