@@ -101,6 +101,8 @@ class Plan:
     """Of one device, on the batch that needs most; None where nothing is calibrated."""
     seconds: float | None = None
     """Of training, by that rate; None where it is not known how many tokens there are."""
+    memory_budget: str = "auto"
+    """Of the recipe: what training keeps to, where that is less than there is."""
 
     @property
     def peak(self) -> Moment:
@@ -131,6 +133,7 @@ class Plan:
             },
             "peak_bytes": self.peak.num_bytes,
             "budget_bytes": self.budget_bytes,
+            "memory_budget": self.memory_budget,
             "fits": self.fits,
             "tokens_per_second": self.tokens_per_second,
             "training_seconds": self.seconds,
@@ -184,6 +187,7 @@ class Planner:
             budget_bytes=self.budget_bytes,
             tokens_per_second=rate,
             seconds=None if rate is None else _seconds_to_train(recipe, train, worst, rate),
+            memory_budget=recipe.train.memory_budget,
         )
 
     def calibrate(self, precision: str) -> Calibration:

@@ -35,6 +35,7 @@ def plan(reporter: Reporter, found: Plan, is_of_rows: bool) -> None:
         + ", activations waiting in the host's memory" * way.offloads
         + f", {found.choice.resident_bytes / _MIB:,.0f} MiB for unpacked weights that stay"
         * bool(found.choice.resident_bytes)
+        + f"; within train.memory_budget: {found.memory_budget}" * (found.memory_budget != "auto")
     )
     _say_how_fast(reporter, found)
     names = list(dict.fromkeys(name for one in found.moments for name in one.components))

@@ -74,7 +74,9 @@ def test_a_large_budget_gives_unpacked_weights_what_they_can_take(
     call: Call, tiny_llama: Path, tmp_path: Path
 ) -> None:
     recipe = write_recipe(tmp_path, tiny_llama)
-    said = call("plan", str(recipe), "train.memory_budget=500GiB", "--budget", "500GiB", "--json")
+    asked = (str(recipe), "train.memory_budget=500GiB", "--budget", "500GiB")
+    assert "; within train.memory_budget: 500GiB" in call("plan", *asked).out.replace("\n", " ")
+    said = call("plan", *asked, "--json")
     values = json.loads(said.out)
     taken = values["moments"]["training"]["bytes"]["unpacked weights"]
     assert 0 < values["resident_bytes"] <= taken
