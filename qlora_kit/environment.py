@@ -316,12 +316,16 @@ def _probe_cpu_bf16() -> tuple[bool, bool, str]:
     return native, usable, f"a bfloat16 product takes {ratio:.1f} times a float32 one on this CPU"
 
 
-def _is_switched_off() -> bool:
-    """Raises HardwareError where the environment says neither on nor off."""
-    said = os.environ.get(_CPU_BFLOAT16, "on").lower()
-    if said not in ("on", "off"):
+def require_known_switches() -> None:
+    """Raises HardwareError where the environment says neither on nor off of what it may switch."""
+    said = os.environ.get(_CPU_BFLOAT16, "on")
+    if said.lower() not in ("on", "off"):
         raise HardwareError(f"{_CPU_BFLOAT16} is {said!r}; set it to on or off.")
-    return said == "off"
+
+
+def _is_switched_off() -> bool:
+    require_known_switches()
+    return os.environ.get(_CPU_BFLOAT16, "on").lower() == "off"
 
 
 def _onednn_has_bf16() -> bool:

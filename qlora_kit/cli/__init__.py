@@ -33,7 +33,7 @@ from qlora_kit.cli import (
     verify,
 )
 from qlora_kit.cli.terminated import Terminated, ended_by_sigterm, left_as_it_was
-from qlora_kit.environment import require_one_process, settle_upstream
+from qlora_kit.environment import require_known_switches, require_one_process, settle_upstream
 from qlora_kit.errors import QloraKitError
 from qlora_kit.refusals import refusal_of
 
@@ -127,6 +127,7 @@ def main() -> None:
 
 def _tell_faults() -> None:
     try:
+        require_known_switches()
         app()
     except QloraKitError as error:
         if error.is_told_elsewhere:

@@ -85,7 +85,9 @@ def certify(
         "adapter_sha256": file_sha256(trained.folder / WEIGHTS_FILE),
         "recipe_sha256": recipe_sha256,
         "candidates": [one.as_dict() for one in candidates],
-        "notes": why_beyond_budget(chosen, _num_8bit(trained)),
+        "notes": why_beyond_budget(
+            chosen, _num_8bit(trained), str(trained.compute_dtype).removeprefix("torch.")
+        ),
     }
     if chain:
         certificate["ledger"] = [*chain, asdict(_row_of(chosen))]

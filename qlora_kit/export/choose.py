@@ -57,9 +57,21 @@ def better_beyond_budget(candidates: Sequence[Candidate], chosen: Candidate) -> 
     return best if best is not chosen and not best.faults else None
 
 
-def why_beyond_budget(chosen: Candidate, num_8bit: int) -> list[str]:
-    """What of its distance is no loss: of a base with `num_8bit` layers in 8 bits."""
-    if chosen.passed or chosen.faults or not num_8bit or chosen.result.base != "dequantized":
+def why_beyond_budget(chosen: Candidate, num_8bit: int, trained_in: str = "float32") -> list[str]:
+    """What of its distance is no loss: of a base with `num_8bit` layers in 8 bits, or one that was
+    trained in this dtype.
+    """
+    if chosen.passed or chosen.faults or chosen.result.base != "dequantized":
+        return []
+    if not num_8bit and trained_in != "float32":
+        return [
+            f"what was trained computes in {trained_in}, and what that rounds counts as distance "
+            "from it, the more the less sure the model is, beside what it costs to round the sum "
+            f"to {chosen.result.dtype}. A budget that allows for it: --max-kl "
+            f"{_above(chosen.divergence.kl_mean)}, in a recipe export.merge_options.max_kl; "
+            "train.precision: fp32 needs none."
+        ]
+    if not num_8bit:
         return []
     layers = "1 layer" if num_8bit == 1 else f"{num_8bit} layers"
     return [

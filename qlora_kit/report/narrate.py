@@ -74,7 +74,12 @@ def left_out(reporter: Reporter, reasons: Iterable[str]) -> None:
         reporter.warn(f"{why}; training goes on without, exactly.")
 
 
-def computing(reporter: Reporter, shortcuts: Shortcuts, recompute: Recompute) -> None:
+def computing(
+    reporter: Reporter,
+    shortcuts: Shortcuts,
+    recompute: Recompute,
+    is_in_16_bits: bool = False,
+) -> None:
     """Which shortcuts training takes, and which layers compute twice."""
     left_out(reporter, shortcuts.left)
     parts = []
@@ -94,6 +99,7 @@ def computing(reporter: Reporter, shortcuts: Shortcuts, recompute: Recompute) ->
     if lean.rotary:
         parts.append("rotary embeddings as one operation")
     tried = f"; on a trial gradients differ by {shortcuts.difference:.1e}" * bool(parts)
+    tried += ", as 16 bits round" * (bool(parts) and is_in_16_bits)
     reporter.say(f"shortcuts {'; '.join(parts) or 'none'}{tried}")
     if shortcuts.why_kernels:
         reporter.say(f"kernels   {shortcuts.why_kernels}")

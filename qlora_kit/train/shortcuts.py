@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 
 _TRIAL_SHAPE = (1, 32)
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Between one way of computing and the other: of the loss, and of all gradients together.
-_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
+# Between one way of computing and the other: of the loss, and of all gradients together. What
+# bfloat16 rounds comes to 0.05 in 30 layers, and something else than the model computes to 1.
+_TOLERANCE = {"fp32": 1e-4, "bf16": 0.15, "fp16": 5e-2}
 _STIRRED = 0.02
 _LOSS = "the loss of supervised places alone"
 _LORA = "LoRA as one operation"

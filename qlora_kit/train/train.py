@@ -116,7 +116,8 @@ def train_adapter(
                 model, batches, spec, around, is_sharded, residents, progress_before, key
             )
         laps.lap("count of what layers keep")
-        narrate.computing(around.reporter, choice.shortcuts, fit.recompute)
+        is_in_16_bits = around.precision != "fp32"
+        narrate.computing(around.reporter, choice.shortcuts, fit.recompute, is_in_16_bits)
         course = Course(
             model,
             base,

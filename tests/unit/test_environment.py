@@ -175,6 +175,10 @@ class TestTheProbe:
         assert environment._probe_cpu_bf16()[0]
         monkeypatch.setenv("QLORA_KIT_CPU_BFLOAT16", "off")
         assert environment._probe_cpu_bf16() == (False, False, "QLORA_KIT_CPU_BFLOAT16 is off")
+        environment.require_known_switches()
+        monkeypatch.setenv("QLORA_KIT_CPU_BFLOAT16", "nonsense")
+        with pytest.raises(HardwareError, match="'nonsense'; set it to on or off"):
+            environment.require_known_switches()
 
     def test_slow_bf16_is_taken_where_it_is_asked_for(self) -> None:
         slow = replace(machine("cpu"), slow_bf16=True)

@@ -77,6 +77,10 @@ def test_what_8_bit_layers_add_to_the_distance_is_said() -> None:
     assert "3 layers of the base are kept in 8 bits" in note
     assert "--max-kl 0.0019" in note
     assert why_beyond_budget(far, 0) == why_beyond_budget(near, 3) == []
+    (note,) = why_beyond_budget(far, 0, "bfloat16")
+    assert note.startswith("what was trained computes in bfloat16")
+    assert "--max-kl 0.0019" in note
+    assert why_beyond_budget(near, 0, "bfloat16") == []
     assert why_beyond_budget(candidate("original", 0.2, 1.0), 3) == []
     assert why_beyond_budget(candidate("dequantized", 0.2, 1.0, ("torn",)), 3) == []
 

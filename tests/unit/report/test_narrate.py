@@ -115,6 +115,9 @@ class TestComputing:
         (line,) = self.lines(Shortcuts(True, fusion, 1e-7))
         assert "3 LoRA layers in 2 operations; 2 LoRA layers left to PEFT (DoRA" in line
         assert line.endswith("gradients differ by 1.0e-07")
+        heard = Heard()
+        narrate.computing(heard, Shortcuts(True, fusion, 0.04), Recompute(Module(), 0, 4, ""), True)
+        assert heard.lines[0].endswith("gradients differ by 4.0e-02, as 16 bits round")
 
     def test_parts_that_keep_less_are_counted(self) -> None:
         lean = LeanParts(("a", "b"), {"c": KINDS[0]})
