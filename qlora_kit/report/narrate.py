@@ -288,6 +288,11 @@ def summary(reporter: Reporter, run: RunDirectory, recipe: Recipe) -> None:
         reporter.say(f"  qlora-kit evaluate {folder}")
     if values["certificate"] is None:
         reporter.say(f"  qlora-kit merge {folder}")
+    elif not values["certificate"]["passed"]:
+        told = run.shipped / "certificate.json"
+        reporter.say(
+            f"  {told} tells how far from what was trained the model beside it is, and why"
+        )
     else:
         reporter.say(
             f'  python -c "from transformers import AutoModelForCausalLM as M; '

@@ -198,3 +198,16 @@ def test_dequantize_gives_what_the_quantized_model_computes(
     assert refused.code == 1
     assert "is not quantized" in refused.err
     assert not (tmp_path / "other").exists()
+
+
+def test_a_merge_beyond_its_budget_is_not_offered_as_if_all_were_well(
+    tiny_llama: Path, tmp_path: Path, call: Call
+) -> None:
+    recipe = write_recipe(tmp_path, tiny_llama)
+    changes = ("train.max_steps=2", "evaluate.generate=null", "export.merge_options.max_kl=1e-30")
+    said = call("train", str(recipe), *changes)
+    assert said.code == 1
+    assert "OVER BUDGET" in said.out
+    assert "M.from_pretrained" not in said.out
+    assert "certificate.json tells how far" in said.out.replace("\n", " ")
+    assert (tmp_path / "run/merged/certificate.json").is_file()
