@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
 # Field (data.train.path, without numbers of list entries) → the default that it was introduced
 # with, once that has changed. The hash goes on leaving out this first default, and no other:
-#  - A run of before has the old value spelled out in its recipe.yaml, and keeps its hash.
+#  - A run of before has the old value spelled out in its recipe.yaml, or lacks a field that came
+#    later, which `load_written_out` reads as this; it keeps its hash.
 #  - A recipe that leaves the field to the default asks for something else than it did before the
 #    change. It gets another hash, and a run that it goes on with is refused or told the change
 #    (`checkpoint/drift.py`), as if the user had made it.

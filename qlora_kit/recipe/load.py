@@ -15,6 +15,7 @@ from qlora_kit.errors import Fault, RecipeError
 from qlora_kit.recipe.base import Spec, all_contradictions
 from qlora_kit.recipe.data import DataSpec, SourceSpec
 from qlora_kit.recipe.faults import field_faults, show_kind
+from qlora_kit.recipe.identity import FIRST_DEFAULTS
 from qlora_kit.recipe.model import ModelSpec
 from qlora_kit.recipe.overrides import apply_overrides
 from qlora_kit.recipe.recipe import Recipe
@@ -36,8 +37,6 @@ _STAND_INS: dict[str, Spec] = {
         max_length=2**31,
     ),
 }
-# Fields whose default does something else than was done before there were such fields.
-_BEFORE_THERE_WERE: dict[str, dict[str, Any]] = {"quantization": {"upcast_norms": True}}
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -55,15 +54,17 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def load_written_out(path: Path) -> Recipe:
     """The recipe that a run or a checkpoint was given by `save_recipe`, every default spelled out.
-    A field that is not there was not there when it was written, and means what was done before.
+    A field that is not there was not there when it was written, and means what was done before,
+    which is its first default (`FIRST_DEFAULTS`).
 
     Raises:
         RecipeError: as `load_recipe`.
     """
     values, faults = _read(path, ())
-    for section, fields in _BEFORE_THERE_WERE.items():
+    for field, before in FIRST_DEFAULTS.items():
+        section, _, name = field.rpartition(".")
         if isinstance(values.get(section), dict):
-            values[section] = {**fields, **values[section]}
+            values[section].setdefault(name, before)
     return recipe_from_dict(values, str(path), faults)
 
 
