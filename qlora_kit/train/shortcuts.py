@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 
 _TRIAL_SHAPE = (1, 32)
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Between one way of computing and the other: of the loss, and of all gradients together. What
-# bfloat16 rounds comes to 0.05 in 30 layers, and something else than the model computes to 1.
-_TOLERANCE = {"fp32": 1e-4, "bf16": 0.15, "fp16": 5e-2}
+# Between one way of computing and the other: of the loss, and of a kernel by itself.
+_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
+# Of all gradients together: what bfloat16 rounds came to 0.047 in 30 layers.
+_GRADIENT_TOLERANCE = {**_TOLERANCE, "bf16": 0.15}
 _STIRRED = 0.02
 _LOSS = "the loss of supervised places alone"
 _LORA = "LoRA as one operation"
@@ -295,7 +296,7 @@ class _Trial:
         off = sum(float((one - other).square().sum()) for one, other in pairs)
         size = sum(float(other.square().sum()) for _, other in pairs)
         apart = (off / size) ** 0.5 if size else 0.0
-        if not apart <= tolerance:
+        if not apart <= _GRADIENT_TOLERANCE[self.precision]:
             return f"on a trial the gradients differ by {apart:.2g} of their size", apart
         return None, apart
 
