@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import psutil
 import torch
 
 from qlora_kit.errors import HardwareError
+from qlora_kit.memory.process import resident_bytes
 
 T = TypeVar("T")
 
@@ -149,7 +149,7 @@ def limited_memory(limit_mib: int | None, device: str) -> Iterator[MemoryLimit]:
         finally:
             torch.cuda.set_per_process_memory_fraction(1.0)
         return
-    in_use = psutil.Process().memory_info().rss
+    in_use = resident_bytes()
     if in_use > limit_mib * _MIB:
         raise HardwareError(
             f"train.max_memory_mib is {limit_mib:,}, and the base and the data alone take "

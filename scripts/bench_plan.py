@@ -31,6 +31,7 @@ from qlora_kit.__main__ import begin
 
 MOST_OFF = {"tensors": 0.05, "process": 0.10}
 _MIB = 2**20
+_BESIDE_TENSORS = ("framework", "holes in the heap")
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,10 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="bench-plan-") as scratch:
             recipe = prepared(one, Path(scratch))
             row: dict[str, Any] = {"case": asdict(one)}
-            real, predicted = measured(recipe, arguments.threads), prediction(recipe)
+            real, predicted = (
+                measured(recipe, arguments.threads),
+                prediction(recipe, arguments.threads),
+            )
             row["by_phase"] = real["by_phase"]
             for what in MOST_OFF:
                 ratio = predicted[what] / real[what]
@@ -324,20 +328,19 @@ def alive(torch: Any) -> int:
     return sum(storages.values())
 
 
-def prediction(recipe: Path) -> dict[str, int]:
-    """Bytes of tensors while training, and of the process in the whole run."""
-    from qlora_kit.environment import probe_hardware
-    from qlora_kit.model.vocabulary import load_vocabulary
-    from qlora_kit.plan.plan import Planner
-    from qlora_kit.plan.rows import train_rows
-    from qlora_kit.recipe import load_recipe
-
-    loaded = load_recipe(recipe)
-    vocabulary = load_vocabulary(loaded.model)
-    hardware = probe_hardware()
-    train = train_rows(loaded, vocabulary)
-    found = Planner(vocabulary, hardware, hardware.host_memory_bytes).plan(loaded, train)
-    return {"tensors": found.moment("training").tensor_bytes, "process": found.peak.num_bytes}
+def prediction(recipe: Path, threads: int) -> dict[str, int]:
+    """Bytes of tensors while training, and of the process in the whole run, by the command line:
+    what this process holds of the shapes before is no part of it.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "qlora_kit", "plan", str(recipe), "--rows", "--json"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if not done.stdout:
+        sys.exit(f"{recipe} cannot be planned:\n{done.stderr[-3000:]}")
+    found = json.loads(done.stdout)
+    training: dict[str, int] = found["moments"]["training"]["bytes"]
+    beside = sum(training.get(name, 0) for name in _BESIDE_TENSORS)
+    return {"tensors": sum(training.values()) - beside, "process": found["peak_bytes"]}
 
 
 if __name__ == "__main__":

@@ -70,8 +70,8 @@ def command(
 
     vocabulary = load_vocabulary(loaded.model)
     available = _there_is(loaded, hardware) if asked_bytes is None else asked_bytes
-    train = train_rows(loaded, vocabulary) if rows else None
     planner = Planner(vocabulary, hardware, available)
+    train = train_rows(loaded, vocabulary) if rows else None
     if calibrate:
         planner.calibrate(_precision(loaded, hardware))
     reporter = SILENT if as_json else console_reporter()

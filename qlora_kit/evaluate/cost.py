@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.environment import probe_hardware
-from qlora_kit.evaluate.memory import peak_device_bytes, peak_resident_bytes, resident_bytes
 from qlora_kit.evaluate.speed import Speed, SpeedPlan, measure_speed
+from qlora_kit.memory.process import peak_device_bytes, peak_resident_bytes, resident_bytes
 from qlora_kit.report.reporter import SILENT, Reporter
 from qlora_kit.runtime.open import RuntimeName, import_runtime, open_runtime, runtime_of
 from qlora_kit.runtime.protocol import Footprint

@@ -22,13 +22,17 @@ _SHARE_LEFT = 0.43
 _SHARE_LEFT_TIDY, _SHARE_LEFT_TIDY_RECOMPUTING = 0.27, 0.08
 # No lists of small freed blocks that are not joined with their neighbours.
 _TIDY = {"glibc.malloc.tcache_count": "0", "glibc.malloc.mxfast": "0"}
+# Where the system gives pages of 2 MiB to who asks for them, which is what most are set to.
+_LARGE_PAGES = {"glibc.malloc.hugetlb": "1"}
 _GPU_DRIVER = Path("/dev/nvidiactl")
 
 
 def begin_with_a_tidy_heap() -> None:
     """Let this process begin again, with the same command and number, and a C library that joins
-    every block that is freed with its free neighbours at once: only who starts a process can say
-    that. Holes then are few (docs/memory.md, "Holes in the heap").
+    every block that is freed with its free neighbours at once, and asks the system for large pages
+    (from glibc 2.35 on): only who starts a process can say that. Holes then are few
+    (docs/memory.md, "Holes in the heap"), and the processor, which remembers where a few thousand
+    pages lie, need not look that up all the time (docs/performance.md, "Large pages").
 
     Nothing is done with another library, where the environment says already what to do, where the
     command cannot be read twice, and on a machine with a GPU, on which what the host does in
@@ -40,7 +44,9 @@ def begin_with_a_tidy_heap() -> None:
         return
     command = [sys.executable, *sys.orig_argv[1:]]
     with suppress(OSError):
-        os.execve(sys.executable, command, with_heap_settings(_TIDY))
+        said = heap_settings()
+        asked = {name: value for name, value in _LARGE_PAGES.items() if name not in said}
+        os.execve(sys.executable, command, with_heap_settings({**_TIDY, **asked}))
 
 
 def is_tidy() -> bool:

@@ -65,7 +65,8 @@ def training_beside(
     )
     try:
         vocabulary = load_vocabulary(recipe.model)
-        predicted = foretold_training(recipe, vocabulary, hardware, shape, how)
+        held = memory.host_at_start
+        predicted = foretold_training(recipe, vocabulary, hardware, shape, how, held)
     except QloraKitError:
         return None
     total = predicted.tensor_bytes if is_gpu else predicted.num_bytes

@@ -13,9 +13,9 @@ from qlora_kit.data.prepare import Part
 from qlora_kit.environment import Hardware
 from qlora_kit.errors import ModelError
 from qlora_kit.evaluate.evaluate import PERPLEXITY_BATCH_SIZE
-from qlora_kit.lean_imports import is_lean
 from qlora_kit.memory.kept import Kept
 from qlora_kit.memory.optimizer import state_bytes
+from qlora_kit.memory.process import resident_bytes
 from qlora_kit.memory.ways import largest_quantized
 from qlora_kit.model.reason import reason_of
 from qlora_kit.model.skeleton import build_skeleton, load_config
@@ -40,11 +40,11 @@ OPTIMIZER, FRAMEWORK = "optimizer", "framework"
 IN_FLIGHT = "a weight on its way"
 
 _GIB, _MIB = 2**30, 2**20
-FRAMEWORK_BYTES = {"cpu": 1000 * _MIB, "cuda": 700 * _MIB}
-"""Of a process that trains, tensors and the holes that they leave apart: interpreter and libraries;
-context and kernels of a GPU. Measured with torch 2.14 on a CPU; a guess for GPUs."""
-_SPARED_BYTES = 205 * _MIB
-"""Of that, libraries that lean imports leave out (docs/memory.md)."""
+# What training adds to interpreter and libraries as they are before there is a model, tensors and
+# the holes that they leave apart: docs/memory.md, "Predicted and measured".
+_ADDED_BYTES = 45 * _MIB
+# Context and kernels of a GPU: a guess.
+_CONTEXT_BYTES = 700 * _MIB
 # Of each number of a weight while it is quantized (a CPU does it in float32), or just moved.
 _BYTES_IN_FLIGHT = {"cpu": 14, "cuda": 4}
 
@@ -144,9 +144,11 @@ class Planner:
     """Plans for one device of a machine: of a recipe, and of what becomes of it by changes."""
 
     def __init__(self, vocabulary: Vocabulary, hardware: Hardware, budget_bytes: int):
+        """On a CPU interpreter and libraries are taken to be what this process holds now."""
         self.vocabulary = vocabulary
         self.hardware = hardware
         self.budget_bytes = budget_bytes
+        self.held_bytes = resident_bytes()
         self._imagined: dict[str, ImaginedTraining] = {}
 
     def plan(self, recipe: Recipe, train: Part | None = None) -> Plan:
@@ -164,7 +166,7 @@ class Planner:
         with _told_apart(recipe):
             imagined = self._model_of(recipe)
             calibration = recalled(hardware, imagined.precision)
-            framework = framework_bytes(hardware, calibration)
+            framework = framework_bytes(hardware, calibration, self.held_bytes)
             batches = self._batches(recipe, imagined, train)
             worst = worst_batch(recipe, batches, is_possible=train is None)
             choice = choice_of(imagined, recipe.train, worst, self.budget_bytes, framework)
@@ -235,25 +237,37 @@ class Planner:
 
 
 def foretold_training(
-    recipe: Recipe, vocabulary: Vocabulary, hardware: Hardware, shape: Shape, how: Taken
+    recipe: Recipe,
+    vocabulary: Vocabulary,
+    hardware: Hardware,
+    shape: Shape,
+    how: Taken,
+    held_bytes: int,
 ) -> Moment:
     """Of training alone, where it is known what is trained on and how.
+
+    Args:
+        held_bytes: in memory before there was a model.
 
     Raises:
         ModelError: the recipe holds what cannot be foretold.
     """
     with _told_apart(recipe):
         imagined = _imagined(recipe, vocabulary, hardware)
-        framework = framework_bytes(hardware, recalled(hardware, imagined.precision))
+        calibration = recalled(hardware, imagined.precision)
+        framework = framework_bytes(hardware, calibration, held_bytes)
         return _training(imagined, recipe, framework, shape, how)
 
 
-def framework_bytes(hardware: Hardware, calibration: Calibration | None) -> int:
-    """As calibrated, else as measured elsewhere."""
+def framework_bytes(hardware: Hardware, calibration: Calibration | None, held_bytes: int) -> int:
+    """Of a process that trains, tensors and the holes that they leave apart.
+
+    As calibrated, else what is held without a model and what training adds to that: together 795
+    MiB on one machine and 910 on another, of the same libraries. Of a GPU what its context takes.
+    """
     if calibration is not None:
         return calibration.framework_bytes
-    spares = hardware.device == "cpu" and is_lean()
-    return FRAMEWORK_BYTES[hardware.device] - spares * _SPARED_BYTES
+    return held_bytes + _ADDED_BYTES if hardware.device == "cpu" else _CONTEXT_BYTES
 
 
 def _seconds_to_train(

@@ -11,10 +11,10 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
 
 from qlora_kit.memory.allocator import large_blocks_given_back
+from qlora_kit.memory.process import resident_bytes
 from qlora_kit.memory.ways import (
     Situation,
     Way,
@@ -167,7 +167,7 @@ def _fastest(situation: Situation, spec: TrainSpec, at_a_time: int | None) -> Wa
 def _taken_bytes(device: str) -> int:
     if device == "cuda":
         return int(torch.cuda.memory_allocated())
-    return int(psutil.Process().memory_info().rss)
+    return resident_bytes()
 
 
 def _tell(

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import psutil
 import torch
+
+from qlora_kit.memory.process import resident_bytes
 
 if TYPE_CHECKING:
     from qlora_kit.environment import Hardware
@@ -29,6 +30,8 @@ class MemoryWatch:
     device: str = "cpu"
     host_peaks: dict[str, int] = field(default_factory=dict)
     device_peaks: dict[str, int] = field(default_factory=dict)
+    host_at_start: int = 0
+    """Before there is a model: interpreter and libraries, and what else a process holds."""
     host_at_steps: list[int] = field(default_factory=list)
     device_at_steps: list[int] = field(default_factory=list)
     _phase: str = "start"
@@ -36,6 +39,7 @@ class MemoryWatch:
     _thread: threading.Thread | None = None
 
     def __enter__(self) -> MemoryWatch:
+        self.host_at_start = self._note_host()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
         return self
@@ -90,7 +94,7 @@ class MemoryWatch:
             self._note_host()
 
     def _note_host(self) -> int:
-        now = psutil.Process().memory_info().rss
+        now = resident_bytes()
         phase = self._phase
         self.host_peaks[phase] = max(now, self.host_peaks.get(phase, 0))
         return now

@@ -17,6 +17,7 @@ from torch import nn
 
 from qlora_kit.errors import ModelError
 from qlora_kit.memory.kept import recomputing_layers
+from qlora_kit.memory.process import resident_bytes
 from qlora_kit.memory.ways import (
     bytes_of_update,
     lengths_of_rows,
@@ -160,9 +161,9 @@ def _free_bytes(around: Surroundings, spec: TrainSpec) -> float:
             free = min(free, spec.max_memory_mib * _MIB - torch.cuda.memory_reserved())
         return free + reserved
     if spec.max_memory_mib is not None:
-        return spec.max_memory_mib * _MIB - psutil.Process().memory_info().rss
+        return spec.max_memory_mib * _MIB - resident_bytes()
     free = psutil.virtual_memory().available
     most = cgroup_limit_bytes()
     if most is not None:
-        free = min(free, most - psutil.Process().memory_info().rss)
+        free = min(free, most - resident_bytes())
     return free / around.processes.count

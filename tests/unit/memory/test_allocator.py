@@ -107,6 +107,7 @@ begin_with_a_tidy_heap()
 print(os.getpid(), is_tidy(), sys.argv[1:], os.environ["GLIBC_TUNABLES"])
 """
 _TIDY = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
+_LARGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
 @pytest.fixture
@@ -166,7 +167,11 @@ def test_freed_blocks_go_back_to_the_system_while_it_lasts() -> None:
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not the GNU C library")
-@pytest.mark.parametrize("tunables", ["", _TIDY], ids=["as it is", "tidy"])
+@pytest.mark.parametrize(
+    "tunables",
+    ["", _TIDY, f"{_TIDY}:{_LARGE_PAGES}"],
+    ids=["as it is", "tidy", "tidy, of large pages"],
+)
 def test_a_forward_pass_leaves_about_as_large_holes_as_are_told(
     monkeypatch: pytest.MonkeyPatch, tunables: str
 ) -> None:
@@ -197,7 +202,8 @@ def test_a_process_begins_again_with_its_command_and_number(tmp_path: Path) -> N
         text=True,
     )
     said, _ = started.communicate()
-    assert said == f"{started.pid} True ['a b', '--c'] glibc.malloc.perturb=7:{_TIDY}\n"
+    tunables = f"glibc.malloc.perturb=7:{_TIDY}:{_LARGE_PAGES}"
+    assert said == f"{started.pid} True ['a b', '--c'] {tunables}\n"
 
 
 @pytest.fixture
@@ -234,6 +240,16 @@ def test_what_a_user_says_of_the_heap_holds(
     begin_with_a_tidy_heap()
     assert not begun
     assert not is_tidy()
+
+
+def test_what_a_user_says_of_large_pages_holds(
+    monkeypatch: pytest.MonkeyPatch, begun: list[tuple[object, ...]]
+) -> None:
+    monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.hugetlb=0")
+    begin_with_a_tidy_heap()
+    ((_, _, environment),) = begun
+    assert isinstance(environment, dict)
+    assert environment["GLIBC_TUNABLES"] == f"glibc.malloc.hugetlb=0:{_TIDY}"
 
 
 def test_a_program_that_was_read_from_standard_input_cannot_begin_again(

@@ -77,16 +77,14 @@ def the_record(cache: Path) -> Path:
     return path
 
 
-def test_without_a_calibration_lean_imports_count_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = {}
-    for is_lean in (False, True):
-        monkeypatch.setattr("qlora_kit.plan.plan.is_lean", lambda said=is_lean: said)
-        for device in ("cpu", "cuda"):
-            found[device, is_lean] = framework_bytes(replace(_MACHINE, device=device), None)
-    assert found["cpu", True] < found["cpu", False]
-    assert found["cuda", True] == found["cuda", False]
+def test_without_a_calibration_what_the_process_holds_counts_on_a_cpu() -> None:
+    held = 700 * 2**20
+    little = 100 * 2**20
+    assert held < framework_bytes(_MACHINE, None, held) < held + little
+    on_gpu = replace(_MACHINE, device="cuda")
+    assert framework_bytes(on_gpu, None, held) == framework_bytes(on_gpu, None, 2 * held)
     known = Calibration(_PEAK_BYTES, _PRODUCTS, _BYTES, _OPERATION)
-    assert framework_bytes(_MACHINE, known) == _PEAK_BYTES
+    assert framework_bytes(_MACHINE, known, held) == _PEAK_BYTES
 
 
 class TestKept:
