@@ -22,6 +22,7 @@ from qlora_kit.memory.live import GRADIENTS, UNPACKED, Component, LiveTensors
 from qlora_kit.memory.weights import hold_weights
 from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.by_example import attending_by_example, can_attend_by_example, know_lengths
+from qlora_kit.model.fused.at_places import last_of
 from qlora_kit.model.fused.attach import Fusion, plan_fusion
 from qlora_kit.model.fused.gated import looks_gated
 from qlora_kit.model.fused.lean import LeanParts
@@ -148,9 +149,11 @@ class ImaginedTraining:
         self.has_own_loss = (
             not recipe.train.fused_loss or why_no_supervised_loss(base.model) is not None
         )
+        lean = _lean_parts(self.model, recipe.train)
         self.shortcuts = Shortcuts(
             fusion=self._fusion() if recipe.train.fused_lora else None,
-            lean=_lean_parts(self.model, recipe.train),
+            lean=lean,
+            last_mlp=None if self.has_own_loss else last_of(self.model, lean.mlps),
         )
         self._told: dict[tuple[Any, ...], Peak] = {}
 
@@ -390,9 +393,8 @@ class _ImaginedForward(SupervisedForward):
     def num_at_a_time(self, device: str) -> int:
         return super().num_at_a_time(self.device)
 
-    def places(self, targets: torch.Tensor) -> Any:
-        count = min(self.num_supervised, targets.numel())
-        return torch.zeros(count, dtype=torch.long), torch.zeros(count, dtype=torch.long)
+    def wanted(self, labels: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(min(self.num_supervised, labels[:, 1:].numel()), dtype=torch.long)
 
 
 def _lean_parts(model: Any, spec: TrainSpec) -> LeanParts:

@@ -84,7 +84,8 @@ def computing(
     left_out(reporter, shortcuts.left)
     parts = []
     if shortcuts.supervised_loss:
-        parts.append("logits at supervised places alone")
+        last = ", the last MLP too" * (shortcuts.last_mlp is not None)
+        parts.append(f"logits at supervised places alone{last}")
     found = shortcuts.fusion
     if found is not None and found.groups:
         parts.append(f"{found.num_layers} LoRA layers in {len(found.groups)} operations")

@@ -115,6 +115,7 @@ def _tell_drift(before: Progress | None, found: Shortcuts, around: Surroundings)
 def _counted(one: Shortcuts) -> str:
     num_layers = one.fusion.num_layers if one.fusion else 0
     loss = "logits at supervised places alone" if one.supervised_loss else "all logits"
+    loss += ", the last MLP too" * (one.last_mlp is not None)
     liger = [LIGER_PARTS[name] for name in one.liger]
     kernels = f", Liger's kernels for {', '.join(liger)}" * bool(liger)
     return (
@@ -140,6 +141,7 @@ def _as_values(one: Shortcuts) -> dict[str, Any]:
         "mlps": list(one.lean.mlps),
         "norms": {name: asdict(kind) for name, kind in one.lean.norms.items()},
         "rotary": list(one.lean.rotary),
+        "last_mlp": one.last_mlp,
         "liger": list(one.liger),
         "why_kernels": one.why_kernels,
         "difference": one.difference,
@@ -158,6 +160,7 @@ def _from_values(values: Mapping[str, Any]) -> Shortcuts:
         difference=values["difference"],
         left=tuple(values["left"]),
         lean=LeanParts(tuple(values["mlps"]), norms, tuple(values.get("rotary", ()))),
+        last_mlp=values.get("last_mlp"),
         liger=tuple(values.get("liger", ())),
         why_kernels=values.get("why_kernels", ""),
     )

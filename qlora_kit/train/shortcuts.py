@@ -11,14 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from qlora_kit.data.sequences import IGNORE_INDEX
+from qlora_kit.model.fused.at_places import FEWEST_TOKENS, AtPlaces, last_of
 from qlora_kit.model.fused.attach import Fusion, fused, plan_fusion
 from qlora_kit.model.fused.lean import NO_PARTS, LeanParts, lean, looking_for_lean_parts
 from qlora_kit.model.fused.liger import GATED, NORM, ROTARY, why_no_liger
 from qlora_kit.model.fused.remade import Origins
+from qlora_kit.model.fused.replaced import replaced_forward
 from qlora_kit.model.fused.residents import Residents
 from qlora_kit.out_of_memory import is_out_of_memory
 from qlora_kit.train.kernel_race import NUM_TOKENS, Raced, pair_of, raced, seconds_on_a_gpu
-from qlora_kit.train.supervised_loss import supervised_only
+from qlora_kit.train.supervised_loss import SupervisedForward, supervised_only
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -34,6 +37,7 @@ _TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
 _GRADIENT_TOLERANCE = {**_TOLERANCE, "bf16": 0.15}
 _STIRRED = 0.02
 _LOSS = "the loss of supervised places alone"
+_LAST_MLP = "the last MLP at supervised places alone"
 _LORA = "LoRA as one operation"
 _ROTARY = "rotary embeddings as one operation"
 _LIGER = "Liger's kernels"
@@ -59,6 +63,8 @@ class Shortcuts:
     """Gated MLPs, norms and rotary embeddings that keep or take less."""
     liger: tuple[str, ...] = ()
     """Which of them Liger's kernels compute, of `model.fused.liger.OPERATIONS`."""
+    last_mlp: str | None = None
+    """That of the last layer, where it computes at supervised places alone."""
     why_kernels: str = ""
     """By what that was chosen, in a few words; empty where there is nothing to say."""
 
@@ -96,6 +102,8 @@ def choose_shortcuts(
                 found, why = _tried(trial, wanted, found, [changes])
                 if why is not None:
                     left.append(f"{name}: {why}")
+            if not found.supervised_loss:  # by which alone it is known where they are
+                found = replace(found, last_mlp=None)
         found, without = _with_kernels(trial, wanted, found, spec)
     return replace(found, left=(*left, *without))
 
@@ -175,6 +183,12 @@ def _candidates(
         candidates.append((_LORA, {"fusion": plan_fusion(model, trial.forward)}))
     if spec.fused_mlp and parts.mlps:
         candidates.append(("MLPs that keep less", {"lean": LeanParts(mlps=parts.mlps)}))
+    last_mlp = last_of(model, parts.mlps) if spec.fused_mlp and spec.fused_loss else None
+    if last_mlp is not None and not left:
+        if trial.is_read_elsewhere(last_mlp):
+            left.append(f"{_LAST_MLP}: the loss depends on what it gives at others")
+        else:
+            candidates.append((_LAST_MLP, {"last_mlp": last_mlp}))
     if spec.fused_norm and parts.norms:
         candidates.append(("norms that keep less", {"lean": LeanParts(norms=parts.norms)}))
     if spec.fused_rotary and parts.rotary:
@@ -193,7 +207,7 @@ def _tried(
     for one in changes:
         lean = attempt.lean.joined(one.get("lean", NO_PARTS))
         attempt = replace(attempt, **{**one, "lean": lean})
-    with taken(trial.model, attempt):
+    with taken(trial.model, attempt, least_tokens=1):
         why, apart = trial.compared(wanted)
     if why is not None:
         return so_far, why
@@ -202,12 +216,16 @@ def _tried(
 
 @contextmanager
 def taken(
-    model: PeftModel, shortcuts: Shortcuts, residents: Residents | None = None
+    model: PeftModel,
+    shortcuts: Shortcuts,
+    residents: Residents | None = None,
+    least_tokens: int = FEWEST_TOKENS,
 ) -> Iterator[None]:
     """Compute so, while the context lasts.
 
     Args:
         residents: unpacked weights that stay, of fused layers.
+        least_tokens: of a batch at some of whose places the last MLP computes nothing.
     """
     origins = Origins()
     with ExitStack() as stack:
@@ -216,6 +234,11 @@ def taken(
         if shortcuts.fusion is not None:
             stack.enter_context(fused(model, shortcuts.fusion, origins, residents))
         stack.enter_context(lean(model, shortcuts.lean, origins, shortcuts.liger))
+        loss = model.get_base_model().forward
+        if shortcuts.last_mlp is not None and isinstance(loss, SupervisedForward):
+            mlp = model.get_submodule(shortcuts.last_mlp)
+            narrowed = AtPlaces(mlp.forward, loss.places, least_tokens)
+            stack.enter_context(replaced_forward(mlp, narrowed))
         yield
 
 
@@ -247,7 +270,7 @@ class _Trial:
         ids = torch.randint(0, entries, _TRIAL_SHAPE, generator=generator)
         is_left_out = torch.rand(_TRIAL_SHAPE, generator=generator) < 0.5
         self.ids = ids.to(self.device)
-        self.labels = ids.masked_fill(is_left_out, -100).to(self.device)
+        self.labels = ids.masked_fill(is_left_out, IGNORE_INDEX).to(self.device)
         self.trained = [one for one in model.parameters() if one.requires_grad]
 
     @contextmanager
@@ -282,6 +305,22 @@ class _Trial:
             gradients = torch.autograd.grad(loss, self.trained, allow_unused=True)
         found = [torch.zeros(()) if one is None else one.float() for one in gradients]
         return _Outcome(float(loss.detach()), found)
+
+    def is_read_elsewhere(self, name: str) -> bool:
+        """Whether the loss depends on what a module gives at places that are not supervised: then
+        its gradient there is not zero, in whatever precision.
+        """
+        given: list[torch.Tensor] = []
+        hook = self.model.get_submodule(name).register_forward_hook(
+            lambda _, __, output: given.append(output)
+        )
+        try:
+            with torch.enable_grad():
+                loss = self.forward().loss
+                (gradient,) = torch.autograd.grad(loss, given[-1])
+        finally:
+            hook.remove()
+        return bool(gradient[:, :-1][self.labels[:, 1:] == IGNORE_INDEX].any())
 
     def compared(self, wanted: _Outcome) -> tuple[str | None, float]:
         """(what is wrong, how far the gradients are apart)"""

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from qlora_kit.data.sequences import IGNORE_INDEX
+from qlora_kit.model.fused.at_places import Places
 from qlora_kit.model.fused.replaced import replaced_forward
 
 if TYPE_CHECKING:
@@ -146,6 +147,9 @@ class SupervisedForward:
         backbone = model.base_model
         assert isinstance(backbone, nn.Module)
         self.backbone = backbone
+        self.places = Places()
+        """Those that the head will see: known before the backbone computes, and until the next
+        batch comes, as layers may compute again in the backward pass."""
         self._output_type: type[Any] = BaseModelOutputWithPast
         self._num_entries = 0
         self._is_head_trained = False
@@ -162,18 +166,18 @@ class SupervisedForward:
         The loss is divided by `num_items_in_batch`, else by the number of supervised tokens.
         """
         if labels is None:
+            self.places.wanted = None
             return self.own_forward(input_ids=input_ids, **inputs)
         inputs = {**inputs, "use_cache": False}
+        wanted = self.places.wanted = self.wanted(labels)
         output = self.backbone(input_ids=input_ids, **inputs)
         hidden, self._output_type = output.last_hidden_state, type(output)
-        targets = labels[:, 1:]
-        places = self.places(targets)
-        chosen = hidden[:, :-1][places]
+        chosen = hidden.flatten(0, 1).index_select(0, wanted)
         if not self._num_entries and len(chosen):
             self._look_at_head(chosen)
         total = chunked_cross_entropy(
             chosen,
-            targets[places],
+            labels.flatten()[wanted + 1],
             self.head,
             self.num_at_a_time(chosen.device.type),
             self._is_head_trained and torch.is_grad_enabled(),
@@ -184,9 +188,11 @@ class SupervisedForward:
         loss: Any = total / count
         return CausalLMOutputWithPast(loss=loss)
 
-    def places(self, targets: torch.Tensor) -> Any:
-        """Which of (B, S - 1) are supervised, as an index into them."""
-        return targets != IGNORE_INDEX
+    def wanted(self, labels: torch.Tensor) -> torch.Tensor:
+        """(N,): which of the B · S places are followed by a supervised token of their row."""
+        is_followed = torch.zeros_like(labels, dtype=torch.bool)
+        is_followed[:, :-1] = labels[:, 1:] != IGNORE_INDEX
+        return is_followed.flatten().nonzero().squeeze(1)
 
     def num_at_a_time(self, device: str) -> int:
         """Places whose logits are computed together."""

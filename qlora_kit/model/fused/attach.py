@@ -47,7 +47,7 @@ def plan_fusion(model: PeftModel, run: Callable[[], Any]) -> Fusion:
     Args:
         run: passes some tokens through the model.
     """
-    lora_layers = [(name, one) for name, one in model.named_modules() if _is_lora_layer(one)]
+    lora_layers = [(name, one) for name, one in model.named_modules() if is_lora_layer(one)]
     reasons = {name: why_left(one) for name, one in lora_layers}
     calls: list[tuple[str, str, torch.Tensor]] = []
 
@@ -75,7 +75,7 @@ def plan_fusion(model: PeftModel, run: Callable[[], Any]) -> Fusion:
 
 def reasons_left(model: PeftModel) -> Counter[str]:
     """Why how many layers of a model have to be computed by PEFT."""
-    reasons = (why_left(one) for one in model.modules() if _is_lora_layer(one))
+    reasons = (why_left(one) for one in model.modules() if is_lora_layer(one))
     return Counter(one for one in reasons if one)
 
 
@@ -98,7 +98,8 @@ def why_left(layer: Any) -> str | None:
     return None
 
 
-def _is_lora_layer(module: nn.Module) -> bool:
+def is_lora_layer(module: nn.Module) -> bool:
+    """PEFT's, of whatever kind."""
     from peft.tuners.lora import LoraLayer
 
     return isinstance(module, LoraLayer)

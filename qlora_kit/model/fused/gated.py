@@ -24,10 +24,7 @@ class GatedOps:
 
     def product(self, gate: torch.Tensor, up: torch.Tensor, act: Activation) -> torch.Tensor:
         """act(gate) · up, where it can be in the memory of act(gate)."""
-        activated = act(gate)
-        # Storages by themselves: a trial on tensors without numbers has no addresses.
-        is_own = activated.untyped_storage()._cdata != gate.untyped_storage()._cdata
-        return activated.mul_(up) if is_own else activated * up
+        return _multiplied(act(gate), up, gate)
 
     def gradients(
         self, given: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, act: Activation
@@ -37,7 +34,14 @@ class GatedOps:
             leaf = gate.detach().requires_grad_()
             activated = act(leaf)
         (of_gate,) = torch.autograd.grad(activated, leaf, given * up)
-        return of_gate, activated.detach() * given
+        return of_gate, _multiplied(activated.detach(), given, gate)
+
+
+def _multiplied(activated: torch.Tensor, factor: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    """In the memory of act(gate), unless an activation has left it where gate is."""
+    # Storages by themselves: a trial on tensors without numbers has no addresses.
+    is_own = activated.untyped_storage()._cdata != gate.untyped_storage()._cdata
+    return activated.mul_(factor) if is_own else activated * factor
 
 
 BY_TORCH = GatedOps()

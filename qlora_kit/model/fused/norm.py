@@ -32,9 +32,11 @@ class NormKind:
     ) -> torch.Tensor:
         """y, of an x of any dtype and a float32 r (…, 1)."""
         normed = x.to(torch.float32) * reciprocal
-        if self.scales_last:
-            return weight * normed.to(x.dtype)
-        return (normed * self._factor(weight)).to(x.dtype)
+        if not self.scales_last:
+            return normed.mul_(self._factor(weight)).to(x.dtype)
+        rounded = normed.to(x.dtype)
+        is_wider = torch.result_type(weight, rounded) != rounded.dtype
+        return weight * rounded if is_wider else rounded.mul_(weight)
 
     def gradient_of_normed(self, given: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """w g, in float32."""

@@ -98,6 +98,7 @@ _EIGHT = {"load_in_8bit": True, "load_in_4bit": False}
         (0, {"fused_lora": False}, {}, {}),
         (0, {}, _FLAT, {}),
         (1, {}, _FLAT, {}),
+        (0, {"per_device_train_batch_size": 8}, _FLAT, {}),
         (0, {}, _PACKED, {}),
         (0, {}, {}, _EIGHT),
         (2, {}, _FLAT, _EIGHT),

@@ -12,7 +12,7 @@ BENCHES = sorted(
     file.stem.removeprefix("bench_")
     for file in (Path(__file__).parents[3] / "scripts").glob("bench_*.py")
 )
-WRITERS = ("train", "plan", "scaling", "loading", "data", "resume", "checkpoint")
+WRITERS = ("train", "heap", "plan", "scaling", "loading", "data", "resume", "checkpoint")
 
 
 def refused(name: str, *options: str) -> int:

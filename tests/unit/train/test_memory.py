@@ -20,6 +20,7 @@ def test_each_phase_has_its_own_peak() -> None:
         memory.step()
         del block
         memory.phase("after")
+    assert 0 < memory.host_at_start <= memory.host_peaks["start"] < memory.host_peaks["large"]
     assert memory.host_peaks["large"] > memory.host_peaks["small"] + 250 * MIB
     assert memory.peak == ("large", memory.host_peaks["large"])
     assert memory.as_dict()["peak_phase"] == "large"

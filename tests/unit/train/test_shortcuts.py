@@ -40,6 +40,7 @@ def test_both_are_taken_and_nothing_is_changed_by_the_trial(model: Any) -> None:
     assert found.fusion.num_layers == 14
     assert (len(found.lean.mlps), len(found.lean.norms)) == (2, 5)
     assert found.lean.rotary == ("transformers.models.llama.modeling_llama",)
+    assert found.last_mlp == "base_model.model.model.layers.1.mlp"
     assert 0 < found.difference < 1e-5
     assert found.left == ()
     assert model.training
@@ -53,7 +54,9 @@ def test_each_can_be_switched_off(model: Any) -> None:
     assert chosen(model, **dict.fromkeys(SWITCHES, False)) == NONE
     assert chosen(model, fused_loss=False).supervised_loss is False
     assert chosen(model, fused_lora=False).fusion is None
+    assert chosen(model, fused_loss=False).last_mlp is None
     assert chosen(model, fused_mlp=False).lean.mlps == ()
+    assert chosen(model, fused_mlp=False).last_mlp is None
     assert chosen(model, fused_norm=False).lean.norms == {}
     assert chosen(model, fused_rotary=False).lean.rotary == ()
     sharded = choose_shortcuts(model, TrainSpec(), "fp32", is_sharded=True)
@@ -87,6 +90,30 @@ def test_a_loss_that_is_wrong_is_found(model: Any, monkeypatch: pytest.MonkeyPat
     found = chosen(model)
     assert not found.supervised_loss
     assert "on a trial the loss is" in found.left[0]
+
+
+def test_what_others_read_of_the_last_mlp_is_found(model: Any) -> None:
+    """Behind it places are mixed, as in no model that is known here."""
+    norm = model.get_base_model().model.norm
+    own = norm.forward
+    norm.forward = lambda x: own(x + 0.1 * x.mean(1, keepdim=True))
+    found = chosen(model)
+    assert found.last_mlp is None
+    assert found.left == (
+        "the last MLP at supervised places alone: the loss depends on what it gives at others",
+    )
+    assert found.supervised_loss
+    assert len(found.lean.mlps) == 2
+
+
+def test_without_the_loss_there_is_no_last_mlp(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(supervised_loss, "chunked_cross_entropy", fails)
+    found = chosen(model)
+    assert not found.supervised_loss
+    assert found.last_mlp is None
 
 
 def test_what_fails_is_left_out(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
