@@ -24,11 +24,8 @@ from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.by_example import attending_by_example, can_attend_by_example, know_lengths
 from qlora_kit.model.fused.at_places import last_of
 from qlora_kit.model.fused.attach import Fusion, plan_fusion
-from qlora_kit.model.fused.gated import looks_gated
 from qlora_kit.model.fused.lean import LeanParts
-from qlora_kit.model.fused.norm import KINDS, looks_like_norm
 from qlora_kit.model.fused.residents import Residents
-from qlora_kit.model.fused.rotary import rotary_files
 from qlora_kit.plan.effort import CountedEffort, Effort
 from qlora_kit.plan.few_layers import (
     BEGIN,
@@ -42,6 +39,7 @@ from qlora_kit.plan.few_layers import (
     in_place,
 )
 from qlora_kit.plan.stand_in import give_tensors, stand_in_base
+from qlora_kit.plan.stand_in_parts import lean_parts_by_stand_ins
 from qlora_kit.runtime.forward import CHUNK_CELLS
 from qlora_kit.train.recompute import able_to_recompute, recompute_first
 from qlora_kit.train.shortcuts import Shortcuts, taken, why_no_supervised_loss
@@ -209,7 +207,7 @@ class ImaginedTraining:
 
         def found(few: FewLayers | None) -> Kept:
             with self._computing(_NUM_SUPERVISED, is_seen), in_place(few):
-                self.model.train()
+                begin_training(self.model)
                 if few is None:
                     return measure_kept(self.model, run)
                 chosen = few.chosen
@@ -241,7 +239,7 @@ class ImaginedTraining:
             course = Course(few, counts=lambda: vars(counting.effort))
             with self._on(shape) as batch, counting, in_place(few):
                 with self._recomputing(among(few, num_recomputing)), course.watched():
-                    self.model.train()
+                    begin_training(self.model)
                     self._loss(batch).backward()
                 self.model.zero_grad()
                 self.model.eval()
@@ -277,7 +275,7 @@ class ImaginedTraining:
         course = Course(few, live)
         with self._on(shape, residents) as batch, live, in_place(few):
             with self._recomputing(among(few, how.num_recomputing)):
-                self.model.train()
+                begin_training(self.model)
                 offloaded = _kept_elsewhere(how.offloads)
                 with course.watched(), _known_gradients(self.trained, live), offloaded:
                     for _ in range(1 + how.is_accumulated):
@@ -397,16 +395,24 @@ class _ImaginedForward(SupervisedForward):
         return torch.zeros(min(self.num_supervised, labels[:, 1:].numel()), dtype=torch.long)
 
 
+def begin_training(model: torch.nn.Module) -> None:
+    """As `model.train()`; but what may leave out whole layers by lot (`layerdrop`, of OPT and its
+    like) leaves out none: a lot without a number cannot be drawn, and none needs most.
+    """
+    model.train()
+    for module in model.modules():
+        if hasattr(module, "layerdrop"):
+            module.training = False
+
+
 def _lean_parts(model: Any, spec: TrainSpec) -> LeanParts:
     """By what modules look like, where training tries their numbers too."""
-    named = list(model.named_modules())
-    mlps = [name for name, one in named if spec.fused_mlp and looks_gated(one)]
-    norms = [name for name, one in named if spec.fused_norm and looks_like_norm(one)]
-    kinds = {
-        name: KINDS[type(model.get_submodule(name)).__name__.startswith("Gemma")] for name in norms
-    }
-    rotary = tuple(rotary_files(model)) if spec.fused_rotary else ()
-    return LeanParts(tuple(mlps), kinds, rotary)
+    found = lean_parts_by_stand_ins(model)
+    return LeanParts(
+        found.mlps if spec.fused_mlp else (),
+        found.norms if spec.fused_norm else {},
+        found.rotary if spec.fused_rotary else (),
+    )
 
 
 @contextmanager

@@ -185,9 +185,10 @@ def _candidates(
         candidates.append(("MLPs that keep less", {"lean": LeanParts(mlps=parts.mlps)}))
     last_mlp = last_of(model, parts.mlps) if spec.fused_mlp and spec.fused_loss else None
     if last_mlp is not None and not left:
-        if trial.is_read_elsewhere(last_mlp):
+        is_read_elsewhere = trial.is_read_elsewhere(last_mlp)
+        if is_read_elsewhere:
             left.append(f"{_LAST_MLP}: the loss depends on what it gives at others")
-        else:
+        elif is_read_elsewhere is not None:
             candidates.append((_LAST_MLP, {"last_mlp": last_mlp}))
     if spec.fused_norm and parts.norms:
         candidates.append(("norms that keep less", {"lean": LeanParts(norms=parts.norms)}))
@@ -306,21 +307,26 @@ class _Trial:
         found = [torch.zeros(()) if one is None else one.float() for one in gradients]
         return _Outcome(float(loss.detach()), found)
 
-    def is_read_elsewhere(self, name: str) -> bool:
+    def is_read_elsewhere(self, name: str) -> bool | None:
         """Whether the loss depends on what a module gives at places that are not supervised: then
-        its gradient there is not zero, in whatever precision.
+        its gradient there is not zero, in whatever precision. None where it cannot be seen.
         """
-        given: list[torch.Tensor] = []
+        made: list[torch.Tensor] = []
         hook = self.model.get_submodule(name).register_forward_hook(
-            lambda _, __, output: given.append(output)
+            lambda _, __, output: made.append(output)
         )
         try:
             with torch.enable_grad():
                 loss = self.forward().loss
-                (gradient,) = torch.autograd.grad(loss, given[-1])
         finally:
             hook.remove()
-        return bool(gradient[:, :-1][self.labels[:, 1:] == IGNORE_INDEX].any())
+        if len(made) != 1 or not made[0].requires_grad:
+            return None
+        (gradient,) = torch.autograd.grad(loss, made[0])
+        if gradient.shape[:-1].numel() != self.labels.numel():
+            return None
+        by_place = gradient.reshape(*self.labels.shape, -1)
+        return bool(by_place[:, :-1][self.labels[:, 1:] == IGNORE_INDEX].any())
 
     def compared(self, wanted: _Outcome) -> tuple[str | None, float]:
         """(what is wrong, how far the gradients are apart)"""

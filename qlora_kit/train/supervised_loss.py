@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -209,7 +209,10 @@ class SupervisedForward:
         """
         given = self._output_type(last_hidden_state=hidden[None])
         place = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
-        with replaced_forward(self.backbone, lambda *_, **__: given):
+        with ExitStack() as stack:
+            for one in (self.backbone, getattr(self.backbone, "decoder", None)):
+                if isinstance(one, nn.Module):  # OPT's own forward passes over its backbone
+                    stack.enter_context(replaced_forward(one, lambda *_, **__: given))
             logits: torch.Tensor = self.own_forward(input_ids=place, use_cache=False).logits
         return logits.squeeze(0)  # whose gradient is no copy, as that of logits[0] would be
 

@@ -141,6 +141,19 @@ def rotary_files(model: nn.Module) -> dict[str, ModuleType]:
     return {name: file for name, file in files.items() if callable(vars(file).get(_NAME))}
 
 
+def rotates_in_halves(file: ModuleType) -> bool:
+    """Whether this file's function computes this on a few numbers: others take other arguments
+    (GPT-J), or rotate pairs of neighbours (Cohere, GLM).
+    """
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn((1, heads, 3, 8), generator=generator) for heads in (2, 1))
+    angles = torch.randn((1, 3, 4), generator=generator).repeat(1, 1, 2)
+    try:
+        return is_rotation(getattr(file, _NAME), q, k, angles.cos(), angles.sin())
+    except Exception:  # whatever a function says of arguments that it does not know
+        return False
+
+
 @contextmanager
 def replaced_rotary(file: ModuleType, make: Callable[[Rotate], Rotate]) -> Iterator[None]:
     """Another function in this file, made of its own, while the context lasts."""
