@@ -13,7 +13,7 @@ from qlora_kit.artifact.record import verify_artifact
 # Of what is written into JSON: clocks, and gauges of memory.
 _MEASURED = re.compile(
     r"(.*_)?(seconds|per_second|runtime|bytes|created|started|memory)"
-    r"|(host|device)_peak_bytes|growth_bytes_per_step"
+    r"|(host|device)_peak_bytes|growth_bytes_per_step|framework"
 )
 _KEPT = {"num_bytes"}
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
