@@ -34,6 +34,8 @@ class WorstBatch:
     """Whether attention needs a mask for more than one of them."""
     is_always_masked: bool = False
     """Whether it does for one alone: of rows whose examples it is not given one by one."""
+    by_example: bool = True
+    """Whether it is given them one by one, where the model can have that."""
 
     @property
     def num_tokens(self) -> int:
@@ -45,7 +47,7 @@ class WorstBatch:
         items = self.items[:count]
         rows = (tuple(length for item in items for length in item),) if self.is_flat else items
         is_masked = self.is_always_masked or (self.is_masked and len(items) > 1)
-        return Shape(rows, sum(self.supervised[:count]), is_masked)
+        return Shape(rows, sum(self.supervised[:count]), is_masked, self.by_example)
 
 
 def worst_of(items: Sequence[Item], batches: Batching) -> WorstBatch:
@@ -60,6 +62,7 @@ def worst_of(items: Sequence[Item], batches: Batching) -> WorstBatch:
         is_flat=is_flat,
         is_masked=not is_isolating and len(lengths) > 1,
         is_always_masked=is_isolating and not batches.by_example and not is_flat,
+        by_example=batches.by_example,
     )
 
 

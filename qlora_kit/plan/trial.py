@@ -40,6 +40,7 @@ from qlora_kit.plan.few_layers import (
 )
 from qlora_kit.plan.stand_in import give_tensors, stand_in_base
 from qlora_kit.plan.stand_in_parts import lean_parts_by_stand_ins
+from qlora_kit.plan.whole_rows import hiding_nothing
 from qlora_kit.runtime.forward import CHUNK_CELLS
 from qlora_kit.train.recompute import able_to_recompute, recompute_first
 from qlora_kit.train.shortcuts import Shortcuts, taken, why_no_supervised_loss
@@ -71,6 +72,8 @@ class Shape:
     is_masked: bool = False
     """Whether there is padding, or several examples in what attention sees, so that it needs a
     mask."""
+    by_example: bool = True
+    """Whether attention takes each example by itself, where a model can have that."""
 
     @property
     def num_tokens(self) -> int:
@@ -206,7 +209,8 @@ class ImaginedTraining:
             return self._loss(_batch(Shape(((length,),), _NUM_SUPERVISED), is_seen))
 
         def found(few: FewLayers | None) -> Kept:
-            with self._computing(_NUM_SUPERVISED, is_seen), in_place(few):
+            whole = hiding_nothing(not is_seen)
+            with whole, self._computing(_NUM_SUPERVISED, is_seen), in_place(few):
                 begin_training(self.model)
                 if few is None:
                     return measure_kept(self.model, run)
@@ -223,7 +227,8 @@ class ImaginedTraining:
 
     def _is_seen(self, shape: Shape | None = None) -> bool:
         """Whether attention goes by positions, and needs no mask."""
-        return can_attend_by_example(self.causal) and not (shape and shape.is_masked)
+        is_able = shape is None or (shape.by_example and not shape.is_masked)
+        return is_able and can_attend_by_example(self.causal)
 
     def step(self, shape: Shape, how: Taken) -> Peak:
         """The peak of forward and backward passes, optimizer apart; on a CPU with the holes that
@@ -310,7 +315,7 @@ class ImaginedTraining:
         return self._told_by_few(partial(self._scoring_of, num_rows, num_tokens))
 
     def _scoring_of(self, num_rows: int, num_tokens: int, few: FewLayers | None) -> Peak:
-        shape = Shape(((num_tokens,),) * num_rows, 0, num_rows > 1)
+        shape = Shape(((num_tokens,),) * num_rows, 0, num_rows > 1, by_example=False)
         live = LiveTensors(self.num_entries)
         hold_weights(self.model, live)
         course = Course(few, live)
@@ -325,7 +330,7 @@ class ImaginedTraining:
     def _answering(self, num_rows: int, num_prompt: int, num_new: int) -> Peak:
         live = LiveTensors(self.num_entries)
         hold_weights(self.model, live)
-        shape = Shape(((num_prompt,),) * num_rows, 0, num_rows > 1)
+        shape = Shape(((num_prompt,),) * num_rows, 0, num_rows > 1, by_example=False)
         with self._on(shape) as batch, live, torch.no_grad():
             output = self._forward(batch, use_cache=True, logits_to_keep=1)
             before = sum(live.now.values())
@@ -356,7 +361,8 @@ class ImaginedTraining:
     ) -> Iterator[Mapping[str, torch.Tensor]]:
         """A batch of that shape, to be computed as training does."""
         is_seen = self._is_seen(shape)
-        with self._computing(shape.num_supervised, is_seen, residents):
+        whole = hiding_nothing(not is_seen and not shape.is_masked)
+        with whole, self._computing(shape.num_supervised, is_seen, residents):
             yield _batch(shape, is_seen)
 
     @contextmanager
