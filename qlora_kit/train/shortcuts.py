@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from qlora_kit.recipe import TrainSpec
 
-_TRIAL_SHAPE = (1, 32)
+_TRIAL_SHAPE = (2, 16)
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Between one way of computing and the other: of the loss, and of a kernel by itself.
 _TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}

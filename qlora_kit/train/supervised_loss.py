@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from qlora_kit.data.sequences import IGNORE_INDEX
-from qlora_kit.model.fused.at_places import Places
+from qlora_kit.model.fused.at_places import Places, Wanted
 from qlora_kit.model.fused.replaced import replaced_forward
 
 if TYPE_CHECKING:
@@ -148,8 +148,7 @@ class SupervisedForward:
         assert isinstance(backbone, nn.Module)
         self.backbone = backbone
         self.places = Places()
-        """Those that the head will see: known before the backbone computes, and until the next
-        batch comes, as layers may compute again in the backward pass."""
+        """Those that the head will see, known before the backbone computes."""
         self._output_type: type[Any] = BaseModelOutputWithPast
         self._num_entries = 0
         self._is_head_trained = False
@@ -166,12 +165,14 @@ class SupervisedForward:
         The loss is divided by `num_items_in_batch`, else by the number of supervised tokens.
         """
         if labels is None:
-            self.places.wanted = None
             return self.own_forward(input_ids=input_ids, **inputs)
         inputs = {**inputs, "use_cache": False}
-        wanted = self.places.wanted = self.wanted(labels)
-        output = self.backbone(input_ids=input_ids, **inputs)
+        wanted = self.wanted(labels)
+        of_batch = Wanted(wanted, labels.numel())
+        with self.places.going_through(of_batch):
+            output = self.backbone(input_ids=input_ids, **inputs)
         hidden, self._output_type = output.last_hidden_state, type(output)
+        self.places.follow(hidden, of_batch)
         chosen = hidden.flatten(0, 1).index_select(0, wanted)
         if not self._num_entries and len(chosen):
             self._look_at_head(chosen)

@@ -6,7 +6,8 @@ others nobody reads. There its result is zero.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +25,48 @@ shorter: of them all is kept, as of a batch that is all supervised."""
 _LARGEST_SHARE = 0.9
 
 
-@dataclass
-class Places:
-    """Of the batch that goes through a model."""
+@dataclass(frozen=True)
+class Wanted:
+    """The places of one batch that its loss asks for."""
 
-    wanted: torch.Tensor | None = None
-    """(N,), indices into the batch's places, one row of the batch after the other. None: all."""
+    indices: torch.Tensor
+    """(N,), one row of the batch after the other."""
+    count: int
+    """Of all places of the batch."""
+
+
+class Places:
+    """Those of the batch that goes through a model, forward or, in layers that compute again,
+    backward: that may be another one than went through last.
+    """
+
+    def __init__(self) -> None:
+        self._forward: Wanted | None = None
+        self._backward: Wanted | None = None
+
+    @contextmanager
+    def going_through(self, wanted: Wanted) -> Iterator[None]:
+        """While its forward pass lasts."""
+        self._forward = wanted
+        try:
+            yield
+        finally:
+            self._forward = None
+
+    def follow(self, hidden: torch.Tensor, wanted: Wanted) -> None:
+        """From the moment when the backward pass comes to these hidden states, it is this batch."""
+
+        def begin(_: torch.Tensor) -> None:
+            self._backward = wanted
+
+        if hidden.requires_grad:
+            hidden.register_hook(begin)
+
+    @property
+    def wanted(self) -> Wanted | None:
+        """None: nobody knows, so that all are."""
+        is_backward = torch._C._current_graph_task_id() != -1
+        return self._backward if is_backward else self._forward
 
 
 class AtPlaces:
@@ -44,13 +81,13 @@ class AtPlaces:
     def __call__(self, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
         """(B, S, H) → (B, S, H)"""
         wanted, count = self.places.wanted, x.shape[:-1].numel()
-        if arguments or options or wanted is None or count < self.least:
+        if arguments or options or wanted is None or wanted.count != count or count < self.least:
             return self.own(x, *arguments, **options)
-        if not 0 < len(wanted) <= _LARGEST_SHARE * count:
+        if not 0 < len(wanted.indices) <= _LARGEST_SHARE * count:
             return self.own(x)
-        chosen = x.reshape(count, -1).index_select(0, wanted)
+        chosen = x.reshape(count, -1).index_select(0, wanted.indices)
         y = self.own(chosen[None]).squeeze(0)
-        whole = y.new_zeros((count, y.shape[-1])).index_copy(0, wanted, y)
+        whole = y.new_zeros((count, y.shape[-1])).index_copy(0, wanted.indices, y)
         return whole.view(*x.shape[:-1], -1)
 
 

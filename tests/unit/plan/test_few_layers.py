@@ -42,7 +42,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 12, "n_head": 4}, (0, 1, 2, 3, 10, 11)),
 }
 ALL_STAY = Taken(resident_bytes=10**9)
-FLAT, MASKED = Shape(((40, 7, 20),), 20), Shape(((30,), (30,)), 10, True)
+FLAT, MASKED = Shape(((80, 14, 40),), 40), Shape(((70,), (70,)), 20, True)
 
 
 def recipe_of(folder: Path, family: str, sizes: dict[str, Any]) -> Recipe:

@@ -106,6 +106,27 @@ def test_what_others_read_of_the_last_mlp_is_found(model: Any) -> None:
     assert len(found.lean.mlps) == 2
 
 
+class TimeFirst(torch.nn.Module):
+    """An MLP that is given (S, B, H), as a model of one's own may have it."""
+
+    def __init__(self, mlp: torch.nn.Module):
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.mlp(x.transpose(0, 1)).transpose(0, 1)
+        return y
+
+
+def test_places_in_another_order_are_found(model: Any) -> None:
+    layer = model.get_base_model().model.layers[1]
+    layer.mlp = TimeFirst(layer.mlp)
+    found = chosen(model)
+    assert found.last_mlp is None
+    assert "the loss depends on what it gives at others" in found.left[0]
+    assert len(found.lean.mlps) == 2
+
+
 def test_without_the_loss_there_is_no_last_mlp(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*_: Any) -> None:
         raise RuntimeError("no such kernel")

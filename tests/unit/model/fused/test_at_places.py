@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_kit.model.fused.at_places import FEWEST_TOKENS, AtPlaces, Places, last_of
+from qlora_kit.model.fused.at_places import FEWEST_TOKENS, AtPlaces, Places, Wanted, last_of
 from qlora_kit.model.fused.lean import lean
 from qlora_kit.model.fused.remade import Origins
 from qlora_kit.model.fused.replaced import replaced_forward
@@ -97,11 +97,40 @@ def test_all_places_are_computed_where_little_can_be_left_out() -> None:
 
 def test_what_it_gives_elsewhere_is_zero() -> None:
     x = torch.randn(2, 100, 8)
-    wanted = torch.tensor([3, 150])
-    made = AtPlaces(lambda given: given * 2, Places(wanted), 1)(x)
-    assert torch.equal(made.flatten(0, 1)[wanted], 2 * x.flatten(0, 1)[wanted])
+    indices, places = torch.tensor([3, 150]), Places()
+    doubled = AtPlaces(lambda given: given * 2, places, 1)
+    with places.going_through(Wanted(indices, 200)):
+        made = doubled(x)
+        of_another_batch = doubled(x[:, :90])
+    assert torch.equal(made.flatten(0, 1)[indices], 2 * x.flatten(0, 1)[indices])
     assert int(made.flatten(0, 1).any(-1).sum()) == 2
-    assert torch.equal(AtPlaces(lambda given: given * 2, Places(), 1)(x), 2 * x)
+    assert torch.equal(of_another_batch, 2 * x[:, :90])
+    assert torch.equal(doubled(x), 2 * x), "the batch has gone through"
+
+
+@pytest.mark.parametrize("num_others", [NUM_SUPERVISED, 7])
+def test_layers_compute_again_for_the_batch_that_the_backward_pass_is_at(num_others: int) -> None:
+    """Of two batches whose backward pass is one, and with one in between that has none."""
+    model = adapted("llama, untied")
+    last = last_of(model, found_in(model).mlps)
+    assert last is not None
+    others = IDS.flip(1).clone()
+    others.flatten()[num_others + 1 :] = -100
+    batches = [(IDS, LABELS), (IDS.flip(1), others)]
+
+    def gradients() -> list[torch.Tensor]:
+        model.zero_grad()
+        losses = [model(input_ids=i, labels=j, use_cache=False).loss for i, j in batches]
+        with torch.no_grad():
+            model(input_ids=IDS, labels=LABELS.roll(3, 0), use_cache=False)
+        sum(losses).backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    with supervised_only(model.get_base_model()), narrowed(model, last):
+        wanted = gradients()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        found = gradients()
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
 def test_dropout_and_products_that_see_all_places_leave_it_alone() -> None:
