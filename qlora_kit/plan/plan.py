@@ -23,7 +23,8 @@ from qlora_kit.model.vocabulary import load_vocabulary
 from qlora_kit.plan.calibration import Calibration, calibrate, recalled
 from qlora_kit.plan.choice import Choice, choice_of
 from qlora_kit.plan.rows import WorstBatch, longest_possible, train_rows, worst_batch
-from qlora_kit.plan.trial import HOLES, ImaginedTraining, Peak, Shape, Taken
+from qlora_kit.plan.shape import Shape
+from qlora_kit.plan.trial import HOLES, ImaginedTraining, Peak, Taken
 from qlora_kit.runtime.batches import BATCH_TOKENS, LOGITS_BYTES
 from qlora_kit.train.arguments import resolve_training_dtypes
 from qlora_kit.train.batching import foreseen_batches

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from qlora_kit.data.collate import Collator, IsolatingCollator
 from qlora_kit.data.sequences import TokenSequence
-from qlora_kit.plan.trial import Shape
+from qlora_kit.plan.shape import Shape
 
 if TYPE_CHECKING:
     from qlora_kit.data.prepare import Part

@@ -21,7 +21,7 @@ from qlora_kit.memory.kept import Kept, measure_kept, recomputing_layers
 from qlora_kit.memory.live import GRADIENTS, UNPACKED, Component, LiveTensors
 from qlora_kit.memory.weights import hold_weights
 from qlora_kit.model.adapter import attach_adapter
-from qlora_kit.model.by_example import attending_by_example, can_attend_by_example, know_lengths
+from qlora_kit.model.by_example import attending_by_example, can_attend_by_example
 from qlora_kit.model.fused.at_places import last_of
 from qlora_kit.model.fused.attach import Fusion, plan_fusion
 from qlora_kit.model.fused.lean import LeanParts
@@ -38,6 +38,7 @@ from qlora_kit.plan.few_layers import (
     fusion_of_all,
     in_place,
 )
+from qlora_kit.plan.shape import Shape, batch_of
 from qlora_kit.plan.stand_in import give_tensors, stand_in_base
 from qlora_kit.plan.stand_in_parts import lean_parts_by_stand_ins
 from qlora_kit.plan.whole_rows import hiding_nothing
@@ -59,33 +60,6 @@ HOLES = "holes in the heap"
 _SHORT = (1, 8)
 _NUM_SUPERVISED = 2  # as of the sequences that training counts
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-@dataclass(frozen=True)
-class Shape:
-    """Of a batch."""
-
-    rows: tuple[tuple[int, ...], ...]
-    """Of its tensors, each as the tokens of what attention sees together."""
-    num_supervised: int
-    """Of all together."""
-    is_masked: bool = False
-    """Whether there is padding, or several examples in what attention sees, so that it needs a
-    mask."""
-    by_example: bool = True
-    """Whether attention takes each example by itself, where a model can have that."""
-
-    @property
-    def num_tokens(self) -> int:
-        """Of each row, padding included."""
-        return max(map(sum, self.rows))
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return len(self.rows), self.num_tokens
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"rows": self.rows, "supervised": self.num_supervised, "is_masked": self.is_masked}
 
 
 @dataclass(frozen=True)
@@ -206,7 +180,7 @@ class ImaginedTraining:
         is_seen = self._is_seen()
 
         def run(length: int) -> torch.Tensor:
-            return self._loss(_batch(Shape(((length,),), _NUM_SUPERVISED), is_seen))
+            return self._loss(batch_of(Shape(((length,),), _NUM_SUPERVISED), is_seen))
 
         def found(few: FewLayers | None) -> Kept:
             whole = hiding_nothing(not is_seen)
@@ -363,7 +337,7 @@ class ImaginedTraining:
         is_seen = self._is_seen(shape)
         whole = hiding_nothing(not is_seen and not shape.is_masked)
         with whole, self._computing(shape.num_supervised, is_seen, residents):
-            yield _batch(shape, is_seen)
+            yield batch_of(shape, is_seen)
 
     @contextmanager
     def _computing(
@@ -453,14 +427,3 @@ def _kept_elsewhere(wanted: bool) -> Iterator[None]:
 
     with torch.autograd.graph.saved_tensors_hooks(away, back):
         yield
-
-
-def _batch(shape: Shape, is_seen: bool) -> dict[str, torch.Tensor]:
-    """Tensors of a batch: with positions that attention goes by, or with a mask, where it would
-    not be seen of one without numbers that it hides nothing.
-    """
-    batch = {name: torch.zeros(shape.size, dtype=torch.long) for name in ("input_ids", "labels")}
-    other = torch.zeros(shape.size, dtype=torch.long)
-    if is_seen:
-        know_lengths(other, shape.rows)
-    return {**batch, "position_ids" if is_seen else "attention_mask": other}

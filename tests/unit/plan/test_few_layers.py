@@ -15,8 +15,9 @@ from qlora_kit.plan import few_layers as module
 from qlora_kit.plan.few_layers import few_layers
 from qlora_kit.plan.gpus import known_gpu
 from qlora_kit.plan.plan import _imagined
+from qlora_kit.plan.shape import Shape
 from qlora_kit.plan.small_run import save_byte_tokenizer
-from qlora_kit.plan.trial import ImaginedTraining, Shape, Taken
+from qlora_kit.plan.trial import ImaginedTraining, Taken
 from qlora_kit.recipe import Recipe
 
 COMMON = {"vocab_size": 320, "eos_token_id": 1, "pad_token_id": 0, "bos_token_id": 1}
