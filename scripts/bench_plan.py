@@ -138,10 +138,8 @@ def main() -> int:
         with tempfile.TemporaryDirectory(prefix="bench-plan-") as scratch:
             recipe = prepared(one, Path(scratch))
             row: dict[str, Any] = {"case": asdict(one)}
-            real, predicted = (
-                measured(recipe, arguments.threads),
-                prediction(recipe, arguments.threads),
-            )
+            real = measured(recipe, arguments.threads)
+            predicted = prediction(recipe, arguments.threads)
             row["by_phase"] = real["by_phase"]
             for what in MOST_OFF:
                 ratio = predicted[what] / real[what]

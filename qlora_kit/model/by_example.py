@@ -180,8 +180,6 @@ def _mask(
     """None where each example sees all of itself that came before; else as for SDPA, or what
     stands for it where it can be made for each example.
     """
-    if type(attention_mask).__name__ == "FakeTensor":
-        attention_mask = None  # of ones, by OPT's own code: what hides something is not taken so
     is_plain = attention_mask is None and not use_vmap and q_length == kv_length
     if is_plain and local_size is None:
         return None

@@ -38,9 +38,7 @@ class Shape:
 
 
 def batch_of(shape: Shape, is_seen: bool) -> dict[str, torch.Tensor]:
-    """Tensors of a batch: with positions that attention goes by, or with a mask, where it would
-    not be seen of one without numbers that it hides nothing.
-    """
+    """Tensors of a batch: with positions that attention goes by, or with a mask."""
     batch = {name: torch.zeros(shape.size, dtype=torch.long) for name in ("input_ids", "labels")}
     other = torch.zeros(shape.size, dtype=torch.long)
     if is_seen:

@@ -183,8 +183,7 @@ class ImaginedTraining:
             return self._loss(batch_of(Shape(((length,),), _NUM_SUPERVISED), is_seen))
 
         def found(few: FewLayers | None) -> Kept:
-            whole = hiding_nothing(not is_seen)
-            with whole, self._computing(_NUM_SUPERVISED, is_seen), in_place(few):
+            with self._computing(_NUM_SUPERVISED, is_seen), in_place(few):
                 begin_training(self.model)
                 if few is None:
                     return measure_kept(self.model, run)
@@ -335,18 +334,22 @@ class ImaginedTraining:
     ) -> Iterator[Mapping[str, torch.Tensor]]:
         """A batch of that shape, to be computed as training does."""
         is_seen = self._is_seen(shape)
-        whole = hiding_nothing(not is_seen and not shape.is_masked)
-        with whole, self._computing(shape.num_supervised, is_seen, residents):
+        with self._computing(shape.num_supervised, is_seen, shape.is_masked, residents):
             yield batch_of(shape, is_seen)
 
     @contextmanager
     def _computing(
-        self, num_supervised: int, is_seen: bool, residents: Residents | None = None
+        self,
+        num_supervised: int,
+        is_seen: bool,
+        is_masked: bool = False,
+        residents: Residents | None = None,
     ) -> Iterator[None]:
         """With the shortcuts that training takes."""
         with ExitStack() as stack:
             stack.enter_context(self.mode)
             stack.enter_context(attending_by_example(self.causal, is_seen))
+            stack.enter_context(hiding_nothing(self.causal, not is_masked))
             if not self.has_own_loss:
                 make = partial(_ImaginedForward, device=self.device, num_supervised=num_supervised)
                 stack.enter_context(supervised_only(self.causal, make))
@@ -386,7 +389,7 @@ def begin_training(model: torch.nn.Module) -> None:
 
 
 def _lean_parts(model: Any, spec: TrainSpec) -> LeanParts:
-    """By what modules look like, where training tries their numbers too."""
+    """Those that the recipe allows."""
     found = lean_parts_by_stand_ins(model)
     return LeanParts(
         found.mlps if spec.fused_mlp else (),

@@ -7,25 +7,32 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from transformers import AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
+from transformers import AttentionMaskInterface, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
-_SDPA = "sdpa"
+from qlora_kit.model import by_example
+
+_SPARING = ("sdpa", by_example.NAME)
+"""Attention that goes without a mask where it would only be causal."""
 
 
 @contextmanager
-def hiding_nothing(wanted: bool = True) -> Iterator[None]:
-    """torch's SDPA gets no mask that would only be causal, while the context lasts."""
-    if not wanted:
+def hiding_nothing(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
+    """What is given to a model's attention, or made by its own code (OPT's), hides nothing, while
+    the context lasts.
+    """
+    name = model.config._attn_implementation
+    if not wanted or name not in _SPARING:
         yield
         return
+    own = ALL_MASK_ATTENTION_FUNCTIONS[name]
 
     def without(*sizes: Any, attention_mask: Any = None, **options: Any) -> torch.Tensor | None:
-        mask: torch.Tensor | None = sdpa_mask(*sizes, **options)
+        mask: torch.Tensor | None = own(*sizes, **options)
         return mask
 
-    AttentionMaskInterface.register(_SDPA, without)
+    AttentionMaskInterface.register(name, without)
     try:
         yield
     finally:
-        AttentionMaskInterface.register(_SDPA, sdpa_mask)
+        AttentionMaskInterface.register(name, own)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +12,6 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-sys.path.append(str(Path(__file__).parents[1]))
 from qlora_kit.memory.kept import measure_kept, recomputing_layers
 from qlora_kit.model.fused.attach import fused, plan_fusion
 from qlora_kit.model.fused.lean import LeanParts, lean, looking_for_lean_parts
