@@ -87,7 +87,7 @@ def random_llama(folder: Path, arguments: argparse.Namespace) -> Path:
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config).bfloat16()
     num_bytes = 2 * sum(one.numel() for one in model.parameters())
     model.save_pretrained(folder, max_shard_size=-(-num_bytes // arguments.shards))
     return folder

@@ -32,7 +32,9 @@ from plainly import Parser, at_least, output_file, plainly
 
 from qlora_kit.checkpoint.checkpoints import publish_checkpoint
 from qlora_kit.checkpoint.draft import Draft
+from qlora_kit.checkpoint.global_batch import PROGRESS_FILE
 from qlora_kit.checkpoint.manifest import MANIFEST_FILE
+from qlora_kit.checkpoint.run_directory import OPTIMIZER_FILE
 from qlora_kit.checkpoint.tensors import load_values, value_parts
 from qlora_kit.data.prepare import prepare_train
 from qlora_kit.environment import settle_upstream
@@ -41,7 +43,7 @@ from qlora_kit.model.source import resolve_source
 from qlora_kit.recipe import Recipe, load_recipe
 from qlora_kit.report.reporter import Progress, Reporter
 from qlora_kit.run import run_recipe
-from qlora_kit.train.snapshot import OPTIMIZER_FILE, PROGRESS_FILE, STREAM_FILE, read_place
+from qlora_kit.train.snapshot import STREAM_FILE, read_place
 
 PER_UPDATE = 4
 WARM_UPS = 1

@@ -122,7 +122,7 @@ def run(
         if done.returncode:
             sys.exit(f"{one} failed:\n{done.stderr[-3000:]}")
         measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-        return measured, prediction(recipe) if predicts else None
+        return measured, prediction(recipe, threads) if predicts else None
 
 
 def allow_length(model: Path, num_tokens: int) -> None:

@@ -28,7 +28,7 @@ EVERY = 10
 NUM_TOKENS = 16
 CONFIGS = {
     "int8": {"dtype": torch.int8, "granularity": PerAxis(0)},
-    "int4-group": {"dtype": torch.int4, "group_size": 64},
+    "int4-group": {"dtype": torch.int4, "group_size": 64},  # type: ignore[attr-defined]
 }
 
 
