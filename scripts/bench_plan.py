@@ -2,12 +2,15 @@
 
 python scripts/bench_plan.py
 python scripts/bench_plan.py --only llama-base gpt2 --json found.json
+python scripts/bench_plan.py --families
+python scripts/bench_plan.py --padded --precision bf16 --only mistral phi3
 
 Every shape is a model of random weights that is trained for a few updates through `run_recipe`,
 in a process of its own, twice: once for the memory of the process, and then under torch's profiler,
 which notes whatever the allocator of tensors gives and takes back, also inside operations. The
-prediction is made here, from the recipe and the headers alone. The exit code is 1
-where it is off by more than 5 % (tensors, training) or 10 % (process, the whole run).
+prediction is the command line's, from the recipe, its rows and the headers alone. The exit code is
+1 where it is off by more than 5 % (tensors, training) or 10 % (process, the whole run).
+`--families` takes one shape of each of many architectures instead.
 """
 
 from __future__ import annotations
@@ -21,100 +24,19 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from plainly import Parser, at_least, output_file, plainly
+from plan_bench.cases import CASES, FAMILIES, Case, configuration_of
 
 from qlora_kit.__main__ import begin
 
 MOST_OFF = {"tensors": 0.05, "process": 0.10}
 _MIB = 2**20
+_DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
 _BESIDE_TENSORS = ("framework", "holes in the heap")
-
-
-@dataclass(frozen=True)
-class Case:
-    """One shape: of the model, and of what it is trained on."""
-
-    name: str
-    family: str
-    hidden: int
-    inner: int
-    layers: int
-    heads: int
-    kv_heads: int
-    vocabulary: int
-    tokens: int
-    batch: int
-    rank: int
-    train: dict[str, Any]
-    ragged: bool = False
-    bits: int = 4
-    is_tied: bool = True
-    attention: str = "auto"
-
-
-def case(name: str, family: str = "llama", *sizes: int, **others: Any) -> Case:
-    hidden, inner, layers, heads, kv_heads, vocabulary, tokens, batch, rank = sizes
-    train = others.pop("train", {})
-    return Case(
-        name,
-        family,
-        hidden,
-        inner,
-        layers,
-        heads,
-        kv_heads,
-        vocabulary,
-        tokens,
-        batch,
-        rank,
-        train,
-        **others,
-    )
-
-
-_ALL, _NONE = {"gradient_checkpointing": True}, {"gradient_checkpointing": False}
-_ACCUMULATED = {"gradient_accumulation_steps": 2}
-CASES = (
-    case("llama-base", "llama", 256, 1024, 6, 4, 2, 8192, 256, 4, 16),
-    case("llama-long", "llama", 256, 768, 4, 4, 4, 8192, 1024, 1, 16),
-    case("llama-wide", "llama", 768, 2048, 3, 12, 4, 4096, 128, 4, 8),
-    case("llama-deep", "llama", 192, 512, 16, 3, 3, 4096, 256, 2, 8),
-    case("llama-all", "llama", 256, 1024, 8, 4, 2, 8192, 512, 4, 16, train=_ALL),
-    case("llama-none", "llama", 256, 1024, 8, 4, 2, 8192, 512, 2, 16, train=_NONE),
-    case("llama-rank-64", "llama", 512, 1536, 4, 8, 2, 8192, 256, 2, 64),
-    case("llama-rank-4", "llama", 512, 1536, 4, 8, 2, 8192, 256, 2, 4),
-    case("llama-vocabulary", "llama", 256, 512, 4, 4, 4, 64000, 256, 4, 8),
-    case("llama-untied", "llama", 384, 1024, 4, 6, 6, 32000, 256, 2, 16, is_tied=False),
-    case("llama-batch-16", "llama", 256, 768, 4, 4, 2, 8192, 128, 16, 8),
-    case("llama-ragged", "llama", 256, 768, 4, 4, 2, 8192, 384, 4, 8, ragged=True),
-    case("llama-accumulated", "llama", 512, 1024, 3, 8, 8, 4096, 256, 2, 64, train=_ACCUMULATED),
-    case(
-        "llama-adamw", "llama", 512, 1024, 3, 8, 8, 4096, 128, 1, 64, train={"optim": "adamw_torch"}
-    ),
-    case(
-        "llama-plain",
-        "llama",
-        256,
-        768,
-        4,
-        4,
-        2,
-        8192,
-        256,
-        2,
-        8,
-        train={"fused_loss": False, "fused_lora": False},
-    ),
-    case("llama-eager", "llama", 256, 768, 4, 4, 2, 8192, 512, 2, 8, attention="eager"),
-    case("llama-unquantized", "llama", 384, 1024, 4, 6, 6, 8192, 256, 2, 8, bits=16),
-    case("qwen2", "qwen2", 384, 1536, 5, 6, 2, 32000, 256, 3, 16),
-    case("gemma", "gemma", 256, 1024, 5, 4, 1, 32000, 256, 3, 16),
-    case("gpt2", "gpt2", 384, 1536, 5, 6, 6, 8192, 256, 3, 16),
-)
 
 
 def main() -> int:
@@ -122,21 +44,25 @@ def main() -> int:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=[one.name for one in CASES],
+        choices=[one.name for one in (*CASES, *FAMILIES)],
         metavar="SHAPE",
-        help=f"of {', '.join(one.name for one in CASES)}; unset: all of them",
+        help=f"of {', '.join(one.name for one in (*CASES, *FAMILIES))}; unset: the first 20",
     )
+    parser.add_argument("--families", action="store_true", help="unless --only: all the others")
+    parser.add_argument("--padded", action="store_true", help="batches that could lie in one row")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=at_least(1), default=1)
     parser.add_argument("--json", type=output_file, help="write the figures here")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child:
         return measure(arguments.child)
-    chosen = [one for one in CASES if not arguments.only or one.name in arguments.only]
+    named = [one for one in (*CASES, *FAMILIES) if one.name in (arguments.only or ())]
+    chosen = named or (FAMILIES if arguments.families else CASES)
     found = []
     for one in chosen:
         with tempfile.TemporaryDirectory(prefix="bench-plan-") as scratch:
-            recipe = prepared(one, Path(scratch))
+            recipe = prepared(one, Path(scratch), arguments.precision, arguments.padded)
             row: dict[str, Any] = {"case": asdict(one)}
             real = measured(recipe, arguments.threads)
             predicted = prediction(recipe, arguments.threads)
@@ -172,7 +98,7 @@ def is_off(row: dict[str, Any]) -> bool:
     return any(abs(row[what]["ratio"] - 1) > most for what, most in MOST_OFF.items() if what in row)
 
 
-def prepared(one: Case, folder: Path) -> Path:
+def prepared(one: Case, folder: Path, precision: str = "fp32", is_padded: bool = False) -> Path:
     """A model, rows and a recipe in `folder`."""
     make_model(one, folder / "model")
     rows = folder / "rows.jsonl"
@@ -184,12 +110,13 @@ def prepared(one: Case, folder: Path) -> Path:
     rows.write_text("\n".join(lines) + "\n")
     recipe = {
         "model": {"name_or_path": str(folder / "model"), "attn_implementation": one.attention},
-        "quantization": {"load_in_4bit": one.bits == 4, "compute_dtype": "float32"},
+        "quantization": {"load_in_4bit": one.bits == 4, "compute_dtype": _DTYPES[precision]},
         "lora": {"r": one.rank, "alpha": 16},
         "data": {
             "train": [{"path": str(rows)}],
             "max_length": one.tokens,
             "overlength": "truncate",
+            **({"padding_free": False} if is_padded else {}),
         },
         "train": {
             "max_steps": 2,
@@ -221,20 +148,6 @@ def make_model(one: Case, folder: Path) -> None:
     positions = {} if one.family == "gpt2" else {"max_position_embeddings": 4096}
     config = AutoConfig.for_model(one.family, **configuration_of(one), **positions)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-
-
-def configuration_of(one: Case) -> dict[str, Any]:
-    """Of the model's sizes, as its family names them."""
-    values: dict[str, Any] = {"vocab_size": one.vocabulary, "eos_token_id": 1, "pad_token_id": 0}
-    values |= {"bos_token_id": 1, "tie_word_embeddings": one.is_tied}
-    if one.family == "gpt2":
-        values |= {"n_embd": one.hidden, "n_layer": one.layers, "n_head": one.heads}
-        values |= {"n_inner": one.inner, "n_positions": 2048}
-    else:
-        values |= {"hidden_size": one.hidden, "num_hidden_layers": one.layers}
-        values |= {"intermediate_size": one.inner, "num_attention_heads": one.heads}
-        values |= {"num_key_value_heads": one.kv_heads, "head_dim": one.hidden // one.heads}
-    return values
 
 
 def measured(recipe: Path, threads: int) -> dict[str, int]:

@@ -30,8 +30,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from bench_plan import Case, prediction, prepared
+from bench_plan import prediction, prepared
 from plainly import Parser, at_least, existing_file, output_file, plainly, plot_file
+from plan_bench.cases import Case
 from scaling_bench.fits import tell_fit, tell_memory_fit
 from scaling_bench.large import extrapolated, memory_extrapolated
 from scaling_bench.shapes import BASE, ROW_COUNTS, SWEEPS, quantity_of, rows_of, value_of

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from bench_plan import Case
+from plan_bench.cases import Case
 
 from scaling_bench.shapes import value_of
 from scaling_bench.terms import HOLD_NAMES, TERM_NAMES, Holds, Terms

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench_plan import Case, configuration_of
+from plan_bench.cases import Case, configuration_of
 
 from scaling_bench.fits import fitted
 from scaling_bench.shapes import DEMO, LARGE

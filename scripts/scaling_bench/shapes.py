@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from bench_plan import Case, case
+from plan_bench.cases import Case, case
 
 TOKENIZER_ENTRIES = 8192
 BASE = case(

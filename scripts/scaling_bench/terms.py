@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from bench_plan import Case
+from plan_bench.cases import Case
 
 _MIB = 2**20
 

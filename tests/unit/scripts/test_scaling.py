@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import bench_scaling
-from bench_plan import case
+from plan_bench.cases import case
 
 
 def test_a_shape_is_trained_and_told() -> None:
