@@ -287,7 +287,7 @@ def probe_hardware() -> Hardware:
     native, usable, reason = _probe_cpu_bf16()
     return Hardware(
         device="cpu",
-        device_name=_cpu_name(),
+        device_name=cpu_name(),
         num_devices=0,
         device_memory_bytes=None,
         num_cpus=cpus,
@@ -389,7 +389,8 @@ def available_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """As the system has it, which may be of many models."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

@@ -94,6 +94,11 @@ class TrainSpec(Spec):
     torch's operations, timed when a run starts; true, where it passes. It is an extra:
     `pip install 'qlora-kit[liger]'`."""
 
+    use_onednn: Literal["auto"] | bool = "auto"
+    """Let oneDNN multiply with frozen weights of float32 on a CPU, where fused_lora is on. `auto`
+    takes it where it passes the trial and is faster than what torch takes by itself (MKL, as a
+    rule), timed when a run starts; true, where it passes."""
+
     optim: Optimizer = "paged_adamw_8bit"
     """Optimizer. The paged 8-bit ones keep 2 bytes of state per trainable parameter and spill
     to host memory under pressure; on a CPU they run unpaged."""

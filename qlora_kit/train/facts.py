@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 
 import qlora_kit
+from qlora_kit.environment import cpu_name
 from qlora_kit.model.qat.attach import fake_quantization_of
 from qlora_kit.records import file_sha256
 from qlora_kit.versions import REPORTED_PACKAGES, package_versions
@@ -54,7 +55,7 @@ def facts_of(model: nn.Module) -> dict[str, Any] | None:
 def _machine(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return str(torch.backends.cpu.get_cpu_capability())
+    return f"{cpu_name()}, {torch.backends.cpu.get_cpu_capability()}"
 
 
 @lru_cache(maxsize=1)

@@ -1,8 +1,12 @@
-"""Which of Liger's kernels are faster than torch's operations on this GPU, and as exact."""
+"""Which kernels of other libraries are faster than torch's operations here, and as exact: Liger's
+on a GPU, oneDNN's products on a CPU.
+"""
 
 from __future__ import annotations
 
 import statistics
+import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,16 +14,27 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_kit.model.fused import gated, liger, norm, rotary
+from qlora_kit.model.fused import gated, liger, norm, products, rotary
+from qlora_kit.model.fused.attach import is_lora_layer
 from qlora_kit.model.fused.gated import Activation, Gated, GatedOps
 from qlora_kit.model.fused.lean import LeanParts
+from qlora_kit.model.fused.linear import is_frozen_linear
 from qlora_kit.model.fused.norm import NormForward, NormKind, NormOps
+from qlora_kit.model.fused.products import Products
 from qlora_kit.model.fused.remade import Origins
 from qlora_kit.model.fused.rotary import Rotary, RotaryOps
 from qlora_kit.model.heads import heads_of
 
-NUM_TOKENS = 4096
+PRODUCTS = "products"
+"""Beside `liger.OPERATIONS`."""
+_NUM_TOKENS = 4096
+_NUM_TOKENS_OF_A_PRODUCT = 256
+FEWEST_WEIGHTS = 1 << 17
+"""Of a layer whose product takes long enough to be timed by a clock."""
 _NUM_RUNS = 7
+_NUM_RUNS_ON_A_CPU = 15
+_FEWEST_RUNS = 3
+_LONG_SECONDS = 2.0
 # Less is within the noise of a clock.
 _LEAST_GAIN = 1.02
 
@@ -29,10 +44,10 @@ Run = Callable[[], tuple[torch.Tensor, ...]]
 
 @dataclass(frozen=True)
 class Pair:
-    """The same, computed by torch and by Liger."""
+    """The same, computed by torch and by another library."""
 
     by_torch: Run
-    by_liger: Run
+    by_other: Run
 
 
 @dataclass(frozen=True)
@@ -40,7 +55,7 @@ class Raced:
     """Of one operation."""
 
     gain: float
-    """Of Liger's, the time of torch's over its own."""
+    """The time of torch's over the other's."""
     apart: float
     """Of results and gradients, relative to their size, at most."""
 
@@ -49,16 +64,31 @@ class Raced:
         return self.gain >= _LEAST_GAIN
 
 
-def raced(pair: Pair, seconds: Callable[[Run], float]) -> Raced:
-    """Both sides in turns, after a first one that compiles.
-
-    Args:
-        seconds: how long one run takes.
-    """
-    apart = _apart(pair.by_liger(), pair.by_torch())
-    turns = [(seconds(pair.by_torch), seconds(pair.by_liger)) for _ in range(_NUM_RUNS)]
+def raced_on_a_gpu(pair: Pair) -> Raced:
+    """Both sides in turns, after a first one that compiles; the median of each counts."""
+    apart = _apart(pair.by_other(), pair.by_torch())
+    turns = [
+        (seconds_on_a_gpu(pair.by_torch), seconds_on_a_gpu(pair.by_other)) for _ in range(_NUM_RUNS)
+    ]
     ours, theirs = (statistics.median(one[side] for one in turns) for side in range(2))
     return Raced(ours / theirs, apart)
+
+
+def raced_on_a_cpu(pair: Pair) -> Raced:
+    """As there, but the best of each counts, which other work can only lengthen."""
+    apart = _apart(pair.by_other(), pair.by_torch())
+    turns: list[tuple[float, float]] = []
+    while len(turns) < _NUM_RUNS_ON_A_CPU:
+        turns.append((seconds_on_a_cpu(pair.by_torch), seconds_on_a_cpu(pair.by_other)))
+        if len(turns) >= _FEWEST_RUNS and sum(map(sum, turns)) > _LONG_SECONDS:
+            break
+    ours, theirs = (min(one[side] for one in turns) for side in range(2))
+    return Raced(ours / theirs, apart)
+
+
+def timed_tokens(operation: str) -> int:
+    """How many it is timed on."""
+    return _NUM_TOKENS_OF_A_PRODUCT if operation == PRODUCTS else _NUM_TOKENS
 
 
 def pair_of(
@@ -66,19 +96,24 @@ def pair_of(
     model: nn.Module,
     parts: LeanParts,
     dtype: torch.dtype,
-    num_tokens: int = NUM_TOKENS,
+    num_tokens: int = 0,
 ) -> Pair | None:
     """Of the model's own widths, on its device; None where there is nothing to compute so.
 
     Args:
-        operation: of `liger.OPERATIONS`.
+        operation: of `liger.OPERATIONS`, or `PRODUCTS`.
+        num_tokens: 0: as many as that operation is timed on.
     """
+    num_tokens = num_tokens or timed_tokens(operation)
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
+    sizes = most_weights(model) if operation == PRODUCTS else None
+    if sizes is not None:
+        return _of_products(sizes, drawn, num_tokens)
     if operation == liger.NORM and parts.norms:
         return _of_norms(model, parts, drawn, num_tokens)
     if operation == liger.GATED and parts.mlps:
@@ -98,6 +133,37 @@ def seconds_on_a_gpu(run: Run) -> float:
     end.record()
     end.synchronize()
     return float(start.elapsed_time(end)) / 1e3
+
+
+def seconds_on_a_cpu(run: Run) -> float:
+    """By the clock."""
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def most_weights(model: nn.Module) -> tuple[int, int] | None:
+    """Width of the output and of the input of those frozen layers that hold the most weights
+    together, of all that have an adapter; None where there are none.
+    """
+    weights: Counter[tuple[int, int]] = Counter()
+    for module in model.modules():
+        layer: Any = getattr(module, "base_layer", None)
+        if is_lora_layer(module) and is_frozen_linear(layer):
+            sizes = (int(layer.out_features), int(layer.in_features))
+            weights[sizes] += sizes[0] * sizes[1]
+    return max(weights, key=lambda sizes: weights[sizes], default=None)
+
+
+def _of_products(sizes: tuple[int, int], drawn: Any, num_rows: int) -> Pair:
+    """x Wᵀ, and g W, the gradient of x."""
+    height, width = sizes
+    weight, x, g = drawn(height, width), drawn(num_rows, width), drawn(num_rows, height)
+
+    def run(by: Products) -> tuple[torch.Tensor, ...]:
+        return by.product(x, weight.T), by.product(g, weight)
+
+    return Pair(lambda: run(products.BY_TORCH), lambda: run(products.OneDnnProducts()))
 
 
 def _of_norms(model: nn.Module, parts: LeanParts, drawn: Any, num_tokens: int) -> Pair:

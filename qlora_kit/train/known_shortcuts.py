@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qlora_kit.train.surroundings import Surroundings
 
 _KIND = "shortcuts"
-_SWITCHES = (*SWITCHES, "use_liger_kernel")
+_SWITCHES = (*SWITCHES, "use_liger_kernel", "use_onednn")
 _DIFFERS = "processes came to different choices"
 
 
@@ -67,11 +67,12 @@ def known_or_tried(
         if key is not None and not found.left:  # what was left out may be for want of memory
             kept.keep(_KIND, key, _as_values(found))
     # A clock may come to different choices where two kernels are as fast as each other.
-    of_all = around.processes.gathered(found.liger)
-    common = tuple(one for one in found.liger if all(one in other for other in of_all))
-    if common != found.liger:
+    of_all = around.processes.gathered((found.liger, found.onednn))
+    liger = tuple(one for one in found.liger if all(one in other for other, _ in of_all))
+    onednn = all(is_faster for _, is_faster in of_all)
+    if (liger, onednn) != (found.liger, found.onednn):
         why = f"{found.why_kernels}; those that are faster for all processes are taken"
-        found = replace(found, liger=common, why_kernels=why)
+        found = replace(found, liger=liger, onednn=onednn, why_kernels=why)
     others = around.processes.gathered(_taken(found))
     if any(one != others[0] for one in others):
         found = Shortcuts(left=(_DIFFERS,))
@@ -118,6 +119,7 @@ def _counted(one: Shortcuts) -> str:
     loss += ", the last MLP too" * (one.last_mlp is not None)
     liger = [LIGER_PARTS[name] for name in one.liger]
     kernels = f", Liger's kernels for {', '.join(liger)}" * bool(liger)
+    kernels += ", oneDNN's products" * one.onednn
     return (
         f"{loss}, {num_layers} fused LoRA layers, {len(one.lean.mlps)} MLPs and "
         f"{len(one.lean.norms)} norms that keep less, rotary embeddings as one operation in "
@@ -143,6 +145,7 @@ def _as_values(one: Shortcuts) -> dict[str, Any]:
         "rotary": list(one.lean.rotary),
         "last_mlp": one.last_mlp,
         "liger": list(one.liger),
+        "onednn": one.onednn,
         "why_kernels": one.why_kernels,
         "difference": one.difference,
         "left": list(one.left),
@@ -162,5 +165,6 @@ def _from_values(values: Mapping[str, Any]) -> Shortcuts:
         lean=LeanParts(tuple(values["mlps"]), norms, tuple(values.get("rotary", ()))),
         last_mlp=values.get("last_mlp"),
         liger=tuple(values.get("liger", ())),
+        onednn=values.get("onednn", False),
         why_kernels=values.get("why_kernels", ""),
     )

@@ -4,24 +4,34 @@ before it is relied on, and left out, with a warning, where the trial comes out 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from qlora_kit.data.sequences import IGNORE_INDEX
 from qlora_kit.model.fused.at_places import FEWEST_TOKENS, AtPlaces, last_of
 from qlora_kit.model.fused.attach import Fusion, fused, plan_fusion
 from qlora_kit.model.fused.lean import NO_PARTS, LeanParts, lean, looking_for_lean_parts
 from qlora_kit.model.fused.liger import GATED, NORM, ROTARY, why_no_liger
+from qlora_kit.model.fused.linear import is_frozen_linear
+from qlora_kit.model.fused.products import BY_TORCH, OneDnnProducts, multiplying_by, why_no_onednn
 from qlora_kit.model.fused.remade import Origins
 from qlora_kit.model.fused.replaced import replaced_forward
 from qlora_kit.model.fused.residents import Residents
 from qlora_kit.out_of_memory import is_out_of_memory
-from qlora_kit.train.kernel_race import NUM_TOKENS, Raced, pair_of, raced, seconds_on_a_gpu
+from qlora_kit.train.kernel_race import (
+    FEWEST_WEIGHTS,
+    PRODUCTS,
+    Pair,
+    Raced,
+    most_weights,
+    pair_of,
+    raced_on_a_cpu,
+    raced_on_a_gpu,
+    timed_tokens,
+)
 from qlora_kit.train.supervised_loss import SupervisedForward, supervised_only
+from qlora_kit.train.trial import TOLERANCE, Outcome, Trial
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -29,18 +39,12 @@ if TYPE_CHECKING:
 
     from qlora_kit.recipe import TrainSpec
 
-_TRIAL_SHAPE = (2, 16)
-_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-# Between one way of computing and the other: of the loss, and of a kernel by itself.
-_TOLERANCE = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 5e-2}
-# Of all gradients together: what bfloat16 rounds came to 0.047 in 30 layers.
-_GRADIENT_TOLERANCE = {**_TOLERANCE, "bf16": 0.15}
-_STIRRED = 0.02
 _LOSS = "the loss of supervised places alone"
 _LAST_MLP = "the last MLP at supervised places alone"
 _LORA = "LoRA as one operation"
 _ROTARY = "rotary embeddings as one operation"
 _LIGER = "Liger's kernels"
+_ONEDNN = "oneDNN's products"
 LIGER_PARTS = {NORM: "norms", GATED: "gated MLPs", ROTARY: "rotary embeddings"}
 SWITCHES = ("fused_loss", "fused_lora", "fused_mlp", "fused_norm", "fused_rotary")
 """Of a recipe's `train`, each for one of them."""
@@ -65,6 +69,8 @@ class Shortcuts:
     """Which of them Liger's kernels compute, of `model.fused.liger.OPERATIONS`."""
     last_mlp: str | None = None
     """That of the last layer, where it computes at supervised places alone."""
+    onednn: bool = False
+    """Whether oneDNN multiplies with frozen weights."""
     why_kernels: str = ""
     """By what that was chosen, in a few words; empty where there is nothing to say."""
 
@@ -85,7 +91,7 @@ def choose_shortcuts(
         return NONE
     if is_sharded:
         return Shortcuts(left=(_SHARDED,))
-    trial = _Trial(model, model.get_base_model(), precision)
+    trial = Trial(model, model.get_base_model(), precision)
     with trial.stirred():
         try:
             with looking_for_lean_parts(model) as seen:
@@ -109,9 +115,17 @@ def choose_shortcuts(
 
 
 def _with_kernels(
-    trial: _Trial, wanted: _Outcome, found: Shortcuts, spec: TrainSpec
+    trial: Trial, wanted: Outcome, found: Shortcuts, spec: TrainSpec
 ) -> tuple[Shortcuts, list[str]]:
-    """(with those of Liger's kernels that are exact and gain; what fails, and why)"""
+    """(with those of other libraries that are exact and gain; what fails, and why)"""
+    found, without_liger = _with_liger(trial, wanted, found, spec)
+    found, without_onednn = _with_products(trial, wanted, found, spec)
+    return found, [*without_liger, *without_onednn]
+
+
+def _with_liger(
+    trial: Trial, wanted: Outcome, found: Shortcuts, spec: TrainSpec
+) -> tuple[Shortcuts, list[str]]:
     if not spec.use_liger_kernel or found.lean == NO_PARTS:
         return found, []
     is_asked_for = spec.use_liger_kernel is True
@@ -124,7 +138,10 @@ def _with_kernels(
     left = []
     times: dict[str, Raced] = {}
     for name, part in LIGER_PARTS.items():
-        found, one, fault = _with_kernel(name, trial, wanted, found, is_asked_for)
+        change = {"liger": (*found.liger, name)}
+        found, one, fault = _with_kernel(
+            name, change, raced_on_a_gpu, trial, wanted, found, is_asked_for
+        )
         if one is not None:
             times[name] = one
         if fault is not None:
@@ -132,24 +149,55 @@ def _with_kernels(
     return replace(found, why_kernels=_told(found, times)), left
 
 
+def _with_products(
+    trial: Trial, wanted: Outcome, found: Shortcuts, spec: TrainSpec
+) -> tuple[Shortcuts, list[str]]:
+    sizes = most_weights(trial.model)
+    if not spec.use_onednn or found.fusion is None or not found.fusion.groups or sizes is None:
+        return found, []
+    is_asked_for = spec.use_onednn is True
+    why = why_no_onednn(trial.device, trial.dtype)
+    if why is not None:
+        return found, [f"{_ONEDNN}: {why}"] * is_asked_for
+    if not is_asked_for and sizes[0] * sizes[1] < FEWEST_WEIGHTS:
+        return found, []
+    found, one, fault = _with_kernel(
+        PRODUCTS, {"onednn": True}, raced_on_a_cpu, trial, wanted, found, is_asked_for
+    )
+    if one is not None:
+        whose = "oneDNN's" if found.onednn else "torch's own"
+        why = (
+            f"{whose} for products ({one.gain:.2f} ×): time of torch's over oneDNN's on "
+            f"{timed_tokens(PRODUCTS)} tokens of a layer of {sizes[0]:,} × {sizes[1]:,}"
+        )
+        found = replace(found, why_kernels=why)
+    return found, [] if fault is None else [f"{_ONEDNN}: {fault}"]
+
+
 def _with_kernel(
-    name: str, trial: _Trial, wanted: _Outcome, found: Shortcuts, is_asked_for: bool
+    name: str,
+    change: Mapping[str, Any],
+    race: Callable[[Pair], Raced],
+    trial: Trial,
+    wanted: Outcome,
+    found: Shortcuts,
+    is_asked_for: bool,
 ) -> tuple[Shortcuts, Raced | None, str | None]:
     """(with it where it is exact and gains, how fast it is, what is wrong with it)"""
     try:
         pair = pair_of(name, trial.model, found.lean, trial.dtype)
         if pair is None:
             return found, None, None
-        one = raced(pair, seconds_on_a_gpu)
+        one = race(pair)
     except Exception as error:  # as above
         if is_out_of_memory(error):
-            return found, None, f"memory ran out on {NUM_TOKENS:,} tokens"
+            return found, None, f"memory ran out on {timed_tokens(name):,} tokens"
         return found, None, f"it fails ({type(error).__name__}: {error})"
-    if not one.apart <= _TOLERANCE[trial.precision]:
+    if not one.apart <= TOLERANCE[trial.precision]:
         return found, None, f"{one.apart:.2g} of their size off"
     if not (one.is_faster or is_asked_for):
         return found, one, None
-    found, fault = _tried(trial, wanted, found, [{"liger": (*found.liger, name)}])
+    found, fault = _tried(trial, wanted, found, [change])
     return found, one if fault is None else None, fault
 
 
@@ -164,11 +212,11 @@ def _told(found: Shortcuts, times: Mapping[str, Raced]) -> str:
         each = (f"{LIGER_PARTS[name]} ({times[name].gain:.2f} ×)" for name in names)
         if names:
             parts.append(f"{whose} for {', '.join(each)}")
-    return "; ".join(parts) + f": time of torch's over Liger's on {NUM_TOKENS:,} tokens"
+    return "; ".join(parts) + f": time of torch's over Liger's on {timed_tokens(NORM):,} tokens"
 
 
 def _candidates(
-    model: PeftModel, spec: TrainSpec, trial: _Trial, parts: LeanParts
+    model: PeftModel, spec: TrainSpec, trial: Trial, parts: LeanParts
 ) -> tuple[list[tuple[str, Mapping[str, Any]]], list[str]]:
     """(what may be taken, each with its name for people and the fields that it sets; why not)"""
     candidates: list[tuple[str, Mapping[str, Any]]] = []
@@ -198,8 +246,8 @@ def _candidates(
 
 
 def _tried(
-    trial: _Trial,
-    wanted: _Outcome,
+    trial: Trial,
+    wanted: Outcome,
     so_far: Shortcuts,
     changes: Sequence[Mapping[str, Any]],
 ) -> tuple[Shortcuts, str | None]:
@@ -233,7 +281,11 @@ def taken(
         if shortcuts.supervised_loss:
             stack.enter_context(supervised_only(model.get_base_model()))
         if shortcuts.fusion is not None:
-            stack.enter_context(fused(model, shortcuts.fusion, origins, residents))
+            products = OneDnnProducts() if shortcuts.onednn else BY_TORCH
+            stack.enter_context(fused(model, shortcuts.fusion, origins, residents, products))
+        head = model.get_base_model().get_output_embeddings()
+        if shortcuts.onednn and is_frozen_linear(head):
+            stack.enter_context(multiplying_by(OneDnnProducts(), head))
         stack.enter_context(lean(model, shortcuts.lean, origins, shortcuts.liger))
         loss = model.get_base_model().forward
         if shortcuts.last_mlp is not None and isinstance(loss, SupervisedForward):
@@ -250,101 +302,3 @@ def why_no_supervised_loss(model: PreTrainedModel) -> str | None:
     if model.base_model is model:
         return "its backbone is not apart from its head"
     return None
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    loss: float
-    gradients: Sequence[torch.Tensor]
-
-
-class _Trial:
-    """A short batch of random tokens, in evaluation, so that nothing is drawn."""
-
-    def __init__(self, model: PeftModel, causal: PreTrainedModel, precision: str):
-        self.model = model
-        self.precision = precision
-        self.dtype = _AUTOCAST.get(precision, torch.float32)
-        self.device = next(model.parameters()).device
-        generator = torch.Generator().manual_seed(0)
-        entries = causal.config.get_text_config().vocab_size
-        ids = torch.randint(0, entries, _TRIAL_SHAPE, generator=generator)
-        is_left_out = torch.rand(_TRIAL_SHAPE, generator=generator) < 0.5
-        self.ids = ids.to(self.device)
-        self.labels = ids.masked_fill(is_left_out, IGNORE_INDEX).to(self.device)
-        self.trained = [one for one in model.parameters() if one.requires_grad]
-
-    @contextmanager
-    def stirred(self) -> Iterator[None]:
-        """With an adapter that does something: a fresh one's B is zero, and its A has no gradient.
-
-        All is as it was afterwards, the random state included: it is not touched.
-        """
-        was_training = self.model.training
-        kept = [one.detach().clone() for one in self.trained]
-        generator = torch.Generator().manual_seed(1)
-        self.model.eval()
-        try:
-            with torch.no_grad():
-                for one in self.trained:
-                    noise = torch.randn(one.shape, generator=generator) * _STIRRED
-                    one.add_(noise.to(one))
-            yield
-        finally:
-            with torch.no_grad():
-                for one, before in zip(self.trained, kept, strict=True):
-                    one.copy_(before)
-            self.model.train(was_training)
-
-    def forward(self) -> Any:
-        with self._autocast():
-            return self.model(input_ids=self.ids, labels=self.labels, use_cache=False)
-
-    def outcome(self) -> _Outcome:
-        with torch.enable_grad():
-            loss = self.forward().loss
-            gradients = torch.autograd.grad(loss, self.trained, allow_unused=True)
-        found = [torch.zeros(()) if one is None else one.float() for one in gradients]
-        return _Outcome(float(loss.detach()), found)
-
-    def is_read_elsewhere(self, name: str) -> bool | None:
-        """Whether the loss depends on what a module gives at places that are not supervised: then
-        its gradient there is not zero, in whatever precision. None where it cannot be seen.
-        """
-        made: list[torch.Tensor] = []
-        hook = self.model.get_submodule(name).register_forward_hook(
-            lambda _, __, output: made.append(output)
-        )
-        try:
-            with torch.enable_grad():
-                loss = self.forward().loss
-        finally:
-            hook.remove()
-        if len(made) != 1 or not made[0].requires_grad:
-            return None
-        (gradient,) = torch.autograd.grad(loss, made[0])
-        if gradient.shape[:-1].numel() != self.labels.numel():
-            return None
-        by_place = gradient.reshape(*self.labels.shape, -1)
-        return bool(by_place[:, :-1][self.labels[:, 1:] == IGNORE_INDEX].any())
-
-    def compared(self, wanted: _Outcome) -> tuple[str | None, float]:
-        """(what is wrong, how far the gradients are apart)"""
-        try:
-            found = self.outcome()
-        except Exception as error:  # whatever a kernel or its compiler has to say
-            return f"it fails ({type(error).__name__}: {error})", 0.0
-        tolerance = _TOLERANCE[self.precision]
-        if not abs(found.loss - wanted.loss) <= tolerance * max(abs(wanted.loss), 1.0):
-            return f"on a trial the loss is {found.loss:.6g} instead of {wanted.loss:.6g}", 0.0
-        pairs = list(zip(found.gradients, wanted.gradients, strict=True))
-        off = sum(float((one - other).square().sum()) for one, other in pairs)
-        size = sum(float(other.square().sum()) for _, other in pairs)
-        apart = (off / size) ** 0.5 if size else 0.0
-        if not apart <= _GRADIENT_TOLERANCE[self.precision]:
-            return f"on a trial the gradients differ by {apart:.2g} of their size", apart
-        return None, apart
-
-    def _autocast(self) -> torch.autocast:
-        dtype = _AUTOCAST.get(self.precision)
-        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)

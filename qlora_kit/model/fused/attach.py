@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from qlora_kit.model.fused.linear import FrozenLinear, is_frozen_linear, shared_input_lora
+from qlora_kit.model.fused.products import BY_TORCH, Products
 from qlora_kit.model.fused.remade import Origins
 from qlora_kit.model.fused.replaced import replaced_forward
 from qlora_kit.model.fused.residents import Residents
@@ -130,13 +131,20 @@ class _Group:
 class _FusedForward:
     """The forward pass of one LoRA layer."""
 
-    def __init__(self, layer: Any, group: _Group, origins: Origins, residents: Residents):
+    def __init__(
+        self,
+        layer: Any,
+        group: _Group,
+        origins: Origins,
+        residents: Residents,
+        products: Products,
+    ):
         self.layer = layer
         self.origins = origins
         self.group = group
         self.own_forward: Callable[..., torch.Tensor] = layer.forward
         (self.adapter,) = (name for name in layer.active_adapters if name in layer.lora_A)
-        self.base = FrozenLinear(layer.base_layer, residents)
+        self.base = FrozenLinear(layer.base_layer, residents, products)
         self.is_four_bit = type(layer).__name__ == "Linear4bit"
 
     def __call__(self, x: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
@@ -198,19 +206,23 @@ def fused(
     fusion: Fusion,
     origins: Origins | None = None,
     residents: Residents | None = None,
+    products: Products = BY_TORCH,
 ) -> Iterator[None]:
     """The layers of a plan computed as one operation, while the context lasts.
 
     Args:
         origins: how inputs came about that need not be kept.
         residents: unpacked weights that stay.
+        products: by what frozen weights are multiplied.
     """
     origins, residents = origins or Origins(), residents or Residents()
     with ExitStack() as stack:
         for names in fusion.groups:
             group = _Group()
             layers = [model.get_submodule(name) for name in names]
-            members = [_FusedForward(layer, group, origins, residents) for layer in layers]
+            members = [
+                _FusedForward(layer, group, origins, residents, products) for layer in layers
+            ]
             group.members = members
             for layer, member in zip(layers, members, strict=True):
                 stack.enter_context(replaced_forward(layer, member))

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from qlora_kit.model.fused.products import BY_TORCH, Products
 from qlora_kit.model.fused.remade import Remade
 from qlora_kit.model.fused.residents import Residents
 from qlora_kit.model.quantized import is_four_bit
@@ -30,6 +31,7 @@ class FrozenLinear:
 
     module: Any
     residents: Residents = field(default_factory=Residents)
+    products: Products = BY_TORCH
 
     @property
     def is_packed(self) -> bool:
@@ -52,6 +54,19 @@ class FrozenLinear:
     def bias(self, dtype: torch.dtype) -> torch.Tensor | None:
         bias = self.module.bias
         return None if bias is None else bias.detach().to(dtype)
+
+    def output(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """Of (N, I), (N, O)."""
+        return self.products.product(x, self.weight(dtype).T, self.bias(dtype))
+
+    def gradient(
+        self, g: torch.Tensor, dtype: torch.dtype, others: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Of x, (N, I), given that of the output, and on that of other layers on the same x."""
+        weight = self.weight(dtype)
+        if others is None:
+            return self.products.product(g, weight)
+        return self.products.add_product(others, g, weight)
 
 
 class _Inner(torch.autograd.Function):
@@ -104,10 +119,7 @@ class _SharedInput(torch.autograd.Function):
         downs, ups = factors[0::2], factors[1::2]
         outputs = []
         for layer, scale, up, part in zip(layers, scales, ups, _parts(downs), strict=True):
-            bias = layer.bias(dtype)
-            weight = layer.weight(dtype)
-            y = flat @ weight.T if bias is None else torch.addmm(bias, flat, weight.T)
-            del weight
+            y = layer.output(flat, dtype)
             y.addmm_(inner[:, part], up.to(dtype).T, alpha=scale)
             outputs.append(y.view(*x.shape[:-1], -1).to(out_dtype))
         ctx.node = node
@@ -138,9 +150,7 @@ class _SharedInput(torch.autograd.Function):
             torch.mm(g, up.to(dtype).mul(scale), out=inner_gradient[:, part])
             of_ups.append(_transposed_product(inner[:, part], g, scale, up.dtype))
             if x_needed:
-                weight = layer.weight(dtype)
-                of_x = g @ weight if of_x is None else of_x.addmm_(g, weight)
-                del weight
+                of_x = layer.gradient(g, dtype, of_x)
         of_dropped = None
         if ctx.is_dropped:
             of_dropped = (inner_gradient @ down).view(ctx.shape).to(ctx.dropped_dtype)
