@@ -67,9 +67,9 @@ def known_or_tried(
         if key is not None and not found.left:  # what was left out may be for want of memory
             kept.keep(_KIND, key, _as_values(found))
     # A clock may come to different choices where two kernels are as fast as each other.
-    of_all = around.processes.gathered((found.liger, found.onednn))
-    liger = tuple(one for one in found.liger if all(one in other for other, _ in of_all))
-    onednn = all(is_faster for _, is_faster in of_all)
+    of_all = around.processes.gathered(found.liger)
+    liger = tuple(one for one in found.liger if all(one in other for other in of_all))
+    onednn = all(around.processes.gathered(found.onednn))
     if (liger, onednn) != (found.liger, found.onednn):
         why = f"{found.why_kernels}; those that are faster for all processes are taken"
         found = replace(found, liger=liger, onednn=onednn, why_kernels=why)

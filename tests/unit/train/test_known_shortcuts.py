@@ -198,3 +198,32 @@ def test_processes_take_the_kernels_that_all_of_them_found_faster(
     assert chosen.liger == ("norm",)
     assert chosen.why_kernels.endswith("those that are faster for all processes are taken")
     assert chosen.lean == found.lean
+
+
+def test_processes_take_onednn_where_it_is_faster_for_all_of_them(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = choose_shortcuts(model, TrainSpec(use_onednn=True), "fp32", False)
+    assert found.onednn
+    monkeypatch.setattr(known_shortcuts, "choose_shortcuts", lambda *_: found)
+    for theirs in (True, False):
+
+        def gathered(one: Any, theirs: bool = theirs) -> list[Any]:
+            return [one, theirs] if isinstance(one, bool) else [one, one]
+
+        around: Any = SimpleNamespace(
+            precision="fp32", reporter=Heard(), processes=SimpleNamespace(gathered=gathered)
+        )
+        spec = TrainSpec(use_onednn=True, fused_norm=theirs)  # which no earlier start knows
+        chosen = known_or_tried(model, spec, around, False, None).shortcuts
+        assert chosen.onednn is theirs
+        assert chosen.fusion == found.fusion
+
+
+def test_a_checkpoint_keeps_that_onednn_multiplied(start: Start) -> None:
+    first = start(use_onednn=True)
+    assert first.shortcuts.onednn
+    assert start(Choice(first.shortcuts, first.key), use_onednn=True) == first
+    start(Choice(replace(first.shortcuts, onednn=False), "another machine"), use_onednn=True)
+    (warning,) = start.heard.warnings
+    assert "oneDNN's products" in warning

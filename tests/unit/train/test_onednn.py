@@ -1,0 +1,170 @@
+"""Whether oneDNN multiplies: where it is faster by this clock, and the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from qlora_kit.model.fused.lean import NO_PARTS
+from qlora_kit.model.fused.products import OneDnnProducts
+from qlora_kit.recipe import TrainSpec
+from qlora_kit.train import kernel_race, shortcuts
+from qlora_kit.train.kernel_race import PRODUCTS, Pair, most_weights, pair_of, raced_on_a_cpu
+from qlora_kit.train.shortcuts import NONE, Shortcuts, choose_shortcuts, taken
+
+IDS = torch.arange(3, 40)[None]
+
+
+@pytest.fixture
+def model(tiny_llama: Path) -> Any:
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    base.requires_grad_(False)
+    torch.manual_seed(1)
+    adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
+    with torch.no_grad():
+        for name, one in adapted.named_parameters():
+            if "lora_B" in name:
+                one.normal_(std=0.05)
+    return adapted.train()
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
+    """By which each side takes so many seconds, also of small layers."""
+    takes = {"torch": 3.0, "oneDNN": 2.0}
+    sides: dict[Any, str] = {}
+
+    def paired(*given: Any) -> Pair:
+        pair = pair_of(*given)
+        assert pair is not None
+        sides.update({pair.by_torch: "torch", pair.by_other: "oneDNN"})
+        return pair
+
+    monkeypatch.setattr(shortcuts, "FEWEST_WEIGHTS", 0)
+    monkeypatch.setattr(shortcuts, "pair_of", paired)
+    monkeypatch.setattr(kernel_race, "seconds_on_a_cpu", lambda run: takes[sides[run]])
+    return takes
+
+
+def chosen(model: Any, precision: str = "fp32", **train: Any) -> Shortcuts:
+    return choose_shortcuts(model, TrainSpec(**train), precision, is_sharded=False)
+
+
+def outcome(model: Any, taking: Shortcuts) -> tuple[float, list[torch.Tensor]]:
+    model.zero_grad()
+    with taken(model, taking):
+        loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        loss.backward()
+    gradients = [one.grad for one in model.parameters()]
+    return float(loss.detach()), [one.clone() for one in gradients if one is not None]
+
+
+def test_it_is_taken_where_it_is_faster(model: Any, clock: dict[str, float]) -> None:
+    found = chosen(model)
+    assert found.onednn
+    height, width = most_weights(model) or (0, 0)
+    assert found.why_kernels == (
+        "oneDNN's for products (1.50 ×): time of torch's over oneDNN's on 256 tokens of a layer of "
+        f"{height} × {width}"
+    )
+    loss, gradients = outcome(model, found)
+    wanted, wanted_gradients = outcome(model, NONE)
+    assert loss == pytest.approx(wanted, rel=1e-6)
+    for one, other in zip(gradients, wanted_gradients, strict=True):
+        assert float((one - other).norm()) <= 1e-5 * float(other.norm())
+
+
+def test_it_multiplies_with_every_frozen_weight(
+    model: Any, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both directions; the first layer's q, k and v have nobody to give a gradient to. The head
+    is looked at once beforehand.
+    """
+    found = chosen(model)
+    shapes: Counter[str] = Counter()
+    own = OneDnnProducts.product
+
+    def noted(self: Any, left: torch.Tensor, right: torch.Tensor, *rest: Any) -> torch.Tensor:
+        shapes["head" if model.config.vocab_size in right.shape else "layer"] += 1
+        return own(self, left, right, *rest)
+
+    monkeypatch.setattr(OneDnnProducts, "product", noted)
+    outcome(model, found)
+    assert shapes == {"head": 1 + 2, "layer": 14 + 11}
+
+
+def test_it_is_left_where_it_is_not_faster(model: Any, clock: dict[str, float]) -> None:
+    clock["oneDNN"] = clock["torch"]
+    found = chosen(model)
+    assert not found.onednn
+    assert found.why_kernels.startswith("torch's own for products (1.00 ×)")
+    assert found.left == ()
+    assert chosen(model, use_onednn=True).onednn
+
+
+def test_it_can_be_switched_off(model: Any, clock: dict[str, float]) -> None:
+    for off in ({"use_onednn": False}, {"fused_lora": False}):
+        found = chosen(model, **off)
+        assert (found.onednn, found.why_kernels, found.left) == (False, "", ())
+
+
+def test_small_layers_are_not_timed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their products are over before a clock tells much: two starts might differ."""
+
+    def timed(_: Pair) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(shortcuts, "raced_on_a_cpu", timed)
+    found = chosen(model)
+    assert (found.onednn, found.why_kernels, found.left) == (False, "", ())
+
+
+@pytest.mark.parametrize("factor", [1.01, float("nan")])
+def test_products_that_come_out_otherwise_are_left_out(
+    model: Any, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch, factor: float
+) -> None:
+    own = OneDnnProducts.product
+    monkeypatch.setattr(OneDnnProducts, "product", lambda *given: factor * own(*given))
+    found = chosen(model)
+    assert not found.onednn
+    (why,) = found.left
+    assert why.startswith("oneDNN's products: ")
+    assert why.endswith("of their size off")
+    assert found.fusion is not None, "all else is as good as before"
+
+
+def test_what_fails_is_left_out(
+    model: Any, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr(OneDnnProducts, "product", fails)
+    assert chosen(model).left == (
+        "oneDNN's products: it fails (RuntimeError: could not create a primitive)",
+    )
+
+
+def test_in_16_bits_it_is_told_where_it_was_asked_for(model: Any, clock: dict[str, float]) -> None:
+    assert "oneDNN" not in chosen(model, "bf16").why_kernels
+    assert chosen(model, "bf16", use_onednn=True).left == (
+        "oneDNN's products: torch takes it by itself in 16 bits",
+    )
+
+
+def test_it_is_timed_on_the_widest_layers(model: Any) -> None:
+    sizes = most_weights(model)
+    mlp = model.get_base_model().model.layers[0].mlp.gate_proj.base_layer
+    assert sizes == (mlp.out_features, mlp.in_features)
+    pair = pair_of(PRODUCTS, model, NO_PARTS, torch.float32, 6)
+    assert pair is not None
+    assert [tuple(one.shape) for one in pair.by_other()] == [(6, sizes[0]), (6, sizes[1])]
+    one = raced_on_a_cpu(pair)
+    assert one.apart < 1e-5
+    assert one.gain > 0
