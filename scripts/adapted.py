@@ -9,6 +9,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from qlora_kit.model.quantized import never_repacked
+
 
 def adapted(folder: str | Path, rank: int) -> Any:
     """It computes in float32 and is ready to train."""
@@ -22,6 +24,7 @@ def adapted(folder: str | Path, rank: int) -> Any:
             bnb_4bit_compute_dtype=torch.float32,
         ),
     )
+    never_repacked(model)
     model.requires_grad_(False)
     lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
     return get_peft_model(model, lora).train()

@@ -1,0 +1,151 @@
+"""Products with frozen weights in float32 on a CPU: torch's own (MKL, as a rule) against oneDNN's.
+
+python scripts/bench_products.py
+python scripts/bench_products.py --tokens 64 512 2048 --threads 2
+
+For every shape of a model's adapted layers, and its head, x Wᵀ and the gradient g W, in 10⁹
+operations a second; then forward and backward of the whole model as training computes them (NF4,
+r = 16 on all linear layers, unpacked weights that stay, 40 % of the tokens supervised), in CPU
+seconds. Each round measures both ways one after the other: what disturbs one disturbs the other.
+Ratios are of rounds, with their spread; above 1 oneDNN is faster.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from adapted import adapted
+from plainly import Fault, Parser, at_least, plainly
+from torch import nn
+
+from qlora_kit.model.demo import demo_model_folder
+from qlora_kit.model.fused.attach import is_lora_layer
+from qlora_kit.model.fused.products import BY_TORCH, OneDnnProducts, Products, why_no_onednn
+from qlora_kit.model.fused.residents import Residents
+from qlora_kit.recipe import TrainSpec
+from qlora_kit.train.shortcuts import choose_shortcuts, taken
+
+SUPERVISED = 0.4
+SHORT_SECONDS = 0.02
+"""What takes less is repeated until it takes as long."""
+
+Sizes = tuple[int, int]
+"""Widths of output and input."""
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="a folder; unset: the demo model")
+    parser.add_argument("--tokens", type=at_least(1), nargs="+", default=[128, 512])
+    parser.add_argument("--rank", type=at_least(1), default=16)
+    parser.add_argument("--rounds", type=at_least(1), default=7)
+    parser.add_argument("--threads", type=at_least(1), default=1)
+    arguments = parser.parse_args()
+    if arguments.model is not None and not arguments.model.is_dir():
+        parser.error(f"--model {arguments.model} is no folder")
+    why = why_no_onednn(torch.device("cpu"), torch.float32)
+    if why is not None:
+        raise Fault(f"oneDNN's products cannot be had here: {why}.")
+    torch.set_num_threads(arguments.threads)
+    model = adapted(arguments.model or demo_model_folder(), arguments.rank)
+    print(
+        f"{arguments.threads} thread(s), {arguments.rounds} rounds, float32, "
+        f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
+    )
+    print("layers  tokens  output × input    torch  oneDNN, 10⁹/s   torch / oneDNN (spread)")
+    for sizes, count in sizes_of(model).items():
+        for num_tokens in arguments.tokens:
+            of_shape(sizes, count, num_tokens, arguments.rounds)
+    print()
+    print("the whole model, forward and backward   torch  oneDNN, CPU s   torch / oneDNN (spread)")
+    for num_tokens in arguments.tokens:
+        of_model(model, num_tokens, arguments.rounds)
+
+
+def sizes_of(model: Any) -> Counter[Sizes]:
+    """Of all layers with an adapter, and of the head, with how many there are."""
+    layers: list[Any] = [one.base_layer for one in model.modules() if is_lora_layer(one)]
+    head = model.get_base_model().get_output_embeddings()
+    layers += [head] * isinstance(head, nn.Linear)
+    return Counter((layer.out_features, layer.in_features) for layer in layers)
+
+
+def of_shape(sizes: Sizes, count: int, num_tokens: int, rounds: int) -> None:
+    """Prints the line of one shape."""
+    height, width = sizes
+    weight, x, g = (torch.randn(*one) for one in (sizes, (num_tokens, width), (num_tokens, height)))
+
+    def run(by: Products) -> None:
+        by.product(x, weight.T)
+        by.product(g, weight)
+
+    ways: list[Callable[[], None]] = [lambda: run(BY_TORCH), lambda: run(OneDnnProducts())]
+    found = [[seconds(way) for way in ways] for _ in range(rounds + 1)][1:]
+    operations = 4.0 * num_tokens * height * width
+    rates = [operations / statistics.median(column) / 1e9 for column in zip(*found, strict=True)]
+    print(
+        f"{count:6} {num_tokens:7,} {f'{height:,} × {width:,}':>15} {rates[0]:8.1f} {rates[1]:7.1f}"
+        f"   {spread(found):>29}"
+    )
+
+
+def of_model(model: Any, num_tokens: int, rounds: int) -> None:
+    """Prints the line of one row of so many tokens."""
+    chosen = choose_shortcuts(model, TrainSpec(use_onednn=True), "fp32", is_sharded=False)
+    if not chosen.onednn:
+        why = "; ".join(chosen.left) or "the model has no layers for them"
+        raise Fault(f"oneDNN's products are not taken: {why}.")
+    drawn = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, model.config.vocab_size, (1, num_tokens), generator=drawn)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=drawn) >= SUPERVISED, -100)
+    residents = Residents(1 << 62)
+    losses: list[float] = []
+
+    def step(onednn: bool) -> float:
+        model.zero_grad()
+        with ExitStack() as stack:
+            stack.enter_context(taken(model, replace(chosen, onednn=onednn), residents))
+            started = time.process_time()
+            loss = model(input_ids=ids, labels=labels, use_cache=False).loss
+            loss.backward()
+            took = time.process_time() - started
+        losses.append(float(loss.detach()))
+        return took
+
+    found = [[step(False), step(True)] for _ in range(rounds + 1)][1:]
+    apart = max(losses) / min(losses) - 1
+    if not apart < 1e-4:
+        raise Fault(f"the losses are {apart:.1e} apart: the ways do not compute the same.")
+    medians = [statistics.median(column) for column in zip(*found, strict=True)]
+    print(
+        f"{num_tokens:6,} tokens, losses {apart:.0e} apart {medians[0]:12.2f} {medians[1]:7.2f}"
+        f"   {spread(found):>29}"
+    )
+
+
+def seconds(way: Callable[[], None]) -> float:
+    """Of one time."""
+    count, started = 0, time.perf_counter()
+    while count == 0 or time.perf_counter() - started < SHORT_SECONDS:
+        way()
+        count += 1
+    return (time.perf_counter() - started) / count
+
+
+def spread(found: list[list[float]]) -> str:
+    """Median, with the lowest and the highest, of the ratios of rounds."""
+    ratios = [ours / theirs for ours, theirs in found]
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+
+
+if __name__ == "__main__":
+    sys.exit(plainly(main))
