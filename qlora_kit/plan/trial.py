@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from qlora_kit.errors import AdapterError
 from qlora_kit.memory.allocator import holes_left_by
 from qlora_kit.memory.kept import Kept, measure_kept, recomputing_layers
 from qlora_kit.memory.live import GRADIENTS, UNPACKED, Component, LiveTensors
@@ -54,6 +55,11 @@ if TYPE_CHECKING:
     from qlora_kit.model.vocabulary import Vocabulary
     from qlora_kit.recipe import Recipe, TrainSpec
 
+_NO_DORA = (
+    "lora.use_dora is true, and no plan is made for it on a quantized base: PEFT takes norms of "
+    "the unpacked weights, which a plan does not have. Plan with lora.use_dora=false for the least "
+    "that is needed; DoRA takes more, and train says how much it was."
+)
 CACHE = "cache of keys and values"
 HOLES = "holes in the heap"
 
@@ -102,12 +108,14 @@ class ImaginedTraining:
 
         Raises:
             ModelError: it holds what is not known to a trial.
-            AdapterError: the adapter does not suit the model.
+            AdapterError: the adapter does not suit the model, or is DoRA on a quantized one.
         """
         self.compute_dtype = compute_dtype
         self.precision = precision
         self.device = device
         base = stand_in_base(skeleton, vocabulary, recipe.quantization, compute_dtype)
+        if recipe.lora.use_dora and base.quantized.num_quantized:
+            raise AdapterError(_NO_DORA)
         spec = recipe.lora.model_copy(update={"init": "default"})
         with torch.device("meta"):
             adapted = attach_adapter(base, spec, recipe.train.seed)

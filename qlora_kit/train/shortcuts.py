@@ -13,8 +13,7 @@ from qlora_kit.model.fused.at_places import FEWEST_TOKENS, AtPlaces, last_of
 from qlora_kit.model.fused.attach import Fusion, fused, plan_fusion
 from qlora_kit.model.fused.lean import NO_PARTS, LeanParts, lean, looking_for_lean_parts
 from qlora_kit.model.fused.liger import GATED, NORM, ROTARY, why_no_liger
-from qlora_kit.model.fused.linear import is_frozen_linear
-from qlora_kit.model.fused.products import BY_TORCH, OneDnnProducts, multiplying_by, why_no_onednn
+from qlora_kit.model.fused.products import BY_TORCH, OneDnnProducts, why_no_onednn
 from qlora_kit.model.fused.remade import Origins
 from qlora_kit.model.fused.replaced import replaced_forward
 from qlora_kit.model.fused.residents import Residents
@@ -283,9 +282,6 @@ def taken(
         if shortcuts.fusion is not None:
             products = OneDnnProducts() if shortcuts.onednn else BY_TORCH
             stack.enter_context(fused(model, shortcuts.fusion, origins, residents, products))
-        head = model.get_base_model().get_output_embeddings()
-        if shortcuts.onednn and is_frozen_linear(head):
-            stack.enter_context(multiplying_by(OneDnnProducts(), head))
         stack.enter_context(lean(model, shortcuts.lean, origins, shortcuts.liger))
         loss = model.get_base_model().forward
         if shortcuts.last_mlp is not None and isinstance(loss, SupervisedForward):

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from qlora_kit.model.fused.linear import FrozenLinear, is_frozen_linear, shared_input_lora
+from qlora_kit.model.fused.linear import (
+    FrozenLinear,
+    frozen_output,
+    is_frozen_linear,
+    shared_input_lora,
+)
 from qlora_kit.model.fused.products import BY_TORCH, Products
 from qlora_kit.model.fused.remade import Origins
 from qlora_kit.model.fused.replaced import replaced_forward
@@ -183,11 +188,7 @@ class _FusedForward:
 def _computed(
     members: Sequence[_FusedForward], x: torch.Tensor, dropped: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, ...]:
-    device = x.device.type
-    dtype, out_dtype = x.dtype, x.dtype
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
-        out_dtype = x.dtype if members[0].is_four_bit else dtype
+    dtype, out_dtype = _dtypes(x, members[0].is_four_bit)
     return shared_input_lora(
         x,
         [one.base for one in members],
@@ -200,6 +201,27 @@ def _computed(
     )
 
 
+def _dtypes(x: torch.Tensor, is_four_bit: bool) -> tuple[torch.dtype, torch.dtype]:
+    """(what a layer computes in, what it gives)"""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device):
+        return x.dtype, x.dtype
+    dtype = torch.get_autocast_dtype(device)
+    return dtype, x.dtype if is_four_bit else dtype
+
+
+class _FrozenForward:
+    """The forward pass of a frozen layer by itself: one without an adapter, the head, or the one
+    inside of a layer that is left to PEFT.
+    """
+
+    def __init__(self, layer: nn.Module, residents: Residents, products: Products):
+        self.base = FrozenLinear(layer, residents, products)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return frozen_output(x, self.base, *_dtypes(x, self.base.is_packed))
+
+
 @contextmanager
 def fused(
     model: PeftModel,
@@ -208,7 +230,8 @@ def fused(
     residents: Residents | None = None,
     products: Products = BY_TORCH,
 ) -> Iterator[None]:
-    """The layers of a plan computed as one operation, while the context lasts.
+    """The layers of a plan computed as one operation, while the context lasts; frozen layers by
+    themselves with the same weights that stay, by the same products.
 
     Args:
         origins: how inputs came about that need not be kept.
@@ -217,6 +240,13 @@ def fused(
     """
     origins, residents = origins or Origins(), residents or Residents()
     with ExitStack() as stack:
+        for layer in model.modules():
+            # A plain one by torch's products is as it was.
+            if is_frozen_linear(layer) and (
+                products is not BY_TORCH or FrozenLinear(layer).is_packed
+            ):
+                forward = _FrozenForward(layer, residents, products)
+                stack.enter_context(replaced_forward(layer, forward))
         for names in fusion.groups:
             group = _Group()
             layers = [model.get_submodule(name) for name in names]

@@ -198,6 +198,33 @@ def shared_input_lora(
     return outputs
 
 
+class _FrozenOutput(torch.autograd.Function):
+    """x Wᵀ + b of a layer by itself. Of x nothing is kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, layer: FrozenLinear, dtype: torch.dtype, out_dtype: torch.dtype
+    ) -> torch.Tensor:
+        ctx.layer, ctx.dtype, ctx.shape, ctx.x_dtype = layer, dtype, x.shape, x.dtype
+        y = layer.output(_flat(x, dtype), dtype)
+        return y.view(*x.shape[:-1], -1).to(out_dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (grad,) = grad_outputs
+        of_x = ctx.layer.gradient(_flat(grad, ctx.dtype), ctx.dtype, None)
+        return of_x.view(ctx.shape).to(ctx.x_dtype), None, None, None
+
+
+def frozen_output(
+    x: torch.Tensor, layer: FrozenLinear, dtype: torch.dtype, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """What a layer makes of x, (…, I), with a gradient for it; the other arguments as above."""
+    with torch.autocast(x.device.type, enabled=False):
+        y: torch.Tensor = _FrozenOutput.apply(x, layer, dtype, out_dtype)
+    return y
+
+
 def _same(x: torch.Tensor) -> torch.Tensor:
     return x
 

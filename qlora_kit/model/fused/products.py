@@ -7,14 +7,7 @@ processor that it finds: https://uxlfoundation.github.io/oneDNN/. The same numbe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
-from torch import nn
-
-from qlora_kit.model.fused.replaced import replaced_forward
 
 
 class Products:
@@ -42,6 +35,8 @@ class OneDnnProducts(Products):
         self, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """(N, K) by (K, M), and (M,) on each row."""
+        if not len(left):  # an expert that nobody asks
+            return super().product(left, right, bias)
         made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(left, right.T, bias, "none", [], "")
         return made
 
@@ -64,33 +59,3 @@ def why_no_onednn(device: torch.device, dtype: torch.dtype) -> str | None:
     if not torch.backends.mkldnn.is_available():
         return "torch was built without it"
     return None
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """x Wᵀ + b, of which x alone has a gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layer: nn.Linear, products: Products) -> torch.Tensor:
-        ctx.weight, ctx.products = layer.weight.detach(), products
-        bias = None if layer.bias is None else layer.bias.detach()
-        y = products.product(x.reshape(-1, x.shape[-1]), ctx.weight.T, bias)
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (grad,) = grad_outputs
-        flat = grad.reshape(-1, grad.shape[-1])
-        of_x = ctx.products.product(flat, ctx.weight)
-        return of_x.view(*grad.shape[:-1], -1), None, None
-
-
-@contextmanager
-def multiplying_by(products: Products, layer: nn.Linear) -> Iterator[None]:
-    """A linear layer whose tensors are not trained, while the context lasts."""
-
-    def forward(x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = _FrozenProduct.apply(x, layer, products)
-        return y
-
-    with replaced_forward(layer, forward):
-        yield

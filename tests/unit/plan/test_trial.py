@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from qlora_kit.environment import probe_hardware
-from qlora_kit.errors import HardwareError
+from qlora_kit.errors import AdapterError, HardwareError
 from qlora_kit.memory.kept import Kept, measure_kept
 from qlora_kit.memory.live import LiveTensors
 from qlora_kit.memory.optimizer import state_bytes
@@ -101,6 +101,7 @@ def told_and_taken(recipe: Recipe, count: int, monkeypatch: pytest.MonkeyPatch) 
 
 
 _FLAT, _PACKED = {"padding_free": True}, {"padding_free": "auto", "packing": True}
+_WHOLE = {"load_in_4bit": False}
 _EIGHT = {"load_in_8bit": True, "load_in_4bit": False}
 
 
@@ -129,6 +130,29 @@ def test_a_trial_says_what_a_step_takes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     recipe = recipe_for(tmp_path, tiny_llama, train=train, data=data, quantization=quantization)
+    told, taken = told_and_taken(recipe, count, monkeypatch)
+    assert told == pytest.approx(taken, rel=0.02)
+
+
+def test_dora_on_a_quantized_base_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(tmp_path, tiny_llama, lora={"use_dora": True})
+    vocabulary = load_vocabulary(recipe.model)
+    planner = Planner(vocabulary, probe_hardware(), 8 * _GIB)
+    with pytest.raises(AdapterError, match=r"lora\.use_dora is true, and no plan is made"):
+        planner.plan(recipe, train_rows(recipe, vocabulary))
+    whole = recipe_for(tmp_path, tiny_llama, lora={"use_dora": True}, quantization=_WHOLE)
+    assert planner.plan(whole, train_rows(whole, vocabulary)).moment("training").tensor_bytes
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_it_knows_what_layers_without_an_adapter_take(
+    count: int,
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Their unpacked weights stay as well."""
+    recipe = recipe_for(tmp_path, tiny_llama, lora={"target_modules": ["q_proj", "v_proj"]})
     told, taken = told_and_taken(recipe, count, monkeypatch)
     assert told == pytest.approx(taken, rel=0.02)
 

@@ -15,6 +15,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.model.fused import linear
 from qlora_kit.model.fused.attach import fused, plan_fusion
+from qlora_kit.model.fused.residents import Residents
+from qlora_kit.model.quantized import never_repacked
 
 IDS = torch.randint(3, 300, (3, 20), generator=torch.Generator().manual_seed(0))
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 1e-2}
@@ -39,6 +41,7 @@ def adapted(base: Path, dtype: torch.dtype = torch.float32, bits: int = 4, **lor
     model = AutoModelForCausalLM.from_pretrained(
         base, dtype=dtype, quantization_config=quantization
     ).requires_grad_(False)
+    never_repacked(model)
     torch.manual_seed(1)
     config = {"r": 8, "lora_alpha": 16, "target_modules": "all-linear", **lora}
     model = get_peft_model(model, LoraConfig(**config))
@@ -210,6 +213,43 @@ def test_what_is_not_covered_stays_with_peft(
     ((reason, count),) = fusion.left.items()
     assert why in reason
     assert count == 14
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("lora", [{"target_modules": ["q_proj", "v_proj"]}, {"use_dora": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_frozen_layers_by_themselves_are_what_bitsandbytes_computes(
+    base: Path, dtype: torch.dtype, lora: dict[str, Any], recomputes: bool
+) -> None:
+    """Those without an adapter, and those inside of layers that are left to PEFT."""
+    model = adapted(base, dtype, **lora)
+    if recomputes:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    wanted = outcome(model, dtype)
+    with fused(model, plan(model)):
+        found = outcome(model, dtype)
+    require_same(found, wanted, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("lora", [{"target_modules": ["q_proj", "v_proj"]}, {"use_dora": True}])
+def test_their_weights_stay_where_there_is_room(
+    base: Path, lora: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(base, **lora)
+    unpacked: list[Any] = []
+    own = linear.FrozenLinear._unpacked
+
+    def counted(self: Any, dtype: torch.dtype) -> torch.Tensor:
+        unpacked.append(self.module)
+        return own(self, dtype)
+
+    monkeypatch.setattr(linear.FrozenLinear, "_unpacked", counted)
+    with fused(model, plan(model), residents=Residents(1 << 30)):
+        first = outcome(model, torch.float32)
+        assert len(unpacked) == len(set(unpacked)) == 14
+        again = outcome(model, torch.float32)
+    assert len(unpacked) == 14
+    assert again[0] == first[0]
 
 
 def test_rslora_and_ranks_of_their_own(base: Path) -> None:
