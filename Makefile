@@ -27,7 +27,7 @@ $(COMPILED): $(INSTALLED)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-build-isolation-package qlora-kit --constraints requirements.txt --editable '.[gguf]'
 	@touch $@
 
-quickstart: $(INSTALLED) ## teach a small model a task, merge it, certify it (about ten minutes on two cores)
+quickstart: $(INSTALLED) ## teach a small model a task, merge it, certify it (three to ten minutes on two cores)
 	$(BIN)/qlora-kit train recipes/quickstart.yaml
 
 # A process of tests for each core, each with one thread.

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import torch
 
 # How many times as long as the fp32 one a backward product in bf16 may take: native where it is no
-# slower (AMX: 0.2 to 0.5), usable where it is not emulated. AVX512-BF16 without AMX takes 1.7 to
-# 2.5 times as long, emulated bf16 20 to 100 times: what follows must not depend on the load.
+# slower (AMX: 0.2 to 0.5), usable where it is not emulated. AVX512-BF16 without AMX took 0.5 on one
+# machine and 1.7 to 2.5 on another, emulated bf16 20 to 100: what follows must not depend on load.
 _NATIVE_BF16_MAX_SLOWDOWN = 1.0
 _USABLE_BF16_MAX_SLOWDOWN = 8.0
 _NUM_TIMINGS = 25
