@@ -45,7 +45,7 @@ Sizes = tuple[int, int]
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="a folder; unset: the demo model")
-    parser.add_argument("--tokens", type=at_least(1), nargs="+", default=[128, 512])
+    parser.add_argument("--tokens", type=at_least(2), nargs="+", default=[128, 512])
     parser.add_argument("--rank", type=at_least(1), default=16)
     parser.add_argument("--rounds", type=at_least(1), default=7)
     parser.add_argument("--threads", type=at_least(1), default=1)
@@ -107,6 +107,7 @@ def of_model(model: Any, num_tokens: int, rounds: int) -> None:
     drawn = torch.Generator().manual_seed(0)
     ids = torch.randint(3, model.config.vocab_size, (1, num_tokens), generator=drawn)
     labels = ids.masked_fill(torch.rand(ids.shape, generator=drawn) >= SUPERVISED, -100)
+    labels[0, -1] = ids[0, -1]
     residents = Residents(1 << 62)
     losses: list[float] = []
 

@@ -95,7 +95,7 @@ class TrainSpec(Spec):
     `pip install 'qlora-kit[liger]'`."""
 
     use_onednn: Literal["auto"] | bool = "auto"
-    """Let oneDNN multiply with frozen weights of float32 on a CPU, where fused_lora is on. `auto`
+    """Let oneDNN multiply with frozen weights of float32 on a CPU; it comes with fused_lora. `auto`
     takes it where it passes the trial and is faster than what torch takes by itself (MKL, as a
     rule), timed when a run starts; true, where it passes."""
 

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from qlora_kit import kept
 from qlora_kit.model.fused.attach import Fusion
 from qlora_kit.model.fused.lean import LeanParts
@@ -86,7 +88,8 @@ def key_of(model: PeftModel, spec: TrainSpec, precision: str) -> str | None:
     if facts is None:
         return None
     switches = {name: getattr(spec, name) for name in _SWITCHES}
-    return kept.key_of({**facts, "precision": precision, "switches": switches})
+    how = {"precision": precision, "switches": switches, "threads": torch.get_num_threads()}
+    return kept.key_of({**facts, **how})
 
 
 def _of_checkpoint(before: Progress | None, key: str | None) -> Shortcuts | None:

@@ -151,12 +151,16 @@ def _with_liger(
 def _with_products(
     trial: Trial, wanted: Outcome, found: Shortcuts, spec: TrainSpec
 ) -> tuple[Shortcuts, list[str]]:
-    sizes = most_weights(trial.model)
-    if not spec.use_onednn or found.fusion is None or not found.fusion.groups or sizes is None:
+    if not spec.use_onednn:
         return found, []
     is_asked_for = spec.use_onednn is True
+    sizes = most_weights(trial.model)
     why = why_no_onednn(trial.device, trial.dtype)
-    if why is not None:
+    if why is None and found.fusion is None:
+        why = f"it comes with {_LORA}"
+    if why is None and sizes is None:
+        why = "no frozen layer has an adapter"
+    if why is not None or sizes is None:
         return found, [f"{_ONEDNN}: {why}"] * is_asked_for
     if not is_asked_for and sizes[0] * sizes[1] < FEWEST_WEIGHTS:
         return found, []
@@ -188,7 +192,7 @@ def _with_kernel(
         if pair is None:
             return found, None, None
         one = race(pair)
-    except Exception as error:  # as above
+    except Exception as error:  # whatever a kernel or its compiler has to say
         if is_out_of_memory(error):
             return found, None, f"memory ran out on {timed_tokens(name):,} tokens"
         return found, None, f"it fails ({type(error).__name__}: {error})"
@@ -272,7 +276,7 @@ def taken(
     """Compute so, while the context lasts.
 
     Args:
-        residents: unpacked weights that stay, of fused layers.
+        residents: unpacked weights that stay, of frozen layers.
         least_tokens: of a batch at some of whose places the last MLP computes nothing.
     """
     origins = Origins()

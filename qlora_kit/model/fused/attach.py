@@ -1,4 +1,5 @@
-"""PEFT's LoRA layers with their forward pass as one operation, where it covers what they do.
+"""PEFT's LoRA layers with their forward pass as one operation, where it covers what they do, and
+frozen layers by themselves with unpacked weights that stay.
 
 Parameters, names and files stay PEFT's: only how the numbers come about is another.
 """
@@ -215,11 +216,23 @@ class _FrozenForward:
     inside of a layer that is left to PEFT.
     """
 
-    def __init__(self, layer: nn.Module, residents: Residents, products: Products):
+    def __init__(self, layer: Any, residents: Residents, products: Products):
         self.base = FrozenLinear(layer, residents, products)
+        self.own_forward: Callable[..., torch.Tensor] = layer.forward
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, *arguments: torch.Tensor, **options: Any) -> torch.Tensor:
+        if len(arguments) != 1 or options:
+            return self.own_forward(*arguments, **options)
+        (x,) = arguments
         return frozen_output(x, self.base, *_dtypes(x, self.base.is_packed))
+
+    @property
+    def is_worth_it(self) -> bool:
+        """Whether anything is another than in the layer's own. On a GPU no weight stays, and
+        bitsandbytes multiplies a few rows without unpacking at all.
+        """
+        is_on_cpu = self.base.module.weight.device.type == "cpu"
+        return is_on_cpu and (self.base.is_packed or self.base.products is not BY_TORCH)
 
 
 @contextmanager

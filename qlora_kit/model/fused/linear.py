@@ -5,7 +5,8 @@ up to rounding. Backward, with g the gradient of y and v = s g B:
 
     ∂x = g W + v A        ∂A = vᵀ x        ∂B = s gᵀ (x Aᵀ)
 
-W is packed; it is unpacked once in each direction and kept in neither. Nor is x kept where it is
+W is packed; it is unpacked once in each direction, and stays only where there is room
+(`Residents`). Nor is x kept where it is
 known how it can be made again (`Remade`). Hu et al. 2021,
 https://arxiv.org/abs/2106.09685, and Dettmers et al. 2023, https://arxiv.org/abs/2305.14314.
 """
@@ -114,14 +115,16 @@ class _SharedInput(torch.autograd.Function):
         out_dtype: torch.dtype,
         *factors: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:
-        """`node` is the one of `_Inner` that made `inner`."""
+        """(N, O) of each layer, no views, so that a model may write to them. `node` is the one of
+        `_Inner` that made `inner`.
+        """
         flat = _flat(x, dtype)
         downs, ups = factors[0::2], factors[1::2]
         outputs = []
         for layer, scale, up, part in zip(layers, scales, ups, _parts(downs), strict=True):
             y = layer.output(flat, dtype)
             y.addmm_(inner[:, part], up.to(dtype).T, alpha=scale)
-            outputs.append(y.view(*x.shape[:-1], -1).to(out_dtype))
+            outputs.append(y.to(out_dtype))
         ctx.node = node
         ctx.layers, ctx.scales, ctx.dtype = layers, scales, dtype
         ctx.shape, ctx.x_dtype = x.shape, x.dtype
@@ -195,19 +198,18 @@ def shared_input_lora(
         outputs: tuple[torch.Tensor, ...] = _SharedInput.apply(
             x, dropped, inner, inner.grad_fn, *how, *factors
         )
-    return outputs
+        return tuple(_shaped_as(x, y) for y in outputs)
 
 
 class _FrozenOutput(torch.autograd.Function):
-    """x Wᵀ + b of a layer by itself. Of x nothing is kept."""
+    """x Wᵀ + b of a layer by itself, (N, O). Of x nothing is kept."""
 
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, layer: FrozenLinear, dtype: torch.dtype, out_dtype: torch.dtype
     ) -> torch.Tensor:
         ctx.layer, ctx.dtype, ctx.shape, ctx.x_dtype = layer, dtype, x.shape, x.dtype
-        y = layer.output(_flat(x, dtype), dtype)
-        return y.view(*x.shape[:-1], -1).to(out_dtype)
+        return layer.output(_flat(x, dtype), dtype).to(out_dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
@@ -222,11 +224,16 @@ def frozen_output(
     """What a layer makes of x, (…, I), with a gradient for it; the other arguments as above."""
     with torch.autocast(x.device.type, enabled=False):
         y: torch.Tensor = _FrozenOutput.apply(x, layer, dtype, out_dtype)
-    return y
+        return _shaped_as(x, y)
 
 
 def _same(x: torch.Tensor) -> torch.Tensor:
     return x
+
+
+def _shaped_as(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """(N, O) as (…, O), where x is (…, I); N may be 0."""
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _flat(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -220,6 +220,16 @@ def test_processes_take_onednn_where_it_is_faster_for_all_of_them(
         assert chosen.fusion == found.fusion
 
 
+def test_another_number_of_threads_is_timed_anew(start: Start) -> None:
+    before, count = torch.get_num_threads(), start().key
+    torch.set_num_threads(before + 1)
+    try:
+        assert start().key != count
+    finally:
+        torch.set_num_threads(before)
+    assert start().key == count
+
+
 def test_a_checkpoint_keeps_that_onednn_multiplied(start: Start) -> None:
     first = start(use_onednn=True)
     assert first.shortcuts.onednn

@@ -112,6 +112,9 @@ def test_it_can_be_switched_off(model: Any, clock: dict[str, float]) -> None:
     for off in ({"use_onednn": False}, {"fused_lora": False}):
         found = chosen(model, **off)
         assert (found.onednn, found.why_kernels, found.left) == (False, "", ())
+    assert chosen(model, fused_lora=False, use_onednn=True).left == (
+        "oneDNN's products: it comes with LoRA as one operation",
+    )
 
 
 def test_small_layers_are_not_timed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +161,7 @@ def test_in_16_bits_it_is_told_where_it_was_asked_for(model: Any, clock: dict[st
     )
 
 
-def test_it_is_timed_on_the_widest_layers(model: Any) -> None:
+def test_it_is_timed_on_the_layers_with_the_most_weights(model: Any) -> None:
     sizes = most_weights(model)
     mlp = model.get_base_model().model.layers[0].mlp.gate_proj.base_layer
     assert sizes == (mlp.out_features, mlp.in_features)

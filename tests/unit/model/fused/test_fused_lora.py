@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +186,25 @@ def test_inputs_that_are_other_tensors_are_not_mixed_up(base: Path) -> None:
         found = attention.q_proj(one), attention.k_proj(other), attention.k_proj(one)
     for left, right in zip(found, wanted, strict=True):
         assert torch.allclose(left, right, atol=1e-6)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["gate_proj"]])
+def test_results_may_be_written_to(base: Path, targets: Any) -> None:
+    """With an adapter and without one; as OLMo clamps queries in place. Nor need there be any."""
+    model = adapted(base, target_modules=targets)
+    layer = model.base_model.model.model.layers[0].self_attn.q_proj
+    x = torch.randn(2, 4, 64)
+
+    def outcome(clamp: Callable[..., torch.Tensor]) -> Any:
+        leaf = x.clone().requires_grad_()
+        return torch.autograd.grad(clamp(layer(leaf), -0.3, 0.3).square().sum(), leaf)[0]
+
+    wanted = outcome(torch.clamp)  # bitsandbytes' own result is a view, and not to be written to
+    with fused(model, plan(model)):
+        found = outcome(torch.clamp_)
+        assert layer(x[:0]).shape == (0, 4, 64)
+        assert torch.allclose(layer.forward(x), layer.forward(x=x), atol=1e-6)
+    assert torch.allclose(found, wanted, atol=1e-5)
 
 
 def test_a_base_with_its_adapter_off_is_the_base(base: Path) -> None:
