@@ -38,7 +38,8 @@ def name(path: Path) -> str:
 
 
 def memory_table() -> dict[str, list[float]]:
-    rows = re.findall(r"^\| ([a-z][\w.-]+) \|(.*)\|$", (ROOT / "docs/memory.md").read_text(), re.M)
+    text = (ROOT / "docs/memory.md").read_text().partition("# Figures in the recipes' headers")[2]
+    rows = re.findall(r"^\| ([a-z][\w.-]+) \|(.*)\|$", text, re.M)
     return {
         recipe: [float(cell) for cell in cells.split("|")]
         for recipe, cells in rows
