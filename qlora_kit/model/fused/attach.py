@@ -253,13 +253,10 @@ def fused(
     """
     origins, residents = origins or Origins(), residents or Residents()
     with ExitStack() as stack:
-        for layer in model.modules():
-            # A plain one by torch's products is as it was.
-            if is_frozen_linear(layer) and (
-                products is not BY_TORCH or FrozenLinear(layer).is_packed
-            ):
-                forward = _FrozenForward(layer, residents, products)
-                stack.enter_context(replaced_forward(layer, forward))
+        for layer in filter(is_frozen_linear, model.modules()):
+            alone = _FrozenForward(layer, residents, products)
+            if alone.is_worth_it:
+                stack.enter_context(replaced_forward(layer, alone))
         for names in fusion.groups:
             group = _Group()
             layers = [model.get_submodule(name) for name in names]

@@ -16,7 +16,7 @@ from qlora_kit.model.fused.products import OneDnnProducts
 from qlora_kit.recipe import TrainSpec
 from qlora_kit.train import kernel_race, shortcuts
 from qlora_kit.train.kernel_race import PRODUCTS, Pair, most_weights, pair_of, raced_on_a_cpu
-from qlora_kit.train.shortcuts import NONE, Shortcuts, choose_shortcuts, taken
+from qlora_kit.train.shortcuts import NONE, SWITCHES, Shortcuts, choose_shortcuts, taken
 
 IDS = torch.arange(3, 40)[None]
 
@@ -115,6 +115,8 @@ def test_it_can_be_switched_off(model: Any, clock: dict[str, float]) -> None:
     assert chosen(model, fused_lora=False, use_onednn=True).left == (
         "oneDNN's products: it comes with LoRA as one operation",
     )
+    nothing = dict.fromkeys(SWITCHES, False)
+    assert "it comes with" in chosen(model, **nothing, use_onednn=True).left[0]
 
 
 def test_small_layers_are_not_timed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

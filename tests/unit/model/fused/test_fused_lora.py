@@ -12,10 +12,12 @@ import pytest
 import torch
 from conftest import build_llama
 from peft import LoraConfig, get_peft_model
+from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.model.fused import linear
 from qlora_kit.model.fused.attach import fused, plan_fusion
+from qlora_kit.model.fused.products import BY_TORCH, OneDnnProducts
 from qlora_kit.model.fused.residents import Residents
 from qlora_kit.model.quantized import never_repacked
 
@@ -270,6 +272,37 @@ def test_their_weights_stay_where_there_is_room(
         again = outcome(model, torch.float32)
     assert len(unpacked) == 14
     assert again[0] == first[0]
+
+
+def test_on_another_device_frozen_layers_stay_as_they_are(base: Path) -> None:
+    """On a GPU no weight stays, and bitsandbytes multiplies a few rows with packed ones."""
+    model = adapted(base, target_modules=["q_proj", "v_proj"])
+    fusion = plan(model)
+    mlp = model.get_submodule("base_model.model.model.layers.0.mlp")
+    here, elsewhere = [mlp.gate_proj], [mlp.up_proj]
+    assert all(type(one).__name__ == "Linear4bit" for one in (*here, *elsewhere))
+    for layer in elsewhere:
+        packed: Any = nn.Parameter(layer.weight.data.to("meta"), requires_grad=False)
+        packed.quant_state = layer.weight.quant_state
+        layer.weight = packed
+    for products in (BY_TORCH, OneDnnProducts()):
+        with fused(model, fusion, products=products):
+            assert all("forward" in one.__dict__ for one in here)
+            assert all("forward" not in one.__dict__ for one in elsewhere)
+
+
+@pytest.mark.parametrize("recomputes", [False, True])
+@pytest.mark.parametrize("lora", [{}, {"target_modules": ["q_proj", "v_proj"]}])
+def test_by_onednn_it_is_what_peft_computes(
+    base: Path, lora: dict[str, Any], recomputes: bool
+) -> None:
+    model = adapted(base, **lora)
+    if recomputes:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    wanted = outcome(model, torch.float32)
+    with fused(model, plan(model), products=OneDnnProducts()):
+        found = outcome(model, torch.float32)
+    require_same(found, wanted, 1e-5)
 
 
 def test_rslora_and_ranks_of_their_own(base: Path) -> None:
