@@ -87,8 +87,8 @@ def choose_shortcuts(
         precision: bf16, fp16 or fp32, of autocast.
     """
     if not any(getattr(spec, name) for name in SWITCHES):
-        why = f"{_ONEDNN}: it comes with {_LORA}"
-        return Shortcuts(left=(why,)) if spec.use_onednn is True else NONE
+        is_asked_for = spec.use_onednn is True
+        return Shortcuts(left=(f"{_ONEDNN}: it comes with {_LORA}",)) if is_asked_for else NONE
     if is_sharded:
         return Shortcuts(left=(_SHARDED,))
     trial = Trial(model, model.get_base_model(), precision)
