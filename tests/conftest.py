@@ -136,6 +136,31 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_llama(tmp_path_factory.mktemp("tiny-llama"))
 
 
+@pytest.fixture
+def adapted_llama(tiny_llama: Path) -> Any:
+    """In float32, with a fresh adapter on all linear layers, ready to train."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    base.requires_grad_(False)
+    torch.manual_seed(1)
+    return get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")).train()
+
+
+@pytest.fixture
+def stirred_llama(adapted_llama: Any) -> Any:
+    """The same, with an adapter that does something."""
+    import torch
+
+    with torch.no_grad():
+        for name, one in adapted_llama.named_parameters():
+            if "lora_B" in name:
+                one.normal_(std=0.05)
+    return adapted_llama
+
+
 @pytest.fixture(scope="session")
 def tiny_llama_untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_llama(tmp_path_factory.mktemp("tiny-llama-untied"), tied=False)

@@ -38,6 +38,7 @@ HARMLESS: dict[str, str] = {
     "train.fused_rotary": "the numbers may differ by rounding, so not to the bit",
     "train.use_liger_kernel": "the numbers may differ by rounding, so not to the bit",
     "train.use_onednn": "the numbers may differ by rounding, so not to the bit",
+    "train.blockwise_attention": "the numbers may differ by rounding, so not to the bit",
     "train.per_device_eval_batch_size": "the eval loss may differ by rounding",
     "train.logging_steps": _LOG,
     "train.report_to": _LOG,

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -19,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from qlora_kit.model import short_attention, variable_length
+from qlora_kit.model import blockwise_attention, short_attention, variable_length
 from qlora_kit.model.example_masks import ExampleMasks, masks_behind, placeholder_of
 
 NAME = "sdpa_by_example"
@@ -87,6 +88,7 @@ def _attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     position_ids: torch.Tensor | None = None,
+    is_blockwise: bool = False,
     **options: Any,
 ) -> tuple[torch.Tensor, None]:
     """As transformers' for SDPA: (B, heads, S, D) to (B, S, heads, D)."""
@@ -99,7 +101,8 @@ def _attention(
         elif masks is not None:
             lengths = ((query.shape[2],),)
     if masks is None and max(map(len, lengths), default=1) == 1:
-        return _alone(module, query, key, value, attention_mask, **options), None
+        given = (query, key, value, attention_mask)
+        return _alone(module, *given, is_blockwise, **options), None
     lengths = lengths * (len(query) if len(lengths) == 1 else 1)
     places = [_places(row) for row in lengths]
     if _is_plain(options) and variable_length.covers(query, key, value):
@@ -116,7 +119,7 @@ def _attention(
         parts = _split(row, lengths[number])
         for (start, length), (q, k, v) in zip(places[number], parts, strict=True):
             mask = None if masks is None else masks.of(number, start, length)
-            outputs.append(_alone(module, q, k, v, mask, **options))
+            outputs.append(_alone(module, q, k, v, mask, is_blockwise, **options))
         rows.append(torch.cat(outputs, dim=1))
     return torch.cat(rows) if len(rows) > 1 else rows[0], None
 
@@ -127,12 +130,16 @@ def _alone(
     key: torch.Tensor,
     value: torch.Tensor,
     mask: torch.Tensor | None,
+    is_blockwise: bool,
     **options: Any,
 ) -> torch.Tensor:
     """Of rows that are one example each."""
-    if mask is None and _is_plain(options) and short_attention.covers(query, key, value):
-        how = (_is_causal(module, options), options.get("scaling"))
-        return short_attention.attend(query, key, value, *how)
+    if mask is None and _is_plain(options):
+        is_causal, scale = _is_causal(module, options), options.get("scaling")
+        if is_blockwise and is_causal and blockwise_attention.covers(query, key, value):
+            return blockwise_attention.attend(query, key, value, scale)
+        if short_attention.covers(query, key, value):
+            return short_attention.attend(query, key, value, is_causal, scale)
     whole: torch.Tensor = sdpa_attention_forward(module, query, key, value, mask, **options)[0]
     return whole
 
@@ -236,12 +243,18 @@ def may_be_one_call(model: torch.nn.Module) -> bool:
 
 
 @contextmanager
-def attending_by_example(model: PreTrainedModel, wanted: bool = True) -> Iterator[None]:
-    """The model's attention takes the examples of a row one by one, while the context lasts."""
+def attending_by_example(
+    model: PreTrainedModel, wanted: bool = True, is_blockwise: bool = False
+) -> Iterator[None]:
+    """The model's attention takes the examples of a row one by one, while the context lasts.
+
+    Args:
+        is_blockwise: whether those that `blockwise_attention` covers are computed by it.
+    """
     if not wanted:
         yield
         return
-    AttentionInterface.register(NAME, _attention)
+    AttentionInterface.register(NAME, partial(_attention, is_blockwise=is_blockwise))
     AttentionMaskInterface.register(NAME, _mask)
     model.set_attn_implementation(NAME)
     try:

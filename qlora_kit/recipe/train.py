@@ -99,6 +99,13 @@ class TrainSpec(Spec):
     takes it where it passes the trial and is faster than what torch takes by itself (MKL, as a
     rule), timed when a run starts; true, where it passes."""
 
+    blockwise_attention: Literal["auto"] | bool = "auto"
+    """Compute attention on a CPU in blocks of queries, each with the keys up to its own end alone,
+    for examples of a few hundred to two thousand tokens that attention takes by themselves
+    (data.padding_free, data.packing). The same numbers up to rounding. `auto` takes it where it
+    gives what torch's kernel gives and is faster, timed when a run starts; true, where it gives the
+    same."""
+
     optim: Optimizer = "paged_adamw_8bit"
     """Optimizer. The paged 8-bit ones keep 2 bytes of state per trainable parameter and spill
     to host memory under pressure; on a CPU they run unpaged."""

@@ -94,6 +94,11 @@ class Batching:
             self.first if isinstance(self.train, StreamedSequences) else self.train, count
         )
 
+    @property
+    def longest_by_itself(self) -> int:
+        """Tokens of the longest item whose examples attention takes one by one; 0: of none."""
+        return max((one.num_tokens for one in self.longest(1)), default=0) * self.by_example
+
     def attended(self, items: Sequence[Item]) -> list[tuple[int, ...]]:
         """Of each item of a batch, the tokens of what attention sees together: of its examples
         where they are taken one by one, else of the whole row, padding included.

@@ -1,5 +1,5 @@
-"""Which kernels of other libraries are faster than torch's operations here, and as exact: Liger's
-on a GPU, oneDNN's products on a CPU.
+"""Which other kernels are faster than torch's operations here, and as exact: Liger's on a GPU,
+oneDNN's products and attention in blocks on a CPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
+from qlora_kit.model import blockwise_attention, short_attention
 from qlora_kit.model.fused import gated, liger, norm, products, rotary
 from qlora_kit.model.fused.attach import is_lora_layer
 from qlora_kit.model.fused.gated import Activation, Gated, GatedOps
@@ -25,7 +27,7 @@ from qlora_kit.model.fused.remade import Origins
 from qlora_kit.model.fused.rotary import Rotary, RotaryOps
 from qlora_kit.model.heads import heads_of
 
-PRODUCTS = "products"
+PRODUCTS, ATTENTION = "products", "attention"
 """Beside `liger.OPERATIONS`."""
 _NUM_TOKENS = 4096
 _NUM_TOKENS_OF_A_PRODUCT = 256
@@ -44,7 +46,7 @@ Run = Callable[[], tuple[torch.Tensor, ...]]
 
 @dataclass(frozen=True)
 class Pair:
-    """The same, computed by torch and by another library."""
+    """The same, computed by torch and by something else."""
 
     by_torch: Run
     by_other: Run
@@ -88,7 +90,8 @@ def raced_on_a_cpu(pair: Pair) -> Raced:
 
 def timed_tokens(operation: str) -> int:
     """How many it is timed on."""
-    return _NUM_TOKENS_OF_A_PRODUCT if operation == PRODUCTS else _NUM_TOKENS
+    on_a_cpu = {PRODUCTS: _NUM_TOKENS_OF_A_PRODUCT, ATTENTION: blockwise_attention.FEWEST_TOKENS}
+    return on_a_cpu.get(operation, _NUM_TOKENS)
 
 
 def pair_of(
@@ -101,7 +104,7 @@ def pair_of(
     """Of the model's own widths, on its device; None where there is nothing to compute so.
 
     Args:
-        operation: of `liger.OPERATIONS`, or `PRODUCTS`.
+        operation: of `liger.OPERATIONS`, or `PRODUCTS` or `ATTENTION`.
         num_tokens: 0: as many as that operation is timed on.
     """
     num_tokens = num_tokens or timed_tokens(operation)
@@ -119,6 +122,8 @@ def pair_of(
     if operation == liger.GATED and parts.mlps:
         return _of_gated(model, parts, drawn, num_tokens)
     heads = heads_of(model)
+    if operation == ATTENTION and heads is not None:
+        return _of_attention(heads, drawn, num_tokens)
     if operation == liger.ROTARY and parts.rotary and heads is not None:
         return _of_rotary(heads, drawn, num_tokens)
     return None
@@ -164,6 +169,29 @@ def _of_products(sizes: tuple[int, int], drawn: Any, num_rows: int) -> Pair:
         return by.product(x, weight.T), by.product(g, weight)
 
     return Pair(lambda: run(products.BY_TORCH), lambda: run(products.OneDnnProducts()))
+
+
+def _of_attention(heads: tuple[int, int, int], drawn: Any, num_tokens: int) -> Pair:
+    """Of one example that sees what came before."""
+    num_heads, num_keys, width = heads
+    q, k, v = (
+        drawn(1, num_tokens, num, width).transpose(1, 2) for num in (num_heads, num_keys, num_keys)
+    )
+    given = drawn(1, num_tokens, num_heads, width)
+
+    def by_torch(*heads: torch.Tensor) -> torch.Tensor:
+        q, k, v = heads
+        if short_attention.covers(q, k, v):
+            return short_attention.attend(q, k, v, is_causal=True)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        return y.transpose(1, 2).contiguous()
+
+    def run(attend: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        leaves = [one.detach().requires_grad_() for one in (q, k, v)]
+        y = attend(*leaves)
+        return y, *torch.autograd.grad(y, leaves, given)
+
+    return Pair(lambda: run(by_torch), lambda: run(blockwise_attention.attend))
 
 
 def _of_norms(model: nn.Module, parts: LeanParts, drawn: Any, num_tokens: int) -> Pair:

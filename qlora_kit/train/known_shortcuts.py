@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_kit import kept
+from qlora_kit.model.blockwise_attention import FEWEST_TOKENS
 from qlora_kit.model.fused.attach import Fusion
 from qlora_kit.model.fused.lean import LeanParts
 from qlora_kit.model.fused.norm import NormKind
 from qlora_kit.train.facts import facts_of
-from qlora_kit.train.shortcuts import LIGER_PARTS, SWITCHES, Shortcuts, choose_shortcuts
+from qlora_kit.train.kernel_choice import LIGER_PARTS
+from qlora_kit.train.shortcuts import SWITCHES, Shortcuts, choose_shortcuts
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
     from qlora_kit.train.surroundings import Surroundings
 
 _KIND = "shortcuts"
-_SWITCHES = (*SWITCHES, "use_liger_kernel", "use_onednn")
+_SWITCHES = (*SWITCHES, "use_liger_kernel", "use_onednn", "blockwise_attention")
 _DIFFERS = "processes came to different choices"
 
 
@@ -56,25 +58,32 @@ def known_or_tried(
     around: Surroundings,
     is_sharded: bool,
     before: Progress | None,
+    longest: int = 0,
 ) -> Choice:
     """The same on all processes; a warning where a checkpoint was trained with others.
 
     Args:
         before: of the checkpoint that training goes on from.
+        longest: tokens of the longest row whose examples attention takes one by one; 0: of none.
     """
-    key = None if is_sharded else key_of(model, spec, around.precision)
+    key = None if is_sharded else key_of(model, spec, around.precision, longest)
     found = _of_checkpoint(before, key) or _of_cache(key)
     if found is None:
-        found = choose_shortcuts(model, spec, around.precision, is_sharded)
+        found = choose_shortcuts(model, spec, around.precision, is_sharded, longest)
         if key is not None and not found.left:  # what was left out may be for want of memory
             kept.keep(_KIND, key, _as_values(found))
     # A clock may come to different choices where two kernels are as fast as each other.
-    of_all = around.processes.gathered(found.liger)
-    liger = tuple(one for one in found.liger if all(one in other for other in of_all))
-    onednn = all(around.processes.gathered(found.onednn))
-    if (liger, onednn) != (found.liger, found.onednn):
+    gathered = around.processes.gathered
+    of_all = gathered(found.liger)
+    agreed = replace(
+        found,
+        liger=tuple(one for one in found.liger if all(one in other for other in of_all)),
+        onednn=all(gathered(found.onednn)),
+        blockwise=all(gathered(found.blockwise)),
+    )
+    if agreed != found:
         why = f"{found.why_kernels}; those that are faster for all processes are taken"
-        found = replace(found, liger=liger, onednn=onednn, why_kernels=why)
+        found = replace(agreed, why_kernels=why)
     others = around.processes.gathered(_taken(found))
     if any(one != others[0] for one in others):
         found = Shortcuts(left=(_DIFFERS,))
@@ -82,13 +91,18 @@ def known_or_tried(
     return Choice(found, key)
 
 
-def key_of(model: PeftModel, spec: TrainSpec, precision: str) -> str | None:
-    """Of what decides which shortcuts are exact; None where nobody can tell."""
+def key_of(model: PeftModel, spec: TrainSpec, precision: str, longest: int = 0) -> str | None:
+    """Of what decides which shortcuts are exact, and faster; None where nobody can tell."""
     facts = facts_of(model)
     if facts is None:
         return None
     switches = {name: getattr(spec, name) for name in _SWITCHES}
-    how = {"precision": precision, "switches": switches, "threads": torch.get_num_threads()}
+    how = {
+        "precision": precision,
+        "switches": switches,
+        "threads": torch.get_num_threads(),
+        "is_long": longest >= FEWEST_TOKENS,
+    }
     return kept.key_of({**facts, **how})
 
 
@@ -123,6 +137,7 @@ def _counted(one: Shortcuts) -> str:
     liger = [LIGER_PARTS[name] for name in one.liger]
     kernels = f", Liger's kernels for {', '.join(liger)}" * bool(liger)
     kernels += ", oneDNN's products" * one.onednn
+    kernels += ", blockwise attention" * one.blockwise
     return (
         f"{loss}, {num_layers} fused LoRA layers, {len(one.lean.mlps)} MLPs and "
         f"{len(one.lean.norms)} norms that keep less, rotary embeddings as one operation in "
@@ -149,6 +164,7 @@ def _as_values(one: Shortcuts) -> dict[str, Any]:
         "last_mlp": one.last_mlp,
         "liger": list(one.liger),
         "onednn": one.onednn,
+        "blockwise": one.blockwise,
         "why_kernels": one.why_kernels,
         "difference": one.difference,
         "left": list(one.left),
@@ -169,5 +185,6 @@ def _from_values(values: Mapping[str, Any]) -> Shortcuts:
         last_mlp=values.get("last_mlp"),
         liger=tuple(values.get("liger", ())),
         onednn=values.get("onednn", False),
+        blockwise=values.get("blockwise", False),
         why_kernels=values.get("why_kernels", ""),
     )

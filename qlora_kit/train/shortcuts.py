@@ -4,7 +4,7 @@ before it is relied on, and left out, with a warning, where the trial comes out 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -12,25 +12,14 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.model.fused.at_places import FEWEST_TOKENS, AtPlaces, last_of
 from qlora_kit.model.fused.attach import Fusion, fused, plan_fusion
 from qlora_kit.model.fused.lean import NO_PARTS, LeanParts, lean, looking_for_lean_parts
-from qlora_kit.model.fused.liger import GATED, NORM, ROTARY, why_no_liger
-from qlora_kit.model.fused.products import BY_TORCH, OneDnnProducts, why_no_onednn
+from qlora_kit.model.fused.products import BY_TORCH, OneDnnProducts
 from qlora_kit.model.fused.remade import Origins
 from qlora_kit.model.fused.replaced import replaced_forward
 from qlora_kit.model.fused.residents import Residents
 from qlora_kit.out_of_memory import is_out_of_memory
-from qlora_kit.train.kernel_race import (
-    FEWEST_WEIGHTS,
-    PRODUCTS,
-    Pair,
-    Raced,
-    most_weights,
-    pair_of,
-    raced_on_a_cpu,
-    raced_on_a_gpu,
-    timed_tokens,
-)
+from qlora_kit.train.kernel_choice import LORA, ONEDNN, with_blocks, with_kernels
 from qlora_kit.train.supervised_loss import SupervisedForward, supervised_only
-from qlora_kit.train.trial import TOLERANCE, Outcome, Trial
+from qlora_kit.train.trial import Outcome, Trial
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,11 +29,7 @@ if TYPE_CHECKING:
 
 _LOSS = "the loss of supervised places alone"
 _LAST_MLP = "the last MLP at supervised places alone"
-_LORA = "LoRA as one operation"
 _ROTARY = "rotary embeddings as one operation"
-_LIGER = "Liger's kernels"
-_ONEDNN = "oneDNN's products"
-LIGER_PARTS = {NORM: "norms", GATED: "gated MLPs", ROTARY: "rotary embeddings"}
 SWITCHES = ("fused_loss", "fused_lora", "fused_mlp", "fused_norm", "fused_rotary")
 """Of a recipe's `train`, each for one of them."""
 _SHARDED = "the model is shared out over several GPUs"
@@ -70,6 +55,8 @@ class Shortcuts:
     """That of the last layer, where it computes at supervised places alone."""
     onednn: bool = False
     """Whether oneDNN multiplies with frozen weights."""
+    blockwise: bool = False
+    """Whether attention over a long example goes in blocks of queries."""
     why_kernels: str = ""
     """By what that was chosen, in a few words; empty where there is nothing to say."""
 
@@ -78,20 +65,30 @@ NONE = Shortcuts()
 
 
 def choose_shortcuts(
-    model: PeftModel, spec: TrainSpec, precision: str, is_sharded: bool
+    model: PeftModel, spec: TrainSpec, precision: str, is_sharded: bool, longest: int = 0
 ) -> Shortcuts:
     """Try what the recipe allows on a short batch: all at once, and where that comes out
     otherwise, one after the other.
 
     Args:
         precision: bf16, fp16 or fp32, of autocast.
+        longest: tokens of the longest row whose examples attention takes one by one; 0: of none.
     """
-    if not any(getattr(spec, name) for name in SWITCHES):
-        is_asked_for = spec.use_onednn is True
-        return Shortcuts(left=(f"{_ONEDNN}: it comes with {_LORA}",)) if is_asked_for else NONE
     if is_sharded:
-        return Shortcuts(left=(_SHARDED,))
+        return Shortcuts(left=(_SHARDED,)) if _is_any_on(spec) else NONE
     trial = Trial(model, model.get_base_model(), precision)
+    return with_blocks(trial, _of_a_batch(trial, spec), spec, longest)
+
+
+def _is_any_on(spec: TrainSpec) -> bool:
+    return any(getattr(spec, name) for name in SWITCHES)
+
+
+def _of_a_batch(trial: Trial, spec: TrainSpec) -> Shortcuts:
+    if not _is_any_on(spec):
+        is_asked_for = spec.use_onednn is True
+        return Shortcuts(left=(f"{ONEDNN}: it comes with {LORA}",)) if is_asked_for else NONE
+    model = trial.model
     with trial.stirred():
         try:
             with looking_for_lean_parts(model) as seen:
@@ -100,7 +97,7 @@ def choose_shortcuts(
             if not is_out_of_memory(error):
                 raise
             return Shortcuts(left=(_RAN_OUT,))
-        candidates, left = _candidates(model, spec, trial, seen.parts)
+        candidates, left = _candidates(spec, trial, seen.parts)
         found, why = _tried(trial, wanted, NONE, [one for _, one in candidates])
         if why is not None:
             found = NONE
@@ -110,119 +107,17 @@ def choose_shortcuts(
                     left.append(f"{name}: {why}")
             if not found.supervised_loss:  # by which alone it is known where they are
                 found = replace(found, last_mlp=None)
-        found, without = _with_kernels(trial, wanted, found, spec)
+        found, without = with_kernels(
+            trial, lambda so_far, change: _tried(trial, wanted, so_far, [change]), found, spec
+        )
     return replace(found, left=(*left, *without))
 
 
-def _with_kernels(
-    trial: Trial, wanted: Outcome, found: Shortcuts, spec: TrainSpec
-) -> tuple[Shortcuts, list[str]]:
-    """(with those of other libraries that are exact and gain; what fails, and why)"""
-    found, without_liger = _with_liger(trial, wanted, found, spec)
-    found, without_onednn = _with_products(trial, wanted, found, spec)
-    return found, [*without_liger, *without_onednn]
-
-
-def _with_liger(
-    trial: Trial, wanted: Outcome, found: Shortcuts, spec: TrainSpec
-) -> tuple[Shortcuts, list[str]]:
-    if not spec.use_liger_kernel or found.lean == NO_PARTS:
-        return found, []
-    is_asked_for = spec.use_liger_kernel is True
-    why = why_no_liger(trial.device)
-    if why is not None:
-        if is_asked_for:
-            return found, [f"{_LIGER}: {why}"]
-        is_told = trial.device.type == "cuda"
-        return replace(found, why_kernels=f"torch's own ({_LIGER}: {why})" * is_told), []
-    left = []
-    times: dict[str, Raced] = {}
-    for name, part in LIGER_PARTS.items():
-        change = {"liger": (*found.liger, name)}
-        found, one, fault = _with_kernel(
-            name, change, raced_on_a_gpu, trial, wanted, found, is_asked_for
-        )
-        if one is not None:
-            times[name] = one
-        if fault is not None:
-            left.append(f"{_LIGER} for {part}: {fault}")
-    return replace(found, why_kernels=_told(found, times)), left
-
-
-def _with_products(
-    trial: Trial, wanted: Outcome, found: Shortcuts, spec: TrainSpec
-) -> tuple[Shortcuts, list[str]]:
-    if not spec.use_onednn:
-        return found, []
-    is_asked_for = spec.use_onednn is True
-    sizes = most_weights(trial.model)
-    why = why_no_onednn(trial.device, trial.dtype)
-    if why is None and found.fusion is None:
-        why = f"it comes with {_LORA}"
-    if why is None and sizes is None:
-        why = "no frozen layer has an adapter"
-    if why is not None or sizes is None:
-        return found, [f"{_ONEDNN}: {why}"] * is_asked_for
-    if not is_asked_for and sizes[0] * sizes[1] < FEWEST_WEIGHTS:
-        return found, []
-    found, one, fault = _with_kernel(
-        PRODUCTS, {"onednn": True}, raced_on_a_cpu, trial, wanted, found, is_asked_for
-    )
-    if one is not None:
-        whose = "oneDNN's" if found.onednn else "torch's own"
-        why = (
-            f"{whose} for products ({one.gain:.2f} ×): time of torch's over oneDNN's on "
-            f"{timed_tokens(PRODUCTS)} tokens of a layer of {sizes[0]:,} × {sizes[1]:,}"
-        )
-        found = replace(found, why_kernels=why)
-    return found, [] if fault is None else [f"{_ONEDNN}: {fault}"]
-
-
-def _with_kernel(
-    name: str,
-    change: Mapping[str, Any],
-    race: Callable[[Pair], Raced],
-    trial: Trial,
-    wanted: Outcome,
-    found: Shortcuts,
-    is_asked_for: bool,
-) -> tuple[Shortcuts, Raced | None, str | None]:
-    """(with it where it is exact and gains, how fast it is, what is wrong with it)"""
-    try:
-        pair = pair_of(name, trial.model, found.lean, trial.dtype)
-        if pair is None:
-            return found, None, None
-        one = race(pair)
-    except Exception as error:  # whatever a kernel or its compiler has to say
-        if is_out_of_memory(error):
-            return found, None, f"memory ran out on {timed_tokens(name):,} tokens"
-        return found, None, f"it fails ({type(error).__name__}: {error})"
-    if not one.apart <= TOLERANCE[trial.precision]:
-        return found, None, f"{one.apart:.2g} of their size off"
-    if not (one.is_faster or is_asked_for):
-        return found, one, None
-    found, fault = _tried(trial, wanted, found, [change])
-    return found, one if fault is None else None, fault
-
-
-def _told(found: Shortcuts, times: Mapping[str, Raced]) -> str:
-    """How fast each of Liger's kernels is, and which are taken."""
-    if not times:
-        return ""
-    taken = [name for name in times if name in found.liger]
-    others = [name for name in times if name not in found.liger]
-    parts = []
-    for whose, names in (("Liger's", taken), ("torch's own", others)):
-        each = (f"{LIGER_PARTS[name]} ({times[name].gain:.2f} ×)" for name in names)
-        if names:
-            parts.append(f"{whose} for {', '.join(each)}")
-    return "; ".join(parts) + f": time of torch's over Liger's on {timed_tokens(NORM):,} tokens"
-
-
 def _candidates(
-    model: PeftModel, spec: TrainSpec, trial: Trial, parts: LeanParts
+    spec: TrainSpec, trial: Trial, parts: LeanParts
 ) -> tuple[list[tuple[str, Mapping[str, Any]]], list[str]]:
     """(what may be taken, each with its name for people and the fields that it sets; why not)"""
+    model = trial.model
     candidates: list[tuple[str, Mapping[str, Any]]] = []
     left = []
     if spec.fused_loss:
@@ -232,7 +127,7 @@ def _candidates(
         else:
             left.append(f"{_LOSS}: {why}")
     if spec.fused_lora:
-        candidates.append((_LORA, {"fusion": plan_fusion(model, trial.forward)}))
+        candidates.append((LORA, {"fusion": plan_fusion(model, trial.forward)}))
     if spec.fused_mlp and parts.mlps:
         candidates.append(("MLPs that keep less", {"lean": LeanParts(mlps=parts.mlps)}))
     last_mlp = last_of(model, parts.mlps) if spec.fused_mlp and spec.fused_loss else None

@@ -101,13 +101,17 @@ def train_adapter(
     progress_before = continuation.progress if continuation else None
     on_cpu = hardware.device == "cpu"
     with large_blocks_given_back(on_cpu):
-        choice = known_or_tried(model, spec, around, is_sharded, progress_before)
+        choice = known_or_tried(
+            model, spec, around, is_sharded, progress_before, batches.longest_by_itself
+        )
     laps.lap("trial of the shortcuts")
     residents = Residents()
     with (
         limited_memory(spec.max_memory_mib, hardware.device) as limit,
         taken(model, choice.shortcuts, residents),
-        attending_by_example(model.get_base_model(), batches.by_example),
+        attending_by_example(
+            model.get_base_model(), batches.by_example, choice.shortcuts.blockwise
+        ),
         able_to_recompute(model, spec.gradient_checkpointing),
     ):
         key = choice.taken_key

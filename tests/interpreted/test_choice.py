@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from qlora_kit.model.fused import liger
 from qlora_kit.model.fused.lean import LeanParts
 from qlora_kit.model.fused.liger import GATED, NORM, OPERATIONS, ROTARY
 from qlora_kit.model.fused.norm import KINDS
 from qlora_kit.recipe import TrainSpec
-from qlora_kit.train import kernel_race, shortcuts
+from qlora_kit.train import kernel_choice, kernel_race
 from qlora_kit.train.known_shortcuts import _as_values, _from_values
 from qlora_kit.train.shortcuts import Shortcuts, choose_shortcuts, taken
 
@@ -24,16 +21,8 @@ TORCH_S, LIGER_S = 3.0, 2.0
 
 
 @pytest.fixture
-def model(tiny_llama: Path) -> Any:
-    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    base.requires_grad_(False)
-    torch.manual_seed(1)
-    adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
-    with torch.no_grad():
-        for name, one in adapted.named_parameters():
-            if "lora_B" in name:
-                one.normal_(std=0.05)
-    return adapted.train()
+def model(stirred_llama: Any) -> Any:
+    return stirred_llama
 
 
 @pytest.fixture(autouse=True)
@@ -51,8 +40,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         return pair
 
     clock: dict[Any, float] = {}
-    monkeypatch.setattr(shortcuts, "why_no_liger", lambda device: None)
-    monkeypatch.setattr(shortcuts, "pair_of", paired)
+    monkeypatch.setattr(kernel_choice, "why_no_liger", lambda device: None)
+    monkeypatch.setattr(kernel_choice, "pair_of", paired)
     monkeypatch.setattr(kernel_race, "seconds_on_a_gpu", clock.__getitem__)
     return slower
 

@@ -14,7 +14,12 @@ from transformers.masking_utils import causal_mask_function, sliding_window_caus
 from qlora_kit.data.collate import Batch, Collator, IsolatingCollator
 from qlora_kit.data.pack import PackedSequence
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
-from qlora_kit.model import by_example, example_masks, short_attention
+from qlora_kit.model import (
+    blockwise_attention,
+    by_example,
+    example_masks,
+    short_attention,
+)
 from qlora_kit.model.by_example import (
     attending_by_example,
     can_attend_by_example,
@@ -90,6 +95,35 @@ def test_each_example_is_attended_to_by_itself(monkeypatch: pytest.MonkeyPatch) 
         outcome_of = IsolatingCollator(0, flatten=True)(rows(9, 20, 5))
         model(outcome_of["input_ids"], position_ids=outcome_of["position_ids"], use_cache=False)
     assert seen == [(9, None), (20, None), (5, None)] * 2
+
+
+def test_long_examples_are_attended_to_in_blocks_where_that_is_wanted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those that see what came before alone; the numbers are the same."""
+    model = model_of("llama, untied")
+    seen: list[int] = []
+    own = blockwise_attention.attend
+
+    def watched(query: torch.Tensor, *given: Any) -> torch.Tensor:
+        seen.append(query.shape[2])
+        return own(query, *given)
+
+    monkeypatch.setattr(blockwise_attention, "attend", watched)
+    batch = IsolatingCollator(0, flatten=True)(rows(9, 200, 191, 225))
+    with attending_by_example(model):
+        wanted = outcome(model, batch)
+    assert not seen
+    with attending_by_example(model, is_blockwise=True):
+        found = outcome(model, batch)
+        assert seen == [200, 225] * 2
+        for layer in model.model.layers:
+            layer.self_attn.is_causal = False
+        model(batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+    assert len(seen) == 4
+    assert found[0] == pytest.approx(wanted[0], rel=1e-6)
+    for key, one in wanted[1].items():
+        torch.testing.assert_close(found[1][key], one, rtol=1e-4, atol=1e-6)
 
 
 def test_a_window_takes_no_mask_over_the_whole_row(monkeypatch: pytest.MonkeyPatch) -> None:

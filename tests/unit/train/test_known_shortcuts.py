@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
+from qlora_kit.model.blockwise_attention import FEWEST_TOKENS
 from qlora_kit.model.fused import linear
 from qlora_kit.processes import ALONE
 from qlora_kit.recipe import TrainSpec
@@ -50,6 +50,7 @@ class Start:
         precision: str = "fp32",
         is_sharded: bool = False,
         others: Any = None,
+        longest: int = 0,
         **train: Any,
     ) -> Choice:
         gathered = ALONE.gathered if others is None else lambda one: [one, others]
@@ -62,15 +63,13 @@ class Start:
         if before is not None:  # through a checkpoint's file
             values = Progress(shortcuts=before.as_dict()).as_dict()
             progress = Progress.from_dict(json.loads(json.dumps(values)))
-        return known_or_tried(self.model, TrainSpec(**train), around, is_sharded, progress)
+        spec = TrainSpec(**train)
+        return known_or_tried(self.model, spec, around, is_sharded, progress, longest)
 
 
 @pytest.fixture
-def model(tiny_llama: Path) -> Any:
-    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    base.requires_grad_(False)
-    torch.manual_seed(1)
-    return get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")).train()
+def model(adapted_llama: Any) -> Any:
+    return adapted_llama
 
 
 @pytest.fixture
@@ -200,11 +199,15 @@ def test_processes_take_the_kernels_that_all_of_them_found_faster(
     assert chosen.lean == found.lean
 
 
-def test_processes_take_onednn_where_it_is_faster_for_all_of_them(
-    model: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("name", ["onednn", "blockwise"])
+def test_processes_take_what_is_faster_for_all_of_them(
+    model: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    found = choose_shortcuts(model, TrainSpec(use_onednn=True), "fp32", False)
-    assert found.onednn
+    spec = TrainSpec(use_onednn=True, blockwise_attention=True)
+    found = choose_shortcuts(model, spec, "fp32", False, FEWEST_TOKENS)
+    assert (found.onednn, found.blockwise) == (True, True)
+    others = {one: one == name for one in ("onednn", "blockwise")}
+    found = replace(found, onednn=others["onednn"], blockwise=others["blockwise"])
     monkeypatch.setattr(known_shortcuts, "choose_shortcuts", lambda *_: found)
     for theirs in (True, False):
 
@@ -214,9 +217,11 @@ def test_processes_take_onednn_where_it_is_faster_for_all_of_them(
         around: Any = SimpleNamespace(
             precision="fp32", reporter=Heard(), processes=SimpleNamespace(gathered=gathered)
         )
-        spec = TrainSpec(use_onednn=True, fused_norm=theirs)  # which no earlier start knows
-        chosen = known_or_tried(model, spec, around, False, None).shortcuts
-        assert chosen.onednn is theirs
+        # Which no earlier start knows.
+        spec = TrainSpec(use_onednn=name == "onednn", fused_norm=theirs)
+        chosen = known_or_tried(model, spec, around, False, None, FEWEST_TOKENS).shortcuts
+        assert getattr(chosen, name) is theirs
+        assert chosen.why_kernels.endswith("for all processes are taken") is not theirs
         assert chosen.fusion == found.fusion
 
 
@@ -228,6 +233,25 @@ def test_another_number_of_threads_is_timed_anew(start: Start) -> None:
     finally:
         torch.set_num_threads(before)
     assert start().key == count
+
+
+def test_longer_rows_are_another_question(start: Start) -> None:
+    """That no row is long enough for blocks says nothing of one that is."""
+    short = start(longest=FEWEST_TOKENS - 1)
+    long = start(longest=FEWEST_TOKENS, blockwise_attention=True)
+    assert (short.shortcuts.blockwise, long.shortcuts.blockwise) == (False, True)
+    assert start(longest=FEWEST_TOKENS - 1, blockwise_attention=True).key != long.key
+    assert start(longest=FEWEST_TOKENS + 1, blockwise_attention=True) == long
+
+
+def test_a_checkpoint_keeps_that_attention_went_in_blocks(start: Start) -> None:
+    how: dict[str, Any] = {"longest": FEWEST_TOKENS, "blockwise_attention": True}
+    first = start(**how)
+    assert first.shortcuts.blockwise
+    assert start(Choice(first.shortcuts, first.key), **how) == first
+    start(Choice(replace(first.shortcuts, blockwise=False), "another machine"), **how)
+    (warning,) = start.heard.warnings
+    assert "blockwise attention" in warning
 
 
 def test_a_checkpoint_keeps_that_onednn_multiplied(start: Start) -> None:

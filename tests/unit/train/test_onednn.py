@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from qlora_kit.model.fused.lean import NO_PARTS
 from qlora_kit.model.fused.products import OneDnnProducts
 from qlora_kit.recipe import TrainSpec
-from qlora_kit.train import kernel_race, shortcuts
+from qlora_kit.train import kernel_choice, kernel_race
 from qlora_kit.train.kernel_race import PRODUCTS, Pair, most_weights, pair_of, raced_on_a_cpu
 from qlora_kit.train.shortcuts import NONE, SWITCHES, Shortcuts, choose_shortcuts, taken
 
@@ -22,16 +19,8 @@ IDS = torch.arange(3, 40)[None]
 
 
 @pytest.fixture
-def model(tiny_llama: Path) -> Any:
-    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    base.requires_grad_(False)
-    torch.manual_seed(1)
-    adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
-    with torch.no_grad():
-        for name, one in adapted.named_parameters():
-            if "lora_B" in name:
-                one.normal_(std=0.05)
-    return adapted.train()
+def model(stirred_llama: Any) -> Any:
+    return stirred_llama
 
 
 @pytest.fixture
@@ -46,8 +35,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         sides.update({pair.by_torch: "torch", pair.by_other: "oneDNN"})
         return pair
 
-    monkeypatch.setattr(shortcuts, "FEWEST_WEIGHTS", 0)
-    monkeypatch.setattr(shortcuts, "pair_of", paired)
+    monkeypatch.setattr(kernel_choice, "FEWEST_WEIGHTS", 0)
+    monkeypatch.setattr(kernel_choice, "pair_of", paired)
     monkeypatch.setattr(kernel_race, "seconds_on_a_cpu", lambda run: takes[sides[run]])
     return takes
 
@@ -125,7 +114,7 @@ def test_small_layers_are_not_timed(model: Any, monkeypatch: pytest.MonkeyPatch)
     def timed(_: Pair) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(shortcuts, "raced_on_a_cpu", timed)
+    monkeypatch.setattr(kernel_choice, "raced_on_a_cpu", timed)
     found = chosen(model)
     assert (found.onednn, found.why_kernels, found.left) == (False, "", ())
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
 from qlora_kit.model.fused import linear
@@ -21,11 +18,8 @@ IDS = torch.arange(3, 40)[None]
 
 
 @pytest.fixture
-def model(tiny_llama: Path) -> Any:
-    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
-    base.requires_grad_(False)
-    torch.manual_seed(1)
-    return get_peft_model(base, LoraConfig(r=4, target_modules="all-linear")).train()
+def model(adapted_llama: Any) -> Any:
+    return adapted_llama
 
 
 def chosen(model: Any, **train: Any) -> Any:

@@ -79,6 +79,18 @@ def plan(model: Any) -> Any:
     return plan_fusion(model, lambda: model(input_ids=IDS[:, :5]))
 
 
+def require_same_when_fused(model: Any, dtype: torch.dtype, recomputes: bool) -> Any:
+    """What it is without."""
+    fusion = plan(model)
+    if recomputes:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    wanted = outcome(model, dtype)
+    with fused(model, fusion):
+        found = outcome(model, dtype)
+    require_same(found, wanted, TOLERANCE[dtype])
+    return wanted
+
+
 @pytest.mark.parametrize("recomputes", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("bits", [4, 16])
@@ -88,13 +100,7 @@ def test_it_is_what_peft_computes(
 ) -> None:
     """Dropout included: the same numbers are drawn in the same order."""
     model = adapted(base, dtype, bits, lora_dropout=dropout)
-    fusion = plan(model)
-    if recomputes:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    wanted = outcome(model, dtype)
-    with fused(model, fusion):
-        found = outcome(model, dtype)
-    require_same(found, wanted, TOLERANCE[dtype])
+    wanted = require_same_when_fused(model, dtype, recomputes)
     again = outcome(model, dtype)
     assert again[0] == wanted[0], "and afterwards all is PEFT's again"
 
@@ -244,13 +250,7 @@ def test_frozen_layers_by_themselves_are_what_bitsandbytes_computes(
     base: Path, dtype: torch.dtype, lora: dict[str, Any], recomputes: bool
 ) -> None:
     """Those without an adapter, and those inside of layers that are left to PEFT."""
-    model = adapted(base, dtype, **lora)
-    if recomputes:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    wanted = outcome(model, dtype)
-    with fused(model, plan(model)):
-        found = outcome(model, dtype)
-    require_same(found, wanted, TOLERANCE[dtype])
+    require_same_when_fused(adapted(base, dtype, **lora), dtype, recomputes)
 
 
 @pytest.mark.parametrize("lora", [{"target_modules": ["q_proj", "v_proj"]}, {"use_dora": True}])

@@ -1,0 +1,192 @@
+"""Which kernels a run takes beside torch's own: those that give the same and win a race."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from qlora_kit.model.blockwise_attention import FEWEST_TOKENS
+from qlora_kit.model.fused.lean import NO_PARTS
+from qlora_kit.model.fused.liger import GATED, NORM, ROTARY, why_no_liger
+from qlora_kit.model.fused.products import why_no_onednn
+from qlora_kit.model.heads import heads_of
+from qlora_kit.out_of_memory import is_out_of_memory
+from qlora_kit.train.kernel_race import (
+    ATTENTION,
+    FEWEST_WEIGHTS,
+    PRODUCTS,
+    Pair,
+    Raced,
+    most_weights,
+    pair_of,
+    raced_on_a_cpu,
+    raced_on_a_gpu,
+    timed_tokens,
+)
+from qlora_kit.train.trial import TOLERANCE, Trial
+
+if TYPE_CHECKING:
+    from qlora_kit.recipe import TrainSpec
+    from qlora_kit.train.shortcuts import Shortcuts
+
+LORA = "LoRA as one operation"
+LIGER_PARTS = {NORM: "norms", GATED: "gated MLPs", ROTARY: "rotary embeddings"}
+_LIGER = "Liger's kernels"
+ONEDNN = "oneDNN's products"
+_BLOCKS = "attention in blocks"
+
+Tried = Callable[["Shortcuts", Mapping[str, Any]], "tuple[Shortcuts, str | None]"]
+"""(with a change, or as it was where it comes out otherwise on the model; what was wrong)"""
+
+
+def with_kernels(
+    trial: Trial, tried: Tried, found: Shortcuts, spec: TrainSpec
+) -> tuple[Shortcuts, list[str]]:
+    """(with those of other libraries that are exact and gain; what fails, and why)"""
+    found, without_liger = _with_liger(trial, tried, found, spec)
+    found, without_onednn = _with_products(trial, tried, found, spec)
+    return found, [*without_liger, *without_onednn]
+
+
+def with_blocks(trial: Trial, found: Shortcuts, spec: TrainSpec, longest: int) -> Shortcuts:
+    """With attention in blocks, where it is exact and gains.
+
+    Args:
+        longest: tokens of the longest row whose examples attention takes one by one; 0: of none.
+    """
+    if not spec.blockwise_attention:
+        return found
+    is_asked_for = spec.blockwise_attention is True
+    why = None
+    if trial.device.type != "cpu":
+        why = "it is for a CPU"
+    elif trial.dtype not in (torch.float32, torch.bfloat16):
+        why = f"it is not for {trial.dtype}"
+    elif not longest:
+        why = "examples are not attended to by themselves"
+    elif longest < FEWEST_TOKENS:
+        why = f"no row has {FEWEST_TOKENS} tokens, the longest {longest}"
+    elif heads_of(trial.model) is None:
+        why = "the configuration does not say how many heads there are"
+    if why is not None:
+        return _without(found, f"{_BLOCKS}: {why}") if is_asked_for else found
+    one, fault = _raced(ATTENTION, raced_on_a_cpu, trial, found)
+    if fault is not None or one is None:
+        return _without(found, f"{_BLOCKS}: {fault}")
+    takes = one.is_faster or is_asked_for
+    how = "in blocks" if takes else "torch's own"
+    told = f"{how} for attention ({one.gain:.2f} ×): time of torch's over that of blocks on "
+    told += f"{timed_tokens(ATTENTION)} tokens"
+    kernels = "; ".join(filter(None, (found.why_kernels, told)))
+    return replace(found, blockwise=takes, why_kernels=kernels)
+
+
+def _without(found: Shortcuts, why: str) -> Shortcuts:
+    return replace(found, left=(*found.left, why))
+
+
+def _with_liger(
+    trial: Trial, tried: Tried, found: Shortcuts, spec: TrainSpec
+) -> tuple[Shortcuts, list[str]]:
+    if not spec.use_liger_kernel or found.lean == NO_PARTS:
+        return found, []
+    is_asked_for = spec.use_liger_kernel is True
+    why = why_no_liger(trial.device)
+    if why is not None:
+        if is_asked_for:
+            return found, [f"{_LIGER}: {why}"]
+        is_told = trial.device.type == "cuda"
+        return replace(found, why_kernels=f"torch's own ({_LIGER}: {why})" * is_told), []
+    left = []
+    times: dict[str, Raced] = {}
+    for name, part in LIGER_PARTS.items():
+        change = {"liger": (*found.liger, name)}
+        found, one, fault = _with_kernel(
+            name, change, raced_on_a_gpu, trial, tried, found, is_asked_for
+        )
+        if one is not None:
+            times[name] = one
+        if fault is not None:
+            left.append(f"{_LIGER} for {part}: {fault}")
+    return replace(found, why_kernels=_told(found, times)), left
+
+
+def _with_products(
+    trial: Trial, tried: Tried, found: Shortcuts, spec: TrainSpec
+) -> tuple[Shortcuts, list[str]]:
+    if not spec.use_onednn:
+        return found, []
+    is_asked_for = spec.use_onednn is True
+    sizes = most_weights(trial.model)
+    why = why_no_onednn(trial.device, trial.dtype)
+    if why is None and found.fusion is None:
+        why = f"it comes with {LORA}"
+    if why is None and sizes is None:
+        why = "no frozen layer has an adapter"
+    if why is not None or sizes is None:
+        return found, [f"{ONEDNN}: {why}"] * is_asked_for
+    if not is_asked_for and sizes[0] * sizes[1] < FEWEST_WEIGHTS:
+        return found, []
+    found, one, fault = _with_kernel(
+        PRODUCTS, {"onednn": True}, raced_on_a_cpu, trial, tried, found, is_asked_for
+    )
+    if one is not None:
+        whose = "oneDNN's" if found.onednn else "torch's own"
+        why = (
+            f"{whose} for products ({one.gain:.2f} ×): time of torch's over oneDNN's on "
+            f"{timed_tokens(PRODUCTS)} tokens of a layer of {sizes[0]:,} × {sizes[1]:,}"
+        )
+        found = replace(found, why_kernels=why)
+    return found, [] if fault is None else [f"{ONEDNN}: {fault}"]
+
+
+def _with_kernel(
+    name: str,
+    change: Mapping[str, Any],
+    race: Callable[[Pair], Raced],
+    trial: Trial,
+    tried: Tried,
+    found: Shortcuts,
+    is_asked_for: bool,
+) -> tuple[Shortcuts, Raced | None, str | None]:
+    """(with it where it is exact and gains, how fast it is, what is wrong with it)"""
+    one, fault = _raced(name, race, trial, found)
+    if one is None or not (one.is_faster or is_asked_for):
+        return found, one, fault
+    found, fault = tried(found, change)
+    return found, one if fault is None else None, fault
+
+
+def _raced(
+    name: str, race: Callable[[Pair], Raced], trial: Trial, found: Shortcuts
+) -> tuple[Raced | None, str | None]:
+    """(how fast it is by itself; what is wrong with it); None twice where there is none."""
+    try:
+        pair = pair_of(name, trial.model, found.lean, trial.dtype)
+        if pair is None:
+            return None, None
+        one = race(pair)
+    except Exception as error:  # whatever a kernel or its compiler has to say
+        if is_out_of_memory(error):
+            return None, f"memory ran out on {timed_tokens(name):,} tokens"
+        return None, f"it fails ({type(error).__name__}: {error})"
+    if not one.apart <= TOLERANCE[trial.precision]:
+        return None, f"{one.apart:.2g} of their size off"
+    return one, None
+
+
+def _told(found: Shortcuts, times: Mapping[str, Raced]) -> str:
+    """How fast each of Liger's kernels is, and which are taken."""
+    if not times:
+        return ""
+    taken = [name for name in times if name in found.liger]
+    others = [name for name in times if name not in found.liger]
+    parts = []
+    for whose, names in (("Liger's", taken), ("torch's own", others)):
+        each = (f"{LIGER_PARTS[name]} ({times[name].gain:.2f} ×)" for name in names)
+        if names:
+            parts.append(f"{whose} for {', '.join(each)}")
+    return "; ".join(parts) + f": time of torch's over Liger's on {timed_tokens(NORM):,} tokens"
