@@ -17,6 +17,8 @@ _LARGE_BYTES = 2**20
 # What the library itself comes to once blocks of that size were freed, at most; it then shrinks its
 # heap where twice that is free at the end.
 _USUAL_BYTES = 32 * 2**20
+# The most that can be said: the heap shrinks where so much is free at its end.
+_NEVER = 2**31 - 1
 # Of what a forward pass makes and lets go again; see `holes_left_by`.
 _SHARE_LEFT = 0.43
 _SHARE_LEFT_TIDY, _SHARE_LEFT_TIDY_RECOMPUTING = 0.27, 0.08
@@ -106,5 +108,24 @@ def large_blocks_given_back(wanted: bool) -> Iterator[None]:
         yield
     finally:
         library.mallopt(_M_MMAP_THRESHOLD, _USUAL_BYTES)
+        library.mallopt(_M_TRIM_THRESHOLD, 2 * _USUAL_BYTES)
+        library.malloc_trim(0)
+
+
+@contextmanager
+def freed_blocks_kept(wanted: bool) -> Iterator[None]:
+    """The heap does not shrink, while the context lasts: what a backward pass lets go is there for
+    the next forward pass, to which the system would otherwise give every page anew, cleared.
+
+    Other libraries than the GNU C library are left as they are.
+    """
+    if not wanted or not _is_glibc():
+        yield
+        return
+    library = ctypes.CDLL(None)
+    library.mallopt(_M_TRIM_THRESHOLD, _NEVER)
+    try:
+        yield
+    finally:
         library.mallopt(_M_TRIM_THRESHOLD, 2 * _USUAL_BYTES)
         library.malloc_trim(0)

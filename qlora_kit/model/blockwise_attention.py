@@ -39,8 +39,11 @@ class _Attention(torch.autograd.Function):
     ) -> torch.Tensor:
         queries, keys, values = _stacked(q, k, scale), _flat(k), _flat(v)
         made = queries.new_empty(*queries.shape[:2], v.shape[-1])
-        for part, rows, end, scores in _scores(queries, keys, q.shape[1] // k.shape[1]):
-            made[part, rows] = torch.bmm(scores.softmax(-1), values[part, :end])
+        for part in _parts(keys, times := q.shape[1] // k.shape[1]):
+            key, value = keys[part], values[part]
+            for end, query, out in _blocks(times, queries[part], made[part]):
+                p = _probabilities(query, key[:, :end], times)
+                torch.bmm(p, value[:, :end], out=out)
         out = _unstacked(made, q.shape).to(q.dtype)
         ctx.save_for_backward(q, k, v, out)
         ctx.scale = scale
@@ -56,12 +59,16 @@ class _Attention(torch.autograd.Function):
         along = _stacked((given.float() * out.transpose(1, 2)).sum(-1, keepdim=True), k)
         of_queries = queries.new_empty(queries.shape)
         of_keys, of_values = torch.zeros_like(keys), torch.zeros_like(values)
-        for part, rows, end, scores in _scores(queries, keys, q.shape[1] // k.shape[1]):
-            p, g_block = scores.softmax(-1), g[part, rows]
-            of_values[part, :end].baddbmm_(p.mT, g_block)
-            t = torch.bmm(g_block, values[part, :end].mT).sub_(along[part, rows]).mul_(p)
-            of_keys[part, :end].baddbmm_(t.mT, queries[part, rows])
-            torch.bmm(t, keys[part, :end], out=of_queries[part, rows])
+        for part in _parts(keys, times := q.shape[1] // k.shape[1]):
+            key, value, of_key, of_value = (one[part] for one in (keys, values, of_keys, of_values))
+            rows = (one[part] for one in (queries, g, along, of_queries))
+            for end, query, given, sums, of_query in _blocks(times, *rows):
+                seen = key[:, :end]
+                p = _probabilities(query, seen, times)
+                of_value[:, :end].baddbmm_(p.mT, given)
+                t = torch.bmm(given, value[:, :end].mT).sub_(sums).mul_(p)
+                of_key[:, :end].baddbmm_(t.mT, query)
+                torch.bmm(t, seen, out=of_query)
         of_q = _unstacked(of_queries.mul_(ctx.scale), q.shape).transpose(1, 2)
         return (
             of_q.to(q.dtype),
@@ -101,26 +108,27 @@ def attend(
     return made
 
 
-def _scores(
-    queries: torch.Tensor, keys: torch.Tensor, times: int
-) -> Iterator[tuple[slice, slice, int, torch.Tensor]]:
-    """Of each block (a few of N, rows, how many keys they see, their scores (n, R, keys)).
-
-    Args:
-        queries: (N, S · times, D), those of one token after the other.
-        keys: (N, S, D).
-    """
+def _parts(keys: torch.Tensor, times: int) -> list[slice]:
+    """Of the N of keys (N, S, D), so many at a time that a block's scores stay in the cache."""
     num, num_tokens, _ = keys.shape
-    of_a_head = _QUERIES_OF_A_BLOCK * times * num_tokens * keys.element_size()
-    step = max(torch.get_num_threads(), _SCORE_BYTES // of_a_head)
-    for first in range(0, num, step):
-        part = slice(first, first + step)
-        for start in range(0, num_tokens, _QUERIES_OF_A_BLOCK):
-            end = min(start + _QUERIES_OF_A_BLOCK, num_tokens)
-            rows = slice(start * times, end * times)
-            scores = torch.bmm(queries[part, rows], keys[part, :end].mT)
-            scores[..., start:].add_(_hidden(end - start, times))
-            yield part, rows, end, scores
+    of_one = _QUERIES_OF_A_BLOCK * times * num_tokens * keys.element_size()
+    step = max(torch.get_num_threads(), _SCORE_BYTES // of_one)
+    return [slice(first, first + step) for first in range(0, num, step)]
+
+
+def _blocks(times: int, *rows: torch.Tensor) -> Iterator[tuple[Any, ...]]:
+    """(how many keys a block sees, its rows of each of these), those of one token after another."""
+    size = _QUERIES_OF_A_BLOCK
+    ends = range(size, rows[0].shape[1] // times + size, size)
+    return zip(ends, *(one.split(size * times, dim=1) for one in rows), strict=True)
+
+
+def _probabilities(query: torch.Tensor, key: torch.Tensor, times: int) -> torch.Tensor:
+    """(n, R, keys) of a block of queries, whose own keys are the last."""
+    scores = torch.bmm(query, key.mT)
+    num_tokens = query.shape[1] // times
+    scores[..., -num_tokens:].add_(_hidden(num_tokens, times))
+    return scores.softmax(-1)
 
 
 @lru_cache(maxsize=64)

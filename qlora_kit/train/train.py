@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from qlora_kit.environment import launcher_settings
-from qlora_kit.memory.allocator import large_blocks_given_back
+from qlora_kit.memory.allocator import freed_blocks_kept, large_blocks_given_back
 from qlora_kit.model.base import Base
 from qlora_kit.model.by_example import attending_by_example
 from qlora_kit.model.fused.residents import Residents
@@ -155,6 +155,7 @@ def _gone_through(course: Course) -> TrainResult:
         trainer.hooks.settled(),
         fit.offloading(),
         fit.giving_back(),
+        freed_blocks_kept(around.hardware.device == "cpu" and not fit.is_tight),
     ):
         # On a CPU paged optimizers run unpaged, which is what is meant there.
         warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")

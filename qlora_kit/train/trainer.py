@@ -74,6 +74,8 @@ class QloraTrainer(Trainer):
         self._faulty: tuple[str, ...] = ()
         """Rows whose loss was not finite; several processes stop together, after the update."""
         self._trainables_checked = False
+        self._num_parameters: int | None = None
+        """Without embeddings, once they have been counted."""
         self.stop_signal: int | None = None
         """Of the signal for which an evaluation was given up."""
 
@@ -93,6 +95,15 @@ class QloraTrainer(Trainer):
         if self.accelerator.sync_gradients:
             self._complete_update(model, num_items_in_batch)
         return torch.zeros((), device=self.args.device)  # losses are booked in _window_loss
+
+    def floating_point_ops(self, inputs: Batch) -> int:
+        """As the model has it, 6 for each token and parameter; the parameters are counted once, and
+        not again in every update, as transformers does.
+        """
+        if self._num_parameters is None:
+            model: Any = self.model
+            self._num_parameters = int(model.num_parameters(exclude_embeddings=True))
+        return 6 * int(inputs["input_ids"].numel()) * self._num_parameters
 
     def _attempt(self, model: nn.Module, inputs: Batch, num_items: Any) -> None:
         """Forward and backward, unless memory has run out in this update, which is then begun

@@ -16,6 +16,7 @@ import pytest
 from qlora_kit.memory import allocator
 from qlora_kit.memory.allocator import (
     begin_with_a_tidy_heap,
+    freed_blocks_kept,
     holes_left_by,
     is_tidy,
     large_blocks_given_back,
@@ -24,6 +25,7 @@ from qlora_kit.memory.allocator import (
 _MIB = 2**20
 _TRIM_THRESHOLD, _THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
 _LARGE = ("mallopt", _THRESHOLD, _MIB)
+_NEVER_TRIMMED = ("mallopt", _TRIM_THRESHOLD, 2**31 - 1)
 _USUAL = (
     ("mallopt", _THRESHOLD, 32 * _MIB),
     ("mallopt", _TRIM_THRESHOLD, 64 * _MIB),
@@ -110,6 +112,27 @@ _TIDY = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 _LARGE_PAGES = "glibc.malloc.hugetlb=1"
 
 
+_STEPS = """
+import resource
+from qlora_kit.memory.allocator import freed_blocks_kept, large_blocks_given_back
+
+MIB = 2**20
+
+def pages_given():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        blocks = [b"x" * (4 * MIB) for _ in range(64)]
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+with large_blocks_given_back(True):
+    pass  # sets the usual thresholds
+for is_wanted in (False, True, False):
+    with freed_blocks_kept(is_wanted):
+        print(pages_given())
+"""
+
+
 @pytest.fixture
 def called(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     """What a GNU C library is asked for, none of which is done."""
@@ -136,9 +159,17 @@ def test_it_is_put_back_where_training_ends_in_an_error(called: list[tuple[objec
 
 
 def test_nothing_is_set_where_nobody_wants_it(called: list[tuple[object, ...]]) -> None:
-    with large_blocks_given_back(False):
+    with large_blocks_given_back(False), freed_blocks_kept(False):
         pass
     assert called == []
+
+
+def test_the_heap_shrinks_again_where_training_ends_in_an_error(
+    called: list[tuple[object, ...]],
+) -> None:
+    with pytest.raises(MemoryError), freed_blocks_kept(True):
+        raise MemoryError
+    assert called == [_NEVER_TRIMMED, *_USUAL[1:]]
 
 
 def test_other_libraries_are_left_alone(
@@ -149,9 +180,20 @@ def test_other_libraries_are_left_alone(
 
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
     monkeypatch.setattr(ctypes, "CDLL", refuse)
-    with large_blocks_given_back(True):
+    with large_blocks_given_back(True), freed_blocks_kept(True):
         pass
     assert called == []
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not the GNU C library")
+def test_kept_blocks_are_given_once() -> None:
+    """256 MiB at a time, three times, in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", _STEPS], capture_output=True, text=True, timeout=120, check=True
+    )
+    before, kept, after = map(int, done.stdout.split())
+    assert kept < before / 2
+    assert kept < after / 2
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not the GNU C library")

@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import load_tiny
+from transformers import Trainer
 
 from qlora_kit.checkpoint.run_directory import RunDirectory
-from qlora_kit.data.collate import Collator
+from qlora_kit.data.collate import Batch, Collator
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import TrainingError
@@ -29,6 +30,7 @@ from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.requests import TRIGGER_FILE, Requests
 from qlora_kit.train.surroundings import Surroundings
 from qlora_kit.train.train import TrainResult, train_adapter
+from qlora_kit.train.trainer import QloraTrainer
 from qlora_kit.train.updates import num_update_steps
 
 POISONED_TOKEN = 300
@@ -195,6 +197,23 @@ def test_padding_is_not_counted_as_tokens(start: Start, tmp_path: Path) -> None:
     rows = sequences()
     result = train(start(), tmp_path, rows)
     assert result.num_tokens == sum(len(row.input_ids) for row in rows)
+
+
+def test_operations_are_counted_as_transformers_counts_them(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of every update, the parameters once."""
+    own = QloraTrainer.floating_point_ops
+    seen: list[tuple[int, int]] = []
+
+    def beside(trainer: QloraTrainer, inputs: Batch) -> int:
+        seen.append((own(trainer, inputs), Trainer.floating_point_ops(trainer, inputs)))
+        return seen[-1][0]
+
+    monkeypatch.setattr(QloraTrainer, "floating_point_ops", beside)
+    result = train(start(), tmp_path, sequences())
+    assert len(seen) == result.num_steps
+    assert all(ours == theirs > 0 for ours, theirs in seen)
 
 
 def test_a_loss_that_is_not_finite_names_the_batch_and_keeps_the_adapter(
