@@ -16,7 +16,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -133,7 +133,7 @@ def of_model(model: Any, num_tokens: int, rounds: int) -> None:
     )
 
 
-def seconds(way: Callable[[], None]) -> float:
+def seconds(way: Callable[[], object]) -> float:
     """Of one time."""
     count, started = 0, time.perf_counter()
     while count == 0 or time.perf_counter() - started < SHORT_SECONDS:
@@ -142,7 +142,7 @@ def seconds(way: Callable[[], None]) -> float:
     return (time.perf_counter() - started) / count
 
 
-def spread(found: list[list[float]]) -> str:
+def spread(found: Sequence[Sequence[float]]) -> str:
     """Median, with the lowest and the highest, of the ratios of rounds."""
     ratios = [ours / theirs for ours, theirs in found]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"

@@ -123,6 +123,8 @@ def freed_blocks_kept(wanted: bool) -> Iterator[None]:
         yield
         return
     library = ctypes.CDLL(None)
+    # Who says the one has said that the other is not to grow by itself any more.
+    library.mallopt(_M_MMAP_THRESHOLD, _USUAL_BYTES)
     library.mallopt(_M_TRIM_THRESHOLD, _NEVER)
     try:
         yield

@@ -123,7 +123,7 @@ def pair_of(
         return _of_gated(model, parts, drawn, num_tokens)
     heads = heads_of(model)
     if operation == ATTENTION and heads is not None:
-        return _of_attention(heads, drawn, num_tokens)
+        return attention_pair(heads, num_tokens, dtype)
     if operation == liger.ROTARY and parts.rotary and heads is not None:
         return _of_rotary(heads, drawn, num_tokens)
     return None
@@ -171,13 +171,20 @@ def _of_products(sizes: tuple[int, int], drawn: Any, num_rows: int) -> Pair:
     return Pair(lambda: run(products.BY_TORCH), lambda: run(products.OneDnnProducts()))
 
 
-def _of_attention(heads: tuple[int, int, int], drawn: Any, num_tokens: int) -> Pair:
-    """Of one example that sees what came before."""
+def attention_pair(heads: tuple[int, int, int], num_tokens: int, dtype: torch.dtype) -> Pair:
+    """Of one example that sees what came before, by torch and in blocks, on a CPU.
+
+    Args:
+        heads: (of queries, of keys, their width).
+    """
     num_heads, num_keys, width = heads
-    q, k, v = (
-        drawn(1, num_tokens, num, width).transpose(1, 2) for num in (num_heads, num_keys, num_keys)
-    )
-    given = drawn(1, num_tokens, num_heads, width)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(num: int) -> torch.Tensor:
+        return torch.randn((1, num_tokens, num, width), generator=generator).to(dtype)
+
+    q, k, v = (drawn(num).transpose(1, 2) for num in (num_heads, num_keys, num_keys))
+    given = drawn(num_heads)
 
     def by_torch(*heads: torch.Tensor) -> torch.Tensor:
         q, k, v = heads

@@ -25,7 +25,7 @@ from qlora_kit.memory.allocator import (
 _MIB = 2**20
 _TRIM_THRESHOLD, _THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
 _LARGE = ("mallopt", _THRESHOLD, _MIB)
-_NEVER_TRIMMED = ("mallopt", _TRIM_THRESHOLD, 2**31 - 1)
+_NEVER_TRIMMED = (("mallopt", _THRESHOLD, 32 * _MIB), ("mallopt", _TRIM_THRESHOLD, 2**31 - 1))
 _USUAL = (
     ("mallopt", _THRESHOLD, 32 * _MIB),
     ("mallopt", _TRIM_THRESHOLD, 64 * _MIB),
@@ -126,7 +126,7 @@ def pages_given():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 with large_blocks_given_back(True):
-    pass  # sets the usual thresholds
+    pass  # sets the usual thresholds, by which the heap shrinks
 for is_wanted in (False, True, False):
     with freed_blocks_kept(is_wanted):
         print(pages_given())
@@ -169,7 +169,7 @@ def test_the_heap_shrinks_again_where_training_ends_in_an_error(
 ) -> None:
     with pytest.raises(MemoryError), freed_blocks_kept(True):
         raise MemoryError
-    assert called == [_NEVER_TRIMMED, *_USUAL[1:]]
+    assert called == [*_NEVER_TRIMMED, *_USUAL[1:]]
 
 
 def test_other_libraries_are_left_alone(
