@@ -60,6 +60,11 @@ class PackedSequences(Sequence[PackedSequence]):
         return len(self._bins)
 
     @property
+    def example_lengths(self) -> np.ndarray:
+        """Tokens of each of the sequences that were packed."""
+        return self._lengths
+
+    @property
     def lengths(self) -> np.ndarray:
         """Tokens of each packed sequence; int64 of shape (len(self),)."""
         members = self._lengths[self._bins.members]

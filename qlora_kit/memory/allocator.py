@@ -6,7 +6,7 @@ import ctypes
 import os
 import platform
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -17,8 +17,8 @@ _LARGE_BYTES = 2**20
 # What the library itself comes to once blocks of that size were freed, at most; it then shrinks its
 # heap where twice that is free at the end.
 _USUAL_BYTES = 32 * 2**20
-# The most that can be said: the heap shrinks where so much is free at its end.
-_NEVER = 2**31 - 1
+_NEVER = -1
+_in_force: list[Mapping[int, int]] = []
 # Of what a forward pass makes and lets go again; see `holes_left_by`.
 _SHARE_LEFT = 0.43
 _SHARE_LEFT_TIDY, _SHARE_LEFT_TIDY_RECOMPUTING = 0.27, 0.08
@@ -99,17 +99,8 @@ def large_blocks_given_back(wanted: bool) -> Iterator[None]:
     given anew is cleared (a quarter to a half of a step on the machine that it was measured on).
     Other libraries are left as they are.
     """
-    if not wanted or not _is_glibc():
+    with _set({_M_MMAP_THRESHOLD: _LARGE_BYTES}, wanted):
         yield
-        return
-    library = ctypes.CDLL(None)
-    library.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-    try:
-        yield
-    finally:
-        library.mallopt(_M_MMAP_THRESHOLD, _USUAL_BYTES)
-        library.mallopt(_M_TRIM_THRESHOLD, 2 * _USUAL_BYTES)
-        library.malloc_trim(0)
 
 
 @contextmanager
@@ -119,15 +110,28 @@ def freed_blocks_kept(wanted: bool) -> Iterator[None]:
 
     Other libraries than the GNU C library are left as they are.
     """
+    # Who says the one has said that the other is not to grow by itself any more.
+    with _set({_M_MMAP_THRESHOLD: _USUAL_BYTES, _M_TRIM_THRESHOLD: _NEVER}, wanted):
+        yield
+
+
+@contextmanager
+def _set(options: Mapping[int, int], wanted: bool) -> Iterator[None]:
+    """With these, while the context lasts; behind it those of the contexts around it hold again."""
     if not wanted or not _is_glibc():
         yield
         return
     library = ctypes.CDLL(None)
-    # Who says the one has said that the other is not to grow by itself any more.
-    library.mallopt(_M_MMAP_THRESHOLD, _USUAL_BYTES)
-    library.mallopt(_M_TRIM_THRESHOLD, _NEVER)
+    _in_force.append(options)
+    for option, value in options.items():
+        library.mallopt(option, value)
     try:
         yield
     finally:
-        library.mallopt(_M_TRIM_THRESHOLD, 2 * _USUAL_BYTES)
+        _in_force.pop()
+        before = {_M_MMAP_THRESHOLD: _USUAL_BYTES, _M_TRIM_THRESHOLD: 2 * _USUAL_BYTES}
+        for one in _in_force:
+            before.update(one)
+        for option, value in before.items():
+            library.mallopt(option, value)
         library.malloc_trim(0)

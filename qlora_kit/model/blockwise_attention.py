@@ -15,7 +15,6 @@ https://arxiv.org/abs/2112.05682, for blocks without a kernel of one's own.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -23,8 +22,8 @@ from torch.autograd.function import once_differentiable
 
 FEWEST_TOKENS = 192
 """Of an example that gains by it."""
-# Where torch's kernel, which leaves out what is hidden of long rows, is as fast.
-_MOST_TOKENS = {torch.float32: 2048, torch.bfloat16: 1024}
+MOST_TOKENS = {torch.float32: 2048, torch.bfloat16: 768}
+"""Of one, by what the model computes in; of longer ones torch leaves out what is hidden."""
 _QUERIES_OF_A_BLOCK = 32
 # Of the scores of a block, so that they stay in the cache of a core.
 _SCORE_BYTES = 2**20
@@ -37,45 +36,57 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
     ) -> torch.Tensor:
+        times = q.shape[1] // k.shape[1]
         queries, keys, values = _stacked(q, k, scale), _flat(k), _flat(v)
         made = queries.new_empty(*queries.shape[:2], v.shape[-1])
-        for part in _parts(keys, times := q.shape[1] // k.shape[1]):
+        hidden = _hidden(times)
+        for part in _parts(keys, times):
             key, value = keys[part], values[part]
             for end, query, out in _blocks(times, queries[part], made[part]):
-                p = _probabilities(query, key[:, :end], times)
+                p = _probabilities(query, key[:, :end], hidden)
                 torch.bmm(p, value[:, :end], out=out)
-        out = _unstacked(made, q.shape).to(q.dtype)
-        ctx.save_for_backward(q, k, v, out)
+        result = _unstacked(made, q.shape).to(q.dtype)
+        ctx.save_for_backward(q, k, v, result)
         ctx.scale = scale
-        return out
+        return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        q, k, v, out = ctx.saved_tensors
-        queries, keys, values = _stacked(q, k, ctx.scale), _flat(k), _flat(v)
-        given = gradients[0].transpose(1, 2)
-        g = _stacked(given, k)
-        along = _stacked((given.float() * out.transpose(1, 2)).sum(-1, keepdim=True), k)
-        of_queries = queries.new_empty(queries.shape)
-        of_keys, of_values = torch.zeros_like(keys), torch.zeros_like(values)
-        for part in _parts(keys, times := q.shape[1] // k.shape[1]):
-            key, value, of_key, of_value = (one[part] for one in (keys, values, of_keys, of_values))
-            rows = (one[part] for one in (queries, g, along, of_queries))
-            for end, query, given, sums, of_query in _blocks(times, *rows):
-                seen = key[:, :end]
-                p = _probabilities(query, seen, times)
-                of_value[:, :end].baddbmm_(p.mT, given)
-                t = torch.bmm(given, value[:, :end].mT).sub_(sums).mul_(p)
-                of_key[:, :end].baddbmm_(t.mT, query)
-                torch.bmm(t, seen, out=of_query)
-        of_q = _unstacked(of_queries.mul_(ctx.scale), q.shape).transpose(1, 2)
-        return (
-            of_q.to(q.dtype),
-            of_keys.view_as(k).to(k.dtype),
-            of_values.view_as(v).to(v.dtype),
-            None,
-        )
+        with torch.autocast("cpu", enabled=False):
+            q, k, v, out = ctx.saved_tensors
+            return *_gradients(gradients[0], q, k, v, out, ctx.scale), None
+
+
+def _gradients(
+    of_out: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of q, k and v, given that of the output."""
+    times = q.shape[1] // k.shape[1]
+    queries, keys, values = _stacked(q, k, scale), _flat(k), _flat(v)
+    whole = of_out.transpose(1, 2)
+    g = _stacked(whole, k)
+    along = _stacked((whole.float() * out.transpose(1, 2)).sum(-1, keepdim=True), k)
+    of_queries = queries.new_empty(queries.shape)
+    of_keys, of_values = torch.zeros_like(keys), torch.zeros_like(values)
+    hidden = _hidden(times)
+    for part in _parts(keys, times):
+        key, value, of_key, of_value = (one[part] for one in (keys, values, of_keys, of_values))
+        rows = (one[part] for one in (queries, g, along, of_queries))
+        for end, query, given, sums, of_query in _blocks(times, *rows):
+            seen = key[:, :end]
+            p = _probabilities(query, seen, hidden)
+            of_value[:, :end].baddbmm_(p.mT, given)
+            t = torch.bmm(given, value[:, :end].mT).sub_(sums).mul_(p)
+            of_key[:, :end].baddbmm_(t.mT, query)
+            torch.bmm(t, seen, out=of_query)
+    of_q = _unstacked(of_queries.mul_(scale), q.shape).transpose(1, 2)
+    return of_q.to(q.dtype), of_keys.view_as(k).to(k.dtype), of_values.view_as(v).to(v.dtype)
 
 
 def covers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -84,7 +95,8 @@ def covers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     return (
         query.device.type == "cpu"
         and num_tokens == key.shape[2] == value.shape[2]
-        and FEWEST_TOKENS <= num_tokens <= _MOST_TOKENS.get(_dtype_of(query), 0)
+        and 0 < query.shape[0] == key.shape[0] == value.shape[0]
+        and FEWEST_TOKENS <= num_tokens <= MOST_TOKENS.get(_dtype_of(query), 0)
         and query.shape[1] % key.shape[1] == 0
         and key.shape[1] == value.shape[1]
         and query.shape[3] == key.shape[3]
@@ -123,18 +135,18 @@ def _blocks(times: int, *rows: torch.Tensor) -> Iterator[tuple[Any, ...]]:
     return zip(ends, *(one.split(size * times, dim=1) for one in rows), strict=True)
 
 
-def _probabilities(query: torch.Tensor, key: torch.Tensor, times: int) -> torch.Tensor:
-    """(n, R, keys) of a block of queries, whose own keys are the last."""
+def _probabilities(query: torch.Tensor, key: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+    """(n, R, keys) of a block of R queries, whose own keys are the last."""
     scores = torch.bmm(query, key.mT)
-    num_tokens = query.shape[1] // times
-    scores[..., -num_tokens:].add_(_hidden(num_tokens, times))
+    num_rows = query.shape[1]
+    num_own = num_rows * hidden.shape[1] // hidden.shape[0]
+    scores[..., -num_own:].add_(hidden[:num_rows, :num_own])
     return scores.softmax(-1)
 
 
-@lru_cache(maxsize=64)
-def _hidden(num_tokens: int, times: int) -> torch.Tensor:
-    """(num_tokens · times, num_tokens): −∞ where a key is behind its query."""
-    whole = torch.full((num_tokens, num_tokens), -torch.inf).triu(1)
+def _hidden(times: int) -> torch.Tensor:
+    """Of a block with its own keys, (queries · times, keys): −∞ where a key is behind its query."""
+    whole = torch.full((_QUERIES_OF_A_BLOCK, _QUERIES_OF_A_BLOCK), -torch.inf).triu(1)
     return whole.repeat_interleave(times, 0)
 
 

@@ -94,10 +94,16 @@ class Batching:
             self.first if isinstance(self.train, StreamedSequences) else self.train, count
         )
 
-    @property
-    def longest_by_itself(self) -> int:
-        """Tokens of the longest item whose examples attention takes one by one; 0: of none."""
-        return max((one.num_tokens for one in self.longest(1)), default=0) * self.by_example
+    def longest_by_itself(self, most: int) -> int:
+        """Tokens of the longest example, of those with at most so many, where attention takes each
+        by itself; 0: there is none. Of a stream, of those read beforehand.
+        """
+        if not self.by_example:
+            return 0
+        items = self.first if isinstance(self.train, StreamedSequences) else self.train
+        packed = items if isinstance(items, PackedSequences) else None
+        lengths = packed.example_lengths if packed is not None else lengths_of(items)
+        return int(lengths[lengths <= most].max(initial=0))
 
     def attended(self, items: Sequence[Item]) -> list[tuple[int, ...]]:
         """Of each item of a batch, the tokens of what attention sees together: of its examples

@@ -6,25 +6,24 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import torch
-
-from qlora_kit.model.blockwise_attention import FEWEST_TOKENS
+from qlora_kit.model.blockwise_attention import FEWEST_TOKENS, MOST_TOKENS
 from qlora_kit.model.fused.lean import NO_PARTS
 from qlora_kit.model.fused.liger import GATED, NORM, ROTARY, why_no_liger
 from qlora_kit.model.fused.products import why_no_onednn
 from qlora_kit.model.heads import heads_of
 from qlora_kit.out_of_memory import is_out_of_memory
 from qlora_kit.train.kernel_race import (
-    ATTENTION,
     FEWEST_WEIGHTS,
     PRODUCTS,
     Pair,
     Raced,
+    attention_pair,
     most_weights,
     pair_of,
     raced_on_a_cpu,
     raced_on_a_gpu,
     timed_tokens,
+    timed_tokens_of,
 )
 from qlora_kit.train.trial import TOLERANCE, Trial
 
@@ -36,7 +35,9 @@ LORA = "LoRA as one operation"
 LIGER_PARTS = {NORM: "norms", GATED: "gated MLPs", ROTARY: "rotary embeddings"}
 _LIGER = "Liger's kernels"
 ONEDNN = "oneDNN's products"
-_BLOCKS = "attention in blocks"
+BLOCKS = "attention in blocks"
+# What configurations call it.
+_DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
 
 Tried = Callable[["Shortcuts", Mapping[str, Any]], "tuple[Shortcuts, str | None]"]
 """(with a change, or as it was where it comes out otherwise on the model; what was wrong)"""
@@ -55,33 +56,48 @@ def with_blocks(trial: Trial, found: Shortcuts, spec: TrainSpec, longest: int) -
     """With attention in blocks, where it is exact and gains.
 
     Args:
-        longest: tokens of the longest row whose examples attention takes one by one; 0: of none.
+        longest: tokens of the longest example that blocks cover, of those that attention takes by
+            themselves; 0: there is none.
     """
     if not spec.blockwise_attention:
         return found
     is_asked_for = spec.blockwise_attention is True
-    why = None
-    if trial.device.type != "cpu":
-        why = "it is for a CPU"
-    elif trial.dtype not in (torch.float32, torch.bfloat16):
-        why = f"it is not for {trial.dtype}"
-    elif not longest:
-        why = "examples are not attended to by themselves"
-    elif longest < FEWEST_TOKENS:
-        why = f"no row has {FEWEST_TOKENS} tokens, the longest {longest}"
-    elif heads_of(trial.model) is None:
+    heads = heads_of(trial.model)
+    num_tokens = timed_tokens_of(longest)
+    why = _why_no_blocks(trial, num_tokens)
+    if why is None and heads is None:
         why = "the configuration does not say how many heads there are"
-    if why is not None:
-        return _without(found, f"{_BLOCKS}: {why}") if is_asked_for else found
-    one, fault = _raced(ATTENTION, raced_on_a_cpu, trial, found)
-    if fault is not None or one is None:
-        return _without(found, f"{_BLOCKS}: {fault}")
+    if why is not None or heads is None:
+        return _without(found, f"{BLOCKS}: {why}") if is_asked_for else found
+    one, fault = _raced(
+        lambda: attention_pair(heads, num_tokens, trial.dtype), raced_on_a_cpu, trial, num_tokens
+    )
+    if one is None:
+        return _without(found, f"{BLOCKS}: {fault}")
     takes = one.is_faster or is_asked_for
-    how = "in blocks" if takes else "torch's own"
-    told = f"{how} for attention ({one.gain:.2f} ×): time of torch's over that of blocks on "
-    told += f"{timed_tokens(ATTENTION)} tokens"
-    kernels = "; ".join(filter(None, (found.why_kernels, told)))
+    whose = "blocks of queries" if takes else "torch's own"
+    told = f"{whose} for attention ({one.gain:.2f} ×): time of torch's over that of blocks on "
+    kernels = "; ".join(filter(None, (found.why_kernels, f"{told}{num_tokens} tokens")))
     return replace(found, blockwise=takes, why_kernels=kernels)
+
+
+def _why_no_blocks(trial: Trial, num_tokens: int) -> str | None:
+    """What is in the way of blocks; None where nothing is."""
+    if trial.device.type != "cpu":
+        return "they are for a CPU"
+    most = MOST_TOKENS.get(trial.dtype)
+    if most is None:
+        return f"they are not for {trial.dtype}"
+    config: Any = trial.model.config
+    text = config.get_text_config()
+    if any(getattr(text, name, 0.0) for name in _DROPOUTS):
+        return "the model drops out of its attention at random"
+    if not num_tokens:
+        return (
+            f"no example of {FEWEST_TOKENS} to {most:,} tokens is attended to by itself "
+            "(data.padding_free, data.packing)"
+        )
+    return None
 
 
 def _without(found: Shortcuts, why: str) -> Shortcuts:
@@ -153,7 +169,9 @@ def _with_kernel(
     is_asked_for: bool,
 ) -> tuple[Shortcuts, Raced | None, str | None]:
     """(with it where it is exact and gains, how fast it is, what is wrong with it)"""
-    one, fault = _raced(name, race, trial, found)
+    one, fault = _raced(
+        lambda: pair_of(name, trial.model, found.lean, trial.dtype), race, trial, timed_tokens(name)
+    )
     if one is None or not (one.is_faster or is_asked_for):
         return found, one, fault
     found, fault = tried(found, change)
@@ -161,17 +179,20 @@ def _with_kernel(
 
 
 def _raced(
-    name: str, race: Callable[[Pair], Raced], trial: Trial, found: Shortcuts
+    made: Callable[[], Pair | None],
+    race: Callable[[Pair], Raced],
+    trial: Trial,
+    num_tokens: int,
 ) -> tuple[Raced | None, str | None]:
     """(how fast it is by itself; what is wrong with it); None twice where there is none."""
     try:
-        pair = pair_of(name, trial.model, found.lean, trial.dtype)
+        pair = made()
         if pair is None:
             return None, None
         one = race(pair)
     except Exception as error:  # whatever a kernel or its compiler has to say
         if is_out_of_memory(error):
-            return None, f"memory ran out on {timed_tokens(name):,} tokens"
+            return None, f"memory ran out on {num_tokens:,} tokens"
         return None, f"it fails ({type(error).__name__}: {error})"
     if not one.apart <= TOLERANCE[trial.precision]:
         return None, f"{one.apart:.2g} of their size off"

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from qlora_kit.memory.allocator import freed_blocks_kept
 from qlora_kit.model import blockwise_attention, short_attention
 from qlora_kit.model.fused import gated, liger, norm, products, rotary
 from qlora_kit.model.fused.attach import is_lora_layer
@@ -27,10 +28,11 @@ from qlora_kit.model.fused.remade import Origins
 from qlora_kit.model.fused.rotary import Rotary, RotaryOps
 from qlora_kit.model.heads import heads_of
 
-PRODUCTS, ATTENTION = "products", "attention"
+PRODUCTS = "products"
 """Beside `liger.OPERATIONS`."""
 _NUM_TOKENS = 4096
 _NUM_TOKENS_OF_A_PRODUCT = 256
+_LENGTHS_OF_EXAMPLES = (blockwise_attention.FEWEST_TOKENS, 256, 384, 512)
 FEWEST_WEIGHTS = 1 << 17
 """Of a layer whose product takes long enough to be timed by a clock."""
 _NUM_RUNS = 7
@@ -77,21 +79,28 @@ def raced_on_a_gpu(pair: Pair) -> Raced:
 
 
 def raced_on_a_cpu(pair: Pair) -> Raced:
-    """As there, but the best of each counts, which other work can only lengthen."""
-    apart = _apart(pair.by_other(), pair.by_torch())
+    """As there, but the best of each counts, which other work can only lengthen; in a heap as
+    training has it.
+    """
     turns: list[tuple[float, float]] = []
-    while len(turns) < _NUM_RUNS_ON_A_CPU:
-        turns.append((seconds_on_a_cpu(pair.by_torch), seconds_on_a_cpu(pair.by_other)))
-        if len(turns) >= _FEWEST_RUNS and sum(map(sum, turns)) > _LONG_SECONDS:
-            break
+    with freed_blocks_kept(True):
+        apart = _apart(pair.by_other(), pair.by_torch())
+        while len(turns) < _NUM_RUNS_ON_A_CPU:
+            turns.append((seconds_on_a_cpu(pair.by_torch), seconds_on_a_cpu(pair.by_other)))
+            if len(turns) >= _FEWEST_RUNS and sum(map(sum, turns)) > _LONG_SECONDS:
+                break
     ours, theirs = (min(one[side] for one in turns) for side in range(2))
     return Raced(ours / theirs, apart)
 
 
 def timed_tokens(operation: str) -> int:
     """How many it is timed on."""
-    on_a_cpu = {PRODUCTS: _NUM_TOKENS_OF_A_PRODUCT, ATTENTION: blockwise_attention.FEWEST_TOKENS}
-    return on_a_cpu.get(operation, _NUM_TOKENS)
+    return _NUM_TOKENS_OF_A_PRODUCT if operation == PRODUCTS else _NUM_TOKENS
+
+
+def timed_tokens_of(longest: int) -> int:
+    """As many attention is timed on, where that is the longest example; 0 where it is too short."""
+    return max((one for one in _LENGTHS_OF_EXAMPLES if one <= longest), default=0)
 
 
 def pair_of(
@@ -104,7 +113,7 @@ def pair_of(
     """Of the model's own widths, on its device; None where there is nothing to compute so.
 
     Args:
-        operation: of `liger.OPERATIONS`, or `PRODUCTS` or `ATTENTION`.
+        operation: of `liger.OPERATIONS`, or `PRODUCTS`.
         num_tokens: 0: as many as that operation is timed on.
     """
     num_tokens = num_tokens or timed_tokens(operation)
@@ -122,8 +131,6 @@ def pair_of(
     if operation == liger.GATED and parts.mlps:
         return _of_gated(model, parts, drawn, num_tokens)
     heads = heads_of(model)
-    if operation == ATTENTION and heads is not None:
-        return attention_pair(heads, num_tokens, dtype)
     if operation == liger.ROTARY and parts.rotary and heads is not None:
         return _of_rotary(heads, drawn, num_tokens)
     return None

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from qlora_kit import kept
-from qlora_kit.model.blockwise_attention import FEWEST_TOKENS
 from qlora_kit.model.fused.attach import Fusion
 from qlora_kit.model.fused.lean import LeanParts
 from qlora_kit.model.fused.norm import NormKind
 from qlora_kit.train.facts import facts_of
-from qlora_kit.train.kernel_choice import LIGER_PARTS
+from qlora_kit.train.kernel_choice import BLOCKS, LIGER_PARTS, ONEDNN
+from qlora_kit.train.kernel_race import timed_tokens_of
 from qlora_kit.train.shortcuts import SWITCHES, Shortcuts, choose_shortcuts
 
 if TYPE_CHECKING:
@@ -64,7 +64,8 @@ def known_or_tried(
 
     Args:
         before: of the checkpoint that training goes on from.
-        longest: tokens of the longest row whose examples attention takes one by one; 0: of none.
+        longest: tokens of the longest example that attention in blocks covers, of those that are
+            attended to by themselves; 0: there is none.
     """
     key = None if is_sharded else key_of(model, spec, around.precision, longest)
     found = _of_checkpoint(before, key) or _of_cache(key)
@@ -101,7 +102,7 @@ def key_of(model: PeftModel, spec: TrainSpec, precision: str, longest: int = 0) 
         "precision": precision,
         "switches": switches,
         "threads": torch.get_num_threads(),
-        "is_long": longest >= FEWEST_TOKENS,
+        "attended": timed_tokens_of(longest),
     }
     return kept.key_of({**facts, **how})
 
@@ -136,8 +137,8 @@ def _counted(one: Shortcuts) -> str:
     loss += ", the last MLP too" * (one.last_mlp is not None)
     liger = [LIGER_PARTS[name] for name in one.liger]
     kernels = f", Liger's kernels for {', '.join(liger)}" * bool(liger)
-    kernels += ", oneDNN's products" * one.onednn
-    kernels += ", blockwise attention" * one.blockwise
+    kernels += f", {ONEDNN}" * one.onednn
+    kernels += f", {BLOCKS}" * one.blockwise
     return (
         f"{loss}, {num_layers} fused LoRA layers, {len(one.lean.mlps)} MLPs and "
         f"{len(one.lean.norms)} norms that keep less, rotary embeddings as one operation in "

@@ -72,10 +72,12 @@ def choose_shortcuts(
 
     Args:
         precision: bf16, fp16 or fp32, of autocast.
-        longest: tokens of the longest row whose examples attention takes one by one; 0: of none.
+        longest: tokens of the longest example that attention in blocks covers, of those that are
+            attended to by themselves; 0: there is none.
     """
     if is_sharded:
-        return Shortcuts(left=(_SHARDED,)) if _is_any_on(spec) else NONE
+        is_asked_for = _is_any_on(spec) or True in (spec.use_onednn, spec.blockwise_attention)
+        return Shortcuts(left=(_SHARDED,)) if is_asked_for else NONE
     trial = Trial(model, model.get_base_model(), precision)
     return with_blocks(trial, _of_a_batch(trial, spec), spec, longest)
 

@@ -12,6 +12,7 @@ import transformers
 from qlora_kit.environment import launcher_settings
 from qlora_kit.memory.allocator import freed_blocks_kept, large_blocks_given_back
 from qlora_kit.model.base import Base
+from qlora_kit.model.blockwise_attention import MOST_TOKENS
 from qlora_kit.model.by_example import attending_by_example
 from qlora_kit.model.fused.residents import Residents
 from qlora_kit.out_of_memory import limited_memory
@@ -27,6 +28,7 @@ from qlora_kit.train.shortcuts import taken
 from qlora_kit.train.surroundings import Surroundings
 from qlora_kit.train.trackers import told_in_the_foreground
 from qlora_kit.train.trainer import QloraTrainer
+from qlora_kit.train.trial import dtype_of
 from qlora_kit.train.updates import num_update_steps
 
 if TYPE_CHECKING:
@@ -100,10 +102,9 @@ def train_adapter(
     laps = around.laps
     progress_before = continuation.progress if continuation else None
     on_cpu = hardware.device == "cpu"
+    longest = batches.longest_by_itself(MOST_TOKENS.get(dtype_of(around.precision), 0))
     with large_blocks_given_back(on_cpu):
-        choice = known_or_tried(
-            model, spec, around, is_sharded, progress_before, batches.longest_by_itself
-        )
+        choice = known_or_tried(model, spec, around, is_sharded, progress_before, longest)
     laps.lap("trial of the shortcuts")
     residents = Residents()
     with (

@@ -25,6 +25,11 @@ _GRADIENT_TOLERANCE = {**TOLERANCE, "bf16": 0.15}
 _STIRRED = 0.02
 
 
+def dtype_of(precision: str) -> torch.dtype:
+    """What products are computed in."""
+    return _AUTOCAST.get(precision, torch.float32)
+
+
 @dataclass(frozen=True)
 class Outcome:
     loss: float
@@ -37,7 +42,7 @@ class Trial:
     def __init__(self, model: PeftModel, causal: PreTrainedModel, precision: str):
         self.model = model
         self.precision = precision
-        self.dtype = _AUTOCAST.get(precision, torch.float32)
+        self.dtype = dtype_of(precision)
         self.device = next(model.parameters()).device
         generator = torch.Generator().manual_seed(0)
         entries = causal.config.get_text_config().vocab_size

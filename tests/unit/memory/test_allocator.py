@@ -25,7 +25,7 @@ from qlora_kit.memory.allocator import (
 _MIB = 2**20
 _TRIM_THRESHOLD, _THRESHOLD = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD in malloc.h
 _LARGE = ("mallopt", _THRESHOLD, _MIB)
-_NEVER_TRIMMED = (("mallopt", _THRESHOLD, 32 * _MIB), ("mallopt", _TRIM_THRESHOLD, 2**31 - 1))
+_NEVER_TRIMMED = (("mallopt", _THRESHOLD, 32 * _MIB), ("mallopt", _TRIM_THRESHOLD, -1))
 _USUAL = (
     ("mallopt", _THRESHOLD, 32 * _MIB),
     ("mallopt", _TRIM_THRESHOLD, 64 * _MIB),
@@ -121,7 +121,7 @@ MIB = 2**20
 def pages_given():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(3):
-        blocks = [b"x" * (4 * MIB) for _ in range(64)]
+        blocks = [b"x" * (4 * MIB) for _ in range(600)]
         del blocks
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
@@ -169,7 +169,17 @@ def test_the_heap_shrinks_again_where_training_ends_in_an_error(
 ) -> None:
     with pytest.raises(MemoryError), freed_blocks_kept(True):
         raise MemoryError
-    assert called == [*_NEVER_TRIMMED, *_USUAL[1:]]
+    assert called == [*_NEVER_TRIMMED, *_USUAL]
+
+
+def test_behind_one_the_other_holds_again(called: list[tuple[object, ...]]) -> None:
+    with large_blocks_given_back(True):
+        with freed_blocks_kept(True):
+            pass
+        assert called[: len(_NEVER_TRIMMED) + 1] == [_LARGE, *_NEVER_TRIMMED]
+        assert set(called[len(_NEVER_TRIMMED) + 1 :]) == {_LARGE, *_USUAL[1:]}
+        called.clear()
+    assert called == [*_USUAL]
 
 
 def test_other_libraries_are_left_alone(
@@ -187,7 +197,7 @@ def test_other_libraries_are_left_alone(
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="not the GNU C library")
 def test_kept_blocks_are_given_once() -> None:
-    """256 MiB at a time, three times, in a process of its own."""
+    """2.3 GiB at a time, three times, in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", _STEPS], capture_output=True, text=True, timeout=120, check=True
     )

@@ -77,6 +77,33 @@ def test_a_head_at_a_time_it_is_the_same(in_small_parts: None) -> None:
         assert distance(one, other) < 1e-6
 
 
+def test_a_gradient_of_any_layout_is_taken() -> None:
+    """The same one for all places, and one that lies the other way round."""
+    given = heads(225)
+    out = attend(*given)
+    for strange in (
+        torch.randn(1, 1, 1, 16).expand(out.shape),
+        torch.randn(2, 16, 4, 225).permute(0, 3, 2, 1),
+    ):
+        found = torch.autograd.grad(out, given, strange, retain_graph=True)
+        wanted = torch.autograd.grad(out, given, strange.contiguous(), retain_graph=True)
+        for one, other in zip(found, wanted, strict=True):
+            assert distance(one, other) < 1e-6
+
+
+def test_heads_that_do_not_come_out_even_are_all_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two at a time of six, and four of them."""
+    given = heads(225, num_rows=3)
+    wanted, of_wanted = exactly(given)
+    of_one = 32 * 2 * 225 * 4
+    for at_a_time in (2, 4):
+        monkeypatch.setattr(blockwise_attention, "_SCORE_BYTES", at_a_time * of_one)
+        out = attend(*given)
+        assert distance(out, wanted) < 1e-6
+        for one, other in zip(gradients(out, given), of_wanted, strict=True):
+            assert distance(one, other) < 1e-6
+
+
 def test_nobody_sees_what_comes_after() -> None:
     q, k, v = (one.detach() for one in heads(225))
     before = attend(q, k, v)
@@ -102,8 +129,9 @@ def test_autocast_decides_the_type_of_the_result() -> None:
     with torch.autocast("cpu", dtype=BF16):
         assert covers(*given)
         out = attend(*given)
+        of_heads = gradients(out, given)
     assert out.dtype == BF16
-    assert all(one.dtype == torch.float32 for one in gradients(out, given))
+    assert all(one.dtype == torch.float32 for one in of_heads)
 
 
 def test_of_scores_nothing_is_kept() -> None:
@@ -133,13 +161,15 @@ def test_short_long_and_other_shapes_are_left_to_torch() -> None:
     assert not covers(*heads(FEWEST_TOKENS - 1))
     assert covers(*heads(2048, num_rows=1))
     assert not covers(*heads(2049, num_rows=1))
-    assert covers(*heads(1024, BF16, num_rows=1))
-    assert not covers(*heads(1025, BF16, num_rows=1))
+    assert covers(*heads(768, BF16, num_rows=1))
+    assert not covers(*heads(769, BF16, num_rows=1))
     assert not covers(*heads(256, torch.float16))
     assert not covers(*heads(256, num_key_heads=3))
     q, k, v = heads(256)
     assert not covers(q[:, :, -1:], k, v)
     assert not covers(q, k[..., :8], v)
+    assert not covers(q, k[:1], v[:1])
+    assert not covers(q[:0], k[:0], v[:0])
     assert not covers(*(one.to("meta") for one in (q, k, v)))
 
 

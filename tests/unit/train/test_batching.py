@@ -102,6 +102,17 @@ def test_packed(base: Base) -> None:
     assert batching.description.startswith("5 examples packed into 3 sequences of 32 tokens")
 
 
+def test_of_packed_rows_the_longest_example_counts(base: Base) -> None:
+    """Not the row that it is packed into; and of those alone that are short enough."""
+    for packing in (True, False):
+        batches = plan(base, packing=packing)
+        assert batches.by_example
+        assert batches.longest_by_itself(100) == 32
+        assert batches.longest_by_itself(31) == 20, "12, 10 and 5 are packed to 27"
+        assert batches.longest_by_itself(4) == 0
+        assert replace(batches, by_example=False).longest_by_itself(100) == 0
+
+
 @pytest.mark.parametrize("kernel", ["flash_attention_2", "flash_attention_3", "flex_attention"])
 def test_without_padding_where_the_kernel_can(base: Base, kernel: str) -> None:
     batching = plan(base, kernel)

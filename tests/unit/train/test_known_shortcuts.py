@@ -242,6 +242,7 @@ def test_longer_rows_are_another_question(start: Start) -> None:
     assert (short.shortcuts.blockwise, long.shortcuts.blockwise) == (False, True)
     assert start(longest=FEWEST_TOKENS - 1, blockwise_attention=True).key != long.key
     assert start(longest=FEWEST_TOKENS + 1, blockwise_attention=True) == long
+    assert start(longest=256, blockwise_attention=True).key != long.key, "it is timed on more"
 
 
 def test_a_checkpoint_keeps_that_attention_went_in_blocks(start: Start) -> None:
@@ -251,7 +252,7 @@ def test_a_checkpoint_keeps_that_attention_went_in_blocks(start: Start) -> None:
     assert start(Choice(first.shortcuts, first.key), **how) == first
     start(Choice(replace(first.shortcuts, blockwise=False), "another machine"), **how)
     (warning,) = start.heard.warnings
-    assert "blockwise attention" in warning
+    assert "attention in blocks" in warning
 
 
 def test_a_checkpoint_keeps_that_onednn_multiplied(start: Start) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,16 +16,19 @@ from conftest import load_tiny
 from transformers import Trainer
 
 from qlora_kit.checkpoint.run_directory import RunDirectory
-from qlora_kit.data.collate import Batch, Collator
+from qlora_kit.data.collate import Batch, Collator, IsolatingCollator
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import TrainingError
+from qlora_kit.model import blockwise_attention
 from qlora_kit.model.adapter import Adapted, attach_adapter, require_float32_trainables
 from qlora_kit.model.base import Base, prepare_for_training
+from qlora_kit.model.blockwise_attention import FEWEST_TOKENS
 from qlora_kit.model.quantized import is_four_bit
 from qlora_kit.model.saved import adapter_files, load_adapter, save_adapter
 from qlora_kit.recipe import LoraSpec, QuantizationSpec, TrainSpec
 from qlora_kit.report.reporter import SILENT
+from qlora_kit.train import train as training
 from qlora_kit.train.batching import Batching
 from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.requests import TRIGGER_FILE, Requests
@@ -73,6 +77,7 @@ def train(
     rows: list[TokenSequence],
     precision: str = "fp32",
     eval_rows: list[TokenSequence] | None = None,
+    batches: Batching | None = None,
     **spec: object,
 ) -> TrainResult:
     values: dict[str, object] = {
@@ -99,7 +104,7 @@ def train(
     return train_adapter(
         setup.adapted.model,
         setup.base,
-        Batching(rows, eval_rows or [], Collator(0), "padded"),
+        batches or Batching(rows, eval_rows or [], Collator(0), "padded"),
         TrainSpec(**{**values, **spec}),
         around,
     )
@@ -197,6 +202,38 @@ def test_padding_is_not_counted_as_tokens(start: Start, tmp_path: Path) -> None:
     rows = sequences()
     result = train(start(), tmp_path, rows)
     assert result.num_tokens == sum(len(row.input_ids) for row in rows)
+
+
+def test_long_examples_go_in_blocks_and_the_heap_stays(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a batch without padding, from the recipe to the kernel."""
+    rows = [*sequences(2), *sequences(2, length=FEWEST_TOKENS)]
+    own, kept = blockwise_attention.attend, training.freed_blocks_kept
+    lengths: list[int] = []
+    wanted: list[bool] = []
+
+    def watched(query: torch.Tensor, *given: Any) -> torch.Tensor:
+        lengths.append(query.shape[2])
+        return own(query, *given)
+
+    def noted(is_wanted: bool) -> Any:
+        wanted.append(is_wanted)
+        return kept(is_wanted)
+
+    monkeypatch.setattr(training, "freed_blocks_kept", noted)
+    monkeypatch.setattr(blockwise_attention, "attend", watched)
+    collator = IsolatingCollator(0, flatten=True)
+    batches = Batching(rows, [], collator, "without padding", by_example=True)
+    how: dict[str, Any] = {"batches": batches, "use_onednn": False}
+    off = train(start(), tmp_path / "off", rows, blockwise_attention=False, **how)
+    assert not lengths
+    on = train(start(), tmp_path / "on", rows, blockwise_attention=True, **how)
+    losses = (on.last_loss, off.last_loss)
+    assert {FEWEST_TOKENS, FEWEST_TOKENS + 1} <= set(lengths)
+    assert min(lengths) >= FEWEST_TOKENS
+    assert wanted == [True, True]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_operations_are_counted_as_transformers_counts_them(
