@@ -5,11 +5,11 @@ python scripts/bench_attention.py --heads 32 8 128 --tokens 256 1024 --precision
 
 Forward and backward of one example of each length: milliseconds, and how far outputs and gradients
 are apart. Then forward and backward of the whole model as training computes them (NF4, r = 16 on
-all linear layers, unpacked weights that stay, 40 % of the tokens supervised), on one row of several
-examples of such a length, in CPU seconds. Each round measures both ways one after the other: what
-disturbs one disturbs the other. Ratios are of rounds, with their spread; above 1 blocks are faster.
-In bfloat16 torch's side is what the kit takes otherwise (docs/performance.md, "attention of short
-examples").
+all linear layers, unpacked weights that stay, 40 % of the tokens supervised), in float32 on one row
+of several examples of such a length, in CPU seconds. Each round measures both ways one after the
+other: what disturbs one disturbs the other. Ratios are of rounds, with their spread; above 1 blocks
+are faster. In bfloat16 torch's side is what the kit takes otherwise (docs/performance.md,
+"attention of short examples").
 """
 
 from __future__ import annotations
@@ -60,8 +60,10 @@ def main() -> None:
     dtype = _DTYPES[arguments.precision]
     model = None if arguments.heads else adapted(arguments.model or demo_model_folder(), rank=16)
     heads = tuple(arguments.heads) if model is None else heads_of(model)
-    if heads is None or heads[0] % heads[1]:
-        raise Fault(f"heads that are no multiple of those of keys: {heads}")
+    if heads is None:
+        raise Fault(f"{arguments.model} does not say how many heads it has: give --heads.")
+    if heads[0] % heads[1]:
+        raise Fault(f"{heads[0]} heads of queries are no multiple of {heads[1]} heads of keys.")
     print(
         f"{arguments.threads} thread(s), {arguments.rounds} rounds, {arguments.precision}, "
         f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
@@ -70,9 +72,10 @@ def main() -> None:
     print("tokens    apart   torch ms  blocks ms   torch / blocks (spread)")
     for num_tokens in arguments.tokens:
         of_length(heads, num_tokens, dtype, arguments.rounds)
-    if model is None or arguments.precision != "fp32":
-        return
     print()
+    if model is None or arguments.precision != "fp32":
+        print("the whole model is timed in fp32, without --heads")
+        return
     print("the whole model, forward and backward   torch  blocks, CPU s   torch / blocks (spread)")
     for num_tokens in arguments.tokens:
         of_model(model, num_tokens, max(arguments.row // num_tokens, 1), arguments.rounds)
