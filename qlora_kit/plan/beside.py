@@ -46,14 +46,19 @@ def training_beside(
     hardware: Hardware,
     memory: MemoryWatch,
 ) -> Beside | None:
-    """None where nothing could be predicted, or nothing was measured.
+    """None where nothing could be predicted, or nothing was measured: this process made no update.
 
     Held against the longest batch and the recomputing layers that training ended with.
     """
     is_gpu = hardware.device == "cuda"
     measured = (memory.device_peaks if is_gpu else memory.host_peaks).get("training")
     items = batches.longest(trained.sequences_at_a_time)
-    if measured is None or not items or launcher_settings().is_sharded:
+    if (
+        measured is None
+        or not trained.num_steps_here
+        or not items
+        or launcher_settings().is_sharded
+    ):
         return None
     shape = worst_of(items, batches).first(len(items))
     how = Taken(

@@ -62,6 +62,8 @@ class TrainResult:
     """Whether what is kept waited in the host's memory."""
     gives_back: bool = False
     """Whether freed blocks went back to the system at once; see `Fit.is_tight`."""
+    num_steps_here: int = 0
+    """Of all, those of this process: none where a checkpoint of the last one was gone on from."""
     stop_signal: int | None = None
     """The signal that ended training before its time."""
 
@@ -71,7 +73,7 @@ class TrainResult:
 
     def as_dict(self) -> dict[str, Any]:
         values = {**asdict(self), "tokens_per_second": self.tokens_per_second}
-        del values["stop_signal"]
+        del values["stop_signal"], values["num_steps_here"]
         return values
 
 
@@ -169,7 +171,7 @@ def _gone_through(course: Course) -> TrainResult:
         trainer.hooks.settle()
     if around.hardware.device == "cuda":
         torch.cuda.synchronize()
-    return _result(trainer, fit, step.seconds, stop_signal)
+    return _result(trainer, fit, step.seconds, course.start, stop_signal)
 
 
 def _late_signal(trainer: QloraTrainer, around: Surroundings) -> int | None:
@@ -181,7 +183,7 @@ def _late_signal(trainer: QloraTrainer, around: Surroundings) -> int | None:
 
 
 def _result(
-    trainer: QloraTrainer, fit: Fit, seconds: float, stop_signal: int | None
+    trainer: QloraTrainer, fit: Fit, seconds: float, start: int, stop_signal: int | None
 ) -> TrainResult:
     progress, recompute = trainer.progress, trainer.recompute
     assert progress.first_loss is not None
@@ -199,5 +201,6 @@ def _result(
         resident_bytes=0 if recompute is None else recompute.residents.num_bytes,
         offloads=fit.offloads,
         gives_back=fit.is_tight,
+        num_steps_here=progress.update - start,
         stop_signal=stop_signal,
     )

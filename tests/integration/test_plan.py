@@ -116,3 +116,19 @@ def test_a_run_ends_with_what_was_predicted_beside_what_was_measured(
     assert found["measured_bytes"] == summary["memory"]["host_peak_bytes"]["training"]
     last = json.loads((finished.folder / "log.jsonl").read_text().splitlines()[-1])
     assert last == {"step": summary["training"]["num_steps"], **found}
+
+
+def test_what_this_process_did_not_train_is_not_held_against_a_plan(
+    call: Call, tmp_path: Path, tiny_llama: Path
+) -> None:
+    """A run that is gone on with behind its last update."""
+    recipe = write_recipe(tmp_path, tiny_llama)
+    saving = "train.save_strategy=epoch"
+    assert call("train", str(recipe), saving).code == 0
+    summary = tmp_path / "run" / "summary.json"
+    assert json.loads(summary.read_text())["memory"]["training"]
+    summary.unlink()
+    again = call("train", str(recipe), saving)
+    assert again.code == 0
+    assert "plan      predicted" not in again.out
+    assert json.loads(summary.read_text())["memory"]["training"] is None

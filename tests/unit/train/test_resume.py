@@ -420,6 +420,7 @@ def test_a_finished_training_is_put_back_without_an_update(run: Run) -> None:
     again = run("run", again=True, save_strategy="epoch")
     assert again.weights == whole.weights
     assert again.result.num_steps == whole.result.num_steps == 12
+    assert (whole.result.num_steps_here, again.result.num_steps_here) == (12, 0)
     assert again.log == whole.log
 
 
