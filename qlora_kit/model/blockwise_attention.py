@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from qlora_kit.model.short_attention import dtype_of_products
+
 FEWEST_TOKENS = 192
 """Of an example that gains by it."""
 MOST_TOKENS = {torch.float32: 2048, torch.bfloat16: 768}
@@ -96,7 +98,7 @@ def covers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
         query.device.type == "cpu"
         and num_tokens == key.shape[2] == value.shape[2]
         and 0 < query.shape[0] == key.shape[0] == value.shape[0]
-        and FEWEST_TOKENS <= num_tokens <= MOST_TOKENS.get(_dtype_of(query), 0)
+        and FEWEST_TOKENS <= num_tokens <= MOST_TOKENS.get(dtype_of_products(query), 0)
         and query.shape[1] % key.shape[1] == 0
         and key.shape[1] == value.shape[1]
         and query.shape[3] == key.shape[3]
@@ -112,7 +114,7 @@ def attend(
     Args:
         scale: of the products; unset: D^-½.
     """
-    dtype = _dtype_of(query)
+    dtype = dtype_of_products(query)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     with torch.autocast(query.device.type, enabled=False):
         given = (one.to(dtype) for one in (query, key, value))
@@ -170,10 +172,3 @@ def _unstacked(made: torch.Tensor, shape: torch.Size) -> torch.Tensor:
 def _flat(heads: torch.Tensor) -> torch.Tensor:
     """(B, heads, S, D) as (B · heads, S, D), in float32."""
     return heads.to(torch.float32).reshape(-1, *heads.shape[2:])
-
-
-def _dtype_of(query: torch.Tensor) -> torch.dtype:
-    """What autocast, which does not know these operations by themselves, would compute in."""
-    if torch.is_autocast_enabled(query.device.type):
-        return torch.get_autocast_dtype(query.device.type)
-    return query.dtype

@@ -49,7 +49,7 @@ def covers(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether these are short, computed in bfloat16 on a CPU, and the kernel takes them."""
     return (
         query.device.type == "cpu"
-        and _dtype_of(query) == torch.bfloat16
+        and dtype_of_products(query) == torch.bfloat16
         and 1 < query.shape[2] == key.shape[2] <= _LONGEST
         and query.shape[3] == key.shape[3] == value.shape[3] <= _WIDEST
         and query.shape[1] % key.shape[1] == 0
@@ -67,14 +67,14 @@ def attend(
     scale: float | None = None,
 ) -> torch.Tensor:
     """(B, heads, S, D) to (B, S, heads, D), where `covers` says so."""
-    dtype = _dtype_of(query)
+    dtype = dtype_of_products(query)
     out: torch.Tensor = _Attention.apply(
         *(one.to(dtype) for one in (query, key, value)), is_causal, scale
     )
     return out.transpose(1, 2).contiguous()
 
 
-def _dtype_of(query: torch.Tensor) -> torch.dtype:
+def dtype_of_products(query: torch.Tensor) -> torch.dtype:
     """What autocast, which does not know these operations by themselves, would compute in."""
     if torch.is_autocast_enabled(query.device.type):
         return torch.get_autocast_dtype(query.device.type)
