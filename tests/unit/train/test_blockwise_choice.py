@@ -14,6 +14,8 @@ from qlora_kit.train import kernel_choice, kernel_race
 from qlora_kit.train.kernel_race import Pair, Raced, attention_pair, raced_on_a_cpu
 from qlora_kit.train.shortcuts import SWITCHES, Shortcuts, choose_shortcuts
 
+from .left_out import require_left_out_where_it_fails, require_left_out_where_off
+
 NOTHING = dict.fromkeys(SWITCHES, False)
 
 
@@ -133,24 +135,22 @@ def test_in_float16_they_are_not_taken(model: Any, clock: dict[str, float]) -> N
 def test_those_that_come_out_otherwise_are_left_out(
     model: Any, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
-    own = blockwise_attention.attend
-    monkeypatch.setattr(blockwise_attention, "attend", lambda *given: factor * own(*given))
-    found = chosen(model)
+    found = require_left_out_where_off(
+        monkeypatch,
+        (blockwise_attention, "attend"),
+        factor,
+        lambda: chosen(model),
+        "attention in blocks",
+    )
     assert not found.blockwise
-    (why,) = found.left
-    assert why.startswith("attention in blocks: ")
-    assert why.endswith("of their size off")
-    assert found.fusion is not None, "all else is as good as before"
 
 
 def test_what_fails_is_left_out(
     model: Any, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: Any) -> None:
-        raise RuntimeError("no such product")
-
-    monkeypatch.setattr(blockwise_attention, "attend", fails)
-    assert chosen(model).left == ("attention in blocks: it fails (RuntimeError: no such product)",)
+    require_left_out_where_it_fails(
+        monkeypatch, (blockwise_attention, "attend"), lambda: chosen(model), "attention in blocks"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -15,6 +15,8 @@ from qlora_kit.train import kernel_choice, kernel_race
 from qlora_kit.train.kernel_race import PRODUCTS, Pair, most_weights, pair_of, raced_on_a_cpu
 from qlora_kit.train.shortcuts import NONE, SWITCHES, Shortcuts, choose_shortcuts, taken
 
+from .left_out import require_left_out_where_it_fails, require_left_out_where_off
+
 IDS = torch.arange(3, 40)[None]
 
 
@@ -123,25 +125,17 @@ def test_small_layers_are_not_timed(model: Any, monkeypatch: pytest.MonkeyPatch)
 def test_products_that_come_out_otherwise_are_left_out(
     model: Any, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
-    own = OneDnnProducts.product
-    monkeypatch.setattr(OneDnnProducts, "product", lambda *given: factor * own(*given))
-    found = chosen(model)
+    found = require_left_out_where_off(
+        monkeypatch, (OneDnnProducts, "product"), factor, lambda: chosen(model), "oneDNN's products"
+    )
     assert not found.onednn
-    (why,) = found.left
-    assert why.startswith("oneDNN's products: ")
-    assert why.endswith("of their size off")
-    assert found.fusion is not None, "all else is as good as before"
 
 
 def test_what_fails_is_left_out(
     model: Any, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: Any) -> None:
-        raise RuntimeError("could not create a primitive")
-
-    monkeypatch.setattr(OneDnnProducts, "product", fails)
-    assert chosen(model).left == (
-        "oneDNN's products: it fails (RuntimeError: could not create a primitive)",
+    require_left_out_where_it_fails(
+        monkeypatch, (OneDnnProducts, "product"), lambda: chosen(model), "oneDNN's products"
     )
 
 
