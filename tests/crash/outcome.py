@@ -28,10 +28,7 @@ def outcome_of(run: Path) -> dict[str, Any]:
     for name in ("evaluation.json", "summary.json", "data/ledger.json", "merged/certificate.json"):
         if (run / name).exists():
             found[name] = _without_clocks(json.loads((run / name).read_text(encoding="utf-8")))
-    found["log.jsonl"] = [
-        _without_clocks(json.loads(line))
-        for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    ]
+    found["log.jsonl"] = [_without_clocks(line) for line in _log_of(run) if not _is_of_plan(line)]
     if (run / "merged").is_dir():
         found["merged, verified"] = [str(one) for one in verify_artifact(run / "merged")]
     found["recipe.yaml"] = (run / "recipe.yaml").read_text(encoding="utf-8")
@@ -68,6 +65,18 @@ def _names(run: Path) -> list[str]:
         for path in inside
         if not path.parts[0].startswith(("checkpoint-", ".lock", "tensorboard", *more))
     ]
+
+
+def _log_of(run: Path) -> list[dict[str, Any]]:
+    lines = (run / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _is_of_plan(line: dict[str, Any]) -> bool:
+    """What was planned beside what was measured: told by a process that made an update, which one
+    started again behind the last does not.
+    """
+    return "predicted_components" in line
 
 
 def _without_clocks(value: Any) -> Any:
