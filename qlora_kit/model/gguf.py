@@ -30,6 +30,7 @@ from qlora_kit.environment import cache_dir, probe_hardware
 from qlora_kit.errors import HardwareError, ModelError
 from qlora_kit.model.gguf_rope import add_rope_scaling, rope_scaling
 from qlora_kit.model.gguf_tokenizer import build_tokenizer
+from qlora_kit.model.without_bars import without_bars
 from qlora_kit.records import file_sha256
 
 logger = logging.getLogger(__name__)
@@ -205,13 +206,14 @@ def _require_room(path: Path, folder: Path, reader: gguf.GGUFReader, dtype: str)
 
 def _load(linked: Path, metadata: Mapping[str, Any], dtype: str) -> PreTrainedModel:
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            linked.parent,
-            gguf_file=linked.name,
-            dtype=_DTYPES[dtype],
-            quantization_config=GgufConfig(dequantize=True),
-            output_loading_info=True,
-        )
+        with without_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                linked.parent,
+                gguf_file=linked.name,
+                dtype=_DTYPES[dtype],
+                quantization_config=GgufConfig(dequantize=True),
+                output_loading_info=True,
+            )
     except (ValueError, KeyError, NotImplementedError, RuntimeError, AssertionError) as error:
         raise ModelError(
             f"transformers cannot load {linked.name} (architecture "

@@ -1,7 +1,7 @@
-"""Loading and quantizing without compressed_tensors' progress bars.
+"""Loading, converting and quantizing without progress bars that have no switch.
 
-It takes `show_progress`, which neither transformers nor llmcompressor hands on, and sets tqdm's own
-switch (TQDM_DISABLE) aside.
+compressed_tensors takes `show_progress`, which neither transformers nor llmcompressor hands on, and
+sets tqdm's own switch (TQDM_DISABLE) aside; transformers shows one of its own for GGUF files.
 """
 
 from __future__ import annotations

@@ -49,6 +49,12 @@ def test_a_float32_file_gives_back_the_very_model(tmp_path: Path, tied: bool) ->
     assert (shared, reloaded.config.tie_word_embeddings) == (tied, tied)
 
 
+def test_nothing_is_written_beside(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """transformers' bar, which the first run on the demo model would show."""
+    gguf_to_folder(write_gguf(tmp_path / "tiny.gguf", tiny_llama()), tmp_path / "out")
+    assert "Converting" not in capfd.readouterr().err
+
+
 def test_quantized_blocks_become_what_they_mean(tmp_path: Path) -> None:
     model, kind = tiny_llama(), gguf.GGMLQuantizationType.Q8_0
     folder = gguf_to_folder(
