@@ -1,13 +1,18 @@
-"""Products with frozen weights in float32 on a CPU: torch's own (MKL, as a rule) against oneDNN's.
+"""Products with frozen weights on a CPU: torch's own against oneDNN's, in its own layout too.
 
 python scripts/bench_products.py
 python scripts/bench_products.py --tokens 64 512 2048 --threads 2
 
 For every shape of a model's adapted layers, and its head, x Wᵀ and the gradient g W, in 10⁹
-operations a second; then forward and backward of the whole model as training computes them (NF4,
-r = 16 on all linear layers, unpacked weights that stay, 40 % of the tokens supervised), in CPU
-seconds. Each round measures both ways one after the other: what disturbs one disturbs the other.
-Ratios are of rounds, with their spread; above 1 oneDNN is faster.
+operations a second, each product with another weight, so that all come from memory; then forward
+and backward of the whole model as training computes them (NF4, r = 16 on all linear layers,
+unpacked weights that stay, 40 % of the tokens supervised), in CPU seconds. torch's own products are
+MKL's in float32, as a rule, and oneDNN's in bfloat16. `stays` is oneDNN with weights that lie in
+its own layout. Each round measures all ways one after the other: what disturbs one disturbs the
+others. Ratios are of rounds, with their spread; above 1 oneDNN is faster than torch, and `stays`
+faster than oneDNN.
+
+python scripts/bench_products.py --precision bf16
 """
 
 from __future__ import annotations
@@ -27,14 +32,24 @@ from adapted import adapted
 from plainly import Fault, Parser, at_least, plainly
 from torch import nn
 
+from qlora_kit.memory.allocator import freed_blocks_kept
 from qlora_kit.model.demo import demo_model_folder
 from qlora_kit.model.fused.attach import is_lora_layer
-from qlora_kit.model.fused.products import BY_TORCH, OneDnnProducts, Products, why_no_onednn
+from qlora_kit.model.fused.products import (
+    BY_ONEDNN,
+    BY_TORCH,
+    Products,
+    reordered,
+    why_no_reordered,
+)
 from qlora_kit.model.fused.residents import Residents
 from qlora_kit.recipe import TrainSpec
 from qlora_kit.train.shortcuts import choose_shortcuts, taken
 
 SUPERVISED = 0.4
+BEYOND_A_CACHE = 1 << 25
+"""Bytes of weights."""
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SHORT_SECONDS = 0.02
 """What takes less is repeated until it takes as long."""
 
@@ -49,26 +64,30 @@ def main() -> None:
     parser.add_argument("--rank", type=at_least(1), default=16)
     parser.add_argument("--rounds", type=at_least(1), default=7)
     parser.add_argument("--threads", type=at_least(1), default=1)
+    parser.add_argument("--precision", choices=list(DTYPES), default="fp32")
     arguments = parser.parse_args()
     if arguments.model is not None and not arguments.model.is_dir():
         parser.error(f"--model {arguments.model} is no folder")
-    why = why_no_onednn(torch.device("cpu"), torch.float32)
+    precision = arguments.precision
+    why = why_no_reordered(torch.device("cpu"), DTYPES[precision])
     if why is not None:
         raise Fault(f"oneDNN's products cannot be had here: {why}.")
     torch.set_num_threads(arguments.threads)
     model = adapted(arguments.model or demo_model_folder(), arguments.rank)
     print(
-        f"{arguments.threads} thread(s), {arguments.rounds} rounds, float32, "
+        f"{arguments.threads} thread(s), {arguments.rounds} rounds, {precision}, "
         f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
     )
-    print("layers  tokens  output × input    torch  oneDNN, 10⁹/s   torch / oneDNN (spread)")
-    for sizes, count in sizes_of(model).items():
+    ratios = "torch / oneDNN (spread)   oneDNN / stays (spread)"
+    print(f"layers  tokens  output × input    torch  oneDNN   stays, 10⁹/s   {ratios}")
+    with freed_blocks_kept(True):
+        for sizes, count in sizes_of(model).items():
+            for num_tokens in arguments.tokens:
+                of_shape(sizes, count, num_tokens, arguments.rounds, DTYPES[precision])
+        print()
+        print(f"the whole model, forward and backward, CPU s   {ratios}")
         for num_tokens in arguments.tokens:
-            of_shape(sizes, count, num_tokens, arguments.rounds)
-    print()
-    print("the whole model, forward and backward   torch  oneDNN, CPU s   torch / oneDNN (spread)")
-    for num_tokens in arguments.tokens:
-        of_model(model, num_tokens, arguments.rounds)
+            of_model(model, num_tokens, arguments.rounds, precision)
 
 
 def sizes_of(model: Any) -> Counter[Sizes]:
@@ -79,42 +98,53 @@ def sizes_of(model: Any) -> Counter[Sizes]:
     return Counter((layer.out_features, layer.in_features) for layer in layers)
 
 
-def of_shape(sizes: Sizes, count: int, num_tokens: int, rounds: int) -> None:
+def of_shape(sizes: Sizes, count: int, num_tokens: int, rounds: int, dtype: torch.dtype) -> None:
     """Prints the line of one shape."""
     height, width = sizes
-    weight, x, g = (torch.randn(*one) for one in (sizes, (num_tokens, width), (num_tokens, height)))
+    x, g = (torch.randn(num_tokens, one).to(dtype) for one in (width, height))
+    num = max(BEYOND_A_CACHE // (height * width * dtype.itemsize), 1)
+    weights = [(one, one.T) for one in (torch.randn(*sizes).to(dtype) for _ in range(num))]
+    blocks = [(reordered(one), reordered(other)) for one, other in weights]
 
-    def run(by: Products) -> None:
-        by.product(x, weight.T)
-        by.product(g, weight)
+    def run(by: Products, with_weights: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        for one, other in with_weights:
+            by.product(x, one)
+            by.product(g, other)
 
-    ways: list[Callable[[], None]] = [lambda: run(BY_TORCH), lambda: run(OneDnnProducts())]
+    ways: list[Callable[[], None]] = [
+        lambda: run(BY_TORCH, weights),
+        lambda: run(BY_ONEDNN, weights),
+        lambda: run(BY_ONEDNN, blocks),
+    ]
     found = [[seconds(way) for way in ways] for _ in range(rounds + 1)][1:]
-    operations = 4.0 * num_tokens * height * width
+    operations = 4.0 * num_tokens * height * width * num
     rates = [operations / statistics.median(column) / 1e9 for column in zip(*found, strict=True)]
     print(
-        f"{count:6} {num_tokens:7,} {f'{height:,} × {width:,}':>15} {rates[0]:8.1f} {rates[1]:7.1f}"
-        f"   {spread(found):>29}"
+        f"{count:6} {num_tokens:7,} {f'{height:,} × {width:,}':>15} "
+        + " ".join(f"{rate:7.1f}" for rate in rates)
+        + f"   {spread(found, 0):>29} {spread(found, 1):>25}",
+        flush=True,
     )
 
 
-def of_model(model: Any, num_tokens: int, rounds: int) -> None:
+def of_model(model: Any, num_tokens: int, rounds: int, precision: str) -> None:
     """Prints the line of one row of so many tokens."""
-    chosen = choose_shortcuts(model, TrainSpec(use_onednn=True), "fp32", is_sharded=False)
-    if not chosen.onednn:
+    chosen = choose_shortcuts(model, TrainSpec(use_onednn=True), precision, is_sharded=False)
+    if not chosen.reorders:
         why = "; ".join(chosen.left) or "the model has no layers for them"
         raise Fault(f"oneDNN's products are not taken: {why}.")
     drawn = torch.Generator().manual_seed(0)
     ids = torch.randint(3, model.config.vocab_size, (1, num_tokens), generator=drawn)
     labels = ids.masked_fill(torch.rand(ids.shape, generator=drawn) >= SUPERVISED, -100)
     labels[0, -1] = ids[0, -1]
-    residents = Residents(1 << 62)
+    plain, blocks = Residents(1 << 62), Residents(1 << 62, reordered)
     losses: list[float] = []
 
-    def step(onednn: bool) -> float:
+    def step(onednn: bool, residents: Residents) -> float:
         model.zero_grad()
         with ExitStack() as stack:
             stack.enter_context(taken(model, replace(chosen, onednn=onednn), residents))
+            stack.enter_context(torch.autocast("cpu", enabled=precision == "bf16"))
             started = time.process_time()
             loss = model(input_ids=ids, labels=labels, use_cache=False).loss
             loss.backward()
@@ -122,14 +152,17 @@ def of_model(model: Any, num_tokens: int, rounds: int) -> None:
         losses.append(float(loss.detach()))
         return took
 
-    found = [[step(False), step(True)] for _ in range(rounds + 1)][1:]
+    ways = ((False, plain), (chosen.onednn, plain), (chosen.onednn, blocks))
+    found = [[step(*way) for way in ways] for _ in range(rounds + 1)][1:]
     apart = max(losses) / min(losses) - 1
-    if not apart < 1e-4:
+    if not apart < (1e-4 if precision == "fp32" else 1e-2):
         raise Fault(f"the losses are {apart:.1e} apart: the ways do not compute the same.")
     medians = [statistics.median(column) for column in zip(*found, strict=True)]
     print(
-        f"{num_tokens:6,} tokens, losses {apart:.0e} apart {medians[0]:12.2f} {medians[1]:7.2f}"
-        f"   {spread(found):>29}"
+        f"{num_tokens:6,} tokens, losses {apart:.0e} apart "
+        + " ".join(f"{one:7.2f}" for one in medians)
+        + f"   {spread(found, 0):>22} {spread(found, 1):>25}",
+        flush=True,
     )
 
 
@@ -142,9 +175,9 @@ def seconds(way: Callable[[], object]) -> float:
     return (time.perf_counter() - started) / count
 
 
-def spread(found: Sequence[Sequence[float]]) -> str:
-    """Median, with the lowest and the highest, of the ratios of rounds."""
-    ratios = [ours / theirs for ours, theirs in found]
+def spread(found: Sequence[Sequence[float]], way: int) -> str:
+    """Median, with the lowest and the highest, of one way over the next in each round."""
+    ratios = [times[way] / times[way + 1] for times in found]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 

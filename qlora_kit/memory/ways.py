@@ -16,6 +16,8 @@ from qlora_kit.errors import HardwareError
 from qlora_kit.memory.allocator import holes_left_by
 from qlora_kit.memory.kept import Kept
 from qlora_kit.memory.optimizer import state_bytes
+from qlora_kit.model.fused.linear import is_frozen_linear
+from qlora_kit.model.fused.residents import NO_ROOM, Room
 from qlora_kit.model.quantized import eight_bit_scale, is_four_bit
 from qlora_kit.train.supervised_loss import chunk_bytes
 
@@ -195,20 +197,35 @@ def room_for_unpacked(
     num_recomputing: int,
     lengths: Lengths,
     device: str,
-) -> int:
+    can_reorder: bool,
+) -> Room:
     """What activations leave of their room, where no layer recomputes, for unpacked weights that
     stay, and no more than all of these take; on a GPU none.
     """
     if device != "cpu" or num_recomputing:
-        return 0
-    return room_for_residents(model, room_bytes - kept.peak_bytes(0, lengths))
+        return NO_ROOM
+    return room_for_residents(model, room_bytes - kept.peak_bytes(0, lengths), can_reorder)
 
 
-def room_for_residents(model: nn.Module, left_bytes: float) -> int:
-    """Of what is left, as much as unpacked weights can take."""
-    states: Iterator[Any] = (one.quant_state for one in _four_bit_parameters(model))
-    all_of_them: int = sum(one.shape.numel() * one.dtype.itemsize for one in states)
-    return max(min(int(left_bytes), all_of_them), 0)
+def room_for_residents(model: nn.Module, left_bytes: float, can_reorder: bool) -> Room:
+    """Of what is left, as much as weights that stay can take: every frozen layer's in the layout
+    of each direction where there is room for all of that; else quantized ones unpacked.
+    """
+    if can_reorder:
+        layers: Iterator[Any] = (one for one in model.modules() if is_frozen_linear(one))
+        both = 2 * sum(unpacked_bytes(one.weight) for one in layers)
+        if 0 < both <= left_bytes:
+            return Room(both, is_for_reordered=True)
+    all_of_them = sum(map(unpacked_bytes, _four_bit_parameters(model)))
+    return Room(max(min(int(left_bytes), all_of_them), 0))
+
+
+def unpacked_bytes(weight: Any) -> int:
+    """Of a weight in 4 bits, or as it is."""
+    if not is_four_bit(weight):
+        return int(weight.nbytes)
+    state = weight.quant_state
+    return int(state.shape.numel() * state.dtype.itemsize)
 
 
 def bytes_of_update(model: nn.Module, optim: str) -> int:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.environment import Hardware, launcher_settings
 from qlora_kit.errors import QloraKitError
+from qlora_kit.model.fused.residents import Room
 from qlora_kit.model.vocabulary import load_vocabulary
 from qlora_kit.plan.plan import Moment, foretold_training
 from qlora_kit.plan.rows import worst_of
@@ -64,7 +66,7 @@ def training_beside(
     how = Taken(
         trained.num_recomputing,
         recipe.train.gradient_accumulation_steps > 1 or trained.is_divided,
-        trained.resident_bytes,
+        Room(sys.maxsize, True) if trained.is_reordered else Room(trained.resident_bytes),
         trained.offloads,
         trained.gives_back,
     )

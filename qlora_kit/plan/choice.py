@@ -15,6 +15,7 @@ from qlora_kit.memory.ways import (
     room_for_residents,
     room_for_unpacked,
 )
+from qlora_kit.model.fused.residents import NO_ROOM, Room
 
 if TYPE_CHECKING:
     from qlora_kit.plan.rows import WorstBatch
@@ -27,7 +28,7 @@ class Choice:
     """How training would fit the memory."""
 
     way: Way
-    resident_bytes: int = 0
+    stays: Room = NO_ROOM
     """Room for unpacked weights that stay."""
 
 
@@ -66,7 +67,9 @@ def choice_of(
     if way is None:
         raise situation.nothing_fits(spec.memory_budget)
     left = budget - situation.peak_bytes(way)
-    return Choice(way, room_for_residents(imagined.model, left) if is_on_cpu else 0)
+    if not is_on_cpu:
+        return Choice(way)
+    return Choice(way, room_for_residents(imagined.model, left, imagined.can_reorder))
 
 
 def _without_a_budget(
@@ -78,5 +81,6 @@ def _without_a_budget(
         return Choice(Way(len(worst.items), num_layers))
     lengths = lengths_of_rows(worst.items)
     count = kept.fewest(lengths, room_bytes) if asked == "auto" else 0
-    left = room_for_unpacked(imagined.model, room_bytes, kept, count, lengths, imagined.device)
-    return Choice(Way(len(worst.items), count), left)
+    how = (count, lengths, imagined.device, imagined.can_reorder)
+    stays = room_for_unpacked(imagined.model, room_bytes, kept, *how)
+    return Choice(Way(len(worst.items), count), stays)

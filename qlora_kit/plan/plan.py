@@ -127,7 +127,8 @@ class Plan:
             "num_recomputing": self.choice.way.num_recomputing,
             "sequences_at_a_time": self.choice.way.at_a_time,
             "offloads": self.choice.way.offloads,
-            "resident_bytes": self.choice.resident_bytes,
+            "resident_bytes": self.choice.stays.num_bytes,
+            "residents_are_reordered": self.choice.stays.is_for_reordered,
             "moments": {
                 one.name: {"total_bytes": one.num_bytes, "bytes": dict(one.components)}
                 for one in self.moments
@@ -319,7 +320,7 @@ def _taken(recipe: Recipe, choice: Choice, num_sequences: int) -> Taken:
         way.num_recomputing,
         is_accumulated=recipe.train.gradient_accumulation_steps > 1
         or way.at_a_time < num_sequences,
-        resident_bytes=choice.resident_bytes,
+        stays=choice.stays,
         offloads=way.offloads,
         gives_back=recipe.train.memory_budget_bytes is not None
         and way.gives_up_speed(num_sequences),

@@ -26,7 +26,7 @@ from qlora_kit.model.by_example import attending_by_example, can_attend_by_examp
 from qlora_kit.model.fused.at_places import last_of
 from qlora_kit.model.fused.attach import Fusion, plan_fusion
 from qlora_kit.model.fused.lean import LeanParts
-from qlora_kit.model.fused.residents import Residents
+from qlora_kit.model.fused.residents import NO_ROOM, Make, Residents, Room
 from qlora_kit.plan.effort import CountedEffort, Effort
 from qlora_kit.plan.few_layers import (
     BEGIN,
@@ -44,6 +44,7 @@ from qlora_kit.plan.stand_in import give_tensors, stand_in_base
 from qlora_kit.plan.stand_in_parts import lean_parts_by_stand_ins
 from qlora_kit.plan.whole_rows import hiding_nothing
 from qlora_kit.runtime.forward import CHUNK_CELLS
+from qlora_kit.train.product_choice import may_reorder
 from qlora_kit.train.recompute import able_to_recompute, recompute_first
 from qlora_kit.train.shortcuts import Shortcuts, taken, why_no_supervised_loss
 from qlora_kit.train.supervised_loss import SupervisedForward, supervised_only
@@ -75,7 +76,7 @@ class Taken:
     num_recomputing: int = 0
     is_accumulated: bool = False
     """Whether gradients of other micro-batches are there already."""
-    resident_bytes: int = 0
+    stays: Room = NO_ROOM
     """Room for unpacked weights that stay."""
     offloads: bool = False
     """Whether what is kept waits in the host's memory."""
@@ -137,6 +138,9 @@ class ImaginedTraining:
             fusion=self._fusion() if recipe.train.fused_lora else None,
             lean=lean,
             last_mlp=None if self.has_own_loss else last_of(self.model, lean.mlps),
+        )
+        self.can_reorder = may_reorder(
+            self.model, recipe.train, torch.device(device), compute_dtype
         )
         self._told: dict[tuple[Any, ...], Peak] = {}
 
@@ -257,7 +261,8 @@ class ImaginedTraining:
     def _step_of(self, shape: Shape, how: Taken, few: FewLayers | None) -> Peak:
         live = LiveTensors(self.num_entries)
         hold_weights(self.model, live)
-        residents = Residents(how.resident_bytes)
+        residents = _BothAtOnce(reorder=partial(_copied, live))
+        residents.give(how.stays)
         course = Course(few, live)
         with self._on(shape, residents) as batch, live, in_place(few):
             with self._recomputing(among(few, how.num_recomputing)):
@@ -273,7 +278,7 @@ class ImaginedTraining:
             self.model.zero_grad()
             self.model.eval()
         stays = residents.num_bytes > 0
-        if few is not None and stays and course.most_added(UNPACKED) > how.resident_bytes:
+        if few is not None and stays and course.most_added(UNPACKED) > how.stays.num_bytes:
             raise NotAlikeError("the first layers' weights stay, and the last ones' do not")
         if self.device != "cpu" or how.gives_back:
             return course.peak
@@ -404,6 +409,24 @@ def _lean_parts(model: Any, spec: TrainSpec) -> LeanParts:
         found.norms if spec.fused_norm else {},
         found.rotary if spec.fused_rotary else (),
     )
+
+
+class _BothAtOnce(Residents):
+    """Those for gradients are there from the second update on, when a forward pass begins."""
+
+    def reordered(
+        self, module: torch.nn.Module, dtype: torch.dtype, is_transposed: bool, made: Make
+    ) -> torch.Tensor | None:
+        found = super().reordered(module, dtype, is_transposed, made)
+        super().reordered(module, dtype, not is_transposed, lambda: made().T)
+        return found
+
+
+def _copied(live: LiveTensors, weight: torch.Tensor) -> torch.Tensor:
+    """In place of one in oneDNN's layout, which a tensor without numbers cannot be in."""
+    made = weight.clone()
+    live.hold([made], UNPACKED)
+    return made
 
 
 @contextmanager

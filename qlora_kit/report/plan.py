@@ -33,8 +33,7 @@ def plan(reporter: Reporter, found: Plan, is_of_rows: bool) -> None:
         f"chooses   {way.at_a_time} of {len(worst.items)} at a time, "
         f"{way.num_recomputing} of {found.num_layers} layers recomputing"
         + ", activations waiting in the host's memory" * way.offloads
-        + f", {found.choice.resident_bytes / _MIB:,.0f} MiB for unpacked weights that stay"
-        * bool(found.choice.resident_bytes)
+        + f", {found.choice.stays.told()}" * bool(found.choice.stays.num_bytes)
         + f"; within train.memory_budget: {found.memory_budget}" * (found.memory_budget != "auto")
     )
     _say_how_fast(reporter, found)

@@ -22,6 +22,7 @@ from qlora_kit.memory.ways import (
     counts_of_recomputing,
     room_for_residents,
 )
+from qlora_kit.model.fused.residents import NO_ROOM, Residents, Room
 from qlora_kit.train.fitting import divisor_of, sequences_before
 from qlora_kit.train.known_kept import known_or_counted
 from qlora_kit.train.loader import longest_of
@@ -31,7 +32,6 @@ from qlora_kit.train.recompute import Recompute, choose_recompute
 if TYPE_CHECKING:
     from peft import PeftModel
 
-    from qlora_kit.model.fused.residents import Residents
     from qlora_kit.recipe import TrainSpec
     from qlora_kit.report.reporter import Reporter
     from qlora_kit.train.batching import Batching
@@ -106,10 +106,12 @@ def fit_memory(
     is_on_cpu, budget = around.hardware.device == "cpu", spec.memory_budget_bytes
     held_out = _longest_held_out(batches, spec)
     held_out_rows = min(processes.gathered(situation.most_held_out(held_out, budget)))
+    stays = NO_ROOM
     if is_on_cpu:
         most = max(situation.peak_bytes(way), situation.held_out_bytes(held_out[:held_out_rows]))
-        residents.room_bytes = room_for_residents(model, budget - most)
-    _tell(around.reporter, spec, situation, way, residents.room_bytes)
+        stays = room_for_residents(model, budget - most, residents.reorder is not None)
+        residents.give(stays)
+    _tell(around.reporter, spec, situation, way, stays)
     if held_out_rows < len(held_out):
         around.reporter.say(f"          {held_out_rows} of {len(held_out)} held-out rows at a time")
     return Fit(
@@ -170,13 +172,10 @@ def _taken_bytes(device: str) -> int:
     return resident_bytes()
 
 
-def _tell(
-    reporter: Reporter, spec: TrainSpec, situation: Situation, way: Way, room_bytes: int
-) -> None:
+def _tell(reporter: Reporter, spec: TrainSpec, situation: Situation, way: Way, stays: Room) -> None:
     peak = situation.peak_bytes(way) / _MIB
-    held = f"; unpacked weights stay in {room_bytes / _MIB:,.0f} MiB of the rest"
     reporter.say(
         f"budget    {spec.memory_budget}: {situation.told(way)}, the fastest that fits; "
         f"{peak:,.0f} MiB at most, of which {situation.standing_bytes / _MIB:,.0f} MiB whatever is "
-        f"chosen" + held * (room_bytes > 0)
+        f"chosen" + f"; of the rest {stays.told()}" * bool(stays.num_bytes)
     )

@@ -9,38 +9,30 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.model.blockwise_attention import FEWEST_TOKENS, MOST_TOKENS
 from qlora_kit.model.fused.lean import NO_PARTS
 from qlora_kit.model.fused.liger import GATED, NORM, ROTARY, why_no_liger
-from qlora_kit.model.fused.products import why_no_onednn
 from qlora_kit.model.heads import heads_of
-from qlora_kit.out_of_memory import is_out_of_memory
 from qlora_kit.train.kernel_race import (
-    FEWEST_WEIGHTS,
-    PRODUCTS,
     Pair,
     Raced,
     attention_pair,
-    most_weights,
     pair_of,
     raced_on_a_cpu,
     raced_on_a_gpu,
+    raced_or_why,
     timed_tokens,
     timed_tokens_of,
 )
-from qlora_kit.train.trial import TOLERANCE, Trial
+from qlora_kit.train.product_choice import Tried, with_products
+from qlora_kit.train.trial import Trial
 
 if TYPE_CHECKING:
     from qlora_kit.recipe import TrainSpec
     from qlora_kit.train.shortcuts import Shortcuts
 
-LORA = "LoRA as one operation"
 LIGER_PARTS = {NORM: "norms", GATED: "gated MLPs", ROTARY: "rotary embeddings"}
 _LIGER = "Liger's kernels"
-ONEDNN = "oneDNN's products"
 BLOCKS = "attention in blocks"
 # What configurations call it.
 _DROPOUTS = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
-
-Tried = Callable[["Shortcuts", Mapping[str, Any]], "tuple[Shortcuts, str | None]"]
-"""(with a change, or as it was where it comes out otherwise on the model; what was wrong)"""
 
 
 def with_kernels(
@@ -48,7 +40,7 @@ def with_kernels(
 ) -> tuple[Shortcuts, list[str]]:
     """(with those of other libraries that are exact and gain; what fails, and why)"""
     found, without_liger = _with_liger(trial, tried, found, spec)
-    found, without_onednn = _with_products(trial, tried, found, spec)
+    found, without_onednn = with_products(trial, tried, found, spec)
     return found, [*without_liger, *without_onednn]
 
 
@@ -69,8 +61,11 @@ def with_blocks(trial: Trial, found: Shortcuts, spec: TrainSpec, longest: int) -
         why = "the configuration does not say how many heads there are"
     if why is not None or heads is None:
         return _without(found, f"{BLOCKS}: {why}") if is_asked_for else found
-    one, fault = _raced(
-        lambda: attention_pair(heads, num_tokens, trial.dtype), raced_on_a_cpu, trial, num_tokens
+    one, fault = raced_or_why(
+        lambda: attention_pair(heads, num_tokens, trial.dtype),
+        raced_on_a_cpu,
+        trial.precision,
+        num_tokens,
     )
     if one is None:
         return _without(found, f"{BLOCKS}: {fault}")
@@ -130,35 +125,6 @@ def _with_liger(
     return replace(found, why_kernels=_told(found, times)), left
 
 
-def _with_products(
-    trial: Trial, tried: Tried, found: Shortcuts, spec: TrainSpec
-) -> tuple[Shortcuts, list[str]]:
-    if not spec.use_onednn:
-        return found, []
-    is_asked_for = spec.use_onednn is True
-    sizes = most_weights(trial.model)
-    why = why_no_onednn(trial.device, trial.dtype)
-    if why is None and found.fusion is None:
-        why = f"it comes with {LORA}"
-    if why is None and sizes is None:
-        why = "no frozen layer has an adapter"
-    if why is not None or sizes is None:
-        return found, [f"{ONEDNN}: {why}"] * is_asked_for
-    if not is_asked_for and sizes[0] * sizes[1] < FEWEST_WEIGHTS:
-        return found, []
-    found, one, fault = _with_kernel(
-        PRODUCTS, {"onednn": True}, raced_on_a_cpu, trial, tried, found, is_asked_for
-    )
-    if one is not None:
-        whose = "oneDNN's" if found.onednn else "torch's own"
-        why = (
-            f"{whose} for products ({one.gain:.2f} ×): time of torch's over oneDNN's on "
-            f"{timed_tokens(PRODUCTS)} tokens of a layer of {sizes[0]:,} × {sizes[1]:,}"
-        )
-        found = replace(found, why_kernels=why)
-    return found, [] if fault is None else [f"{ONEDNN}: {fault}"]
-
-
 def _with_kernel(
     name: str,
     change: Mapping[str, Any],
@@ -169,34 +135,16 @@ def _with_kernel(
     is_asked_for: bool,
 ) -> tuple[Shortcuts, Raced | None, str | None]:
     """(with it where it is exact and gains, how fast it is, what is wrong with it)"""
-    one, fault = _raced(
-        lambda: pair_of(name, trial.model, found.lean, trial.dtype), race, trial, timed_tokens(name)
+    one, fault = raced_or_why(
+        lambda: pair_of(name, trial.model, found.lean, trial.dtype),
+        race,
+        trial.precision,
+        timed_tokens(name),
     )
     if one is None or not (one.is_faster or is_asked_for):
         return found, one, fault
     found, fault = tried(found, change)
     return found, one if fault is None else None, fault
-
-
-def _raced(
-    made: Callable[[], Pair | None],
-    race: Callable[[Pair], Raced],
-    trial: Trial,
-    num_tokens: int,
-) -> tuple[Raced | None, str | None]:
-    """(how fast it is by itself; what is wrong with it); None twice where there is none."""
-    try:
-        pair = made()
-        if pair is None:
-            return None, None
-        one = race(pair)
-    except Exception as error:  # whatever a kernel or its compiler has to say
-        if is_out_of_memory(error):
-            return None, f"memory ran out on {num_tokens:,} tokens"
-        return None, f"it fails ({type(error).__name__}: {error})"
-    if not one.apart <= TOLERANCE[trial.precision]:
-        return None, f"{one.apart:.2g} of their size off"
-    return one, None
 
 
 def _told(found: Shortcuts, times: Mapping[str, Raced]) -> str:

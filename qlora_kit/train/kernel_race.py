@@ -7,7 +7,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,20 +27,23 @@ from qlora_kit.model.fused.products import Products
 from qlora_kit.model.fused.remade import Origins
 from qlora_kit.model.fused.rotary import Rotary, RotaryOps
 from qlora_kit.model.heads import heads_of
+from qlora_kit.out_of_memory import is_out_of_memory
+from qlora_kit.train.trial import TOLERANCE
 
-PRODUCTS = "products"
-"""Beside `liger.OPERATIONS`."""
+PRODUCTS, LAYOUT = "products", "layout"
+"""Beside `liger.OPERATIONS`: oneDNN's, and with weights in its own layout."""
 _NUM_TOKENS = 4096
 _NUM_TOKENS_OF_A_PRODUCT = 256
 _LENGTHS_OF_EXAMPLES = (blockwise_attention.FEWEST_TOKENS, 256, 384, 512)
 FEWEST_WEIGHTS = 1 << 17
 """Of a layer whose product takes long enough to be timed by a clock."""
+_BYTES_BEYOND_A_CACHE = 1 << 25
 _NUM_RUNS = 7
 _NUM_RUNS_ON_A_CPU = 15
 _FEWEST_RUNS = 3
 _LONG_SECONDS = 2.0
-# Less is within the noise of a clock.
-_LEAST_GAIN = 1.02
+LEAST_GAIN = 1.02
+"""Less is within the noise of a clock."""
 
 Run = Callable[[], tuple[torch.Tensor, ...]]
 """Forward and backward: results and gradients."""
@@ -65,7 +68,7 @@ class Raced:
 
     @property
     def is_faster(self) -> bool:
-        return self.gain >= _LEAST_GAIN
+        return self.gain >= LEAST_GAIN
 
 
 def raced_on_a_gpu(pair: Pair) -> Raced:
@@ -93,9 +96,36 @@ def raced_on_a_cpu(pair: Pair) -> Raced:
     return Raced(ours / theirs, apart)
 
 
+def raced_or_why(
+    made: Callable[[], Pair | None],
+    race: Callable[[Pair], Raced],
+    precision: str,
+    num_tokens: int,
+) -> tuple[Raced | None, str | None]:
+    """(how fast it is by itself; what is wrong with it); None twice where there is none.
+
+    Args:
+        made: the pair, if there is one.
+        precision: bf16, fp16 or fp32, by which it is decided what is the same.
+        num_tokens: that it is timed on.
+    """
+    try:
+        pair = made()
+        if pair is None:
+            return None, None
+        one = race(pair)
+    except Exception as error:  # whatever a kernel or its compiler has to say
+        if is_out_of_memory(error):
+            return None, f"memory ran out on {num_tokens:,} tokens"
+        return None, f"it fails ({type(error).__name__}: {error})"
+    if not one.apart <= TOLERANCE[precision]:
+        return None, f"{one.apart:.2g} of their size off"
+    return one, None
+
+
 def timed_tokens(operation: str) -> int:
     """How many it is timed on."""
-    return _NUM_TOKENS_OF_A_PRODUCT if operation == PRODUCTS else _NUM_TOKENS
+    return _NUM_TOKENS_OF_A_PRODUCT if operation in (PRODUCTS, LAYOUT) else _NUM_TOKENS
 
 
 def timed_tokens_of(longest: int) -> int:
@@ -113,7 +143,7 @@ def pair_of(
     """Of the model's own widths, on its device; None where there is nothing to compute so.
 
     Args:
-        operation: of `liger.OPERATIONS`, or `PRODUCTS`.
+        operation: of `liger.OPERATIONS`, `PRODUCTS` or `LAYOUT`.
         num_tokens: 0: as many as that operation is timed on.
     """
     num_tokens = num_tokens or timed_tokens(operation)
@@ -123,9 +153,10 @@ def pair_of(
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    sizes = most_weights(model) if operation == PRODUCTS else None
+    sizes = most_weights(model) if operation in (PRODUCTS, LAYOUT) else None
     if sizes is not None:
-        return _of_products(sizes, drawn, num_tokens)
+        made = _of_products if operation == PRODUCTS else _of_layouts
+        return made(sizes, drawn, num_tokens)
     if operation == liger.NORM and parts.norms:
         return _of_norms(model, parts, drawn, num_tokens)
     if operation == liger.GATED and parts.mlps:
@@ -173,9 +204,28 @@ def _of_products(sizes: tuple[int, int], drawn: Any, num_rows: int) -> Pair:
     weight, x, g = drawn(height, width), drawn(num_rows, width), drawn(num_rows, height)
 
     def run(by: Products) -> tuple[torch.Tensor, ...]:
-        return by.product(x, weight.T), by.product(g, weight)
+        return by.product(x, weight), by.product(g, weight.T)
 
-    return Pair(lambda: run(products.BY_TORCH), lambda: run(products.OneDnnProducts()))
+    return Pair(lambda: run(products.BY_TORCH), lambda: run(products.BY_ONEDNN))
+
+
+def _of_layouts(sizes: tuple[int, int], drawn: Any, num_rows: int) -> Pair:
+    """The same products by oneDNN, of weights as torch holds them and of such that lie reordered:
+    of so many that each comes from memory, as in a pass through a model.
+    """
+    height, width = sizes
+    x, g = drawn(num_rows, width), drawn(num_rows, height)
+    weight = drawn(height, width)
+    num = max(_BYTES_BEYOND_A_CACHE // weight.nbytes, 1)
+    as_torch = [(one, one.T) for one in (weight, *(weight.clone() for _ in range(num - 1)))]
+    blocks = [tuple(map(products.reordered, one)) for one in as_torch]
+
+    def run(weights: Sequence[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        product = products.BY_ONEDNN.product
+        made = [(product(x, onwards), product(g, back)) for onwards, back in weights]
+        return made[-1]
+
+    return Pair(lambda: run(as_torch), lambda: run(blocks))
 
 
 def attention_pair(heads: tuple[int, int, int], num_tokens: int, dtype: torch.dtype) -> Pair:

@@ -16,8 +16,9 @@ from qlora_kit.model.fused.attach import Fusion
 from qlora_kit.model.fused.lean import LeanParts
 from qlora_kit.model.fused.norm import NormKind
 from qlora_kit.train.facts import facts_of
-from qlora_kit.train.kernel_choice import BLOCKS, LIGER_PARTS, ONEDNN
+from qlora_kit.train.kernel_choice import BLOCKS, LIGER_PARTS
 from qlora_kit.train.kernel_race import timed_tokens_of
+from qlora_kit.train.product_choice import ONEDNN
 from qlora_kit.train.shortcuts import SWITCHES, Shortcuts, choose_shortcuts
 
 if TYPE_CHECKING:
@@ -76,10 +77,12 @@ def known_or_tried(
     # A clock may come to different choices where two kernels are as fast as each other.
     gathered = around.processes.gathered
     of_all = gathered(found.liger)
+    onednn, reorders = all(gathered(found.onednn)), all(gathered(found.reorders))
     agreed = replace(
         found,
         liger=tuple(one for one in found.liger if all(one in other for other in of_all)),
-        onednn=all(gathered(found.onednn)),
+        onednn=onednn,
+        reorders=onednn and reorders,
         blockwise=all(gathered(found.blockwise)),
     )
     if agreed != found:
@@ -147,9 +150,9 @@ def _counted(one: Shortcuts) -> str:
 
 
 def _taken(one: Shortcuts) -> dict[str, Any]:
-    """Without what is only told."""
+    """Without what is only told, or gives the same bits."""
     values = _as_values(one)
-    told = ("not_fused", "difference", "left", "why_kernels")
+    told = ("not_fused", "difference", "left", "why_kernels", "reorders")
     return {name: one for name, one in values.items() if name not in told}
 
 
@@ -165,6 +168,7 @@ def _as_values(one: Shortcuts) -> dict[str, Any]:
         "last_mlp": one.last_mlp,
         "liger": list(one.liger),
         "onednn": one.onednn,
+        "reorders": one.reorders,
         "blockwise": one.blockwise,
         "why_kernels": one.why_kernels,
         "difference": one.difference,
@@ -186,6 +190,7 @@ def _from_values(values: Mapping[str, Any]) -> Shortcuts:
         last_mlp=values.get("last_mlp"),
         liger=tuple(values.get("liger", ())),
         onednn=values.get("onednn", False),
+        reorders=values.get("reorders", False),
         blockwise=values.get("blockwise", False),
         why_kernels=values.get("why_kernels", ""),
     )

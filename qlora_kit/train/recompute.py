@@ -137,7 +137,9 @@ def choose_recompute(
     update = bytes_of_update(model, spec.optim)
     room = room_for_kept(_free_bytes(around, spec), update, device)
     count = min(kept.fewest(lengths, room), most)
-    residents.room_bytes = room_for_unpacked(model, room, kept, count, lengths, device)
+    can_reorder = residents.reorder is not None
+    stays = room_for_unpacked(model, room, kept, count, lengths, device, can_reorder)
+    residents.give(stays)
     return Recompute(
         model,
         count,
@@ -146,8 +148,8 @@ def choose_recompute(
         f"{kept.peak_bytes(0, lengths) / _MIB:,.0f} MiB without and "
         f"{kept.peak_bytes(len(layers), lengths) / _MIB:,.0f} MiB with recomputing; "
         f"{max(room, 0) / _MIB:,.0f} MiB are free for it"
-        + f", {residents.room_bytes / _MIB:,.0f} MiB of them for unpacked weights that stay"
-        * bool(residents.room_bytes),
+        + f", of them {stays.told()}"
+        * bool(stays.num_bytes),
         residents=residents,
     )
 

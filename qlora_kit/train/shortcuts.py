@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 from qlora_kit.model.fused.at_places import FEWEST_TOKENS, AtPlaces, last_of
 from qlora_kit.model.fused.attach import Fusion, fused, plan_fusion
 from qlora_kit.model.fused.lean import NO_PARTS, LeanParts, lean, looking_for_lean_parts
-from qlora_kit.model.fused.products import BY_TORCH, OneDnnProducts
+from qlora_kit.model.fused.products import BY_ONEDNN, BY_TORCH, reordered
 from qlora_kit.model.fused.remade import Origins
 from qlora_kit.model.fused.replaced import replaced_forward
-from qlora_kit.model.fused.residents import Residents
+from qlora_kit.model.fused.residents import ReorderedEachTime, Residents
 from qlora_kit.out_of_memory import is_out_of_memory
-from qlora_kit.train.kernel_choice import LORA, ONEDNN, with_blocks, with_kernels
+from qlora_kit.train.kernel_choice import with_blocks, with_kernels
+from qlora_kit.train.product_choice import LORA, ONEDNN
 from qlora_kit.train.supervised_loss import SupervisedForward, supervised_only
 from qlora_kit.train.trial import Outcome, Trial
 
@@ -55,6 +56,8 @@ class Shortcuts:
     """That of the last layer, where it computes at supervised places alone."""
     onednn: bool = False
     """Whether oneDNN multiplies with frozen weights."""
+    reorders: bool = False
+    """Whether those that stay lie in oneDNN's own layout, too: the same bits."""
     blockwise: bool = False
     """Whether attention over a long example goes in blocks of queries."""
     why_kernels: str = ""
@@ -157,7 +160,8 @@ def _tried(
     for one in changes:
         lean = attempt.lean.joined(one.get("lean", NO_PARTS))
         attempt = replace(attempt, **{**one, "lean": lean})
-    with taken(trial.model, attempt, least_tokens=1):
+    residents = ReorderedEachTime(reorder=reordered) if attempt.reorders else None
+    with taken(trial.model, attempt, residents, least_tokens=1):
         why, apart = trial.compared(wanted)
     if why is not None:
         return so_far, why
@@ -182,7 +186,7 @@ def taken(
         if shortcuts.supervised_loss:
             stack.enter_context(supervised_only(model.get_base_model()))
         if shortcuts.fusion is not None:
-            products = OneDnnProducts() if shortcuts.onednn else BY_TORCH
+            products = BY_ONEDNN if shortcuts.onednn else BY_TORCH
             stack.enter_context(fused(model, shortcuts.fusion, origins, residents, products))
         stack.enter_context(lean(model, shortcuts.lean, origins, shortcuts.liger))
         loss = model.get_base_model().forward

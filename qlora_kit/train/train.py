@@ -14,6 +14,7 @@ from qlora_kit.memory.allocator import freed_blocks_kept, large_blocks_given_bac
 from qlora_kit.model.base import Base
 from qlora_kit.model.blockwise_attention import MOST_TOKENS
 from qlora_kit.model.by_example import attending_by_example
+from qlora_kit.model.fused.products import reordered
 from qlora_kit.model.fused.residents import Residents
 from qlora_kit.out_of_memory import limited_memory
 from qlora_kit.report import narrate
@@ -58,6 +59,8 @@ class TrainResult:
     """Whether the recipe asks for more of them."""
     resident_bytes: int = 0
     """Of unpacked weights that stayed, at the end."""
+    is_reordered: bool = False
+    """Whether they lay in oneDNN's layout."""
     offloads: bool = False
     """Whether what is kept waited in the host's memory."""
     gives_back: bool = False
@@ -108,7 +111,7 @@ def train_adapter(
     with large_blocks_given_back(on_cpu):
         choice = known_or_tried(model, spec, around, is_sharded, progress_before, longest)
     laps.lap("trial of the shortcuts")
-    residents = Residents()
+    residents = Residents(reorder=reordered if choice.shortcuts.reorders else None)
     with (
         limited_memory(spec.max_memory_mib, hardware.device) as limit,
         taken(model, choice.shortcuts, residents),
@@ -199,6 +202,7 @@ def _result(
         sequences_at_a_time=trainer.micro_batch,
         is_divided=trainer.divisor > 1,
         resident_bytes=0 if recompute is None else recompute.residents.num_bytes,
+        is_reordered=recompute is not None and recompute.residents.holds_reordered,
         offloads=fit.offloads,
         gives_back=fit.is_tight,
         num_steps_here=progress.update - start,

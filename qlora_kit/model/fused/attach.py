@@ -231,8 +231,9 @@ class _FrozenForward:
         """Whether anything is another than in the layer's own. On a GPU no weight stays, and
         bitsandbytes multiplies a few rows without unpacking at all.
         """
-        is_on_cpu = self.base.module.weight.device.type == "cpu"
-        return is_on_cpu and (self.base.is_packed or self.base.products is not BY_TORCH)
+        base = self.base
+        is_another = base.products is not BY_TORCH or base.residents.reorder is not None
+        return base.module.weight.device.type == "cpu" and (base.is_packed or is_another)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_kit.model.fused.products import BY_TORCH, Products
+from qlora_kit.model.fused.products import BY_TORCH, Products, products_with
 from qlora_kit.model.fused.remade import Remade
 from qlora_kit.model.fused.residents import Residents
 from qlora_kit.model.quantized import is_four_bit
@@ -58,16 +58,28 @@ class FrozenLinear:
 
     def output(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Of (N, I), (N, O)."""
-        return self.products.product(x, self.weight(dtype).T, self.bias(dtype))
+        weight = self._multiplied(dtype, is_transposed=False)
+        return products_with(weight, self.products).product(x, weight, self.bias(dtype))
 
     def gradient(
         self, g: torch.Tensor, dtype: torch.dtype, others: torch.Tensor | None
     ) -> torch.Tensor:
         """Of x, (N, I), given that of the output, and on that of other layers on the same x."""
-        weight = self.weight(dtype)
+        weight = self._multiplied(dtype, is_transposed=True)
+        products = products_with(weight, self.products)
         if others is None:
-            return self.products.product(g, weight)
-        return self.products.add_product(others, g, weight)
+            return products.product(g, weight)
+        return products.add_product(others, g, weight)
+
+    def _multiplied(self, dtype: torch.dtype, is_transposed: bool) -> torch.Tensor:
+        """(O, I), or (I, O) for gradients: reordered where it stays so, or else as it is."""
+
+        def made() -> torch.Tensor:
+            weight = self.weight(dtype)
+            return weight.T if is_transposed else weight
+
+        found = self.residents.reordered(self.module, dtype, is_transposed, made)
+        return made() if found is None else found
 
 
 class _Inner(torch.autograd.Function):

@@ -3,6 +3,8 @@
 torch leaves products in float32 on a CPU to MKL, which has its newest kernels for Intel's
 processors alone. oneDNN, which torch brings along and takes for 16 bits, makes its kernels for the
 processor that it finds: https://uxlfoundation.github.io/oneDNN/. The same numbers up to rounding.
+They are read in blocks that suit these kernels; a weight that stays can lie in such blocks from the
+start (`reordered`), in place of being brought into them in every product: the same bits.
 """
 
 from __future__ import annotations
@@ -14,16 +16,16 @@ class Products:
     """By torch's own operations."""
 
     def product(
-        self, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None
+        self, left: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(N, K) by (K, M), and (M,) on each row."""
-        return left @ right if bias is None else torch.addmm(bias, left, right)
+        """(N, K) by (M, K) transposed, and (M,) on each row."""
+        return left @ weight.T if bias is None else torch.addmm(bias, left, weight.T)
 
     def add_product(
-        self, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor
+        self, total: torch.Tensor, left: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        """total, (N, M), with (N, K) by (K, M) on it, in its memory."""
-        return total.addmm_(left, right)
+        """total, (N, M), with (N, K) by (M, K) transposed on it, in its memory."""
+        return total.addmm_(left, weight.T)
 
 
 class OneDnnProducts(Products):
@@ -32,22 +34,41 @@ class OneDnnProducts(Products):
     """
 
     def product(
-        self, left: torch.Tensor, right: torch.Tensor, bias: torch.Tensor | None = None
+        self, left: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """(N, K) by (K, M), and (M,) on each row."""
-        if not len(left):  # an expert that nobody asks
-            return super().product(left, right, bias)
-        made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(left, right.T, bias, "none", [], "")
+        """(N, K) by (M, K) transposed, and (M,) on each row. The weight may be `reordered`."""
+        num_rows = len(left)
+        if not num_rows:  # an expert that nobody asks
+            return left.new_empty((0, weight.shape[0]))
+        if num_rows == 1 and left.dtype == torch.float32:
+            # One row alone is added up in another order where the weight is reordered.
+            return self.product(left.repeat(2, 1), weight, bias)[:1].clone()
+        made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(left, weight, bias, "none", [], "")
         return made
 
     def add_product(
-        self, total: torch.Tensor, left: torch.Tensor, right: torch.Tensor
+        self, total: torch.Tensor, left: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        """total, (N, M), with (N, K) by (K, M) on it, in its memory."""
-        return total.add_(self.product(left, right))
+        """total, (N, M), with (N, K) by (M, K) transposed on it, in its memory."""
+        return total.add_(self.product(left, weight))
 
 
+_NOT_BUILT = "torch was built without it"
 BY_TORCH = Products()
+BY_ONEDNN = OneDnnProducts()
+# By which oneDNN chooses blocks; on processors looked at it makes no difference.
+_USUAL_ROWS = 512
+
+
+def reordered(weight: torch.Tensor) -> torch.Tensor:
+    """(M, K) in blocks as oneDNN multiplies with it, which nothing else reads."""
+    made: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, _USUAL_ROWS)
+    return made
+
+
+def products_with(weight: torch.Tensor, otherwise: Products) -> Products:
+    """By which this weight can be multiplied."""
+    return BY_ONEDNN if weight.is_mkldnn else otherwise
 
 
 def why_no_onednn(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -56,6 +77,17 @@ def why_no_onednn(device: torch.device, dtype: torch.dtype) -> str | None:
         return "it multiplies on a CPU"
     if dtype != torch.float32:
         return "torch takes it by itself in 16 bits"
+    return None if torch.backends.mkldnn.is_available() else _NOT_BUILT
+
+
+def why_no_reordered(device: torch.device, dtype: torch.dtype) -> str | None:
+    """What is in the way of weights in its blocks; None where nothing is."""
+    if dtype == torch.float32:
+        return why_no_onednn(device, dtype)
+    if device.type != "cpu":
+        return "it multiplies on a CPU"
     if not torch.backends.mkldnn.is_available():
-        return "torch was built without it"
+        return _NOT_BUILT
+    if dtype != torch.bfloat16 or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return f"it has no kernels for {dtype} here"
     return None

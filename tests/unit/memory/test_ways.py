@@ -8,10 +8,12 @@ from typing import Any
 
 import bitsandbytes as bnb
 import pytest
+import torch
 
 from qlora_kit.memory.allocator import holes_left_by
 from qlora_kit.memory.kept import Growth, Kept
-from qlora_kit.memory.ways import Situation, Way, room_for_unpacked
+from qlora_kit.memory.ways import Situation, Way, room_for_residents, room_for_unpacked
+from qlora_kit.model.fused.residents import Room
 
 
 def situation(device: str = "cpu", counts: Any = range(5), tokens: int = 50) -> Situation:
@@ -95,11 +97,32 @@ class TestWeightsThatStay:
         packed = bnb.nn.Linear4bit(64, 2, bias=False).to("cpu")
         kept, lengths = situation().kept, [50]
         needed = kept.peak_bytes(0, lengths)
+        all_of_them = 2 * 64 * 4
         for room, count, device, wanted in (
             (needed + 5, 0, "cpu", 5),
-            (needed + 1000, 0, "cpu", 2 * 64 * 4),
+            (needed + 5000, 0, "cpu", all_of_them),
             (needed - 5, 0, "cpu", 0),
-            (needed + 1000, 1, "cpu", 0),
-            (needed + 1000, 0, "cuda", 0),
+            (needed + 5000, 1, "cpu", 0),
+            (needed + 5000, 0, "cuda", 0),
         ):
-            assert room_for_unpacked(packed, room, kept, count, lengths, device) == wanted
+            for can_reorder in (False, room < needed + 2 * all_of_them):
+                how = (kept, count, lengths, device, can_reorder)
+                assert room_for_unpacked(packed, room, *how) == Room(wanted)
+
+    def test_are_reordered_where_there_is_room_for_both_directions_of_all(self) -> None:
+        head = torch.nn.Linear(64, 8, bias=False).requires_grad_(False)
+        layers = torch.nn.ModuleList([bnb.nn.Linear4bit(64, 2, bias=False).to("cpu"), head])
+        trained = torch.nn.Linear(64, 8)
+        model = torch.nn.ModuleList([layers, trained])
+        unpacked, both = 4 * 64 * 2, 2 * 4 * 64 * (2 + 8)
+        for left, can_reorder, wanted in (
+            (both, True, Room(both, is_for_reordered=True)),
+            (both + 1000, True, Room(both, is_for_reordered=True)),
+            (both - 1, True, Room(unpacked)),
+            (both, False, Room(unpacked)),
+            (-5, True, Room()),
+        ):
+            assert room_for_residents(model, left, can_reorder) == wanted
+
+    def test_nothing_that_is_frozen_needs_no_room(self) -> None:
+        assert room_for_residents(torch.nn.Linear(64, 8), 1000, True) == Room()

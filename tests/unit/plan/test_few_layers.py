@@ -10,6 +10,7 @@ from torch import nn
 from transformers import AutoConfig
 
 from qlora_kit.environment import probe_hardware
+from qlora_kit.model.fused.residents import Room
 from qlora_kit.model.vocabulary import load_vocabulary
 from qlora_kit.plan import few_layers as module
 from qlora_kit.plan.few_layers import few_layers
@@ -42,7 +43,8 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     ),
     "gpt2": ("gpt2", {"n_embd": 64, "n_layer": 12, "n_head": 4}, (0, 1, 2, 3, 10, 11)),
 }
-ALL_STAY = Taken(resident_bytes=10**9)
+ALL_STAY = Taken(stays=Room(10**9))
+REORDERED = Taken(stays=Room(10**9, is_for_reordered=True))
 FLAT, MASKED = Shape(((80, 14, 40),), 40), Shape(((70,), (70,)), 20, True)
 
 
@@ -89,6 +91,7 @@ def test_efforts_and_evaluation_too(tmp_path: Path) -> None:
     everything = Taken(num_recomputing=few.num_layers, is_accumulated=True)
     assert few.step(MASKED, everything) == whole.step(MASKED, everything)
     assert few.step(FLAT, ALL_STAY) == whole.step(FLAT, ALL_STAY)
+    assert few.step(FLAT, REORDERED) == whole.step(FLAT, REORDERED)
     assert few.effort(FLAT, few.num_layers) == whole.effort(FLAT, few.num_layers)
     assert few.held_out_loss(MASKED) == whole.held_out_loss(MASKED)
     assert few.why_all == []
@@ -109,7 +112,7 @@ def test_on_a_gpu_with_some_layers_that_recompute(how: Taken, tmp_path: Path) ->
 
 def test_weights_of_which_the_first_stay_are_tried_on_all_layers(tmp_path: Path) -> None:
     few, whole = both(tmp_path, "llama")
-    how = Taken(resident_bytes=330_000)
+    how = Taken(stays=Room(330_000))
     assert few.step(FLAT, how) == whole.step(FLAT, how)
     assert few.why_all, "a few layers do not tell which weights stay"
 

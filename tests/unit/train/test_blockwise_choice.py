@@ -10,7 +10,7 @@ import torch
 from qlora_kit.model import blockwise_attention
 from qlora_kit.model.blockwise_attention import FEWEST_TOKENS
 from qlora_kit.recipe import TrainSpec
-from qlora_kit.train import kernel_choice, kernel_race
+from qlora_kit.train import kernel_choice, kernel_race, product_choice
 from qlora_kit.train.kernel_race import Pair, Raced, attention_pair, raced_on_a_cpu
 from qlora_kit.train.shortcuts import SWITCHES, Shortcuts, choose_shortcuts
 
@@ -36,7 +36,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
         return pair
 
     monkeypatch.setattr(kernel_choice, "attention_pair", beside)
-    monkeypatch.setattr(kernel_choice, "FEWEST_WEIGHTS", 1 << 30)  # no race of products
+    monkeypatch.setattr(product_choice, "FEWEST_WEIGHTS", 1 << 30)  # no race of products
     monkeypatch.setattr(kernel_race, "seconds_on_a_cpu", lambda run: takes[sides[run]])
     return takes
 
@@ -64,7 +64,8 @@ def test_they_are_taken_where_they_are_faster(
 def test_they_stand_beside_other_kernels(
     model: Any, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernel_choice, "raced_on_a_cpu", lambda pair: Raced(gain=1.5, apart=0.0))
+    for module in (kernel_choice, product_choice):
+        monkeypatch.setattr(module, "raced_on_a_cpu", lambda pair: Raced(gain=1.5, apart=0.0))
     found = chosen(model, use_onednn=True)
     assert (found.onednn, found.blockwise) == (True, True)
     first, second = found.why_kernels.split("; ")

@@ -142,7 +142,7 @@ def test_losses_are_the_same_whatever_is_chosen(
         chosen.append(line)
     assert "4 of 4 sequences" in chosen[0]
     assert "0 of 2 layers recomputing" in chosen[0]
-    assert "unpacked weights stay in" in chosen[0]
+    assert "unpacked weights that stay" in chosen[0]
     assert len({line.split("; ")[0].split(": ")[1] for line in chosen}) == 3, chosen
 
 

@@ -199,15 +199,19 @@ def test_processes_take_the_kernels_that_all_of_them_found_faster(
     assert chosen.lean == found.lean
 
 
-@pytest.mark.parametrize("name", ["onednn", "blockwise"])
+@pytest.mark.parametrize("name", ["onednn", "reorders", "blockwise"])
 def test_processes_take_what_is_faster_for_all_of_them(
     model: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     spec = TrainSpec(use_onednn=True, blockwise_attention=True)
     found = choose_shortcuts(model, spec, "fp32", False, FEWEST_TOKENS)
-    assert (found.onednn, found.blockwise) == (True, True)
-    others = {one: one == name for one in ("onednn", "blockwise")}
-    found = replace(found, onednn=others["onednn"], blockwise=others["blockwise"])
+    assert (found.onednn, found.reorders, found.blockwise) == (True, True, True)
+    found = replace(
+        found,
+        onednn=name in ("onednn", "reorders"),
+        reorders=name == "reorders",
+        blockwise=name == "blockwise",
+    )
     monkeypatch.setattr(known_shortcuts, "choose_shortcuts", lambda *_: found)
     for theirs in (True, False):
 
@@ -218,7 +222,9 @@ def test_processes_take_what_is_faster_for_all_of_them(
             precision="fp32", reporter=Heard(), processes=SimpleNamespace(gathered=gathered)
         )
         # Which no earlier start knows.
-        spec = TrainSpec(use_onednn=name == "onednn", fused_norm=theirs)
+        spec = TrainSpec(
+            use_onednn=name != "blockwise", fused_norm=theirs, fused_rotary=name != "reorders"
+        )
         chosen = known_or_tried(model, spec, around, False, None, FEWEST_TOKENS).shortcuts
         assert getattr(chosen, name) is theirs
         assert chosen.why_kernels.endswith("for all processes are taken") is not theirs

@@ -1,4 +1,6 @@
-"""Whether oneDNN multiplies: where it is faster by this clock, and the same."""
+"""Whether oneDNN multiplies, and weights lie in its layout: where that is faster by this clock, and
+the same.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,20 @@ import pytest
 import torch
 
 from qlora_kit.model.fused.lean import NO_PARTS
-from qlora_kit.model.fused.products import OneDnnProducts
+from qlora_kit.model.fused.products import OneDnnProducts, reordered, why_no_reordered
+from qlora_kit.model.fused.residents import Residents
 from qlora_kit.recipe import TrainSpec
-from qlora_kit.train import kernel_choice, kernel_race
-from qlora_kit.train.kernel_race import PRODUCTS, Pair, most_weights, pair_of, raced_on_a_cpu
+from qlora_kit.train import kernel_race, product_choice
+from qlora_kit.train.kernel_race import (
+    LAYOUT,
+    PRODUCTS,
+    Pair,
+    Raced,
+    most_weights,
+    pair_of,
+    raced_on_a_cpu,
+)
+from qlora_kit.train.product_choice import may_reorder
 from qlora_kit.train.shortcuts import NONE, SWITCHES, Shortcuts, choose_shortcuts, taken
 
 from .left_out import require_left_out_where_it_fails, require_left_out_where_off
@@ -28,17 +40,18 @@ def model(stirred_llama: Any) -> Any:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """By which each side takes so many seconds, also of small layers."""
-    takes = {"torch": 3.0, "oneDNN": 2.0}
+    takes = {"torch": 3.0, "oneDNN": 2.0, "its layout": 1.6}
     sides: dict[Any, str] = {}
 
-    def paired(*given: Any) -> Pair:
-        pair = pair_of(*given)
+    def paired(operation: str, *given: Any) -> Pair:
+        pair = pair_of(operation, *given)
         assert pair is not None
-        sides.update({pair.by_torch: "torch", pair.by_other: "oneDNN"})
+        one, other = list(takes)[:2] if operation == PRODUCTS else list(takes)[1:]
+        sides.update({pair.by_torch: one, pair.by_other: other})
         return pair
 
-    monkeypatch.setattr(kernel_choice, "FEWEST_WEIGHTS", 0)
-    monkeypatch.setattr(kernel_choice, "pair_of", paired)
+    monkeypatch.setattr(product_choice, "FEWEST_WEIGHTS", 0)
+    monkeypatch.setattr(product_choice, "pair_of", paired)
     monkeypatch.setattr(kernel_race, "seconds_on_a_cpu", lambda run: takes[sides[run]])
     return takes
 
@@ -47,9 +60,11 @@ def chosen(model: Any, precision: str = "fp32", **train: Any) -> Shortcuts:
     return choose_shortcuts(model, TrainSpec(**train), precision, is_sharded=False)
 
 
-def outcome(model: Any, taking: Shortcuts) -> tuple[float, list[torch.Tensor]]:
+def outcome(
+    model: Any, taking: Shortcuts, residents: Residents | None = None
+) -> tuple[float, list[torch.Tensor]]:
     model.zero_grad()
-    with taken(model, taking):
+    with taken(model, taking, residents):
         loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
         loss.backward()
     gradients = [one.grad for one in model.parameters()]
@@ -58,13 +73,13 @@ def outcome(model: Any, taking: Shortcuts) -> tuple[float, list[torch.Tensor]]:
 
 def test_it_is_taken_where_it_is_faster(model: Any, clock: dict[str, float]) -> None:
     found = chosen(model)
-    assert found.onednn
+    assert (found.onednn, found.reorders) == (True, True)
     height, width = most_weights(model) or (0, 0)
     assert found.why_kernels == (
-        "oneDNN's for products (1.50 ×): time of torch's over oneDNN's on 256 tokens of a layer of "
-        f"{height} × {width}"
+        "oneDNN's for products (1.50 ×), oneDNN's layout for weights that stay (1.25 ×): time of "
+        f"torch's over oneDNN's on 256 tokens of a layer of {height} × {width}"
     )
-    loss, gradients = outcome(model, found)
+    loss, gradients = outcome(model, found, Residents(1 << 30, reordered))
     wanted, wanted_gradients = outcome(model, NONE)
     assert loss == pytest.approx(wanted, rel=1e-6)
     for one, other in zip(gradients, wanted_gradients, strict=True):
@@ -81,9 +96,10 @@ def test_it_multiplies_with_every_frozen_weight(
     shapes: Counter[str] = Counter()
     own = OneDnnProducts.product
 
-    def noted(self: Any, left: torch.Tensor, right: torch.Tensor, *rest: Any) -> torch.Tensor:
-        shapes["head" if model.config.vocab_size in right.shape else "layer"] += 1
-        return own(self, left, right, *rest)
+    def noted(self: Any, left: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if len(left) > 1:  # of one row a product is made of two
+            shapes["head" if model.config.vocab_size in weight.shape else "layer"] += 1
+        return own(self, left, weight, *rest)
 
     monkeypatch.setattr(OneDnnProducts, "product", noted)
     outcome(model, found)
@@ -91,12 +107,32 @@ def test_it_multiplies_with_every_frozen_weight(
 
 
 def test_it_is_left_where_it_is_not_faster(model: Any, clock: dict[str, float]) -> None:
-    clock["oneDNN"] = clock["torch"]
+    clock.update(dict.fromkeys(clock, 3.0))
     found = chosen(model)
-    assert not found.onednn
-    assert found.why_kernels.startswith("torch's own for products (1.00 ×)")
-    assert found.left == ()
-    assert chosen(model, use_onednn=True).onednn
+    assert (found.onednn, found.reorders, found.left) == (False, False, ())
+    assert found.why_kernels.startswith(
+        "torch's own for products (1.00 ×), torch's layout for weights that stay (1.00 ×)"
+    )
+    found = chosen(model, use_onednn=True)
+    assert (found.onednn, found.reorders) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("times", "wanted"),
+    [
+        ((3.0, 2.9, 2.9), (True, False)),
+        ((3.0, 3.05, 2.8), (True, True)),
+        ((3.0, 3.05, 3.0), (False, False)),
+        ((3.0, 3.5, 2.0), (False, False)),
+    ],
+    ids=["no layout", "by its layout alone", "not enough", "too slow where weights do not stay"],
+)
+def test_both_races_count(
+    model: Any, clock: dict[str, float], times: tuple[float, ...], wanted: tuple[bool, bool]
+) -> None:
+    clock.update(zip(list(clock), times, strict=True))
+    found = chosen(model)
+    assert (found.onednn, found.reorders) == wanted
 
 
 def test_it_can_be_switched_off(model: Any, clock: dict[str, float]) -> None:
@@ -116,9 +152,15 @@ def test_small_layers_are_not_timed(model: Any, monkeypatch: pytest.MonkeyPatch)
     def timed(_: Pair) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(kernel_choice, "raced_on_a_cpu", timed)
+    monkeypatch.setattr(product_choice, "raced_on_a_cpu", timed)
     found = chosen(model)
     assert (found.onednn, found.why_kernels, found.left) == (False, "", ())
+    how = (torch.device("cpu"), torch.float32)
+    assert not may_reorder(model, TrainSpec(), *how)
+    assert may_reorder(model, TrainSpec(use_onednn=True), *how)
+    for off in ({"use_onednn": False}, {"use_onednn": True, "fused_lora": False}):
+        assert not may_reorder(model, TrainSpec(**off), *how)
+    assert not may_reorder(model, TrainSpec(use_onednn=True), torch.device("cuda"), torch.float32)
 
 
 @pytest.mark.parametrize("factor", [1.01, float("nan")])
@@ -139,11 +181,42 @@ def test_what_fails_is_left_out(
     )
 
 
-def test_in_16_bits_it_is_told_where_it_was_asked_for(model: Any, clock: dict[str, float]) -> None:
-    assert "oneDNN" not in chosen(model, "bf16").why_kernels
-    assert chosen(model, "bf16", use_onednn=True).left == (
-        "oneDNN's products: torch takes it by itself in 16 bits",
-    )
+def test_other_bits_by_its_layout_leave_that_out(
+    model: Any, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = raced_on_a_cpu
+
+    def raced(pair: Pair) -> Raced:
+        one = own(pair)
+        return one if one.gain == 1.5 else Raced(one.gain, 1e-7)
+
+    monkeypatch.setattr(product_choice, "raced_on_a_cpu", raced)
+    found = chosen(model)
+    assert (found.onednn, found.reorders) == (True, False)
+    assert found.left == ("oneDNN's products with weights in its layout: other bits come out",)
+    assert "layout" not in found.why_kernels
+
+
+@pytest.mark.skipif(
+    why_no_reordered(torch.device("cpu"), torch.bfloat16) is not None,
+    reason="no bfloat16 in this processor",
+)
+def test_in_16_bits_its_layout_is_what_may_gain(model: Any, clock: dict[str, float]) -> None:
+    """torch's own products are oneDNN's there."""
+    found = chosen(model, "bf16")
+    assert (found.onednn, found.reorders, found.left) == (True, True, ())
+    assert found.why_kernels.startswith("oneDNN's layout for weights that stay (1.25 ×): ")
+    clock["its layout"] = clock["oneDNN"]
+    found = chosen(model, "bf16")
+    assert (found.onednn, found.reorders, found.left) == (False, False, ())
+
+
+def test_what_has_no_kernels_is_told_where_it_was_asked_for(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(product_choice, "why_no_reordered", lambda *_: "it has no kernels here")
+    assert chosen(model).left == ()
+    assert chosen(model, use_onednn=True).left == ("oneDNN's products: it has no kernels here",)
 
 
 def test_it_is_timed_on_the_layers_with_the_most_weights(model: Any) -> None:
@@ -155,4 +228,28 @@ def test_it_is_timed_on_the_layers_with_the_most_weights(model: Any) -> None:
     assert [tuple(one.shape) for one in pair.by_other()] == [(6, sizes[0]), (6, sizes[1])]
     one = raced_on_a_cpu(pair)
     assert one.apart < 1e-5
+    assert one.gain > 0
+
+
+def test_its_layout_is_timed_on_weights_that_come_from_memory(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    height, width = most_weights(model) or (0, 0)
+    monkeypatch.setattr(kernel_race, "_BYTES_BEYOND_A_CACHE", 3 * 4 * height * width)
+    asked: list[int] = []
+    own = OneDnnProducts.product
+
+    def noted(self: Any, left: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        asked.append(id(weight))
+        return own(self, left, weight, *rest)
+
+    monkeypatch.setattr(OneDnnProducts, "product", noted)
+    pair = pair_of(LAYOUT, model, NO_PARTS, torch.float32, 6)
+    assert pair is not None
+    for run in (pair.by_torch, pair.by_other):
+        asked.clear()
+        run()
+        assert len(asked) == len(set(asked)) == 2 * 3
+    one = raced_on_a_cpu(pair)
+    assert one.apart == 0.0
     assert one.gain > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from qlora_kit.model.fused import linear
 from qlora_kit.model.fused.attach import fused, plan_fusion
-from qlora_kit.model.fused.products import BY_TORCH, OneDnnProducts
+from qlora_kit.model.fused.products import BY_ONEDNN, BY_TORCH, reordered, why_no_reordered
 from qlora_kit.model.fused.residents import Residents
 from qlora_kit.model.quantized import never_repacked
 
@@ -285,7 +286,7 @@ def test_on_another_device_frozen_layers_stay_as_they_are(base: Path) -> None:
         packed: Any = nn.Parameter(layer.weight.data.to("meta"), requires_grad=False)
         packed.quant_state = layer.weight.quant_state
         layer.weight = packed
-    for products in (BY_TORCH, OneDnnProducts()):
+    for products in (BY_TORCH, BY_ONEDNN):
         with fused(model, fusion, products=products):
             assert all("forward" in one.__dict__ for one in here)
             assert all("forward" not in one.__dict__ for one in elsewhere)
@@ -300,9 +301,33 @@ def test_by_onednn_it_is_what_peft_computes(
     if recomputes:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     wanted = outcome(model, torch.float32)
-    with fused(model, plan(model), products=OneDnnProducts()):
+    with fused(model, plan(model), products=BY_ONEDNN):
         found = outcome(model, torch.float32)
     require_same(found, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("lora", [{}, {"target_modules": ["q_proj", "v_proj"]}, {"use_dora": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_reordered_weights_that_stay_give_the_same_bits(
+    base: Path, lora: dict[str, Any], dtype: torch.dtype
+) -> None:
+    """Of the frozen layers, the head's included, both directions stay; of the first layer's q, k
+    and v the forward one alone.
+    """
+    if why_no_reordered(torch.device("cpu"), dtype) is not None:
+        pytest.skip("no bfloat16 in this processor")
+    model = adapted(base, dtype, **lora)
+    with fused(model, plan(model), products=BY_ONEDNN):
+        wanted = outcome(model, dtype)
+    residents = Residents(1 << 30, reordered)
+    with fused(model, plan(model), residents=residents, products=BY_ONEDNN):
+        for _ in range(2):
+            found = outcome(model, dtype)
+            assert found[0] == wanted[0]
+            require_same(found, wanted, 0.0)
+    directions = Counter(is_transposed for _, _, is_transposed in residents._reordered)
+    assert directions[False] == 15
+    assert directions[True] >= 12
 
 
 def test_rslora_and_ranks_of_their_own(base: Path) -> None:

@@ -10,13 +10,26 @@ from torch import nn
 
 from qlora_kit.model.fused.linear import FrozenLinear, frozen_output
 from qlora_kit.model.fused.products import (
+    BY_ONEDNN,
     BY_TORCH,
-    OneDnnProducts,
     Products,
+    reordered,
     why_no_onednn,
+    why_no_reordered,
 )
+from qlora_kit.model.fused.residents import ReorderedEachTime, Residents, Room
 
-BOTH = pytest.mark.parametrize("products", [BY_TORCH, OneDnnProducts()], ids=["torch", "oneDNN"])
+BOTH = pytest.mark.parametrize("products", [BY_TORCH, BY_ONEDNN], ids=["torch", "oneDNN"])
+DTYPES = [
+    torch.float32,
+    pytest.param(
+        torch.bfloat16,
+        marks=pytest.mark.skipif(
+            why_no_reordered(torch.device("cpu"), torch.bfloat16) is not None,
+            reason="no bfloat16 in this processor",
+        ),
+    ),
+]
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -28,20 +41,20 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 def test_they_are_those_of_float64(products: Products, num_rows: int) -> None:
     left, weight, bias = drawn(num_rows, 40), drawn(24, 40, seed=1), drawn(24, seed=2)
     exact = left.double() @ weight.T.double()
-    assert torch.allclose(products.product(left, weight.T).double(), exact, atol=1e-5)
-    with_bias = products.product(left, weight.T, bias).double()
+    assert torch.allclose(products.product(left, weight).double(), exact, atol=1e-5)
+    with_bias = products.product(left, weight, bias).double()
     assert torch.allclose(with_bias, exact + bias.double(), atol=1e-5)
     g = drawn(num_rows, 24, seed=3)
-    of_x = products.product(g, weight)
+    of_x = products.product(g, weight.T)
     assert torch.allclose(of_x.double(), g.double() @ weight.double(), atol=1e-5)
     assert of_x.is_contiguous()
 
 
 @BOTH
 def test_a_sum_stays_where_it_is(products: Products) -> None:
-    total, left, right = drawn(5, 24), drawn(5, 40, seed=1), drawn(40, 24, seed=2)
-    wanted = total.double() + left.double() @ right.double()
-    found = products.add_product(total, left, right)
+    total, left, weight = drawn(5, 24), drawn(5, 40, seed=1), drawn(24, 40, seed=2)
+    wanted = total.double() + left.double() @ weight.T.double()
+    found = products.add_product(total, left, weight)
     assert found.data_ptr() == total.data_ptr()
     assert torch.allclose(total.double(), wanted, atol=1e-5)
 
@@ -90,8 +103,73 @@ def test_its_result_may_be_written_to(products: Products) -> None:
     assert torch.allclose(*gradients, atol=1e-5)
 
 
-def test_where_it_cannot_be_had() -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_rows", [0, 1, 2, 7, 64, 300])
+@pytest.mark.parametrize("sizes", [(24, 40), (37, 100), (192, 576)])
+def test_a_reordered_weight_gives_the_same_bits(
+    sizes: tuple[int, int], num_rows: int, dtype: torch.dtype
+) -> None:
+    height, width = sizes
+    weight, bias = drawn(*sizes).to(dtype), drawn(height, seed=2).to(dtype)
+    x, g = (drawn(num_rows, one, seed=3).to(dtype) for one in (width, height))
+    onwards, back = reordered(weight), reordered(weight.T)
+    product = BY_ONEDNN.product
+    assert torch.equal(product(x, onwards, bias), product(x, weight, bias))
+    assert torch.equal(product(g, back), product(g, weight.T))
+    totals = [drawn(num_rows, width, seed=4).to(dtype) for _ in range(2)]
+    sums = [
+        BY_ONEDNN.add_product(total, g, one)
+        for total, one in zip(totals, (back, weight.T), strict=True)
+    ]
+    assert torch.equal(*sums)
+
+
+def residents(num_bytes: int, is_for_reordered: bool = True) -> Residents:
+    made = Residents(reorder=reordered)
+    made.give(Room(num_bytes, is_for_reordered))
+    return made
+
+
+def test_a_layer_holds_its_weight_once_for_each_direction() -> None:
+    module = nn.Linear(40, 24).requires_grad_(False)
+    x, g = drawn(9, 40), drawn(9, 24, seed=1)
+    stay = residents(2 * module.weight.nbytes)
+    plain = FrozenLinear(module, products=BY_ONEDNN)
+    layer = FrozenLinear(module, stay, BY_ONEDNN)
+    for _ in range(2):
+        assert torch.equal(layer.output(x, x.dtype), plain.output(x, x.dtype))
+        assert torch.equal(layer.gradient(g, x.dtype, None), plain.gradient(g, x.dtype, None))
+        assert (stay.num_bytes, stay.room_bytes) == (2 * module.weight.nbytes, 0)
+    stay.release()
+    assert (stay.num_bytes, stay.room_bytes) == (0, 0)
+    assert torch.equal(layer.output(x, x.dtype), plain.output(x, x.dtype))
+
+
+def test_without_room_for_both_directions_weights_stay_as_they_are() -> None:
+    module = nn.Linear(40, 24).requires_grad_(False)
+    stay = residents(module.weight.nbytes, is_for_reordered=False)
+    assert stay.reordered(module, torch.float32, False, lambda: module.weight) is None
+    held = stay.weight(module, torch.float32, lambda: module.weight.clone())
+    assert stay.weight(module, torch.float32, pytest.fail) is held
+
+
+def test_what_has_no_room_is_not_reordered() -> None:
+    module = nn.Linear(40, 24).requires_grad_(False)
+    stay = residents(module.weight.nbytes - 1)
+    assert stay.reordered(module, torch.float32, False, lambda: module.weight) is None
+    each_time = ReorderedEachTime(reorder=reordered)
+    made = each_time.reordered(module, torch.float32, False, lambda: module.weight)
+    assert made is not None
+    assert made.is_mkldnn
+    assert each_time.num_bytes == 0
+
+
+def test_where_it_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
+    assert why_no_reordered(cpu, torch.float32) is None
+    for dtype in (torch.float32, torch.bfloat16):
+        assert why_no_reordered(torch.device("cuda"), dtype) == "it multiplies on a CPU"
+    assert "no kernels for torch.float16" in str(why_no_reordered(cpu, torch.float16))
     assert why_no_onednn(cpu, torch.float32) is None
     assert why_no_onednn(torch.device("cuda"), torch.float32) == "it multiplies on a CPU"
     assert why_no_onednn(cpu, torch.bfloat16) == "torch takes it by itself in 16 bits"

@@ -1,0 +1,137 @@
+"""Whether oneDNN multiplies with frozen weights, and in which layout those that stay lie."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from qlora_kit.model.fused.products import why_no_onednn, why_no_reordered
+from qlora_kit.train.kernel_race import (
+    FEWEST_WEIGHTS,
+    LAYOUT,
+    LEAST_GAIN,
+    PRODUCTS,
+    Raced,
+    most_weights,
+    pair_of,
+    raced_on_a_cpu,
+    raced_or_why,
+    timed_tokens,
+)
+from qlora_kit.train.trial import Trial
+
+if TYPE_CHECKING:
+    from qlora_kit.recipe import TrainSpec
+    from qlora_kit.train.shortcuts import Shortcuts
+
+LORA = "LoRA as one operation"
+ONEDNN = "oneDNN's products"
+# Of oneDNN's products with other weights, where it gains with those that stay.
+_LITTLE_LESS = 0.97
+
+Tried = Callable[["Shortcuts", Mapping[str, Any]], "tuple[Shortcuts, str | None]"]
+"""(with a change, or as it was where it comes out otherwise on the model; what was wrong)"""
+
+
+@dataclass(frozen=True)
+class _Races:
+    """Of oneDNN against torch, and of its own layout against torch's."""
+
+    products: Raced | None
+    """None: torch multiplies by oneDNN itself, in 16 bits."""
+    layout: Raced | None
+    """None: it cannot be taken."""
+
+    def is_taken(self) -> bool:
+        """Also where it loses a little with other weights: the bits then do not depend on whether
+        there is room for them to stay.
+        """
+        if self.products is None:
+            return self.layout is not None and self.layout.is_faster
+        gain = self.products.gain * (1.0 if self.layout is None else self.layout.gain)
+        return self.products.is_faster or (
+            self.products.gain >= _LITTLE_LESS and gain >= LEAST_GAIN
+        )
+
+    def told(self, found: Shortcuts, sizes: tuple[int, int]) -> str:
+        """What was chosen, and by which figures."""
+        parts = []
+        if self.products is not None:
+            whose = "oneDNN's" if found.onednn else "torch's own"
+            parts.append(f"{whose} for products ({self.products.gain:.2f} ×)")
+        if self.layout is not None:
+            whose = "oneDNN's layout" if found.reorders else "torch's layout"
+            parts.append(f"{whose} for weights that stay ({self.layout.gain:.2f} ×)")
+        return (
+            f"{', '.join(parts)}: time of torch's over oneDNN's on {timed_tokens(PRODUCTS)} tokens "
+            f"of a layer of {sizes[0]:,} × {sizes[1]:,}"
+        )
+
+
+def with_products(
+    trial: Trial, tried: Tried, found: Shortcuts, spec: TrainSpec
+) -> tuple[Shortcuts, list[str]]:
+    """(with what is exact and gains; what fails, and why)"""
+    if not spec.use_onednn:
+        return found, []
+    is_asked_for = spec.use_onednn is True
+    why = why_no_reordered(trial.device, trial.dtype)
+    sizes = most_weights(trial.model)
+    if why is None and found.fusion is None:
+        why = f"it comes with {LORA}"
+    if why is None and sizes is None:
+        why = "no frozen layer has an adapter"
+    if why is not None or sizes is None:
+        return found, [f"{ONEDNN}: {why}"] * is_asked_for
+    if not may_reorder(trial.model, spec, trial.device, trial.dtype):
+        return found, []
+    races, left = _raced(trial, found)
+    if races is None:
+        return found, left
+    if races.is_taken() or is_asked_for:
+        layout = races.layout
+        reorders = layout is not None and (layout.is_faster or is_asked_for)
+        found, fault = tried(found, {"onednn": True, "reorders": reorders})
+        if fault is not None:
+            return found, [f"{ONEDNN}: {fault}"]
+    return replace(found, why_kernels=races.told(found, sizes)), left
+
+
+def may_reorder(
+    model: nn.Module, spec: TrainSpec, device: torch.device, dtype: torch.dtype
+) -> bool:
+    """Whether it may come about that weights that stay lie in oneDNN's layout."""
+    sizes = most_weights(model)
+    if not spec.use_onednn or not spec.fused_lora or sizes is None:
+        return False
+    is_large = spec.use_onednn is True or sizes[0] * sizes[1] >= FEWEST_WEIGHTS
+    return is_large and why_no_reordered(device, dtype) is None
+
+
+def _raced(trial: Trial, found: Shortcuts) -> tuple[_Races | None, list[str]]:
+    """(None where there is nothing to choose; what fails, and why)"""
+    products = None
+    if why_no_onednn(trial.device, trial.dtype) is None:
+        products, fault = _race(PRODUCTS, trial, found)
+        if products is None:
+            return None, [] if fault is None else [f"{ONEDNN}: {fault}"]
+    layout, fault = _race(LAYOUT, trial, found)
+    if layout is not None and layout.apart:
+        layout, fault = None, "other bits come out"
+    left = [] if fault is None else [f"{ONEDNN} with weights in its layout: {fault}"]
+    if products is None and layout is None:
+        return None, left
+    return _Races(products, layout), left
+
+
+def _race(operation: str, trial: Trial, found: Shortcuts) -> tuple[Raced | None, str | None]:
+    return raced_or_why(
+        lambda: pair_of(operation, trial.model, found.lean, trial.dtype),
+        raced_on_a_cpu,
+        trial.precision,
+        timed_tokens(operation),
+    )
