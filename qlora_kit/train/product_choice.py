@@ -32,6 +32,8 @@ LORA = "LoRA as one operation"
 ONEDNN = "oneDNN's products"
 # Of oneDNN's products with other weights, where it gains with those that stay.
 _LITTLE_LESS = 0.97
+# Of the layout: where a clock was wrong about it, nothing but memory is lost.
+_LEAST_GAIN_OF_LAYOUT = 1.01
 
 Tried = Callable[["Shortcuts", Mapping[str, Any]], "tuple[Shortcuts, str | None]"]
 """(with a change, or as it was where it comes out otherwise on the model; what was wrong)"""
@@ -51,11 +53,14 @@ class _Races:
         there is room for them to stay.
         """
         if self.products is None:
-            return self.layout is not None and self.layout.is_faster
+            return self.gains_by_layout()
         gain = self.products.gain * (1.0 if self.layout is None else self.layout.gain)
         return self.products.is_faster or (
             self.products.gain >= _LITTLE_LESS and gain >= LEAST_GAIN
         )
+
+    def gains_by_layout(self) -> bool:
+        return self.layout is not None and self.layout.gain >= _LEAST_GAIN_OF_LAYOUT
 
     def told(self, found: Shortcuts, sizes: tuple[int, int]) -> str:
         """What was chosen, and by which figures."""
@@ -93,8 +98,7 @@ def with_products(
     if races is None:
         return found, left
     if races.is_taken() or is_asked_for:
-        layout = races.layout
-        reorders = layout is not None and (layout.is_faster or is_asked_for)
+        reorders = races.gains_by_layout() or (is_asked_for and races.layout is not None)
         found, fault = tried(found, {"onednn": True, "reorders": reorders})
         if fault is not None:
             return found, [f"{ONEDNN}: {fault}"]
