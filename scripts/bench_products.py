@@ -175,7 +175,7 @@ def seconds(way: Callable[[], object]) -> float:
     return (time.perf_counter() - started) / count
 
 
-def spread(found: Sequence[Sequence[float]], way: int) -> str:
+def spread(found: Sequence[Sequence[float]], way: int = 0) -> str:
     """Median, with the lowest and the highest, of one way over the next in each round."""
     ratios = [times[way] / times[way + 1] for times in found]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"

@@ -211,13 +211,17 @@ def room_for_residents(model: nn.Module, left_bytes: float, can_reorder: bool) -
     """Of what is left, as much as weights that stay can take: every frozen layer's in the layout
     of each direction where there is room for all of that; else quantized ones unpacked.
     """
-    if can_reorder:
-        layers: Iterator[Any] = (one for one in model.modules() if is_frozen_linear(one))
-        both = 2 * sum(unpacked_bytes(one.weight) for one in layers)
-        if 0 < both <= left_bytes:
-            return Room(both, is_for_reordered=True)
+    both = reordered_bytes(model) if can_reorder else 0
+    if 0 < both <= left_bytes:
+        return Room(both, is_for_reordered=True)
     all_of_them = sum(map(unpacked_bytes, _four_bit_parameters(model)))
     return Room(max(min(int(left_bytes), all_of_them), 0))
+
+
+def reordered_bytes(model: nn.Module) -> int:
+    """Of every frozen layer in the layout of both directions."""
+    layers: Iterator[Any] = (one for one in model.modules() if is_frozen_linear(one))
+    return 2 * sum(unpacked_bytes(one.weight) for one in layers)
 
 
 def unpacked_bytes(weight: Any) -> int:

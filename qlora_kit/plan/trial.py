@@ -20,12 +20,14 @@ from qlora_kit.errors import AdapterError
 from qlora_kit.memory.allocator import holes_left_by
 from qlora_kit.memory.kept import Kept, measure_kept, recomputing_layers
 from qlora_kit.memory.live import GRADIENTS, UNPACKED, Component, LiveTensors
+from qlora_kit.memory.ways import reordered_bytes, unpacked_bytes
 from qlora_kit.memory.weights import hold_weights
 from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.by_example import attending_by_example, can_attend_by_example
 from qlora_kit.model.fused.at_places import last_of
 from qlora_kit.model.fused.attach import Fusion, plan_fusion
 from qlora_kit.model.fused.lean import LeanParts
+from qlora_kit.model.fused.linear import is_frozen_linear
 from qlora_kit.model.fused.residents import NO_ROOM, Make, Residents, Room
 from qlora_kit.plan.effort import CountedEffort, Effort
 from qlora_kit.plan.few_layers import (
@@ -280,10 +282,23 @@ class ImaginedTraining:
         stays = residents.num_bytes > 0
         if few is not None and stays and course.most_added(UNPACKED) > how.stays.num_bytes:
             raise NotAlikeError("the first layers' weights stay, and the last ones' do not")
+        peak = dict(course.peak)
+        if residents.holds_reordered:
+            peak[UNPACKED] = peak.get(UNPACKED, 0) + self._most_turned()
         if self.device != "cpu" or how.gives_back:
-            return course.peak
+            return peak
         recomputing = how.num_recomputing / max(self.num_layers, 1)
-        return {**course.peak, HOLES: holes_left_by(course.passing_bytes, recomputing)}
+        return {**peak, HOLES: holes_left_by(course.passing_bytes, recomputing)}
+
+    def _most_turned(self) -> int:
+        """What the first backward pass takes beyond those that follow it, where the head is most of
+        the weights: it is turned round for its gradient when of no other layer that is there yet.
+        """
+        head = self.causal.get_output_embeddings()
+        if head is None or not is_frozen_linear(head):
+            return 0
+        of_one_direction = reordered_bytes(self.model) // 2
+        return max(2 * unpacked_bytes(head.weight) - of_one_direction, 0)
 
     def _held_out_loss(self, shape: Shape) -> Peak:
         def found(few: FewLayers | None) -> Peak:

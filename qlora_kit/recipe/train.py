@@ -95,9 +95,9 @@ class TrainSpec(Spec):
     `pip install 'qlora-kit[liger]'`."""
 
     use_onednn: Literal["auto"] | bool = "auto"
-    """Let oneDNN multiply with frozen weights of float32 on a CPU; it comes with fused_lora. `auto`
-    takes it where it passes the trial and is faster than what torch takes by itself (MKL, as a
-    rule), timed when a run starts; true, where it passes."""
+    """Let oneDNN multiply with frozen weights on a CPU, and weights that stay lie in its layout; it
+    comes with fused_lora. `auto` takes each where it passes the trial and is faster than what torch
+    takes by itself (in float32 MKL, as a rule), timed when a run starts; true, where it passes."""
 
     blockwise_attention: Literal["auto"] | bool = "auto"
     """Compute attention on a CPU in blocks of queries, each with the keys up to its own end alone,
