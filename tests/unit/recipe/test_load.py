@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 import annotated_types
 import pydantic
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
@@ -26,6 +26,9 @@ MINIMAL: dict[str, Any] = {
     "model": {"name_or_path": "some/model"},
     "data": {"train": [{"path": "a.jsonl"}], "eval": [{"path": "b.jsonl"}]},
 }
+
+RARE = {"method": "int4-group", "group_size": 32}
+"""What other fields have to agree with, which few drawn recipes come to."""
 
 texts = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=8) | (
     st.sampled_from(["1e5", "no", "2024-01-01", "12:30", "null", "num_cycles", "a/b", " x "])
@@ -122,6 +125,7 @@ def test_a_saved_recipe_loads_as_an_equal_one(tmp_path: Path) -> None:
     fields_set: set[str] = set()
 
     @given(recipes())
+    @example(recipe_from_dict(MINIMAL | {"quantization_aware": RARE}, "rare"))
     @settings(max_examples=350, deadline=None, derandomize=True, database=None)
     def check(recipe: Recipe) -> None:
         save_recipe(recipe, path)
