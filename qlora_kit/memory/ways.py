@@ -212,7 +212,7 @@ def room_for_residents(model: nn.Module, left_bytes: float, can_reorder: bool) -
     of each direction where there is room for all of that; else quantized ones unpacked.
     """
     both = reordered_bytes(model) if can_reorder else 0
-    if 0 < both <= left_bytes:
+    if 0 < both <= left_bytes - turned_bytes(model):
         return Room(both, is_for_reordered=True)
     all_of_them = sum(map(unpacked_bytes, _four_bit_parameters(model)))
     return Room(max(min(int(left_bytes), all_of_them), 0))
@@ -222,6 +222,17 @@ def reordered_bytes(model: nn.Module) -> int:
     """Of every frozen layer in the layout of both directions."""
     layers: Iterator[Any] = (one for one in model.modules() if is_frozen_linear(one))
     return 2 * sum(unpacked_bytes(one.weight) for one in layers)
+
+
+def turned_bytes(model: nn.Module) -> int:
+    """What the first backward pass takes beyond those that follow it, where the head is most of the
+    weights: it is turned round for its gradient when of no other layer that is there yet.
+    """
+    find = getattr(model, "get_output_embeddings", None)
+    head = find() if find is not None else None
+    if head is None or not is_frozen_linear(head):
+        return 0
+    return max(2 * unpacked_bytes(head.weight) - reordered_bytes(model) // 2, 0)
 
 
 def unpacked_bytes(weight: Any) -> int:

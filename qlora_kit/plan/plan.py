@@ -17,6 +17,7 @@ from qlora_kit.memory.kept import Kept
 from qlora_kit.memory.optimizer import state_bytes
 from qlora_kit.memory.process import resident_bytes
 from qlora_kit.memory.ways import largest_quantized
+from qlora_kit.model.fused.residents import Room
 from qlora_kit.model.reason import reason_of
 from qlora_kit.model.skeleton import build_skeleton, load_config
 from qlora_kit.model.vocabulary import load_vocabulary
@@ -29,6 +30,7 @@ from qlora_kit.runtime.batches import BATCH_TOKENS, LOGITS_BYTES
 from qlora_kit.train.arguments import resolve_training_dtypes
 from qlora_kit.train.batching import foreseen_batches
 from qlora_kit.train.loader import lengths_of
+from qlora_kit.train.product_choice import may_stay
 from qlora_kit.train.shortcuts import SWITCHES
 
 if TYPE_CHECKING:
@@ -176,7 +178,7 @@ class Planner:
             moments = (
                 _loading(imagined, framework),
                 _training(imagined, recipe, framework, worst.first(choice.way.at_a_time), how),
-                *_evaluation(imagined, recipe, framework, batches),
+                *_evaluation(imagined, recipe, framework, batches, choice.stays),
             )
             rate = None if calibration is None else self._rate(imagined, worst, choice, calibration)
         return Plan(
@@ -232,7 +234,10 @@ class Planner:
         """The same one for recipes that differ in batches, optimizer and the like alone."""
         train = recipe.train
         shortcuts = [getattr(train, name) for name in SWITCHES]
-        key = repr((recipe.model, recipe.quantization, recipe.lora, shortcuts, train.precision))
+        products = (train.use_onednn, may_stay(train))
+        key = repr(
+            (recipe.model, recipe.quantization, recipe.lora, shortcuts, products, train.precision)
+        )
         if key not in self._imagined:
             self._imagined[key] = _imagined(recipe, self.vocabulary, self.hardware)
         return self._imagined[key]
@@ -354,7 +359,11 @@ def _loading(imagined: ImaginedTraining, framework: int) -> Moment:
 
 
 def _evaluation(
-    imagined: ImaginedTraining, recipe: Recipe, framework: int, batches: Batching
+    imagined: ImaginedTraining,
+    recipe: Recipe,
+    framework: int,
+    batches: Batching,
+    stays: Room,
 ) -> list[Moment]:
     """Of the held-out loss, the perplexity and the answers whichever needs most."""
     if not recipe.data.has_eval_rows:
@@ -363,7 +372,8 @@ def _evaluation(
     peaks: list[Peak] = []
     if recipe.train.eval_strategy != "no":
         num = recipe.train.per_device_eval_batch_size
-        peaks.append(imagined.held_out_loss(longest_possible(recipe, batches, num).first(num)))
+        largest = longest_possible(recipe, batches, num).first(num)
+        peaks.append(imagined.held_out_loss(largest, stays))
     if recipe.evaluate.perplexity:
         window = recipe.evaluate.window_tokens or length
         cells = LOGITS_BYTES // (4 * imagined.num_entries)

@@ -20,14 +20,13 @@ from qlora_kit.errors import AdapterError
 from qlora_kit.memory.allocator import holes_left_by
 from qlora_kit.memory.kept import Kept, measure_kept, recomputing_layers
 from qlora_kit.memory.live import GRADIENTS, UNPACKED, Component, LiveTensors
-from qlora_kit.memory.ways import reordered_bytes, unpacked_bytes
+from qlora_kit.memory.ways import turned_bytes
 from qlora_kit.memory.weights import hold_weights
 from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.by_example import attending_by_example, can_attend_by_example
 from qlora_kit.model.fused.at_places import last_of
 from qlora_kit.model.fused.attach import Fusion, plan_fusion
 from qlora_kit.model.fused.lean import LeanParts
-from qlora_kit.model.fused.linear import is_frozen_linear
 from qlora_kit.model.fused.residents import NO_ROOM, Make, Residents, Room
 from qlora_kit.plan.effort import CountedEffort, Effort
 from qlora_kit.plan.few_layers import (
@@ -239,9 +238,11 @@ class ImaginedTraining:
 
         return self._told_by_few(found, num_recomputing)
 
-    def held_out_loss(self, shape: Shape) -> Peak:
-        """The peak of a forward pass in evaluation while training goes on."""
-        return self._once(self._held_out_loss, shape)
+    def held_out_loss(self, shape: Shape, stays: Room = NO_ROOM) -> Peak:
+        """The peak of a forward pass in evaluation while training goes on, with the weights that
+        stay.
+        """
+        return self._once(self._held_out_loss, shape, stays)
 
     def scoring(self, num_rows: int, num_tokens: int) -> Peak:
         """The peak of a batch whose perplexity is measured at all its places."""
@@ -263,8 +264,7 @@ class ImaginedTraining:
     def _step_of(self, shape: Shape, how: Taken, few: FewLayers | None) -> Peak:
         live = LiveTensors(self.num_entries)
         hold_weights(self.model, live)
-        residents = _BothAtOnce(reorder=partial(_copied, live))
-        residents.give(how.stays)
+        residents = _residents(how.stays, live)
         course = Course(few, live)
         with self._on(shape, residents) as batch, live, in_place(few):
             with self._recomputing(among(few, how.num_recomputing)):
@@ -279,35 +279,26 @@ class ImaginedTraining:
                         del loss
             self.model.zero_grad()
             self.model.eval()
-        stays = residents.num_bytes > 0
-        if few is not None and stays and course.most_added(UNPACKED) > how.stays.num_bytes:
-            raise NotAlikeError("the first layers' weights stay, and the last ones' do not")
+        _require_all_alike(few, residents, course, how.stays)
         peak = dict(course.peak)
         if residents.holds_reordered:
-            peak[UNPACKED] = peak.get(UNPACKED, 0) + self._most_turned()
+            peak[UNPACKED] = peak.get(UNPACKED, 0) + turned_bytes(self.causal)
         if self.device != "cpu" or how.gives_back:
             return peak
         recomputing = how.num_recomputing / max(self.num_layers, 1)
         return {**peak, HOLES: holes_left_by(course.passing_bytes, recomputing)}
 
-    def _most_turned(self) -> int:
-        """What the first backward pass takes beyond those that follow it, where the head is most of
-        the weights: it is turned round for its gradient when of no other layer that is there yet.
-        """
-        head = self.causal.get_output_embeddings()
-        if head is None or not is_frozen_linear(head):
-            return 0
-        of_one_direction = reordered_bytes(self.model) // 2
-        return max(2 * unpacked_bytes(head.weight) - of_one_direction, 0)
-
-    def _held_out_loss(self, shape: Shape) -> Peak:
+    def _held_out_loss(self, shape: Shape, stays: Room) -> Peak:
         def found(few: FewLayers | None) -> Peak:
             live = LiveTensors(self.num_entries)
             hold_weights(self.model, live)
+            residents = _residents(stays, live)
             course = Course(few, live)
-            with self._on(shape) as batch, live, torch.no_grad(), in_place(few), course.watched():
+            on_batch = self._on(shape, residents)
+            with on_batch as batch, live, torch.no_grad(), in_place(few), course.watched():
                 self.model.eval()
                 self._loss(batch)
+            _require_all_alike(few, residents, course, stays)
             return course.peak
 
         return self._told_by_few(found)
@@ -435,6 +426,21 @@ class _BothAtOnce(Residents):
         found = super().reordered(module, dtype, is_transposed, made)
         super().reordered(module, dtype, not is_transposed, lambda: made().T)
         return found
+
+
+def _residents(stays: Room, live: LiveTensors) -> Residents:
+    made = _BothAtOnce(reorder=partial(_copied, live))
+    made.give(stays)
+    return made
+
+
+def _require_all_alike(
+    few: FewLayers | None, residents: Residents, course: Course, stays: Room
+) -> None:
+    """Raises NotAlikeError: a few layers do not tell which weights stay."""
+    is_any = residents.num_bytes > 0
+    if few is not None and is_any and course.most_added(UNPACKED) > stays.num_bytes:
+        raise NotAlikeError("the first layers' weights stay, and the last ones' do not")
 
 
 def _copied(live: LiveTensors, weight: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from qlora_kit.model.fused.norm import NormKind
 from qlora_kit.train.facts import facts_of
 from qlora_kit.train.kernel_choice import BLOCKS, LIGER_PARTS
 from qlora_kit.train.kernel_race import timed_tokens_of
-from qlora_kit.train.product_choice import ONEDNN
+from qlora_kit.train.product_choice import ONEDNN, may_stay
 from qlora_kit.train.shortcuts import SWITCHES, Shortcuts, choose_shortcuts
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ def known_or_tried(
         found,
         liger=tuple(one for one in found.liger if all(one in other for other in of_all)),
         onednn=onednn,
-        reorders=onednn and reorders,
+        reorders=reorders and onednn == found.onednn,
         blockwise=all(gathered(found.blockwise)),
     )
     if agreed != found:
@@ -104,6 +104,7 @@ def key_of(model: PeftModel, spec: TrainSpec, precision: str, longest: int = 0) 
     how = {
         "precision": precision,
         "switches": switches,
+        "weights may stay": may_stay(spec),
         "threads": torch.get_num_threads(),
         "attended": timed_tokens_of(longest),
     }

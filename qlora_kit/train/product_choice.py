@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from qlora_kit.model.fused.products import why_no_onednn, why_no_reordered
+from qlora_kit.model.qat.attach import fake_quantization_of
 from qlora_kit.train.kernel_race import (
     FEWEST_WEIGHTS,
     LAYOUT,
@@ -44,7 +45,7 @@ class _Races:
     """Of oneDNN against torch, and of its own layout against torch's."""
 
     products: Raced | None
-    """None: torch multiplies by oneDNN itself, in 16 bits."""
+    """None: torch multiplies by oneDNN itself, in 16 bits; the same bits in either layout."""
     layout: Raced | None
     """None: it cannot be taken."""
 
@@ -53,11 +54,10 @@ class _Races:
         there is room for them to stay.
         """
         if self.products is None:
-            return self.gains_by_layout()
-        gain = self.products.gain * (1.0 if self.layout is None else self.layout.gain)
-        return self.products.is_faster or (
-            self.products.gain >= _LITTLE_LESS and gain >= LEAST_GAIN
-        )
+            return False
+        gain = self.products.gain * (self.layout.gain if self.layout is not None else 1.0)
+        is_little_less = self.products.gain >= _LITTLE_LESS and self.gains_by_layout()
+        return self.products.is_faster or (is_little_less and gain >= LEAST_GAIN)
 
     def gains_by_layout(self) -> bool:
         return self.layout is not None and self.layout.gain >= _LEAST_GAIN_OF_LAYOUT
@@ -92,16 +92,21 @@ def with_products(
         why = "no frozen layer has an adapter"
     if why is not None or sizes is None:
         return found, [f"{ONEDNN}: {why}"] * is_asked_for
-    if not may_reorder(trial.model, spec, trial.device, trial.dtype):
+    if not is_worth_a_race(trial.model, spec):
         return found, []
-    races, left = _raced(trial, found)
+    races, left = _raced(trial, found, spec)
     if races is None:
         return found, left
-    if races.is_taken() or is_asked_for:
-        reorders = races.gains_by_layout() or (is_asked_for and races.layout is not None)
-        found, fault = tried(found, {"onednn": True, "reorders": reorders})
+    onednn = races.products is not None and (races.is_taken() or is_asked_for)
+    reorders = races.layout is not None and (races.gains_by_layout() or is_asked_for)
+    reorders &= onednn or races.products is None
+    if onednn or reorders:
+        found, fault = tried(found, {"onednn": onednn, "reorders": reorders})
+        if fault is not None and reorders and onednn:
+            left.append(f"{ONEDNN} with weights in its layout: {fault}")
+            found, fault = tried(found, {"onednn": True})
         if fault is not None:
-            return found, [f"{ONEDNN}: {fault}"]
+            return found, [*left, f"{ONEDNN}: {fault}"]
     return replace(found, why_kernels=races.told(found, sizes)), left
 
 
@@ -109,23 +114,38 @@ def may_reorder(
     model: nn.Module, spec: TrainSpec, device: torch.device, dtype: torch.dtype
 ) -> bool:
     """Whether it may come about that weights that stay lie in oneDNN's layout."""
-    sizes = most_weights(model)
-    if not spec.use_onednn or not spec.fused_lora or sizes is None:
+    if not spec.use_onednn or not spec.fused_lora or not may_stay(spec):
         return False
-    is_large = spec.use_onednn is True or sizes[0] * sizes[1] >= FEWEST_WEIGHTS
-    return is_large and why_no_reordered(device, dtype) is None
+    if fake_quantization_of(model) is not None:  # whose layers come to multiply with others
+        return False
+    return is_worth_a_race(model, spec) and why_no_reordered(device, dtype) is None
 
 
-def _raced(trial: Trial, found: Shortcuts) -> tuple[_Races | None, list[str]]:
+def is_worth_a_race(model: nn.Module, spec: TrainSpec) -> bool:
+    """Whether products take long enough to be timed, or need not be."""
+    sizes = most_weights(model)
+    is_asked_for = spec.use_onednn is True
+    return sizes is not None and (is_asked_for or sizes[0] * sizes[1] >= FEWEST_WEIGHTS)
+
+
+def may_stay(spec: TrainSpec) -> bool:
+    """Whether weights may stay unpacked: not where all layers recompute."""
+    return spec.gradient_checkpointing is not True
+
+
+def _raced(trial: Trial, found: Shortcuts, spec: TrainSpec) -> tuple[_Races | None, list[str]]:
     """(None where there is nothing to choose; what fails, and why)"""
     products = None
     if why_no_onednn(trial.device, trial.dtype) is None:
         products, fault = _race(PRODUCTS, trial, found)
         if products is None:
             return None, [] if fault is None else [f"{ONEDNN}: {fault}"]
-    layout, fault = _race(LAYOUT, trial, found)
+    layout, fault = None, None
+    if may_stay(spec) and fake_quantization_of(trial.model) is None:
+        layout, fault = _race(LAYOUT, trial, found)
     if layout is not None and layout.apart:
-        layout, fault = None, "other bits come out"
+        layout = None
+        fault = "other bits come out" if spec.use_onednn is True else None
     left = [] if fault is None else [f"{ONEDNN} with weights in its layout: {fault}"]
     if products is None and layout is None:
         return None, left

@@ -141,7 +141,10 @@ def train_adapter(
             fit,
             choice,
         )
-        result = _gone_through(course)
+        try:
+            result = _gone_through(course)
+        finally:
+            residents.release()
     model.config.use_cache = True
     model.eval()
     return result

@@ -24,7 +24,7 @@ class Products:
     def add_product(
         self, total: torch.Tensor, left: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        """total, (N, M), with (N, K) by (M, K) transposed on it, in its memory."""
+        """total, (N, M), which nobody needs afterwards, and (N, K) by (M, K) transposed."""
         return total.addmm_(left, weight.T)
 
 
@@ -40,8 +40,7 @@ class OneDnnProducts(Products):
         num_rows = len(left)
         if not num_rows:  # an expert that nobody asks
             return left.new_empty((0, weight.shape[0]))
-        if num_rows == 1 and left.dtype == torch.float32:
-            # One row alone is added up in another order where the weight is reordered.
+        if num_rows < _FEWEST_ROWS[left.dtype]:
             return self.product(left.repeat(2, 1), weight, bias)[:1].clone()
         made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(left, weight, bias, "none", [], "")
         return made
@@ -49,13 +48,22 @@ class OneDnnProducts(Products):
     def add_product(
         self, total: torch.Tensor, left: torch.Tensor, weight: torch.Tensor
     ) -> torch.Tensor:
-        """total, (N, M), with (N, K) by (M, K) transposed on it, in its memory."""
-        return total.add_(self.product(left, weight))
+        """total, (N, M), which nobody needs afterwards, and (N, K) by (M, K) transposed, rounded
+        once.
+        """
+        if len(left) < _FEWEST_ROWS[left.dtype]:
+            return total.add_(self.product(left, weight))
+        made: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(
+            left, total, weight, None, "add"
+        )
+        return made
 
 
 _NOT_BUILT = "torch was built without it"
 BY_TORCH = Products()
 BY_ONEDNN = OneDnnProducts()
+# One row alone is added up in another order where the weight is reordered, in float32.
+_FEWEST_ROWS = {torch.float32: 2, torch.bfloat16: 1}
 # By which oneDNN chooses blocks; on processors looked at it makes no difference.
 _USUAL_ROWS = 512
 

@@ -1,4 +1,6 @@
-"""Unpacked weights that stay, so that a pass need not unpack them again."""
+"""Frozen weights that stay as they are multiplied, so that a pass need not make them so again:
+unpacked, and in oneDNN's layout where there is room for that.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,9 @@ class Room:
         if not self.num_bytes:
             return ""
         mebibytes = f"{self.num_bytes / 2**20:,.0f} MiB"
-        layout = ", in oneDNN's layout for each direction" * self.is_for_reordered
-        return f"{mebibytes} for unpacked weights that stay{layout}"
+        if self.is_for_reordered:
+            return f"{mebibytes} for frozen weights that stay in oneDNN's layout for each direction"
+        return f"{mebibytes} for unpacked weights that stay"
 
 
 NO_ROOM = Room()

@@ -12,7 +12,13 @@ import torch
 
 from qlora_kit.memory.allocator import holes_left_by
 from qlora_kit.memory.kept import Growth, Kept
-from qlora_kit.memory.ways import Situation, Way, room_for_residents, room_for_unpacked
+from qlora_kit.memory.ways import (
+    Situation,
+    Way,
+    room_for_residents,
+    room_for_unpacked,
+    turned_bytes,
+)
 from qlora_kit.model.fused.residents import Room
 
 
@@ -105,7 +111,8 @@ class TestWeightsThatStay:
             (needed + 5000, 1, "cpu", 0),
             (needed + 5000, 0, "cuda", 0),
         ):
-            for can_reorder in (False, room < needed + 2 * all_of_them):
+            is_enough = room - needed >= 2 * all_of_them and not count and device == "cpu"
+            for can_reorder in (False, True)[: 2 - is_enough]:
                 how = (kept, count, lengths, device, can_reorder)
                 assert room_for_unpacked(packed, room, *how) == Room(wanted)
 
@@ -123,6 +130,27 @@ class TestWeightsThatStay:
             (-5, True, Room()),
         ):
             assert room_for_residents(model, left, can_reorder) == wanted
+
+    def test_leave_room_for_a_head_that_is_turned_round(self) -> None:
+        """A second time for a moment, when its gradient's is there and of no other layer."""
+
+        class Model(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.layer, self.head = (torch.nn.Linear(64, one, False) for one in (2, 100))
+
+            def get_output_embeddings(self) -> torch.nn.Module:
+                return self.head
+
+        model = Model().requires_grad_(False)
+        both = 2 * 4 * 64 * 102
+        turned = 4 * 64 * (100 - 2)
+        assert turned_bytes(model) == turned
+        whole = Room(both, is_for_reordered=True)
+        assert room_for_residents(model, both + turned, True) == whole
+        assert room_for_residents(model, both + turned - 1, True) == Room()
+        model.head.requires_grad_(True)
+        assert turned_bytes(model) == 0
 
     def test_nothing_that_is_frozen_needs_no_room(self) -> None:
         assert room_for_residents(torch.nn.Linear(64, 8), 1000, True) == Room()

@@ -14,7 +14,7 @@ from qlora_kit.model.fused.lean import NO_PARTS
 from qlora_kit.model.fused.products import OneDnnProducts, reordered, why_no_reordered
 from qlora_kit.model.fused.residents import Residents
 from qlora_kit.recipe import TrainSpec
-from qlora_kit.train import kernel_race, product_choice
+from qlora_kit.train import kernel_race, product_choice, shortcuts
 from qlora_kit.train.kernel_race import (
     LAYOUT,
     PRODUCTS,
@@ -96,12 +96,19 @@ def test_it_multiplies_with_every_frozen_weight(
     shapes: Counter[str] = Counter()
     own = OneDnnProducts.product
 
+    own_sum = OneDnnProducts.add_product
+
     def noted(self: Any, left: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
         if len(left) > 1:  # of one row a product is made of two
             shapes["head" if model.config.vocab_size in weight.shape else "layer"] += 1
         return own(self, left, weight, *rest)
 
+    def sum_noted(self: Any, *given: torch.Tensor) -> torch.Tensor:
+        shapes["layer"] += 1
+        return own_sum(self, *given)
+
     monkeypatch.setattr(OneDnnProducts, "product", noted)
+    monkeypatch.setattr(OneDnnProducts, "add_product", sum_noted)
     outcome(model, found)
     assert shapes == {"head": 1 + 2, "layer": 14 + 11}
 
@@ -121,11 +128,18 @@ def test_it_is_left_where_it_is_not_faster(model: Any, clock: dict[str, float]) 
     ("times", "wanted"),
     [
         ((3.0, 2.9, 2.9), (True, False)),
+        ((3.045, 3.0, 2.982), (False, False)),
         ((3.0, 3.05, 2.8), (True, True)),
         ((3.0, 3.05, 3.0), (False, False)),
         ((3.0, 3.5, 2.0), (False, False)),
     ],
-    ids=["no layout", "by its layout alone", "not enough", "too slow where weights do not stay"],
+    ids=[
+        "no layout",
+        "little by both",
+        "by its layout alone",
+        "not enough",
+        "too slow where weights do not stay",
+    ],
 )
 def test_both_races_count(
     model: Any, clock: dict[str, float], times: tuple[float, ...], wanted: tuple[bool, bool]
@@ -193,8 +207,39 @@ def test_other_bits_by_its_layout_leave_that_out(
     monkeypatch.setattr(product_choice, "raced_on_a_cpu", raced)
     found = chosen(model)
     assert (found.onednn, found.reorders) == (True, False)
-    assert found.left == ("oneDNN's products with weights in its layout: other bits come out",)
+    assert found.left == ()
     assert "layout" not in found.why_kernels
+    found = chosen(model, use_onednn=True)
+    assert (found.onednn, found.reorders) == (True, False)
+    assert found.left == ("oneDNN's products with weights in its layout: other bits come out",)
+
+
+def test_where_no_weight_can_stay_its_layout_is_no_question(
+    model: Any, clock: dict[str, float]
+) -> None:
+    clock.update({"torch": 3.0, "oneDNN": 3.05, "its layout": 2.0})
+    found = chosen(model, gradient_checkpointing=True)
+    assert (found.onednn, found.reorders) == (False, False)
+    assert "layout" not in found.why_kernels
+    assert not may_reorder(
+        model,
+        TrainSpec(use_onednn=True, gradient_checkpointing=True),
+        torch.device("cpu"),
+        torch.float32,
+    )
+
+
+def test_a_layout_that_fails_on_the_model_leaves_the_products(
+    model: Any, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(weight: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr(shortcuts, "reordered", fails)
+    found = chosen(model)
+    assert (found.onednn, found.reorders) == (True, False)
+    (why,) = found.left
+    assert why.startswith("oneDNN's products with weights in its layout: ")
 
 
 @pytest.mark.skipif(
@@ -204,7 +249,7 @@ def test_other_bits_by_its_layout_leave_that_out(
 def test_in_16_bits_its_layout_is_what_may_gain(model: Any, clock: dict[str, float]) -> None:
     """torch's own products are oneDNN's there."""
     found = chosen(model, "bf16")
-    assert (found.onednn, found.reorders, found.left) == (True, True, ())
+    assert (found.onednn, found.reorders, found.left) == (False, True, ())
     assert found.why_kernels.startswith("oneDNN's layout for weights that stay (1.25 ×): ")
     clock["its layout"] = clock["oneDNN"]
     found = chosen(model, "bf16")
