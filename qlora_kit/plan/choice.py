@@ -29,7 +29,7 @@ class Choice:
 
     way: Way
     stays: Room = NO_ROOM
-    """Room for unpacked weights that stay."""
+    """Room for frozen weights that stay."""
 
 
 def choice_of(

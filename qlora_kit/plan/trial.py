@@ -78,7 +78,7 @@ class Taken:
     is_accumulated: bool = False
     """Whether gradients of other micro-batches are there already."""
     stays: Room = NO_ROOM
-    """Room for unpacked weights that stay."""
+    """Room for frozen weights that stay."""
     offloads: bool = False
     """Whether what is kept waits in the host's memory."""
     gives_back: bool = False

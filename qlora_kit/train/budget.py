@@ -1,7 +1,7 @@
 """The fastest way to train within a budget of memory, train.memory_budget, and training so.
 
 The ways that there are, and which is taken, are in qlora_kit/memory/ways.py. Where something is
-left of the budget, unpacked weights stay.
+left of the budget, frozen weights stay.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ def taken(
     """Compute so, while the context lasts.
 
     Args:
-        residents: unpacked weights that stay, of frozen layers.
+        residents: frozen weights that stay.
         least_tokens: of a batch at some of whose places the last MLP computes nothing.
     """
     origins = Origins()

@@ -58,7 +58,7 @@ class TrainResult:
     is_divided: bool = False
     """Whether the recipe asks for more of them."""
     resident_bytes: int = 0
-    """Of unpacked weights that stayed, at the end."""
+    """Of frozen weights that stayed, at the end."""
     is_reordered: bool = False
     """Whether they lay in oneDNN's layout."""
     offloads: bool = False

@@ -1,5 +1,5 @@
 """PEFT's LoRA layers with their forward pass as one operation, where it covers what they do, and
-frozen layers by themselves with unpacked weights that stay.
+frozen layers by themselves with weights that stay.
 
 Parameters, names and files stay PEFT's: only how the numbers come about is another.
 """
@@ -249,7 +249,7 @@ def fused(
 
     Args:
         origins: how inputs came about that need not be kept.
-        residents: unpacked weights that stay.
+        residents: frozen weights that stay.
         products: by what frozen weights are multiplied.
     """
     origins, residents = origins or Origins(), residents or Residents()
