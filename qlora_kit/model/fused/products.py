@@ -40,7 +40,7 @@ class OneDnnProducts(Products):
         num_rows = len(left)
         if not num_rows:  # an expert that nobody asks
             return left.new_empty((0, weight.shape[0]))
-        if num_rows < _FEWEST_ROWS[left.dtype]:
+        if num_rows < _FEWEST_ROWS.get(left.dtype, 1):
             return self.product(left.repeat(2, 1), weight, bias)[:1].clone()
         made: torch.Tensor = torch.ops.mkldnn._linear_pointwise(left, weight, bias, "none", [], "")
         return made
@@ -51,7 +51,7 @@ class OneDnnProducts(Products):
         """total, (N, M), which nobody needs afterwards, and (N, K) by (M, K) transposed, rounded
         once.
         """
-        if len(left) < _FEWEST_ROWS[left.dtype]:
+        if len(left) < _FEWEST_ROWS.get(left.dtype, 1):
             return total.add_(self.product(left, weight))
         made: torch.Tensor = torch.ops.mkldnn._linear_pointwise.binary(
             left, total, weight, None, "add"

@@ -20,10 +20,12 @@ from qlora_kit.data.collate import Batch, Collator, IsolatingCollator
 from qlora_kit.data.sequences import IGNORE_INDEX, TokenSequence
 from qlora_kit.environment import probe_hardware
 from qlora_kit.errors import TrainingError
+from qlora_kit.memory.ways import reordered_bytes
 from qlora_kit.model import blockwise_attention
 from qlora_kit.model.adapter import Adapted, attach_adapter, require_float32_trainables
 from qlora_kit.model.base import Base, prepare_for_training
 from qlora_kit.model.blockwise_attention import FEWEST_TOKENS
+from qlora_kit.model.fused.residents import Residents
 from qlora_kit.model.quantized import is_four_bit
 from qlora_kit.model.saved import adapter_files, load_adapter, save_adapter
 from qlora_kit.recipe import LoraSpec, QuantizationSpec, TrainSpec
@@ -182,6 +184,29 @@ def test_what_memory_is_spent_on_changes_no_number(start: Start, tmp_path: Path)
     packed = [one for one in setup.base.model.parameters() if is_four_bit(one)]
     all_of_them = 4 * sum(one.quant_state.shape.numel() for one in packed)  # type: ignore[attr-defined]
     assert held == [0, all_of_them, all_of_them]
+
+
+def test_the_layout_of_weights_that_stay_changes_no_number(
+    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And none is held when training has ended."""
+    adapters, made, residents = [], [], []
+
+    def noted(**how: Any) -> Residents:
+        residents.append(Residents(**how))
+        return residents[-1]
+
+    monkeypatch.setattr(training, "Residents", noted)
+    for recompute in (True, False):
+        setup = start()
+        how: dict[str, Any] = {"gradient_checkpointing": recompute, "use_onednn": True}
+        made.append(train(setup, tmp_path / str(recompute), sequences(), **how))
+        adapters.append(adapter_of(setup))
+    assert all(torch.equal(one, adapters[1][name]) for name, one in adapters[0].items())
+    assert [one.is_reordered for one in made] == [False, True]
+    most = reordered_bytes(setup.adapted.model)
+    assert (made[0].resident_bytes, most // 2 < made[1].resident_bytes <= most) == (0, True)
+    assert [one.num_bytes for one in residents] == [0, 0]
 
 
 def test_first_loss_is_transformers_own(start: Start, tmp_path: Path) -> None:
