@@ -210,8 +210,9 @@ def _of_products(sizes: tuple[int, int], drawn: Any, num_rows: int) -> Pair:
 
 
 def _of_layouts(sizes: tuple[int, int], drawn: Any, num_rows: int) -> Pair:
-    """The same products by oneDNN, of weights as torch holds them and of such that lie reordered:
-    of so many that each comes from memory, as in a pass through a model.
+    """The same products, of weights as torch holds them and of such that lie reordered: of so many
+    that each comes from memory, as in a pass through a model. In 16 bits torch's own stand beside
+    those by oneDNN, as they are what is taken otherwise.
     """
     height, width = sizes
     x, g = drawn(num_rows, width), drawn(num_rows, height)
@@ -220,12 +221,13 @@ def _of_layouts(sizes: tuple[int, int], drawn: Any, num_rows: int) -> Pair:
     as_torch = [(one, one.T) for one in (weight, *(weight.clone() for _ in range(num - 1)))]
     blocks = [tuple(map(products.reordered, one)) for one in as_torch]
 
-    def run(weights: Sequence[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-        product = products.BY_ONEDNN.product
-        made = [(product(x, onwards), product(g, back)) for onwards, back in weights]
+    plain = products.BY_ONEDNN if weight.dtype == torch.float32 else products.BY_TORCH
+
+    def run(by: Products, weights: Sequence[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        made = [(by.product(x, onwards), by.product(g, back)) for onwards, back in weights]
         return made[-1]
 
-    return Pair(lambda: run(as_torch), lambda: run(blocks))
+    return Pair(lambda: run(plain, as_torch), lambda: run(products.BY_ONEDNN, blocks))
 
 
 def attention_pair(heads: tuple[int, int, int], num_tokens: int, dtype: torch.dtype) -> Pair:
