@@ -26,6 +26,7 @@ from qlora_kit.stages.finish import RunResult, finish, made_whole
 from qlora_kit.stages.folder import open_folder
 from qlora_kit.stages.prepare import Prepared, prepare
 from qlora_kit.startup import UNTIMED, Laps
+from qlora_kit.train.arguments import optimizer_for
 from qlora_kit.train.continuation import Continuation, shape_for
 from qlora_kit.train.memory import MemoryWatch
 from qlora_kit.train.requests import TRIGGER_FILE, listening
@@ -65,10 +66,15 @@ def run_recipe(
         told_how_it_ends(recipe, requests),
         MemoryWatch(hardware.device) as memory,
     ):
-        entry = processes.on_main(lambda: enter(recipe, allow_drift, held, disk, processes.count))
+        auto = optimizer_for(hardware.device, is_sharded=launcher_settings().fsdp)
+        entry = processes.on_main(
+            lambda: enter(recipe, allow_drift, held, disk, processes.count, optimizer=auto.name)
+        )
         processes.together(lambda: require_visible(entry))
         processes.together(lambda: require_going_on(launcher_settings(), entry.checkpoint))
         narrate.entry(reporter, entry)
+        is_asked_for = recipe.train.optim != "auto"
+        recipe = entry.recipe
         hardware = as_it_was(hardware, entry.checkpoint)
         laps.lap("machine and run folder")
         memory.phase("loading")
@@ -78,6 +84,8 @@ def run_recipe(
         sources = sources_read(recipe, ready)
         continuation = continuation_of(entry, prints, sources, allow_drift, processes, reporter)
         shape = processes.together(lambda: shape_for(recipe.train, processes, continuation))
+        if not is_asked_for:
+            narrate.optimizer(reporter, recipe.train.optim, auto)
         narrate.schedule(reporter, recipe.train, ready.batches, shape)
         run = processes.on_main(lambda: open_folder(recipe, entry, ready))
         laps.lap("fingerprints and run folder")

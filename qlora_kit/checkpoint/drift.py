@@ -195,6 +195,7 @@ def compare(
     saved: Recipe, now: Recipe, begun: GlobalBatch | None = None, num_processes: int = 1
 ) -> Drift:
     """Field by field, under the dotted names of the recipe, and the number of processes.
+    `train.optim: auto` is the saved recipe's, on whatever device that was begun.
 
     Args:
         begun: of the checkpoint that is gone on from; None where there is none, so that the
@@ -207,7 +208,7 @@ def compare(
     after = before.from_here_on(_per_process(now.train), num_processes)
     sides = _Sides(saved, now, before.items_per_update, after, num_processes)
     drift = _of_processes(before, sides)
-    for field, one, other in _differences(saved, now, ""):
+    for field, one, other in _differences(saved, now.with_optimizer(saved.train.optim), ""):
         drift += _verdict(field, one, other, sides)
     return drift
 

@@ -37,6 +37,8 @@ class Entry:
     """What was found in the folder of a run."""
 
     run: RunDirectory
+    recipe: Recipe
+    """The one asked for, and the optimizer that it leaves to the kit."""
     is_new: bool
     checkpoint: Path | None = None
     """A whole checkpoint to go on from; None where training begins at the first update."""
@@ -49,12 +51,21 @@ class Entry:
 
 
 def enter(
-    recipe: Recipe, allow_drift: bool, held: ExitStack, disk: Disk, num_processes: int = 1
+    recipe: Recipe,
+    allow_drift: bool,
+    held: ExitStack,
+    disk: Disk,
+    num_processes: int = 1,
+    *,
+    optimizer: str,
 ) -> Entry:
     """Look at the recipe's folder, which is locked until `held` is left.
 
     Nothing is written for a new run: `create_run` does so once it can begin. A recipe that is
     gone is written anew from a whole checkpoint.
+
+    Args:
+        optimizer: that `train.optim: auto` is in a new run.
 
     Raises:
         RunError: the folder holds something else, a finished run, a run of a recipe that differs
@@ -68,7 +79,7 @@ def enter(
     if not is_begun(run) or run.is_finished:
         require_free(recipe)
         clear_leftovers(run.folder, disk)
-        return Entry(run, is_new=True, warned=tuple(warned))
+        return Entry(run, recipe.with_optimizer(optimizer), is_new=True, warned=tuple(warned))
     clear_leftovers(run.folder, disk)
     clear_dead_drafts(run, disk)
     found = newest_whole(run.folder)
@@ -78,7 +89,8 @@ def enter(
     if held_by_folder is None:
         warned.append(_recipe_put_back(run, found, recipe, disk))
         held_by_folder = load_written_out(run.recipe)
-    drift = _drift(_trained_by(found) or held_by_folder, recipe, found, num_processes)
+    saved = _trained_by(found) or held_by_folder
+    drift = _drift(saved, recipe, found, num_processes)
     holds_work = found.folder is not None or found.damaged or run.adapter.is_dir()
     is_possible = all(change.is_possible for change in drift.breaking)
     if drift.breaking and holds_work and not (allow_drift and is_possible):
@@ -94,14 +106,16 @@ def enter(
         said.append(f"resume    {found.folder.name} is whole; training goes on from there")
     else:
         _tell_of_beginning(run, found, said, warned)
+    going_on = recipe.with_optimizer(saved.train.optim).with_optimizer(optimizer)
     return Entry(
         run,
+        going_on,
         False,
         found.folder,
         tuple(said),
         tuple(warned),
         drift.undecided,
-        is_changed=held_by_folder != recipe,
+        is_changed=held_by_folder != going_on,
     )
 
 

@@ -154,7 +154,10 @@ def finished_run(recipe: Recipe) -> RunDirectory | None:
     """The run of this very recipe, where it is there and finished."""
     run = RunDirectory(Path(recipe.run_dir))
     there = run.read_recipe() if run.is_finished else None
-    return run if there is not None and recipe_hash(there) == recipe_hash(recipe) else None
+    if there is None:
+        return None
+    asked = recipe.with_optimizer(there.train.optim)
+    return run if recipe_hash(there) == recipe_hash(asked) else None
 
 
 def open_run(folder: Path) -> tuple[RunDirectory, Recipe]:

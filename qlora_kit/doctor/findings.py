@@ -224,7 +224,7 @@ def four_bit_finding(outcome: Outcome) -> Finding:
 
 
 def optimizer_finding(outcome: Outcome) -> Finding:
-    """Whether the default optimizer, paged AdamW in 8 bits, really steps here."""
+    """Whether paged AdamW in 8 bits, the default on a GPU, really steps here."""
     means = "set train.optim: adamw_torch, which needs 8 bytes a trainable parameter and not 2"
     if outcome.fault:
         return Finding("optimizer", "broken", f"8-bit AdamW fails: {outcome.fault}", means)

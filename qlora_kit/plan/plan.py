@@ -27,7 +27,7 @@ from qlora_kit.plan.rows import WorstBatch, longest_possible, train_rows, worst_
 from qlora_kit.plan.shape import Shape
 from qlora_kit.plan.trial import HOLES, ImaginedTraining, Peak, Taken
 from qlora_kit.runtime.batches import BATCH_TOKENS, LOGITS_BYTES
-from qlora_kit.train.arguments import resolve_training_dtypes
+from qlora_kit.train.arguments import optimizer_for, resolve_training_dtypes
 from qlora_kit.train.batching import foreseen_batches
 from qlora_kit.train.loader import lengths_of
 from qlora_kit.train.product_choice import may_stay
@@ -167,6 +167,7 @@ class Planner:
             HardwareError: nothing fits train.memory_budget.
         """
         hardware = self.hardware
+        recipe = recipe.with_optimizer(optimizer_for(hardware.device).name)
         with _told_apart(recipe):
             imagined = self._model_of(recipe)
             calibration = recalled(hardware, imagined.precision)

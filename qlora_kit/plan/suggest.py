@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from qlora_kit.plan.plan import Plan, Planner
+from qlora_kit.train.arguments import optimizer_for
 
 if TYPE_CHECKING:
     from qlora_kit.data.prepare import Part
@@ -42,6 +43,7 @@ def suggestions(
     Args:
         train: the rows that the plan is of.
     """
+    recipe = recipe.with_optimizer(optimizer_for(planner.hardware.device).name)
     found = []
     kept: dict[str, Any] = {}
     for changes, why, leaves_rows_whole in _candidates(recipe, plan):

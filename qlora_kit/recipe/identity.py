@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 #    (`checkpoint/drift.py`), as if the user had made it.
 FIRST_DEFAULTS: Mapping[str, Any] = {
     "train.gradient_checkpointing": True,
+    "train.optim": "paged_adamw_8bit",
     "quantization.upcast_norms": True,
 }
 

@@ -55,6 +55,12 @@ class Recipe(Spec):
         """Whether what is trained is an adapter, and not the weights of the model themselves."""
         return self.quantization_aware is None or self.quantization_aware.train == "adapter"
 
+    def with_optimizer(self, name: str) -> Recipe:
+        """With this one in place of `train.optim: auto`; one that is named stays."""
+        if self.train.optim != "auto":
+            return self
+        return self.model_copy(update={"train": self.train.model_copy(update={"optim": name})})
+
     def contradictions(self) -> Iterator[Fault]:
         """Faults between sections; those within one are its own to report."""
         if not self.data.has_eval_rows:

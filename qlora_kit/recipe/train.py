@@ -20,6 +20,7 @@ _READERS_OF = {
 }
 
 Optimizer = Literal[
+    "auto",
     "adamw_torch",
     "adamw_torch_fused",
     "adamw_8bit",
@@ -106,9 +107,10 @@ class TrainSpec(Spec):
     gives what torch's kernel gives and is faster, timed when a run starts; true, where it gives the
     same."""
 
-    optim: Optimizer = "paged_adamw_8bit"
-    """Optimizer. The paged 8-bit ones keep 2 bytes of state per trainable parameter and spill
-    to host memory under pressure; on a CPU they run unpaged."""
+    optim: Optimizer = "auto"
+    """Optimizer. `auto` is AdamW: on a GPU `paged_adamw_8bit`, with 2 bytes of state a trainable
+    number, which spill to host memory under pressure; on a CPU, where 8 bits take longer than they
+    save, and under FSDP `adamw_torch_fused`, with 8. A run is gone on with as it was begun."""
 
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
@@ -257,6 +259,6 @@ class TrainSpec(Spec):
         unread = tuple(
             name
             for name, readers in _READERS_OF.items()
-            if not any(reader in self.optim for reader in readers)
+            if self.optim != "auto" and not any(reader in self.optim for reader in readers)
         )
         yield from without_effect(self, unread, f"with optim: {self.optim}", "remove it")

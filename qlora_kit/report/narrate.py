@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from qlora_kit.model.base import Base
     from qlora_kit.recipe import QuantizationAwareSpec, QuantizationSpec, Recipe, TrainSpec
     from qlora_kit.startup import Startup
+    from qlora_kit.train.arguments import AutoOptimizer
     from qlora_kit.train.batching import Batching
     from qlora_kit.train.loader import BatchShape
     from qlora_kit.train.recompute import Recompute
@@ -122,6 +123,12 @@ def entry(reporter: Reporter, found: Entry) -> None:
         reporter.warn(warning)
     for line in found.said:
         reporter.say(line)
+
+
+def optimizer(reporter: Reporter, name: str, auto: AutoOptimizer) -> None:
+    """Which one `auto` is in this run, and why."""
+    why = auto.why if name == auto.name else "with which the run was begun"
+    reporter.say(f"optimizer {name} (auto: {why})")
 
 
 def drift(reporter: Reporter, found: Drift) -> None:

@@ -61,6 +61,25 @@ def resolve_precision(asked: str, compute_dtype: str, hardware: Hardware) -> str
     return precision
 
 
+@dataclass(frozen=True)
+class AutoOptimizer:
+    """What `train.optim: auto` stands for."""
+
+    name: str
+    why: str
+
+
+def optimizer_for(device: str, *, is_sharded: bool = False) -> AutoOptimizer:
+    """AdamW each time. On a CPU bitsandbytes' 8-bit optimizers took some twenty times as long as
+    torch's fused one (docs/performance.md, "Optimizers on a CPU").
+    """
+    if is_sharded:
+        return AutoOptimizer("adamw_torch_fused", "8-bit ones do not know sharded parameters")
+    if device == "cpu":
+        return AutoOptimizer("adamw_torch_fused", "faster on a CPU than those of 8 bits")
+    return AutoOptimizer("paged_adamw_8bit", "2 bytes of state a trained number, and not 8")
+
+
 def require_tf32(asked: bool | None, hardware: Hardware) -> None:
     """Raises HardwareError where TF32 is asked of a machine without it."""
     if asked and not hardware.native_tf32:

@@ -10,7 +10,7 @@ from typing import Any
 _THINGS = ["lamp", "door", "car", "hat", "cup", "pen", "bag", "box"]
 _COLOURS = ["red", "green", "blue", "white", "black", "grey", "pink", "brown"]
 _OPTIMIZERS = [
-    "adamw_torch",
+    "adamw_torch_fused",
     "adamw_8bit",
     "paged_adamw_8bit",
     "paged_adamw_32bit",
@@ -21,7 +21,7 @@ _OPTIMIZERS = [
     "adafactor",
     "sgd",
 ]
-_ADAMS = ("adamw_torch", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
+_ADAMS = ("adamw_torch_fused", "adamw_8bit", "paged_adamw_8bit", "paged_adamw_32bit")
 
 
 def write_case(folder: Path, model: Path, seed: int, **sections: Any) -> Path:

@@ -99,6 +99,25 @@ def test_other_rows_are_refused_by_the_name_of_their_file(cut_short: Path, call:
     assert (cut_short / "run" / "recipe.yaml").read_bytes() == before
 
 
+def test_a_run_keeps_the_optimizer_that_it_was_begun_with(cut_short: Path, call: Call) -> None:
+    """Such as one of a GPU, or of a version with another default."""
+    run, eight = cut_short / "run", "train.optim=paged_adamw_8bit"
+    shutil.rmtree(run)
+    whole = train(call, cut_short, eight)
+    assert whole.code == 0, whole.err
+    adapter = adapter_of(run)
+    assert adapter != adapter_of(cut_short / "whole")
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / f"checkpoint-{LAST}")
+    ended = train(call, cut_short)
+    assert ended.code == 0, ended.err
+    told = words(ended.out)
+    assert "optimizer paged_adamw_8bit (auto: with which the run was begun)" in told
+    assert "changed since the run was begun" not in told
+    assert adapter_of(run) == adapter
+    assert load_recipe(run / "recipe.yaml").train.optim == "paged_adamw_8bit"
+
+
 def test_another_schedule_begins_where_it_is_said_to(cut_short: Path, call: Call) -> None:
     plateau = ("train.lr_scheduler_type=reduce_lr_on_plateau", "train.eval_strategy=epoch")
     refused = train(call, cut_short, *plateau)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora_kit.checkpoint.run_directory import RECIPE_RECORD
 from qlora_kit.model.quantized import never_repacked
 from qlora_kit.recipe import load_recipe
 from qlora_kit.records import file_sha256
@@ -52,6 +53,24 @@ def test_one_command_from_recipe_to_certified_model(tmp_path: Path, tiny_llama: 
     again = start(sys.executable, "-m", "qlora_kit", "train", str(recipe), cwd=tmp_path)
     assert again.returncode == 0
     assert "is finished" in again.stdout
+
+
+def test_a_run_says_which_optimizer_auto_was(tmp_path: Path, tiny_llama: Path, call: Call) -> None:
+    """In its own recipe, by which it is gone on with anywhere, and is known when it is finished."""
+    few = ("train.max_steps=2", "evaluate.generate=null", "export.merge=false")
+    path = write_recipe(tmp_path, tiny_llama)
+    assert load_recipe(path).train.optim == "auto"
+    said = call("train", str(path), *few, "train.save_strategy=epoch")
+    assert said.code == 0, said.err
+    assert "optimizer adamw_torch_fused (auto: faster on a CPU" in " ".join(said.out.split())
+    run = tmp_path / "run"
+    (checkpoint,) = run.glob("checkpoint-*")
+    for record in (run / "recipe.yaml", checkpoint / RECIPE_RECORD):
+        assert load_recipe(record).train.optim == "adamw_torch_fused"
+    again = call("train", str(path), *few, "train.save_strategy=epoch")
+    assert "is finished" in again.out
+    other = call("train", str(path), *few, "train.optim=sgd")
+    assert "train.optim: adamw_torch_fused → sgd" in " ".join(other.err.split())
 
 
 def test_merged_folder_is_what_was_trained(finished: FinishedRun) -> None:

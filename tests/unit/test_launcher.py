@@ -15,6 +15,7 @@ from qlora_kit.environment import LauncherSettings, launcher_settings, require_o
 from qlora_kit.errors import LaunchError
 from qlora_kit.launcher import require_going_on, require_launch
 from qlora_kit.recipe import Recipe, load_recipe
+from qlora_kit.train.arguments import optimizer_for
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "recipes" / "accelerate"
@@ -93,6 +94,14 @@ def test_accelerate_reads_it_and_the_kit_accepts_its_command(
     require_launch(settings, asked, "bf16", "cuda", config.num_processes)
 
 
+def test_fsdp_takes_what_auto_is_under_it() -> None:
+    asked = recipe(SHARDABLE[0]).with_optimizer(optimizer_for("cuda", is_sharded=True).name)
+    require_launch(FSDP, asked, "bf16", "cuda", 2)
+    other = recipe(SHARDABLE[0]).with_optimizer(optimizer_for("cuda").name)
+    with pytest.raises(LaunchError, match="paged_adamw_8bit, which does not know"):
+        require_launch(FSDP, other, "bf16", "cuda", 2)
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_opens_with_its_command_and_names_a_recipe(path: Path) -> None:
     words = command_of(path)
@@ -140,7 +149,12 @@ def test_sky_is_yaml_and_starts_train() -> None:
             "set one of them to false",
         ),
         (FSDP, SHARDABLE[1:], "cuda", "quant_storage: bfloat16"),
-        (FSDP, SHARDABLE[:1], "cuda", "does not know sharded parameters"),
+        (
+            FSDP,
+            (SHARDABLE[0], "train.optim=paged_adamw_8bit"),
+            "cuda",
+            "does not know sharded parameters",
+        ),
         (FSDP, (*EIGHT_BITS, SHARDABLE[1]), "cuda", "8-bit base"),
         (FSDP, (*SHARDABLE, "train.eval_strategy=epoch"), "cuda", "train.eval_strategy"),
         (DEEPSPEED, (), "cuda", "not installed"),

@@ -43,7 +43,7 @@ def recipe_in(folder: Path, path: str = "a.jsonl", **train: Any) -> Recipe:
         {
             "model": {"name_or_path": "demo/smollm2-135m-instruct"},
             "data": {"train": [{"path": path}], "eval": [{"path": "b.jsonl"}]},
-            "train": train,
+            "train": {"optim": "adamw_torch_fused", **train},
             "run_dir": str(folder),
         },
         "test",
@@ -72,7 +72,7 @@ def entered(
     recipe: Recipe, *, allow_drift: bool = False, num_processes: int = 1
 ) -> tuple[Entry, str]:
     with ExitStack() as held:
-        entry = enter(recipe, allow_drift, held, DISK, num_processes)
+        entry = enter(recipe, allow_drift, held, DISK, num_processes, optimizer="adamw_torch_fused")
     return entry, "\n".join((*entry.said, *entry.warned))
 
 
@@ -197,6 +197,28 @@ class TestAFolderWhoseRecipeIsNewerThanItsCheckpoint:
         run = begun_run(tmp_path / "run", recipe_in(tmp_path / "run"))
         save_recipe(recipe_in(tmp_path / "run", seed=1), run.recipe)
         assert "changed since" not in entered(recipe_in(tmp_path / "run", seed=1))[1]
+
+
+class TestAnOptimizerLeftToTheKit:
+    def test_of_a_new_run_is_that_of_the_machine(self, tmp_path: Path) -> None:
+        entry, _ = entered(recipe_in(tmp_path / "run", optim="auto"))
+        assert entry.recipe == recipe_in(tmp_path / "run", optim="adamw_torch_fused")
+
+    def test_of_a_begun_run_is_that_of_its_checkpoint(self, tmp_path: Path) -> None:
+        folder = tmp_path / "run"
+        begun = recipe_in(folder, optim="paged_adamw_8bit")
+        run = begun_run(folder, begun, 4)
+        entry, told = entered(recipe_in(folder, optim="auto"))
+        assert (entry.recipe, entry.is_changed) == (begun, False)
+        assert "changed since" not in told
+        save_recipe(recipe_in(folder, optim="sgd"), run.recipe)
+        entry, _ = entered(recipe_in(folder, optim="auto"))
+        assert (entry.recipe, entry.is_changed) == (begun, True)
+
+    def test_that_is_named_is_another(self, tmp_path: Path) -> None:
+        begun_run(tmp_path / "run", recipe_in(tmp_path / "run", optim="paged_adamw_8bit"), 4)
+        with pytest.raises(RunError, match=r"train.optim: paged_adamw_8bit → adamw_torch_fused"):
+            entered(recipe_in(tmp_path / "run", optim="adamw_torch_fused"))
 
 
 class TestProcesses:

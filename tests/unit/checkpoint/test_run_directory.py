@@ -83,6 +83,15 @@ def test_only_the_same_recipe_finds_its_finished_run(tmp_path: Path) -> None:
     write_json(run.summary, {"holds": True})
     assert finished_run(recipe) == run
     assert finished_run(recipe_in(tmp_path / "one", max_steps=4)) is None
+    assert finished_run(recipe_in(tmp_path / "one", max_steps=3, optim="sgd")) is None
+
+
+def test_auto_finds_the_run_of_whatever_optimizer(tmp_path: Path) -> None:
+    recipe = recipe_in(tmp_path / "one")
+    run = create_run(recipe.with_optimizer("paged_adamw_8bit"))
+    write_json(run.summary, {"holds": True})
+    assert finished_run(recipe) == run
+    assert finished_run(recipe.with_optimizer("adamw_torch_fused")) is None
 
 
 def test_fresh_folders_count_upwards(tmp_path: Path) -> None:

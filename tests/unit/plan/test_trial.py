@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from qlora_kit.environment import probe_hardware
+from qlora_kit.environment import Hardware, probe_hardware
 from qlora_kit.errors import AdapterError, HardwareError
 from qlora_kit.memory.kept import Kept, measure_kept
 from qlora_kit.memory.live import LiveTensors
@@ -21,7 +21,7 @@ from qlora_kit.model.by_example import attending_by_example
 from qlora_kit.model.fused.residents import Residents
 from qlora_kit.model.vocabulary import load_vocabulary
 from qlora_kit.plan.gpus import GPUS, known_gpu
-from qlora_kit.plan.plan import FRAMEWORK, Planner
+from qlora_kit.plan.plan import FRAMEWORK, OPTIMIZER, Planner
 from qlora_kit.plan.rows import train_rows
 from qlora_kit.plan.suggest import suggestions
 from qlora_kit.plan.trial import HOLES
@@ -223,6 +223,20 @@ def test_what_does_not_fit_is_told_what_each_change_saves(tiny_llama: Path, tmp_
     together = found[-1]
     assert len(together.overrides) > 2
     assert together.peak_bytes == min(one.peak_bytes for one in found)
+
+
+def test_auto_is_another_optimizer_on_another_device(tiny_llama: Path, tmp_path: Path) -> None:
+    many = {"r": 64}
+    vocabulary = load_vocabulary(recipe_for(tmp_path, tiny_llama).model)
+
+    def state(hardware: Hardware, **train: Any) -> int:
+        recipe = recipe_for(tmp_path, tiny_llama, lora=many, train=train)
+        planner = Planner(vocabulary, hardware, 8 * _GIB)
+        return planner.plan(recipe).moment("training").components[OPTIMIZER]
+
+    cpu, gpu = probe_hardware(), known_gpu("T4")
+    assert state(cpu) == state(cpu, optim="adamw_torch_fused")
+    assert state(gpu) == state(gpu, optim="paged_adamw_8bit") < state(cpu)
 
 
 class TestGpus:

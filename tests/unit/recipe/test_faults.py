@@ -120,7 +120,7 @@ IN_SECTIONS = [
     ("train: {learning_rate: 1e999}", "train.learning_rate", ["finite"]),
     ("train: {max_steps: 1e3}", "train.max_steps", ["write 1000"]),
     ("train: {seed: -1}", "train.seed", ["at least 0"]),
-    ("train: {optim: adamw8bit}", "train.optim", ["18 known values", "did you mean 'adamw_8bit'"]),
+    ("train: {optim: adamw8bit}", "train.optim", ["19 known values", "did you mean 'adamw_8bit'"]),
     ("train: {optim: adamw}", "train.optim", ["did you mean 'adamw_torch'"]),
     ("train: {optim: quux}", "train.optim", ["adamw_torch, ", "got 'quux'"]),
     ("train: {eval_strategy: yes}", "train.eval_strategy", ["must be one of no, steps, epoch"]),
@@ -354,6 +354,7 @@ def test_what_other_tools_call_it_exists_here() -> None:
     "text",
     [
         "train: {optim: adamw_torch, adam_beta1: 0.8, adam_beta2: 0.95, adam_epsilon: 1.0e-6}",
+        "train: {adam_beta1: 0.8, adam_beta2: 0.95, adam_epsilon: 1.0e-6}",
         "train: {optim: paged_ademamix_8bit, adam_beta1: 0.8, adam_epsilon: 1.0e-6}",
         "train: {optim: lion_8bit, adam_beta1: 0.8}",
         "train: {save_strategy: epoch, save_total_limit: 5}",

@@ -87,6 +87,7 @@ def train(
         "gradient_accumulation_steps": 1,
         "logging_steps": 1,
         "learning_rate": 1e-2,
+        "optim": "paged_adamw_8bit",
         "save_strategy": "no",
         "warmup_steps": 0,
     }
