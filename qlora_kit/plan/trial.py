@@ -27,19 +27,19 @@ from qlora_kit.model.by_example import attending_by_example, can_attend_by_examp
 from qlora_kit.model.fused.at_places import last_of
 from qlora_kit.model.fused.attach import Fusion, plan_fusion
 from qlora_kit.model.fused.lean import LeanParts
-from qlora_kit.model.fused.residents import NO_ROOM, Make, Residents, Room
+from qlora_kit.model.fused.residents import NO_ROOM, Residents, Room
 from qlora_kit.plan.effort import CountedEffort, Effort
 from qlora_kit.plan.few_layers import (
     BEGIN,
     BEHIND,
     Course,
     FewLayers,
-    NotAlikeError,
     among,
     few_layers,
     fusion_of_all,
     in_place,
 )
+from qlora_kit.plan.residents import on_a_trial, require_all_alike
 from qlora_kit.plan.shape import Shape, batch_of
 from qlora_kit.plan.stand_in import give_tensors, stand_in_base
 from qlora_kit.plan.stand_in_parts import lean_parts_by_stand_ins
@@ -264,7 +264,7 @@ class ImaginedTraining:
     def _step_of(self, shape: Shape, how: Taken, few: FewLayers | None) -> Peak:
         live = LiveTensors(self.num_entries)
         hold_weights(self.model, live)
-        residents = _residents(how.stays, live)
+        residents = on_a_trial(how.stays, live)
         course = Course(few, live)
         with self._on(shape, residents) as batch, live, in_place(few):
             with self._recomputing(among(few, how.num_recomputing)):
@@ -279,7 +279,7 @@ class ImaginedTraining:
                         del loss
             self.model.zero_grad()
             self.model.eval()
-        _require_all_alike(few, residents, course, how.stays)
+        require_all_alike(few, residents, course, how.stays)
         peak = dict(course.peak)
         if residents.holds_reordered:
             peak[UNPACKED] = peak.get(UNPACKED, 0) + turned_bytes(self.causal)
@@ -292,13 +292,13 @@ class ImaginedTraining:
         def found(few: FewLayers | None) -> Peak:
             live = LiveTensors(self.num_entries)
             hold_weights(self.model, live)
-            residents = _residents(stays, live)
+            residents = on_a_trial(stays, live)
             course = Course(few, live)
             on_batch = self._on(shape, residents)
             with on_batch as batch, live, torch.no_grad(), in_place(few), course.watched():
                 self.model.eval()
                 self._loss(batch)
-            _require_all_alike(few, residents, course, stays)
+            require_all_alike(few, residents, course, stays)
             return course.peak
 
         return self._told_by_few(found)
@@ -415,39 +415,6 @@ def _lean_parts(model: Any, spec: TrainSpec) -> LeanParts:
         found.norms if spec.fused_norm else {},
         found.rotary if spec.fused_rotary else (),
     )
-
-
-class _BothAtOnce(Residents):
-    """Those for gradients are there from the second update on, when a forward pass begins."""
-
-    def reordered(
-        self, module: torch.nn.Module, dtype: torch.dtype, is_transposed: bool, made: Make
-    ) -> torch.Tensor | None:
-        found = super().reordered(module, dtype, is_transposed, made)
-        super().reordered(module, dtype, not is_transposed, lambda: made().T)
-        return found
-
-
-def _residents(stays: Room, live: LiveTensors) -> Residents:
-    made = _BothAtOnce(reorder=partial(_copied, live))
-    made.give(stays)
-    return made
-
-
-def _require_all_alike(
-    few: FewLayers | None, residents: Residents, course: Course, stays: Room
-) -> None:
-    """Raises NotAlikeError: a few layers do not tell which weights stay."""
-    is_any = residents.num_bytes > 0
-    if few is not None and is_any and course.most_added(UNPACKED) > stays.num_bytes:
-        raise NotAlikeError("the first layers' weights stay, and the last ones' do not")
-
-
-def _copied(live: LiveTensors, weight: torch.Tensor) -> torch.Tensor:
-    """In place of one in oneDNN's layout, which a tensor without numbers cannot be in."""
-    made = weight.clone()
-    live.hold([made], UNPACKED)
-    return made
 
 
 @contextmanager

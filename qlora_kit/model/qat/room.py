@@ -42,7 +42,7 @@ _GIB = 1024**3
 
 
 @dataclass(frozen=True)
-class Room:
+class Allowance:
     """What one process may take."""
 
     num_bytes: float
@@ -57,27 +57,27 @@ def room_for_each(
     *,
     container_bytes: int | None,
     num_processes_here: int,
-) -> Room:
+) -> Allowance:
     """The narrowest of what there is. A GPU is one process's own, while all processes of a machine
     hold their weights in its one memory, of which a container may have less.
     """
     device = hardware.device
     each = f"for each of {num_processes_here} processes " if num_processes_here > 1 else ""
     if hardware.device_memory_bytes is not None:
-        rooms = [Room(hardware.device_memory_bytes, f"{hardware.device_name} has", device)]
+        rooms = [Allowance(hardware.device_memory_bytes, f"{hardware.device_name} has", device)]
     else:
         there = hardware.host_memory_bytes / num_processes_here
-        rooms = [Room(there, f"{hardware.device_name} has {each}".rstrip(), device)]
+        rooms = [Allowance(there, f"{hardware.device_name} has {each}".rstrip(), device)]
         if container_bytes is not None:
             allowed = container_bytes / num_processes_here
-            rooms.append(Room(allowed, f"this container allows {each}".rstrip(), device))
+            rooms.append(Allowance(allowed, f"this container allows {each}".rstrip(), device))
     if max_memory_mib is not None:
-        rooms.append(Room(max_memory_mib * 1024**2, "train.max_memory_mib allows", device))
+        rooms.append(Allowance(max_memory_mib * 1024**2, "train.max_memory_mib allows", device))
     return min(rooms, key=lambda room: room.num_bytes)
 
 
 def require_memory(
-    skeleton: Skeleton, aware: Aware | None, optim: str, compute_dtype: torch.dtype, room: Room
+    skeleton: Skeleton, aware: Aware | None, optim: str, compute_dtype: torch.dtype, room: Allowance
 ) -> None:
     """Refuse to train all weights where their state alone is more than the memory.
 
