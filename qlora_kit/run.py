@@ -73,8 +73,8 @@ def run_recipe(
         processes.together(lambda: require_visible(entry))
         processes.together(lambda: require_going_on(launcher_settings(), entry.checkpoint))
         narrate.entry(reporter, entry)
-        is_asked_for = recipe.train.optim != "auto"
-        recipe = entry.recipe
+        is_auto = recipe.train.optim == "auto"
+        recipe = recipe.with_optimizer(entry.recipe.train.optim)
         hardware = as_it_was(hardware, entry.checkpoint)
         laps.lap("machine and run folder")
         memory.phase("loading")
@@ -84,8 +84,8 @@ def run_recipe(
         sources = sources_read(recipe, ready)
         continuation = continuation_of(entry, prints, sources, allow_drift, processes, reporter)
         shape = processes.together(lambda: shape_for(recipe.train, processes, continuation))
-        if not is_asked_for:
-            narrate.optimizer(reporter, recipe.train.optim, auto)
+        if is_auto and recipe.train.optim == auto.name:
+            narrate.optimizer(reporter, auto)
         narrate.schedule(reporter, recipe.train, ready.batches, shape)
         run = processes.on_main(lambda: open_folder(recipe, entry, ready))
         laps.lap("fingerprints and run folder")

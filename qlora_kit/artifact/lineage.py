@@ -91,11 +91,11 @@ def adapter_link(adapter: AdapterRef) -> Link:
 
 def recipe_link(path: Path, sha256: str) -> Link:
     """The recipe of a run, whose hash may be over the keys that were set, or over every field."""
-    from qlora_kit.recipe import load_recipe
+    from qlora_kit.recipe import load_written_out
     from qlora_kit.recipe.identity import every_field_hash, recipe_hash
 
     try:
-        recipe = load_recipe(path)
+        recipe = load_written_out(path)
         same = sha256 in (recipe_hash(recipe), every_field_hash(recipe))
         faults = () if same else ("is another one than it was made with",)
     except QloraKitError as error:

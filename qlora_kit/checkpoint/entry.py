@@ -90,6 +90,8 @@ def enter(
         warned.append(_recipe_put_back(run, found, recipe, disk))
         held_by_folder = load_written_out(run.recipe)
     saved = _trained_by(found) or held_by_folder
+    going_on = recipe.with_optimizer(saved.train.optim).with_optimizer(optimizer)
+    _require_consistent(going_on, run)
     drift = _drift(saved, recipe, found, num_processes)
     holds_work = found.folder is not None or found.damaged or run.adapter.is_dir()
     is_possible = all(change.is_possible for change in drift.breaking)
@@ -104,9 +106,13 @@ def enter(
     said = [f"{run.folder} holds a run that did not end.", *lines_of(Drift(drift.accepted))]
     if found.folder is not None:
         said.append(f"resume    {found.folder.name} is whole; training goes on from there")
+    if recipe.train.optim == "auto" and going_on.train.optim != optimizer:
+        said.append(
+            f"optimizer {going_on.train.optim} (auto: with which the run was begun; a new one "
+            f"would have {optimizer})"
+        )
     else:
         _tell_of_beginning(run, found, said, warned)
-    going_on = recipe.with_optimizer(saved.train.optim).with_optimizer(optimizer)
     return Entry(
         run,
         going_on,
@@ -117,6 +123,16 @@ def enter(
         drift.undecided,
         is_changed=held_by_folder != going_on,
     )
+
+
+def _require_consistent(going_on: Recipe, run: RunDirectory) -> None:
+    """Raises RunError where a run's optimizer does not go with the recipe that leaves it open."""
+    for fault in going_on.train.contradictions():
+        raise RunError(
+            f"{run.folder} was begun with train.optim: {going_on.train.optim}, and train."
+            f"{fault.path} {fault.message}. Take it out, name the optimizer that is meant, or "
+            "train into a new folder with --fresh."
+        )
 
 
 def _tell_of_beginning(run: RunDirectory, found: Found, said: list[str], warned: list[str]) -> None:

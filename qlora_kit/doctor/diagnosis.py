@@ -78,8 +78,9 @@ def _findings(
             yield findings.memory_finding(outcomes["memory"].value, machine)
         yield findings.speed_finding(outcomes["speed"])
     yield findings.four_bit_finding(outcomes["four_bit"])
-    yield findings.optimizer_finding(outcomes["optimizer"])
+    device = "cpu" if machine is None else machine.device
+    yield findings.optimizer_finding(outcomes["optimizer"], device)
     caches = (outcomes["cache"].value, outcomes["hub_cache"].value)
     yield from surroundings.disk_findings([Path.cwd(), *filter(None, caches)])
     yield surroundings.hub_finding(is_offline, outcomes.get("hub"))
-    yield from surroundings.optional_findings("cpu" if machine is None else machine.device)
+    yield from surroundings.optional_findings(device)

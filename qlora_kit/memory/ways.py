@@ -8,7 +8,7 @@ activations wait in the host's memory (GPUs alone). None changes what an update 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -197,22 +197,25 @@ def room_for_unpacked(
     num_recomputing: int,
     lengths: Lengths,
     device: str,
-    can_reorder: bool,
+    reorders: Callable[[], bool],
 ) -> Room:
     """What activations leave of their room, where no layer recomputes, for unpacked weights that
     stay, and no more than all of these take; on a GPU none.
     """
     if device != "cpu" or num_recomputing:
         return NO_ROOM
-    return room_for_residents(model, room_bytes - kept.peak_bytes(0, lengths), can_reorder)
+    return room_for_residents(model, room_bytes - kept.peak_bytes(0, lengths), reorders)
 
 
-def room_for_residents(model: nn.Module, left_bytes: float, can_reorder: bool) -> Room:
+def room_for_residents(model: nn.Module, left_bytes: float, reorders: Callable[[], bool]) -> Room:
     """Of what is left, as much as weights that stay can take: every frozen layer's in the layout
     of each direction where there is room for all of that; else quantized ones unpacked.
+
+    Args:
+        reorders: whether that layout is taken; it is asked only where there is room.
     """
-    both = reordered_bytes(model) if can_reorder else 0
-    if 0 < both <= left_bytes - turned_bytes(model):
+    both = reordered_bytes(model)
+    if 0 < both <= left_bytes - turned_bytes(model) and reorders():
         return Room(both, is_for_reordered=True)
     all_of_them = sum(map(unpacked_bytes, _four_bit_parameters(model)))
     return Room(max(min(int(left_bytes), all_of_them), 0))

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from qlora_kit.recipe import Recipe
 
 _KIND = "calibration"  # in the cache
-_METHOD = 7  # another one whenever something else is counted or measured
+_METHOD = 8  # another one whenever something else is counted or measured
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _ROUNDS = 7
 _WIDTH = 1024

@@ -45,7 +45,7 @@ from qlora_kit.plan.stand_in import give_tensors, stand_in_base
 from qlora_kit.plan.stand_in_parts import lean_parts_by_stand_ins
 from qlora_kit.plan.whole_rows import hiding_nothing
 from qlora_kit.runtime.forward import CHUNK_CELLS
-from qlora_kit.train.product_choice import may_reorder
+from qlora_kit.train.product_choice import will_reorder
 from qlora_kit.train.recompute import able_to_recompute, recompute_first
 from qlora_kit.train.shortcuts import Shortcuts, taken, why_no_supervised_loss
 from qlora_kit.train.supervised_loss import SupervisedForward, supervised_only
@@ -140,9 +140,7 @@ class ImaginedTraining:
             lean=lean,
             last_mlp=None if self.has_own_loss else last_of(self.model, lean.mlps),
         )
-        self.can_reorder = may_reorder(
-            self.model, recipe.train, torch.device(device), compute_dtype
-        )
+        self._train = recipe.train
         self._told: dict[tuple[Any, ...], Peak] = {}
 
     def _fusion(self) -> Fusion:
@@ -174,6 +172,11 @@ class ImaginedTraining:
         """That can recompute."""
         is_able = self.causal.supports_gradient_checkpointing
         return len(recomputing_layers(self.model)) if is_able else 0
+
+    def reorders(self) -> bool:
+        """Whether weights that stay lie in oneDNN's layout."""
+        where = (torch.device(self.device), self.compute_dtype, self.precision)
+        return will_reorder(self.model, self._train, *where)
 
     @property
     def trained(self) -> list[torch.Tensor]:

@@ -125,10 +125,9 @@ def entry(reporter: Reporter, found: Entry) -> None:
         reporter.say(line)
 
 
-def optimizer(reporter: Reporter, name: str, auto: AutoOptimizer) -> None:
-    """Which one `auto` is in this run, and why."""
-    why = auto.why if name == auto.name else "with which the run was begun"
-    reporter.say(f"optimizer {name} (auto: {why})")
+def optimizer(reporter: Reporter, auto: AutoOptimizer) -> None:
+    """Which one `auto` is, and why."""
+    reporter.say(f"optimizer {auto.name} (auto: {auto.why})")
 
 
 def drift(reporter: Reporter, found: Drift) -> None:

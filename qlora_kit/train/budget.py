@@ -109,7 +109,7 @@ def fit_memory(
     stays = NO_ROOM
     if is_on_cpu:
         most = max(situation.peak_bytes(way), situation.held_out_bytes(held_out[:held_out_rows]))
-        stays = room_for_residents(model, budget - most, residents.reorder is not None)
+        stays = room_for_residents(model, budget - most, residents.reorders)
         residents.give(stays)
     _tell(around.reporter, spec, situation, way, stays)
     if held_out_rows < len(held_out):

@@ -37,10 +37,7 @@ def facts_of(model: nn.Module) -> dict[str, Any] | None:
         return None
     config = model.get_base_model().config
     return {
-        "code": _code(),
-        "versions": {**package_versions(_VERSIONS), "python": sys.version},
-        "machine": _machine(next(model.parameters()).device),
-        "products": torch.get_float32_matmul_precision(),
+        **facts_of_machine(next(model.parameters()).device),
         "config": config.to_dict(),
         "attention": config._attn_implementation,
         "adapters": {name: one.to_dict() for name, one in model.peft_config.items()},
@@ -49,6 +46,16 @@ def facts_of(model: nn.Module) -> dict[str, Any] | None:
             (name, tuple(one.shape), str(one.dtype), one.requires_grad)
             for name, one in model.named_parameters()
         ],
+    }
+
+
+def facts_of_machine(device: torch.device) -> dict[str, Any]:
+    """The libraries, this program's own code and the machine."""
+    return {
+        "code": _code(),
+        "versions": {**package_versions(_VERSIONS), "python": sys.version},
+        "machine": _machine(device),
+        "products": torch.get_float32_matmul_precision(),
     }
 
 

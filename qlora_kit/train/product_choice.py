@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
+from qlora_kit import kept
+from qlora_kit.model.fused.lean import NO_PARTS
 from qlora_kit.model.fused.products import why_no_onednn, why_no_reordered
 from qlora_kit.model.qat.attach import fake_quantization_of
+from qlora_kit.train.facts import facts_of_machine
 from qlora_kit.train.kernel_race import (
     FEWEST_WEIGHTS,
     LAYOUT,
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
     from qlora_kit.recipe import TrainSpec
     from qlora_kit.train.shortcuts import Shortcuts
 
+_KIND = "races"  # in the cache
 LORA = "LoRA as one operation"
 ONEDNN = "oneDNN's products"
 # Of oneDNN's products with other weights, where it gains with those that stay.
@@ -62,6 +66,12 @@ class _Races:
     def gains_by_layout(self) -> bool:
         return self.layout is not None and self.layout.gain >= _LEAST_GAIN_OF_LAYOUT
 
+    def chosen(self, is_asked_for: bool) -> tuple[bool, bool]:
+        """(whether oneDNN multiplies; whether with weights in its layout)"""
+        onednn = self.products is not None and (self.is_taken() or is_asked_for)
+        reorders = self.layout is not None and (self.gains_by_layout() or is_asked_for)
+        return onednn, reorders and (onednn or self.products is None)
+
     def told(self, found: Shortcuts, sizes: tuple[int, int]) -> str:
         """What was chosen, and by which figures."""
         parts = []
@@ -94,12 +104,10 @@ def with_products(
         return found, [f"{ONEDNN}: {why}"] * is_asked_for
     if not is_worth_a_race(trial.model, spec):
         return found, []
-    races, left = _raced(trial, found, spec)
+    races, left = _raced(trial.model, spec, trial.device, trial.dtype, trial.precision)
     if races is None:
         return found, left
-    onednn = races.products is not None and (races.is_taken() or is_asked_for)
-    reorders = races.layout is not None and (races.gains_by_layout() or is_asked_for)
-    reorders &= onednn or races.products is None
+    onednn, reorders = races.chosen(is_asked_for)
     if onednn or reorders:
         found, fault = tried(found, {"onednn": onednn, "reorders": reorders})
         if fault is not None and reorders and onednn:
@@ -108,6 +116,21 @@ def with_products(
         if fault is not None:
             return found, [*left, f"{ONEDNN}: {fault}"]
     return replace(found, why_kernels=races.told(found, sizes)), left
+
+
+def will_reorder(
+    model: nn.Module, spec: TrainSpec, device: torch.device, dtype: torch.dtype, precision: str
+) -> bool:
+    """Whether training on this machine lets weights that stay lie in oneDNN's layout, as far as
+    that goes by time; it is timed where no start has done so yet.
+
+    Args:
+        model: of tensors without numbers, too.
+    """
+    if not may_reorder(model, spec, device, dtype):
+        return False
+    races, _ = _raced(model, spec, device, dtype, precision)
+    return races is not None and races.chosen(spec.use_onednn is True)[1]
 
 
 def may_reorder(
@@ -133,16 +156,19 @@ def may_stay(spec: TrainSpec) -> bool:
     return spec.gradient_checkpointing is not True
 
 
-def _raced(trial: Trial, found: Shortcuts, spec: TrainSpec) -> tuple[_Races | None, list[str]]:
+def _raced(
+    model: nn.Module, spec: TrainSpec, device: torch.device, dtype: torch.dtype, precision: str
+) -> tuple[_Races | None, list[str]]:
     """(None where there is nothing to choose; what fails, and why)"""
+    how = (model, device, dtype, precision)
     products = None
-    if why_no_onednn(trial.device, trial.dtype) is None:
-        products, fault = _race(PRODUCTS, trial, found)
+    if why_no_onednn(device, dtype) is None:
+        products, fault = _known_or_raced(PRODUCTS, *how)
         if products is None:
             return None, [] if fault is None else [f"{ONEDNN}: {fault}"]
     layout, fault = None, None
-    if may_stay(spec) and fake_quantization_of(trial.model) is None:
-        layout, fault = _race(LAYOUT, trial, found)
+    if may_stay(spec) and fake_quantization_of(model) is None:
+        layout, fault = _known_or_raced(LAYOUT, *how)
     if layout is not None and layout.apart:
         layout = None
         fault = "other bits come out" if spec.use_onednn is True else None
@@ -152,10 +178,31 @@ def _raced(trial: Trial, found: Shortcuts, spec: TrainSpec) -> tuple[_Races | No
     return _Races(products, layout), left
 
 
-def _race(operation: str, trial: Trial, found: Shortcuts) -> tuple[Raced | None, str | None]:
-    return raced_or_why(
-        lambda: pair_of(operation, trial.model, found.lean, trial.dtype),
+def _known_or_raced(
+    operation: str, model: nn.Module, device: torch.device, dtype: torch.dtype, precision: str
+) -> tuple[Raced | None, str | None]:
+    """What an earlier start or plan has timed on this machine, else timed now and kept: a clock
+    that is near to a tie would tell a plan otherwise than the training that it is for.
+    """
+    key = kept.key_of(
+        {
+            **facts_of_machine(device),
+            "operation": operation,
+            "sizes": most_weights(model),
+            "dtype": dtype,
+            "precision": precision,
+            "threads": torch.get_num_threads(),
+        }
+    )
+    values = kept.recall(_KIND, key)
+    if values is not None:
+        return Raced(**values), None
+    found, fault = raced_or_why(
+        lambda: pair_of(operation, model, NO_PARTS, dtype),
         raced_on_a_cpu,
-        trial.precision,
+        precision,
         timed_tokens(operation),
     )
+    if found is not None:
+        kept.keep(_KIND, key, asdict(found))
+    return found, fault

@@ -137,8 +137,7 @@ def choose_recompute(
     update = bytes_of_update(model, spec.optim)
     room = room_for_kept(_free_bytes(around, spec), update, device)
     count = min(kept.fewest(lengths, room), most)
-    can_reorder = residents.reorder is not None
-    stays = room_for_unpacked(model, room, kept, count, lengths, device, can_reorder)
+    stays = room_for_unpacked(model, room, kept, count, lengths, device, residents.reorders)
     residents.give(stays)
     return Recompute(
         model,

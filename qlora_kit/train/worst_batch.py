@@ -11,6 +11,7 @@ from qlora_kit.errors import HardwareError
 from qlora_kit.model.qat.attach import fake_quantization_of
 from qlora_kit.out_of_memory import RanOut, first_of, free_memory, is_out_of_memory, ran_out
 from qlora_kit.train.loader import collate
+from qlora_kit.train.sharded import is_sharded
 from qlora_kit.train.snapshot import put_random_state_back, random_state
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def what_would_help(
         ways.append("train an adapter (quantization_aware.train: adapter)")
     if base.quantized.num_quantized == 0 and aware is None:
         ways.append("set quantization.load_in_4bit: true (the base is not quantized)")
-    if "8bit" not in spec.optim:
+    if "8bit" not in spec.optim and not is_sharded(base.model):
         ways.append(f"set train.optim: paged_adamw_8bit (now {spec.optim})")
     if spec.max_memory_mib is not None:
         ways.append(f"raise train.max_memory_mib (now {spec.max_memory_mib:,})")

@@ -67,7 +67,18 @@ CASES = (
     case("llama-ragged", "llama", 256, 768, 4, 4, 2, 8192, 384, 4, 8, ragged=True),
     case("llama-accumulated", "llama", 512, 1024, 3, 8, 8, 4096, 256, 2, 64, train=_ACCUMULATED),
     case(
-        "llama-adamw", "llama", 512, 1024, 3, 8, 8, 4096, 128, 1, 64, train={"optim": "adamw_torch"}
+        "llama-8-bits",
+        "llama",
+        512,
+        1024,
+        3,
+        8,
+        8,
+        4096,
+        128,
+        1,
+        64,
+        train={"optim": "paged_adamw_8bit"},
     ),
     case(
         "llama-plain",

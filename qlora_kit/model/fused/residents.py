@@ -79,6 +79,10 @@ class Residents:
             self.room_bytes -= weight.nbytes
         return found
 
+    def reorders(self) -> bool:
+        """Whether they are to lie in that layout."""
+        return self.reorder is not None
+
     def give(self, room: Room) -> None:
         """Before the first weight is asked for."""
         self.room_bytes = room.num_bytes

@@ -215,6 +215,41 @@ class TestAnOptimizerLeftToTheKit:
         entry, _ = entered(recipe_in(folder, optim="auto"))
         assert (entry.recipe, entry.is_changed) == (begun, True)
 
+    def test_of_a_run_that_has_trained_nothing_yet_is_its_own_too(self, tmp_path: Path) -> None:
+        folder = tmp_path / "run"
+        begun_run(folder, recipe_in(folder, optim="paged_adamw_8bit"))
+        entry, told = entered(recipe_in(folder, optim="auto"))
+        assert entry.recipe.train.optim == "paged_adamw_8bit"
+        assert "optimizer paged_adamw_8bit (auto: with which the run was begun" in told
+
+    def test_of_a_recipe_that_is_gone_is_the_copy_s(self, tmp_path: Path) -> None:
+        folder = tmp_path / "run"
+        run = begun_run(folder, recipe_in(folder, optim="sgd"), 4)
+        run.recipe.unlink()
+        entry, _ = entered(recipe_in(folder, optim="auto"))
+        assert (entry.recipe.train.optim, entry.is_changed) == ("sgd", False)
+
+    def test_that_somebody_has_left_open_in_the_folder_is_the_machine_s(
+        self, tmp_path: Path
+    ) -> None:
+        folder = tmp_path / "run"
+        begun_run(folder, recipe_in(folder, optim="auto"), 4)
+        entry, _ = entered(recipe_in(folder, optim="auto"))
+        assert (entry.recipe.train.optim, entry.is_changed) == ("adamw_torch_fused", True)
+
+    @pytest.mark.parametrize("steps", [(), (4,)])
+    def test_that_does_not_go_with_the_recipe_is_refused(
+        self, tmp_path: Path, steps: tuple[int, ...]
+    ) -> None:
+        """Or the folder would come to hold a recipe that nothing reads any more."""
+        folder = tmp_path / "run"
+        run = begun_run(folder, recipe_in(folder, optim="sgd"), *steps)
+        before = run.recipe.read_bytes()
+        for allow_drift in (False, True):
+            with pytest.raises(RunError, match=r"train.optim: sgd, and train.adam_beta1"):
+                entered(recipe_in(folder, optim="auto", adam_beta1=0.8), allow_drift=allow_drift)
+        assert run.recipe.read_bytes() == before
+
     def test_that_is_named_is_another(self, tmp_path: Path) -> None:
         begun_run(tmp_path / "run", recipe_in(tmp_path / "run", optim="paged_adamw_8bit"), 4)
         with pytest.raises(RunError, match=r"train.optim: paged_adamw_8bit → adamw_torch_fused"):

@@ -108,7 +108,7 @@ def test_what_does_not_run_is_broken_and_says_why() -> None:
     for judge in (
         findings.torch_finding,
         findings.four_bit_finding,
-        findings.optimizer_finding,
+        lambda outcome: findings.optimizer_finding(outcome, "cuda"),
         lambda outcome: findings.packages_finding("3.12.0", outcome),
     ):
         finding = judge(fault)
@@ -119,7 +119,13 @@ def test_what_does_not_run_is_broken_and_says_why() -> None:
 
 @pytest.mark.parametrize(("error", "status"), [(0.01, "ok"), (0.9, "broken")])
 def test_optimizer_error_is_judged(error: float, status: str) -> None:
-    assert findings.optimizer_finding(Outcome(error, "")).status == status
+    assert findings.optimizer_finding(Outcome(error, ""), "cuda").status == status
+
+
+def test_on_a_cpu_nothing_needs_8_bits() -> None:
+    for outcome in (Outcome(0.9, ""), Outcome(None, "ImportError: no such library")):
+        assert findings.optimizer_finding(outcome, "cpu").status == "note"
+    assert findings.optimizer_finding(Outcome(0.01, ""), "cpu").status == "ok"
 
 
 def test_packages_out_of_range_are_named() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import bitsandbytes as bnb
@@ -113,7 +114,7 @@ class TestWeightsThatStay:
         ):
             is_enough = room - needed >= 2 * all_of_them and not count and device == "cpu"
             for can_reorder in (False, True)[: 2 - is_enough]:
-                how = (kept, count, lengths, device, can_reorder)
+                how = (kept, count, lengths, device, partial(bool, can_reorder))
                 assert room_for_unpacked(packed, room, *how) == Room(wanted)
 
     def test_are_reordered_where_there_is_room_for_both_directions_of_all(self) -> None:
@@ -129,7 +130,7 @@ class TestWeightsThatStay:
             (both, False, Room(unpacked)),
             (-5, True, Room()),
         ):
-            assert room_for_residents(model, left, can_reorder) == wanted
+            assert room_for_residents(model, left, partial(bool, can_reorder)) == wanted
 
     def test_leave_room_for_a_head_that_is_turned_round(self) -> None:
         """A second time for a moment, when its gradient's is there and of no other layer."""
@@ -147,10 +148,20 @@ class TestWeightsThatStay:
         turned = 4 * 64 * (100 - 2)
         assert turned_bytes(model) == turned
         whole = Room(both, is_for_reordered=True)
-        assert room_for_residents(model, both + turned, True) == whole
-        assert room_for_residents(model, both + turned - 1, True) == Room()
+        assert room_for_residents(model, both + turned, lambda: True) == whole
+        assert room_for_residents(model, both + turned - 1, lambda: True) == Room()
         model.head.requires_grad_(True)
         assert turned_bytes(model) == 0
 
     def test_nothing_that_is_frozen_needs_no_room(self) -> None:
-        assert room_for_residents(torch.nn.Linear(64, 8), 1000, True) == Room()
+        assert room_for_residents(torch.nn.Linear(64, 8), 1000, lambda: True) == Room()
+
+    def test_without_room_for_it_nobody_asks_whether_the_layout_is_faster(self) -> None:
+        def timed() -> bool:
+            raise AssertionError
+
+        layer = torch.nn.Linear(64, 8, bias=False).requires_grad_(False)
+        both = 2 * 4 * 64 * 8
+        assert room_for_residents(layer, both - 1, timed) == Room()
+        with pytest.raises(AssertionError):
+            room_for_residents(layer, both, timed)

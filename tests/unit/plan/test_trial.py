@@ -29,6 +29,8 @@ from qlora_kit.processes import ALONE
 from qlora_kit.recipe import Recipe, load_recipe
 from qlora_kit.report.reporter import SILENT
 from qlora_kit.stages.prepare import Prepared, prepare
+from qlora_kit.train import product_choice
+from qlora_kit.train.kernel_race import Raced
 from qlora_kit.train.loss_of_length import loss_of_length
 from qlora_kit.train.recompute import able_to_recompute, recompute_first
 from qlora_kit.train.shortcuts import choose_shortcuts, taken
@@ -223,6 +225,19 @@ def test_what_does_not_fit_is_told_what_each_change_saves(tiny_llama: Path, tmp_
     together = found[-1]
     assert len(together.overrides) > 2
     assert together.peak_bytes == min(one.peak_bytes for one in found)
+
+
+@pytest.mark.parametrize("gain", [1.5, 0.9])
+def test_weights_stay_as_they_will_in_training(
+    gain: float, tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In oneDNN's layout, which is twice the bytes, only where that is faster on this machine."""
+    monkeypatch.setattr(product_choice, "FEWEST_WEIGHTS", 0)
+    monkeypatch.setattr(product_choice, "_known_or_raced", lambda *_: (Raced(gain, 0.0), None))
+    recipe = recipe_for(tmp_path, tiny_llama)
+    plan = Planner(load_vocabulary(recipe.model), probe_hardware(), 8 * _GIB).plan(recipe)
+    assert plan.choice.stays.is_for_reordered == (gain > 1)
+    assert plan.choice.stays.num_bytes > 0
 
 
 def test_auto_is_another_optimizer_on_another_device(tiny_llama: Path, tmp_path: Path) -> None:

@@ -5,11 +5,13 @@ the same.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from qlora_kit import kept
 from qlora_kit.model.fused.lean import NO_PARTS
 from qlora_kit.model.fused.products import OneDnnProducts, reordered, why_no_reordered
 from qlora_kit.model.fused.residents import Residents
@@ -24,7 +26,7 @@ from qlora_kit.train.kernel_race import (
     pair_of,
     raced_on_a_cpu,
 )
-from qlora_kit.train.product_choice import may_reorder
+from qlora_kit.train.product_choice import may_reorder, will_reorder
 from qlora_kit.train.shortcuts import NONE, SWITCHES, Shortcuts, choose_shortcuts, taken
 
 from .left_out import require_left_out_where_it_fails, require_left_out_where_off
@@ -35,6 +37,13 @@ IDS = torch.arange(3, 40)[None]
 @pytest.fixture
 def model(stirred_llama: Any) -> Any:
     return stirred_llama
+
+
+@pytest.fixture(autouse=True)
+def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test times by its own clock."""
+    monkeypatch.setattr(kept, "recall", lambda *_: None)
+    monkeypatch.setattr(kept, "keep", lambda *_: None)
 
 
 @pytest.fixture
@@ -58,6 +67,15 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
 def chosen(model: Any, precision: str = "fp32", **train: Any) -> Shortcuts:
     return choose_shortcuts(model, TrainSpec(**train), precision, is_sharded=False)
+
+
+def with_two_threads(call: Callable[[], Any]) -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        return call()
+    finally:
+        torch.set_num_threads(before)
 
 
 def outcome(
@@ -158,6 +176,35 @@ def test_it_can_be_switched_off(model: Any, clock: dict[str, float]) -> None:
     )
     nothing = dict.fromkeys(SWITCHES, False)
     assert "it comes with" in chosen(model, **nothing, use_onednn=True).left[0]
+
+
+def test_what_was_timed_once_on_a_machine_is_not_timed_again(
+    model: Any, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a plan, and the training that it is for, come to the same in a close race."""
+    known: dict[tuple[str, str], Any] = {}
+    monkeypatch.setattr(kept, "recall", lambda *place: known.get(place))
+    monkeypatch.setattr(kept, "keep", lambda kind, key, values: known.update({(kind, key): values}))
+    here = (torch.device("cpu"), torch.float32, "fp32")
+    assert will_reorder(model, TrainSpec(), *here)
+    assert len(known) == 2
+    clock["its layout"] = 4.0
+    found = chosen(model)
+    assert (found.onednn, found.reorders) == (True, True)
+    assert with_two_threads(lambda: will_reorder(model, TrainSpec(), *here)) is False
+    assert len(known) == 4
+
+
+@pytest.mark.parametrize("layout", [1.6, 1.99, 2.5])
+@pytest.mark.parametrize("products", [3.0, 2.05, 1.95, 1.5])
+@pytest.mark.parametrize("asked", ["auto", True, False])
+def test_it_is_foretold_as_it_will_be_chosen(
+    model: Any, clock: dict[str, float], layout: float, products: float, asked: Any
+) -> None:
+    clock.update({"torch": products, "its layout": layout})
+    here = (torch.device("cpu"), torch.float32, "fp32")
+    spec = TrainSpec(use_onednn=asked)
+    assert will_reorder(model, spec, *here) == chosen(model, use_onednn=asked).reorders
 
 
 def test_small_layers_are_not_timed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
