@@ -126,7 +126,7 @@ class Situation:
     def _logits_bytes(self, num_tokens: int) -> float:
         """Of one chunk, with what is made of it on the way to its gradient."""
         all_of_them = _FLOAT_BYTES * self.num_entries * num_tokens
-        return _LOGITS_AT_ONCE * min(chunk_bytes(self.device), all_of_them)
+        return _LOGITS_AT_ONCE * min(chunk_bytes(self.num_entries, self.device), all_of_them)
 
     def cost(self, way: Way) -> float:
         """Time of a micro-batch, in tokens of one product with all weights."""
@@ -184,9 +184,13 @@ def counts_of_recomputing(asked: bool | str, is_able: bool, num_layers: int) -> 
     return (num_layers if asked else 0,)
 
 
-def room_for_kept(free_bytes: float, update_bytes: float, device: str) -> float:
-    """What `gradient_checkpointing: auto` lets activations take, of what is free."""
-    others = update_bytes + _LOGITS_AT_ONCE * chunk_bytes(device)
+def room_for_kept(free_bytes: float, update_bytes: float, num_entries: int, device: str) -> float:
+    """What `gradient_checkpointing: auto` lets activations take, of what is free.
+
+    Args:
+        num_entries: of the vocabulary.
+    """
+    others = update_bytes + _LOGITS_AT_ONCE * chunk_bytes(num_entries, device)
     return _SHARE_OF_FREE[device] * free_bytes - others
 
 

@@ -135,7 +135,8 @@ def choose_recompute(
         return Recompute(model, most, most, "memory ran out on 64 tokens")
     lengths = lengths_of_rows(batches.attended(longest))
     update = bytes_of_update(model, spec.optim)
-    room = room_for_kept(_free_bytes(around, spec), update, device)
+    entries = model.config.get_text_config().vocab_size
+    room = room_for_kept(_free_bytes(around, spec), update, entries, device)
     count = min(kept.fewest(lengths, room), most)
     stays = room_for_unpacked(model, room, kept, count, lengths, device, residents.reorders)
     residents.give(stays)

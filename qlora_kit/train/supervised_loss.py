@@ -33,7 +33,8 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 # Float32 logits of one chunk; their gradient takes as much again.
 _CHUNK_BYTES = 256 * 2**20
 _CHUNK_BYTES_ON_A_CPU = 32 * 2**20
-_FEWEST = 16
+# Places of a chunk however large the vocabulary: with fewer, a product mostly reads the head.
+_FEWEST = 256
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -219,13 +220,14 @@ class SupervisedForward:
 
 
 def chunk_size(num_entries: int, device: str) -> int:
-    """Places whose logits are computed at a time."""
-    return max(chunk_bytes(device) // (4 * max(num_entries, 1)), _FEWEST)
+    """Places whose logits are computed at a time, at most."""
+    return chunk_bytes(num_entries, device) // (4 * max(num_entries, 1))
 
 
-def chunk_bytes(device: str) -> int:
-    """Of the logits of one chunk, at most, unless the vocabulary is huge."""
-    return _CHUNK_BYTES_ON_A_CPU if device == "cpu" else _CHUNK_BYTES
+def chunk_bytes(num_entries: int, device: str) -> int:
+    """Of the logits of one chunk, in float32, at most."""
+    usual = _CHUNK_BYTES_ON_A_CPU if device == "cpu" else _CHUNK_BYTES
+    return max(usual, 4 * _FEWEST * num_entries)
 
 
 @contextmanager

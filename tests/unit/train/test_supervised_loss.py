@@ -102,6 +102,17 @@ def test_loss_and_gradients_are_those_of_the_model(
     require_same(outcome(model, **more), wanted)
 
 
+@pytest.mark.parametrize(
+    ("entries", "device", "places"),
+    [(8192, "cpu", 1024), (49152, "cpu", 256), (151936, "cpu", 256), (151936, "cuda", 441)],
+)
+def test_a_chunk_is_of_so_many_places(entries: int, device: str, places: int) -> None:
+    """32 MiB of logits (256 MiB on a GPU), but never fewer places than a product is fast with."""
+    assert supervised_loss.chunk_size(entries, device) == places
+    most = supervised_loss.chunk_bytes(entries, device)
+    assert 4 * entries * places <= most < 4 * entries * (places + 1)
+
+
 def test_the_head_sees_supervised_places_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = MODELS["llama"]()
