@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 
 from plan_bench.cases import Case
 
+from qlora_kit.train.supervised_loss import chunk_bytes
+
 _MIB = 2**20
 
 
@@ -94,7 +96,7 @@ class Holds:
             vocabulary=4 * one.vocabulary * one.hidden / _MIB,
             adapter=16 * adapter / _MIB,
             activations=4 * tokens * kept / _MIB,
-            logits=min(32.0, 4 * tokens / 2 * one.vocabulary / _MIB),
+            logits=min(chunk_bytes(one.vocabulary, "cpu"), 4 * tokens / 2 * one.vocabulary) / _MIB,
             passing=4 * passing * (1 + recomputes) / _MIB,
         )
 
