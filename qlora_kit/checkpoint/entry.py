@@ -106,13 +106,13 @@ def enter(
     said = [f"{run.folder} holds a run that did not end.", *lines_of(Drift(drift.accepted))]
     if found.folder is not None:
         said.append(f"resume    {found.folder.name} is whole; training goes on from there")
+    else:
+        _tell_of_beginning(run, found, said, warned)
     if recipe.train.optim == "auto" and going_on.train.optim != optimizer:
         said.append(
             f"optimizer {going_on.train.optim} (auto: with which the run was begun; a new one "
             f"would have {optimizer})"
         )
-    else:
-        _tell_of_beginning(run, found, said, warned)
     return Entry(
         run,
         going_on,

@@ -84,6 +84,7 @@ class TestARecipeThatIsGone:
         (run.folder / "checkpoint-12" / "weights").write_bytes(b"1")
         entry, told = entered(recipe)
         assert (entry.is_new, entry.checkpoint) == (False, run.folder / "checkpoint-8")
+        assert "training begins at the first update" not in told
         assert "recipe.yaml was gone; it is written again from checkpoint-8" in told
         assert load_recipe(run.recipe) == recipe
 
@@ -208,9 +209,12 @@ class TestAnOptimizerLeftToTheKit:
         folder = tmp_path / "run"
         begun = recipe_in(folder, optim="paged_adamw_8bit")
         run = begun_run(folder, begun, 4)
+        run.log.write_text("{}\n")
         entry, told = entered(recipe_in(folder, optim="auto"))
         assert (entry.recipe, entry.is_changed) == (begun, False)
         assert "changed since" not in told
+        assert "training begins at the first update" not in told
+        assert entry.warned == ()
         save_recipe(recipe_in(folder, optim="sgd"), run.recipe)
         entry, _ = entered(recipe_in(folder, optim="auto"))
         assert (entry.recipe, entry.is_changed) == (begun, True)
@@ -221,6 +225,7 @@ class TestAnOptimizerLeftToTheKit:
         entry, told = entered(recipe_in(folder, optim="auto"))
         assert entry.recipe.train.optim == "paged_adamw_8bit"
         assert "optimizer paged_adamw_8bit (auto: with which the run was begun" in told
+        assert "training begins at the first update" in told
 
     def test_of_a_recipe_that_is_gone_is_the_copy_s(self, tmp_path: Path) -> None:
         folder = tmp_path / "run"
