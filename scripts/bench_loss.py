@@ -10,6 +10,7 @@ round, in turns; their losses have to be the same.
 
 from __future__ import annotations
 
+import math
 import statistics
 import sys
 import time
@@ -31,7 +32,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=at_least(1), default=512)
     parser.add_argument("--supervised", type=float, default=0.4, help="share of the tokens")
     parser.add_argument(
-        "--places", type=at_least(1), nargs="+", help="of a chunk; unset: as training has it"
+        "--places",
+        type=at_least(1),
+        nargs="+",
+        help="of a chunk, at most; unset: as training has it",
     )
     parser.add_argument("--rounds", type=at_least(1), default=7)
     arguments = parser.parse_args()
@@ -44,7 +48,7 @@ def main() -> None:
     labels = torch.randint(0, arguments.vocabulary, (arguments.tokens,), generator=generator)
     is_left_out = torch.rand(arguments.tokens, generator=generator) >= arguments.supervised
     labels = labels.masked_fill(is_left_out, IGNORE_INDEX)
-    sizes = arguments.places or [chunk_size(arguments.vocabulary, "cpu")]
+    sizes = list(dict.fromkeys(arguments.places or [chunk_size(arguments.vocabulary, "cpu")]))
     is_supervised = ~is_left_out
 
     def whole(x: torch.Tensor) -> torch.Tensor:
@@ -74,8 +78,9 @@ def main() -> None:
         f"{arguments.hidden:,} × {arguments.vocabulary:,}, {arguments.tokens:,} tokens, "
         f"{num_supervised:,} of them supervised; the losses differ by {apart:.1e} of their size"
     )
-    for name, rows in zip(ways, (arguments.tokens, *sizes), strict=True):
-        mebibytes = 4 * arguments.vocabulary * min(rows, arguments.tokens) / 2**20
+    parts = [math.ceil(num_supervised / math.ceil(num_supervised / size)) for size in sizes]
+    for name, rows in zip(ways, (arguments.tokens, *parts), strict=True):
+        mebibytes = 4 * arguments.vocabulary * rows / 2**20
         ratios = [
             one / other
             for one, other in zip(seconds["all logits"][1:], seconds[name][1:], strict=True)

@@ -115,18 +115,16 @@ class Situation:
         return self.standing_bytes + (1 + _ALLOCATOR_SHARE) * activation_bytes
 
     def _at_work(self, lengths: Lengths) -> float:
-        return max(self.kept.working_bytes(lengths), self._logits_bytes(sum(lengths)))
+        return max(
+            self.kept.working_bytes(lengths),
+            _logits_bytes(self.num_entries, sum(lengths), self.device),
+        )
 
     def _holes_bytes(self, way: Way) -> int:
         """None where freed blocks go back at once."""
         if self.device != "cpu" or way.gives_up_speed(self.num_sequences):
             return 0
         return holes_left_by(int(self.kept.passing.over(lengths_of_rows(self.rows))))
-
-    def _logits_bytes(self, num_tokens: int) -> float:
-        """Of one chunk, with what is made of it on the way to its gradient."""
-        all_of_them = _FLOAT_BYTES * self.num_entries * num_tokens
-        return _LOGITS_AT_ONCE * min(chunk_bytes(self.num_entries, self.device), all_of_them)
 
     def cost(self, way: Way) -> float:
         """Time of a micro-batch, in tokens of one product with all weights."""
@@ -171,6 +169,12 @@ class Situation:
         )
 
 
+def _logits_bytes(num_entries: int, num_tokens: int, device: str) -> int:
+    """Of one chunk, with what is made of it on the way to its gradient."""
+    all_of_them = _FLOAT_BYTES * num_entries * num_tokens
+    return _LOGITS_AT_ONCE * min(chunk_bytes(num_entries, device), all_of_them)
+
+
 def lengths_of_rows(rows: Sequence[Lengths]) -> list[int]:
     return [length for row in rows for length in row]
 
@@ -184,13 +188,16 @@ def counts_of_recomputing(asked: bool | str, is_able: bool, num_layers: int) -> 
     return (num_layers if asked else 0,)
 
 
-def room_for_kept(free_bytes: float, update_bytes: float, num_entries: int, device: str) -> float:
+def room_for_kept(
+    free_bytes: float, update_bytes: float, num_entries: int, num_tokens: int, device: str
+) -> float:
     """What `gradient_checkpointing: auto` lets activations take, of what is free.
 
     Args:
         num_entries: of the vocabulary.
+        num_tokens: of the longest batch.
     """
-    others = update_bytes + _LOGITS_AT_ONCE * chunk_bytes(num_entries, device)
+    others = update_bytes + _logits_bytes(num_entries, num_tokens, device)
     return _SHARE_OF_FREE[device] * free_bytes - others
 
 

@@ -56,7 +56,9 @@ def choice_of(
     budget = spec.memory_budget_bytes
     if budget is None:
         free = there_bytes - framework_bytes - weights
-        room = room_for_kept(free, update, imagined.num_entries, device)
+        room = room_for_kept(
+            free, update, imagined.num_entries, sum(lengths_of_rows(worst.items)), device
+        )
         return _without_a_budget(imagined, spec, worst, room)
     # Of a GPU what torch has allocated counts, of a CPU the whole process.
     is_on_cpu = device == "cpu"

@@ -136,7 +136,8 @@ def choose_recompute(
     lengths = lengths_of_rows(batches.attended(longest))
     update = bytes_of_update(model, spec.optim)
     entries = model.config.get_text_config().vocab_size
-    room = room_for_kept(_free_bytes(around, spec), update, entries, device)
+    free = _free_bytes(around, spec)
+    room = room_for_kept(free, update, entries, sum(lengths), device)
     count = min(kept.fewest(lengths, room), most)
     stays = room_for_unpacked(model, room, kept, count, lengths, device, residents.reorders)
     residents.give(stays)

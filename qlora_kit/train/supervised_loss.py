@@ -33,7 +33,8 @@ Head = Callable[[torch.Tensor], torch.Tensor]
 # Float32 logits of one chunk; their gradient takes as much again.
 _CHUNK_BYTES = 256 * 2**20
 _CHUNK_BYTES_ON_A_CPU = 32 * 2**20
-# Places of a chunk however large the vocabulary: with fewer, a product mostly reads the head.
+# Places that a chunk may have however large the vocabulary: with fewer, a product mostly reads
+# the head.
 _FEWEST = 256
 
 

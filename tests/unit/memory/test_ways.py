@@ -16,6 +16,7 @@ from qlora_kit.memory.kept import Growth, Kept
 from qlora_kit.memory.ways import (
     Situation,
     Way,
+    room_for_kept,
     room_for_residents,
     room_for_unpacked,
     turned_bytes,
@@ -97,6 +98,13 @@ class TestHeldOutRows:
     def test_nothing_is_kept_of_them(self) -> None:
         one = situation()
         assert one.standing_bytes < one.held_out_bytes([(50,)] * 8) < one.peak_bytes(Way(8, 0))
+
+
+def test_logits_take_no_more_than_those_of_a_batch_or_of_a_chunk() -> None:
+    """Three times, of 256 places where the vocabulary is large."""
+    few, many = (room_for_kept(1e9, 0, 100_000, tokens, "cpu") for tokens in (10, 10_000))
+    assert room_for_kept(1e9, 0, 0, 10, "cpu") - few == 3 * 4 * 10 * 100_000
+    assert room_for_kept(1e9, 7, 0, 10, "cpu") - many == 3 * 4 * 256 * 100_000 - 7
 
 
 class TestWeightsThatStay:
