@@ -36,6 +36,7 @@ from qlora_kit.processes import (
     require_gpus,
     same_everywhere,
 )
+from qlora_kit.recipe import recipe_from_dict
 
 T = TypeVar("T")
 
@@ -222,7 +223,9 @@ def test_other_data_on_another_machine_is_refused() -> None:
 
 
 def test_a_checkpoint_that_this_machine_does_not_see_is_refused(tmp_path: Path) -> None:
-    entry = Entry(RunDirectory(tmp_path), False, tmp_path / "checkpoint-4")
+    values = {"model": {"name_or_path": "m"}, "data": {"train": [{"path": "a.jsonl"}]}}
+    recipe = recipe_from_dict(values, "test")
+    entry = Entry(RunDirectory(tmp_path), recipe, False, tmp_path / "checkpoint-4")
     with pytest.raises(RunError, match="a disk that all machines share"):
         require_visible(entry)
     (tmp_path / "checkpoint-4").mkdir()
