@@ -72,7 +72,7 @@ def choice_of(
     left = budget - situation.peak_bytes(way)
     if not is_on_cpu:
         return Choice(way)
-    return Choice(way, room_for_residents(imagined.model, left, imagined.reorders))
+    return Choice(way, room_for_residents(imagined.model, left, lambda: imagined.reorders))
 
 
 def _without_a_budget(
@@ -84,6 +84,6 @@ def _without_a_budget(
         return Choice(Way(len(worst.items), num_layers))
     lengths = lengths_of_rows(worst.items)
     count = kept.fewest(lengths, room_bytes) if asked == "auto" else 0
-    how = (count, lengths, imagined.device, imagined.reorders)
+    how = (count, lengths, imagined.device, lambda: imagined.reorders)
     stays = room_for_unpacked(imagined.model, room_bytes, kept, *how)
     return Choice(Way(len(worst.items), count), stays)

@@ -11,7 +11,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qlora_kit.environment import LauncherSettings, launcher_settings, require_one_process
+from qlora_kit import run
+from qlora_kit.environment import (
+    LauncherSettings,
+    launcher_settings,
+    probe_hardware,
+    require_one_process,
+)
 from qlora_kit.errors import LaunchError
 from qlora_kit.launcher import require_going_on, require_launch
 from qlora_kit.recipe import Recipe, load_recipe
@@ -92,6 +98,23 @@ def test_accelerate_reads_it_and_the_kit_accepts_its_command(
     assert settings.fsdp == ("fsdp" in path.name)
     assert settings.deepspeed == ("zero" in path.name)
     require_launch(settings, asked, "bf16", "cuda", config.num_processes)
+
+
+@pytest.mark.parametrize("settings", [FSDP, LauncherSettings()])
+def test_a_run_asks_for_the_optimizer_of_its_launcher(
+    settings: LauncherSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def optimizer(device: str, *, is_sharded: bool) -> None:
+        asked.append((device, is_sharded))
+        raise LaunchError("far enough")
+
+    monkeypatch.setattr(run, "launcher_settings", lambda: settings)
+    monkeypatch.setattr(run, "optimizer_for", optimizer)
+    with pytest.raises(LaunchError, match="far enough"):
+        run.run_recipe(recipe(f"run_dir={tmp_path / 'run'}"))
+    assert asked == [(probe_hardware().device, settings.fsdp)]
 
 
 def test_fsdp_takes_what_auto_is_under_it() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from qlora_kit import kept
 from qlora_kit.environment import Hardware, probe_hardware
 from qlora_kit.errors import AdapterError, HardwareError
 from qlora_kit.memory.kept import Kept, measure_kept
@@ -238,6 +239,29 @@ def test_weights_stay_as_they_will_in_training(
     plan = Planner(load_vocabulary(recipe.model), probe_hardware(), 8 * _GIB).plan(recipe)
     assert plan.choice.stays.is_for_reordered == (gain > 1)
     assert plan.choice.stays.num_bytes > 0
+
+
+def test_a_plan_times_what_training_would(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the race itself, on weights that have numbers, though the plan's have none; once."""
+    monkeypatch.setattr(product_choice, "FEWEST_WEIGHTS", 0)
+    monkeypatch.setattr(kept, "recall", lambda *_: None)
+    found = []
+    race = product_choice.raced_or_why
+
+    def raced(*given: Any) -> Any:
+        found.append(race(*given))
+        return found[-1]
+
+    monkeypatch.setattr(product_choice, "raced_or_why", raced)
+    recipe = recipe_for(tmp_path, tiny_llama)
+    planner = Planner(load_vocabulary(recipe.model), probe_hardware(), 8 * _GIB)
+    for _ in range(2):
+        planner.plan(recipe)
+    assert [why for _, why in found] == [None] * len(found)
+    assert 0 < len(found) <= 2
+    assert all(one.gain > 0 for one, _ in found)
 
 
 def test_auto_is_another_optimizer_on_another_device(tiny_llama: Path, tmp_path: Path) -> None:
