@@ -30,7 +30,7 @@ from qlora_kit.processes import ALONE
 from qlora_kit.recipe import Recipe, load_recipe
 from qlora_kit.report.reporter import SILENT
 from qlora_kit.stages.prepare import Prepared, prepare
-from qlora_kit.train import product_choice
+from qlora_kit.train import kernel_race, product_choice
 from qlora_kit.train.kernel_race import Raced
 from qlora_kit.train.loss_of_length import loss_of_length
 from qlora_kit.train.recompute import able_to_recompute, recompute_first
@@ -246,6 +246,7 @@ def test_a_plan_times_what_training_would(
 ) -> None:
     """By the race itself, on weights that have numbers, though the plan's have none; once."""
     monkeypatch.setattr(product_choice, "FEWEST_WEIGHTS", 0)
+    monkeypatch.setattr(kernel_race, "_BYTES_BEYOND_A_CACHE", 1)
     monkeypatch.setattr(kept, "recall", lambda *_: None)
     found = []
     race = product_choice.raced_or_why
