@@ -4,40 +4,68 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 
 from qlora_kit.memory.live import UNPACKED, LiveTensors
 from qlora_kit.memory.ways import turned_bytes
 from qlora_kit.model.fused.residents import Make, Residents, Room
-from qlora_kit.plan.few_layers import Course, FewLayers, NotAlikeError
+from qlora_kit.plan.few_layers import Course, FewLayers, NotAlikeError, num_alike
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 @dataclass
-class _BothAtOnce(Residents):
-    """Those for gradients are there from the second update on, when a forward pass begins. In the
-    first update the head is turned round for its gradient when of no other layer that is there yet.
+class ImaginedResidents(Residents):
+    """As from the second update on, when those for gradients are there before a forward pass. In
+    the first the head is turned round for its gradient when of no other layer that is there yet.
     """
 
     live: LiveTensors = field(default_factory=LiveTensors)
+    head: torch.nn.Module | None = None
     turned_bytes: int = 0
-    """What turning it takes beyond what is there from the second update on; 0 behind it."""
+    """What turning it takes beyond what is there from the second update on."""
+    _asked: set[tuple[torch.nn.Module, torch.dtype]] = field(default_factory=set)
 
     def reordered(
         self, module: torch.nn.Module, dtype: torch.dtype, is_transposed: bool, made: Make
     ) -> torch.Tensor | None:
         found = super().reordered(module, dtype, is_transposed, made)
         super().reordered(module, dtype, not is_transposed, lambda: made().T)
-        if is_transposed and self.turned_bytes:
-            self.live.hold([torch.empty(self.turned_bytes, dtype=torch.uint8)], UNPACKED)
-            self.turned_bytes = 0
+        if is_transposed:
+            self._asked.add((module, dtype))
+            if module is self.head and self.turned_bytes:
+                self.live.hold([torch.empty(self.turned_bytes, dtype=torch.uint8)], UNPACKED)
         return found
 
+    def never_asked_bytes(self, few: FewLayers | None) -> int:
+        """Of those for gradients that nothing has asked for: of the first layer's q, k and v, whose
+        input has none.
+        """
+        unasked = {
+            module: weight.nbytes
+            for (module, dtype, is_transposed), weight in self._reordered.items()
+            if is_transposed and (module, dtype) not in self._asked
+        }
+        return sum(size * num_alike(few, one) for one, size in unasked.items())
 
-def on_a_trial(stays: Room, live: LiveTensors, model: torch.nn.Module) -> Residents:
-    """Those of the model that there is room for, counted as they come to be."""
-    turned = turned_bytes(model) if stays.is_for_reordered else 0
-    made = _BothAtOnce(reorder=partial(_copied, live), live=live, turned_bytes=turned)
+
+def on_a_trial(
+    stays: Room, live: LiveTensors, model: PreTrainedModel, standing_bytes: int = 0
+) -> ImaginedResidents:
+    """Those of the model that there is room for, counted as they come to be.
+
+    Args:
+        standing_bytes: what the trial counts that is not there yet in the first update.
+    """
+    made = ImaginedResidents(
+        reorder=partial(_copied, live),
+        live=live,
+        head=model.get_output_embeddings(),
+        turned_bytes=max(turned_bytes(model) - standing_bytes, 0) * stays.is_for_reordered,
+    )
     made.give(stays)
     return made
 

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from qlora_kit.errors import AdapterError
 from qlora_kit.memory.allocator import holes_left_by
 from qlora_kit.memory.kept import Kept, measure_kept, recomputing_layers
-from qlora_kit.memory.live import GRADIENTS, Component, LiveTensors
+from qlora_kit.memory.live import GRADIENTS, UNPACKED, Component, LiveTensors
 from qlora_kit.memory.weights import hold_weights
 from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.by_example import attending_by_example, can_attend_by_example
@@ -267,7 +267,8 @@ class ImaginedTraining:
     def _step_of(self, shape: Shape, how: Taken, few: FewLayers | None) -> Peak:
         live = LiveTensors(self.num_entries)
         hold_weights(self.model, live)
-        residents = on_a_trial(how.stays, live, self.causal)
+        gradients = sum(one.nbytes for one in self.trained) * how.is_accumulated
+        residents = on_a_trial(how.stays, live, self.causal, gradients)
         course = Course(few, live)
         with self._on(shape, residents) as batch, live, in_place(few):
             with self._recomputing(among(few, how.num_recomputing)):
@@ -284,6 +285,8 @@ class ImaginedTraining:
             self.model.eval()
         require_all_alike(few, residents, course, how.stays)
         peak = dict(course.peak)
+        if never_asked := residents.never_asked_bytes(few):
+            peak[UNPACKED] -= never_asked
         if self.device != "cpu" or how.gives_back:
             return peak
         recomputing = how.num_recomputing / max(self.num_layers, 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -21,31 +23,44 @@ class _Model(torch.nn.Module):
         return self.head
 
 
-def _asked_for(model: _Model, is_for_reordered: bool = True) -> tuple[int, int, int]:
-    """Bytes of weights that stay at most after the forward pass, and in the backward pass of a
-    first and of a second micro-batch.
-    """
+def _asked_for(
+    model: Any, is_for_reordered: bool = True, standing_bytes: int = 0
+) -> tuple[int, int]:
+    """Bytes of weights that stay at most in the forward pass, and in the backward pass."""
     live = LiveTensors()
-    residents = on_a_trial(Room(10**9, is_for_reordered), live, model)
+    residents = on_a_trial(Room(10**9, is_for_reordered), live, model, standing_bytes)
     found = []
-    for is_transposed in (False, True, True):
+    for is_transposed in (False, True):
         live.forget_peak()
         for one in (model.layer, model.head):
             weight = one.weight.T if is_transposed else one.weight
             residents.reordered(one, torch.float32, is_transposed, lambda made=weight: made)
         found.append(live.peak.get(UNPACKED, 0))
-    return found[0], found[1], found[2]
+    return found[0], found[1]
 
 
-def test_a_head_that_is_most_of_the_model_is_turned_round_once() -> None:
+def test_a_head_that_is_most_of_the_model_is_turned_round() -> None:
     """A copy of it beside the blocks that come of it, when of no other layer's are there."""
     both = 2 * 4 * 64 * (100 + 2)
-    assert _asked_for(_Model(100)) == (both, both + 4 * 64 * (100 - 2), both)
+    turned = 4 * 64 * (100 - 2)
+    assert _asked_for(_Model(100)) == (both, both + turned)
+    assert _asked_for(_Model(100), standing_bytes=1000) == (both, both + turned - 1000)
+    assert _asked_for(_Model(100), standing_bytes=turned + 1) == (both, both)
 
 
 @pytest.mark.parametrize(("num_entries", "is_for_reordered"), [(2, True), (100, False)])
 def test_nothing_comes_on_top(num_entries: int, is_for_reordered: bool) -> None:
     """Of a head that is no larger than the others, and of weights that are unpacked alone."""
-    forward, first, second = _asked_for(_Model(num_entries), is_for_reordered)
-    assert forward == first == second
-    assert forward == (2 * 4 * 64 * 4 if is_for_reordered else 0)
+    forward, backward = _asked_for(_Model(num_entries), is_for_reordered)
+    assert forward == backward == (2 * 4 * 64 * 4 if is_for_reordered else 0)
+
+
+def test_weights_that_no_gradient_is_asked_of_are_not_turned_round() -> None:
+    """Of the first layer: its input has none."""
+    model = _Model(8)
+    residents = on_a_trial(Room(10**9, is_for_reordered=True), LiveTensors(), model)
+    for one in (model.layer, model.head):
+        residents.reordered(one, torch.float32, False, lambda made=one.weight: made)
+    assert residents.never_asked_bytes(None) == 4 * 64 * (2 + 8)
+    residents.reordered(model.head, torch.float32, True, lambda: model.head.weight.T)
+    assert residents.never_asked_bytes(None) == 4 * 64 * 2
