@@ -151,16 +151,6 @@ def among(few: FewLayers | None, count: int) -> int:
     return count if few is None else sum(one < count for one in few.chosen)
 
 
-def num_alike(few: FewLayers | None, module: nn.Module) -> int:
-    """For how many layers the one stands that a module is a part of; 1 where it is part of none."""
-    if few is None:
-        return 1
-    for number in few.chosen:
-        if any(one is module for one in few.layers[number].modules()):
-            return few.stands_for.count(number)
-    return 1
-
-
 def fusion_of_all(fusion: Fusion, few: FewLayers, model: Any) -> Fusion:
     """With the layers that others have stood for, under their names."""
     by_layer: dict[int, list[tuple[str, ...]]] = {one: [] for one in few.chosen}

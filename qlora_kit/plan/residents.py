@@ -11,7 +11,7 @@ import torch
 from qlora_kit.memory.live import UNPACKED, LiveTensors
 from qlora_kit.memory.ways import turned_bytes
 from qlora_kit.model.fused.residents import Make, Residents, Room
-from qlora_kit.plan.few_layers import Course, FewLayers, NotAlikeError, num_alike
+from qlora_kit.plan.few_layers import Course, FewLayers, NotAlikeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -40,16 +40,16 @@ class ImaginedResidents(Residents):
                 self.live.hold([torch.empty(self.turned_bytes, dtype=torch.uint8)], UNPACKED)
         return found
 
-    def never_asked_bytes(self, few: FewLayers | None) -> int:
+    @property
+    def never_asked_bytes(self) -> int:
         """Of those for gradients that nothing has asked for: of the first layer's q, k and v, whose
-        input has none.
+        input has none. (Where no gradient reaches further layers a few do not stand for all.)
         """
-        unasked = {
-            module: weight.nbytes
+        return sum(
+            weight.nbytes
             for (module, dtype, is_transposed), weight in self._reordered.items()
             if is_transposed and (module, dtype) not in self._asked
-        }
-        return sum(size * num_alike(few, one) for one, size in unasked.items())
+        )
 
 
 def on_a_trial(

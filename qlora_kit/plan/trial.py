@@ -285,8 +285,8 @@ class ImaginedTraining:
             self.model.eval()
         require_all_alike(few, residents, course, how.stays)
         peak = dict(course.peak)
-        if never_asked := residents.never_asked_bytes(few):
-            peak[UNPACKED] -= never_asked
+        if never_asked := residents.never_asked_bytes:
+            peak[UNPACKED] = peak.get(UNPACKED, 0) - never_asked
         if self.device != "cpu" or how.gives_back:
             return peak
         recomputing = how.num_recomputing / max(self.num_layers, 1)

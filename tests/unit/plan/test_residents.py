@@ -61,6 +61,6 @@ def test_weights_that_no_gradient_is_asked_of_are_not_turned_round() -> None:
     residents = on_a_trial(Room(10**9, is_for_reordered=True), LiveTensors(), model)
     for one in (model.layer, model.head):
         residents.reordered(one, torch.float32, False, lambda made=one.weight: made)
-    assert residents.never_asked_bytes(None) == 4 * 64 * (2 + 8)
+    assert residents.never_asked_bytes == 4 * 64 * (2 + 8)
     residents.reordered(model.head, torch.float32, True, lambda: model.head.weight.T)
-    assert residents.never_asked_bytes(None) == 4 * 64 * 2
+    assert residents.never_asked_bytes == 4 * 64 * 2
