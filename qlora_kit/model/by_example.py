@@ -46,6 +46,40 @@ class _LastLengths:
 _last_lengths = _LastLengths()
 
 
+class _Given:
+    """The positions that a model was called with last, for layers that do not hand them on to their
+    attention (GPTBigCode, Persimmon, Ministral 3).
+    """
+
+    def __init__(self) -> None:
+        self._positions: torch.Tensor | None = None
+
+    @contextmanager
+    def watched(self, model: PreTrainedModel) -> Iterator[None]:
+        """Within, whatever stands behind the head is given."""
+
+        def note(_: torch.nn.Module, __: Any, named: Mapping[str, Any]) -> None:
+            self._positions = named.get("position_ids")
+
+        handle = model.base_model.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            yield
+        finally:
+            handle.remove()
+            self._positions = None
+
+    def positions_of(self, query: torch.Tensor) -> torch.Tensor | None:
+        """(B, S), of queries (B, heads, S, D) of all that was given; None: they are of something
+        else.
+        """
+        known = self._positions
+        is_of_all = known is not None and known.ndim == 2 and known.shape[1] == query.shape[2]
+        return known if is_of_all else None
+
+
+_given = _Given()
+
+
 @dataclass
 class Seen:
     """How attention has taken rows of several examples, by layers that it was called for."""
@@ -96,6 +130,8 @@ def _attention(
     masks = masks_behind(attention_mask)
     is_free = attention_mask is None or masks is not None
     if is_free and query.shape[2] == key.shape[2]:
+        if position_ids is None:
+            position_ids = _given.positions_of(query)
         if position_ids is not None:
             lengths = _last_lengths.of(position_ids)
         elif masks is not None:
@@ -258,6 +294,7 @@ def attending_by_example(
     AttentionMaskInterface.register(NAME, _mask)
     model.set_attn_implementation(NAME)
     try:
-        yield
+        with _given.watched(model):
+            yield
     finally:
         model.set_attn_implementation("sdpa")

@@ -22,7 +22,7 @@ from qlora_kit.model.by_example import (
     watched_attention,
 )
 from qlora_kit.train.facts import facts_of
-from qlora_kit.train.isolation import Leakage, leaking, measure_leakage
+from qlora_kit.train.isolation import Leakage, leaking, measure_leakage, told_of
 from qlora_kit.train.loader import (
     Item,
     Items,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from qlora_kit.recipe import DataSpec, TrainSpec
 
 _KIND = "isolation"  # in the cache
+_NO_KERNEL = "no kernel takes the examples of a row in one call here"
 # Kernels that are given where each example ends, and so do not pay for a row of many of them.
 _VARIABLE_LENGTH = ("flash_attention_2", "flash_attention_3", "flex_attention")
 
@@ -158,7 +159,9 @@ def plan_batches(
             return _without_padding(base.model, train, held_out, pad_token_id, *how)
         if spec.padding_free is True:
             raise leaking("data.padding_free", probe.leakage)
-    return _padded(train, held_out, pad_token_id)
+        why = _NO_KERNEL if probe.leakage.is_isolated else told_of(probe.leakage)
+        return _padded(train, held_out, pad_token_id, why)
+    return _padded(train, held_out, pad_token_id, _why_padded(base.model, spec))
 
 
 def kernels_left() -> list[str]:
@@ -188,7 +191,7 @@ def foreseen_batches(
     if _leaves_padding_out(model, spec, gains):
         is_one_call = gains and hardware.device != "cpu"
         return _without_padding(model, train, (), pad_token_id, by_example, is_one_call)
-    return _padded(train, (), pad_token_id)
+    return _padded(train, (), pad_token_id, _why_padded(model, spec))
 
 
 def _leaves_padding_out(model: PreTrainedModel, spec: DataSpec, gains: bool) -> bool:
@@ -196,6 +199,16 @@ def _leaves_padding_out(model: PreTrainedModel, spec: DataSpec, gains: bool) -> 
     if spec.padding_free != "auto":
         return spec.padding_free
     return _kernel(model) in _VARIABLE_LENGTH or gains
+
+
+def _why_padded(model: PreTrainedModel, spec: DataSpec) -> str:
+    """Where no probe is asked."""
+    if spec.padding_free is False:
+        return "data.padding_free: false"
+    if can_attend_by_example(model):
+        return _NO_KERNEL
+    kind = model.config.model_type
+    return f"the attention of {kind} ({_kernel(model)}) takes no examples one by one"
 
 
 def _kernel(model: PreTrainedModel) -> str | None:
@@ -244,9 +257,11 @@ def _without_padding(
     return Batching(items, held_out, collator, what, train.sequences, by_example)
 
 
-def _padded(train: Part, held_out: Sequence[TokenSequence], pad_token_id: int) -> Batching:
+def _padded(
+    train: Part, held_out: Sequence[TokenSequence], pad_token_id: int, why: str
+) -> Batching:
     items = train.sequences if train.stream is None else train.stream
-    what = "padded to the longest of each"
+    what = f"padded to the longest of each: {why}"
     return Batching(items, held_out, Collator(pad_token_id), what, train.sequences)
 
 

@@ -75,10 +75,14 @@ def measure_leakage(
 
 def leaking(asked: str, leakage: Leakage) -> ModelError:
     """The refusal of what `asked` for several examples in a row."""
-    return ModelError(
-        f"{asked}: in this model the examples of one row see each other (it moves a logit by "
-        f"{leakage.difference:.1%} of their range, rounding alone by less than "
-        f"{leakage.limit:.1%}). Set {asked}: false."
+    return ModelError(f"{asked}: in this model {told_of(leakage)}. Set {asked}: false.")
+
+
+def told_of(leakage: Leakage) -> str:
+    """What was found where examples are not isolated, for people."""
+    return (
+        f"the examples of one row see each other (it moves a logit by {leakage.difference:.1%} of "
+        f"their range, rounding alone by less than {leakage.limit:.1%})"
     )
 
 

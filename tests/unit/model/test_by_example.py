@@ -26,7 +26,7 @@ from qlora_kit.model.by_example import (
     example_lengths,
 )
 
-from .zoo import COMMON, DENSE
+from .zoo import COMMON, DENSE, NEW, OLD
 
 NAMES = ("llama, untied", "qwen3: norms of queries", "gemma3", "gpt2: Conv1D, tied")
 
@@ -69,6 +69,29 @@ def test_a_batch_in_one_row_is_what_it_is_when_padded(name: str) -> None:
     assert found[0] == pytest.approx(wanted[0], rel=1e-6)
     for key, one in wanted[1].items():
         torch.testing.assert_close(found[1][key], one, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script:FutureWarning")
+@pytest.mark.parametrize("kind", ["gpt_bigcode", "persimmon", "ministral3"])
+def test_a_model_need_not_hand_positions_to_its_attention(kind: str) -> None:
+    """They are those that its stack of layers was called with, by PEFT's way, too."""
+    no_dropout = dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0)
+    values = {**COMMON, **({**OLD, **no_dropout} if kind == "gpt_bigcode" else NEW)}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **values)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").eval()
+    wanted = outcome(model, Collator(0)(rows(9, 20, 5)))
+    with attending_by_example(model):
+        found = outcome(model, IsolatingCollator(0, flatten=True)(rows(9, 20, 5)))
+        model.gradient_checkpointing_enable()
+        model.train()
+        again = outcome(model, IsolatingCollator(0, flatten=True)(rows(9, 20, 5)))
+        model.eval()
+    behind = outcome(model, Collator(0)(rows(9, 20, 5)))
+    for loss, gradients in (found, again, behind):
+        assert loss == pytest.approx(wanted[0], rel=1e-6)
+        for key, one in wanted[1].items():
+            torch.testing.assert_close(gradients[key], one, rtol=1e-4, atol=1e-6)
 
 
 def test_packed_rows_of_several_lengths_are_too() -> None:

@@ -89,7 +89,11 @@ def test_padded_where_attention_is_computed_otherwise(base: Base) -> None:
         base.model.set_attn_implementation("sdpa")
     assert isinstance(batching.collator, Collator)
     assert not batching.by_example
-    assert batching.description == "padded to the longest of each"
+    assert batching.description == (
+        "padded to the longest of each: the attention of llama (eager) takes no examples one by one"
+    )
+    asked = plan(base, padding_free=False).description
+    assert asked == "padded to the longest of each: data.padding_free: false"
 
 
 def test_packed(base: Base) -> None:
@@ -135,7 +139,9 @@ def test_a_model_that_leaks_is_padded_or_refused(
     """Without packing nobody asked for it, so padding will do; with packing it stops."""
     leaks = Leakage(0.5, 1e-3)
     monkeypatch.setattr("qlora_kit.train.batching.measure_leakage", lambda *_: leaks)
-    assert isinstance(plan(base).collator, Collator)
+    padded = plan(base)
+    assert isinstance(padded.collator, Collator)
+    assert "see each other (it moves a logit by 50.0% of their range" in padded.description
     assert isinstance(plan(base, "flash_attention_2").collator, Collator)
     with pytest.raises(ModelError, match=r"data\.packing"):
         plan(base, packing=True)
