@@ -7,7 +7,10 @@ loading gives it, on what seems to be a CPU: kernels are chosen, and autocast ca
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +19,7 @@ from torch import nn
 from qlora_kit.model.base import Base, prepare_for_training, upcasts_norms
 from qlora_kit.model.bits import quantized_bits
 from qlora_kit.model.blocks import BLOCK_SIZE
-from qlora_kit.model.quantized import count_quantized
+from qlora_kit.model.quantized import count_quantized, eight_bit_scale, is_four_bit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -111,6 +114,34 @@ def _shape(linear: nn.Module) -> tuple[int, int]:
     assert isinstance(weight, torch.Tensor)
     num_out, num_in = weight.shape[::-1] if isinstance(linear, Conv1D) else weight.shape
     return num_out, num_in
+
+
+@contextmanager
+def unpacked_for_dora() -> Iterator[None]:
+    """PEFT, which takes norms of unpacked weights for DoRA, gets those of stand-ins; on the meta
+    device, where an adapter is attached, of the size that they will have.
+    """
+    from peft.tuners.lora import dora
+
+    own = dora.dequantize_module_weight
+    dora.dequantize_module_weight = partial(_unpacked, own)
+    try:
+        yield
+    finally:
+        dora.dequantize_module_weight = own
+
+
+def _unpacked(own: Callable[[Any], torch.Tensor], layer: Any) -> torch.Tensor:
+    from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
+
+    weight = layer.weight
+    if weight.is_meta and type(layer).__name__ in ("Linear4bit", "Linear8bitLt"):
+        return torch.empty((layer.out_features, layer.in_features), device="meta")
+    if is_four_bit(weight):
+        unpacked: torch.Tensor = dequantize_4bit(weight.data, weight.quant_state)
+        return unpacked
+    scale = eight_bit_scale(layer)
+    return own(layer) if scale is None else int8_vectorwise_dequant(weight.data, scale)
 
 
 def give_tensors(

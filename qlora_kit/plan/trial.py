@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qlora_kit.errors import AdapterError
 from qlora_kit.memory.allocator import holes_left_by
 from qlora_kit.memory.kept import Kept, measure_kept, recomputing_layers
 from qlora_kit.memory.live import GRADIENTS, UNPACKED, Component, LiveTensors
@@ -40,7 +39,7 @@ from qlora_kit.plan.few_layers import (
 )
 from qlora_kit.plan.residents import on_a_trial, require_all_alike
 from qlora_kit.plan.shape import Shape, batch_of
-from qlora_kit.plan.stand_in import give_tensors, stand_in_base
+from qlora_kit.plan.stand_in import give_tensors, stand_in_base, unpacked_for_dora
 from qlora_kit.plan.stand_in_parts import lean_parts_by_stand_ins
 from qlora_kit.plan.whole_rows import hiding_nothing
 from qlora_kit.runtime.forward import CHUNK_CELLS
@@ -56,11 +55,6 @@ if TYPE_CHECKING:
     from qlora_kit.model.vocabulary import Vocabulary
     from qlora_kit.recipe import Recipe, TrainSpec
 
-_NO_DORA = (
-    "lora.use_dora is true, and no plan is made for it on a quantized base: PEFT takes norms of "
-    "the unpacked weights, which a plan does not have. Plan with lora.use_dora=false for the least "
-    "that is needed; DoRA takes more, and train says how much it was."
-)
 CACHE = "cache of keys and values"
 HOLES = "holes in the heap"
 
@@ -109,16 +103,14 @@ class ImaginedTraining:
 
         Raises:
             ModelError: it holds what is not known to a trial.
-            AdapterError: the adapter does not suit the model, or is DoRA on a quantized one.
+            AdapterError: the adapter does not suit the model.
         """
         self.compute_dtype = compute_dtype
         self.precision = precision
         self.device = device
         base = stand_in_base(skeleton, vocabulary, recipe.quantization, compute_dtype)
-        if recipe.lora.use_dora and base.quantized.num_quantized:
-            raise AdapterError(_NO_DORA)
         spec = recipe.lora.model_copy(update={"init": "default"})
-        with torch.device("meta"):
+        with torch.device("meta"), unpacked_for_dora():
             adapted = attach_adapter(base, spec, recipe.train.seed)
         self.model: PeftModel = adapted.model
         self.causal = base.model
@@ -147,7 +139,8 @@ class ImaginedTraining:
             with self.mode, in_place(few):
                 ids = torch.zeros(_SHORT, dtype=torch.long)
                 mask = torch.ones_like(ids)
-                fusion = plan_fusion(self.model, lambda: self.model(ids, mask, use_cache=False))
+                with unpacked_for_dora():
+                    fusion = plan_fusion(self.model, lambda: self.model(ids, mask, use_cache=False))
             return fusion if few is None else fusion_of_all(fusion, few, self.model)
 
         return self._told_by_few(found)
@@ -371,6 +364,7 @@ class ImaginedTraining:
         """With the shortcuts that training takes."""
         with ExitStack() as stack:
             stack.enter_context(self.mode)
+            stack.enter_context(unpacked_for_dora())
             stack.enter_context(attending_by_example(self.causal, is_seen))
             stack.enter_context(hiding_nothing(self.causal, not is_masked))
             if not self.has_own_loss:

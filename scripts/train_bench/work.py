@@ -76,8 +76,12 @@ def prepared(arguments: argparse.Namespace, folder: Path) -> tuple[Work, dict[st
     recipe = load_recipe(path)
     ready = prepare(recipe, probe_hardware(), ALONE, SILENT)
     ready.adapted.model.save_pretrained(folder / "adapter")
+    base = without_dropout(Path(ready.base.source.folder), folder / "base")
+    if base != Path(ready.base.source.folder):
+        values["model"]["name_or_path"] = str(base)
+        path.write_text(json.dumps(values))
     work = Work(
-        model=str(ready.base.source.folder),
+        model=str(base),
         adapter=str(folder / "adapter"),
         batch=arguments.batch,
         accumulation=arguments.accumulation,
@@ -96,6 +100,31 @@ def prepared(arguments: argparse.Namespace, folder: Path) -> tuple[Work, dict[st
         del ready
         torch.cuda.empty_cache()
     return work, values
+
+
+def without_dropout(base: Path, folder: Path) -> Path:
+    """The base itself where it has no dropout; else `folder`, with the same files and all of its
+    dropout set to 0: each side would draw other numbers, and losses could not be compared.
+    """
+    from transformers import AutoConfig
+
+    found = {
+        name: value
+        for name, value in AutoConfig.from_pretrained(base).to_dict().items()
+        if ("drop" in name) and isinstance(value, float) and value > 0
+    }
+    if not found:
+        return base
+    folder.mkdir()
+    for one in base.iterdir():
+        if one.name != "config.json":
+            (folder / one.name).symlink_to(one.resolve())
+    written = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    off = json.dumps({**written, **dict.fromkeys(found, 0.0)})
+    (folder / "config.json").write_text(off, encoding="utf-8")
+    told = ", ".join(f"{name} {value:g}" for name, value in found.items())
+    print(f"The model's dropout ({told}) is switched off for every side.", flush=True)
+    return folder
 
 
 def recipe_of(arguments: argparse.Namespace, run_dir: Path) -> dict[str, Any]:

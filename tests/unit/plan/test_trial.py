@@ -13,7 +13,7 @@ import torch
 
 from qlora_kit import kept
 from qlora_kit.environment import Hardware, probe_hardware
-from qlora_kit.errors import AdapterError, HardwareError
+from qlora_kit.errors import HardwareError
 from qlora_kit.memory.kept import Kept, measure_kept
 from qlora_kit.memory.live import LiveTensors
 from qlora_kit.memory.optimizer import state_bytes
@@ -137,14 +137,32 @@ def test_a_trial_says_what_a_step_takes(
     assert told == pytest.approx(taken, rel=0.02)
 
 
-def test_dora_on_a_quantized_base_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    recipe = recipe_for(tmp_path, tiny_llama, lora={"use_dora": True})
-    vocabulary = load_vocabulary(recipe.model)
-    planner = Planner(vocabulary, probe_hardware(), 8 * _GIB)
-    with pytest.raises(AdapterError, match=r"lora\.use_dora is true, and no plan is made"):
-        planner.plan(recipe, train_rows(recipe, vocabulary))
-    whole = recipe_for(tmp_path, tiny_llama, lora={"use_dora": True}, quantization=_WHOLE)
-    assert planner.plan(whole, train_rows(whole, vocabulary)).moment("training").tensor_bytes
+@pytest.mark.parametrize("quantization", [{}, _WHOLE], ids=["4 bits", "16 bits"])
+@pytest.mark.parametrize("count", [0, 2])
+def test_it_knows_what_dora_takes(
+    count: int,
+    quantization: dict[str, Any],
+    tiny_llama: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The norms of unpacked weights, too."""
+    lora = {"use_dora": True}
+    recipe = recipe_for(tmp_path, tiny_llama, lora=lora, quantization=quantization)
+    told, taken = told_and_taken(recipe, count, monkeypatch)
+    assert told == pytest.approx(taken, rel=0.02)
+
+
+def test_a_plan_of_dora_in_8_bits_is_made_for_a_gpu(tiny_llama: Path, tmp_path: Path) -> None:
+    """On a CPU PEFT cannot compute it."""
+    plans = []
+    for use_dora in (False, True):
+        recipe = recipe_for(tmp_path, tiny_llama, lora={"use_dora": use_dora}, quantization=_EIGHT)
+        vocabulary = load_vocabulary(recipe.model)
+        planner = Planner(vocabulary, known_gpu("H100"), 8 * _GIB)
+        plans.append(planner.plan(recipe, train_rows(recipe, vocabulary)))
+    plain, dora = (one.moment("training").tensor_bytes for one in plans)
+    assert dora > plain
 
 
 @pytest.mark.parametrize("count", [0, 1])

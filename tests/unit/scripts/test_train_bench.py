@@ -18,7 +18,7 @@ from train_bench.registry import SIDES, turns
 from train_bench.sides import axolotl, llama_factory, torchtune, trl, unsloth
 from train_bench.told import Told
 from train_bench.watch import Outcome, watched
-from train_bench.work import RANK, Work, dealt
+from train_bench.work import RANK, Work, dealt, without_dropout
 
 from qlora_kit.data.sequences import TokenSequence
 
@@ -55,6 +55,28 @@ def outcome(label: str, losses: list[float], seconds: float = 1.0) -> Outcome:
     """A run whose updates take so long each."""
     ends = [seconds * (n + 1) for n in range(len(losses))]
     return Outcome(label, losses, ends, ends, "none", {}, 100, {}, 1.0, 1.0)
+
+
+def test_dropout_of_a_model_is_off_for_every_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also what its configuration leaves to its family's defaults; all else is as it was."""
+    base = tmp_path / "gpt2"
+    base.mkdir()
+    written = {"model_type": "gpt2", "n_layer": 1, "attn_pdrop": 0.2, "embd_pdrop": 0.0}
+    (base / "config.json").write_text(json.dumps(written))
+    (base / "model.safetensors").write_text("weights")
+    made = without_dropout(base, tmp_path / "base")
+    assert made == tmp_path / "base"
+    assert (made / "model.safetensors").read_text() == "weights"
+    off = json.loads((made / "config.json").read_text())
+    assert off == {
+        **written,
+        **dict.fromkeys(("attn_pdrop", "resid_pdrop", "summary_first_dropout"), 0.0),
+    }
+    assert "resid_pdrop 0.1, attn_pdrop 0.2" in capsys.readouterr().out
+    (base / "config.json").write_text(json.dumps(LLAMA))
+    assert without_dropout(base, tmp_path / "again") == base
 
 
 def test_rows_for_others_have_a_mask_and_their_order() -> None:
