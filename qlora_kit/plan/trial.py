@@ -412,6 +412,7 @@ def _lean_parts(model: Any, spec: TrainSpec) -> LeanParts:
         found.mlps if spec.fused_mlp else (),
         found.norms if spec.fused_norm else {},
         found.rotary if spec.fused_rotary else (),
+        found.layer_norms if spec.fused_norm else (),
     )
 
 

@@ -96,8 +96,8 @@ def computing(
     lean = shortcuts.lean
     if lean.mlps:
         parts.append(f"{len(lean.mlps)} MLPs that keep less")
-    if lean.norms:
-        parts.append(f"{len(lean.norms)} norms that keep less")
+    if lean.num_norms:
+        parts.append(f"{lean.num_norms} norms that keep less")
     if lean.rotary:
         parts.append("rotary embeddings as one operation")
     tried = f"; on a trial gradients differ by {shortcuts.difference:.1e}" * bool(parts)

@@ -19,7 +19,7 @@ from qlora_kit.memory.allocator import freed_blocks_kept
 from qlora_kit.model import blockwise_attention, short_attention
 from qlora_kit.model.fused import gated, liger, norm, products, rotary
 from qlora_kit.model.fused.attach import is_lora_layer
-from qlora_kit.model.fused.gated import Activation, Gated, GatedOps
+from qlora_kit.model.fused.gated import Activation, Gated, GatedOps, looks_gated
 from qlora_kit.model.fused.lean import LeanParts
 from qlora_kit.model.fused.linear import is_frozen_linear
 from qlora_kit.model.fused.norm import NormForward, NormKind, NormOps
@@ -159,8 +159,9 @@ def pair_of(
         return made(sizes, drawn, num_tokens)
     if operation == liger.NORM and parts.norms:
         return _of_norms(model, parts, drawn, num_tokens)
-    if operation == liger.GATED and parts.mlps:
-        return _of_gated(model, parts, drawn, num_tokens)
+    gated_mlps = [one for one in map(model.get_submodule, parts.mlps) if looks_gated(one)]
+    if operation == liger.GATED and gated_mlps:
+        return _of_gated(gated_mlps[0], drawn, num_tokens)
     heads = heads_of(model)
     if operation == liger.ROTARY and parts.rotary and heads is not None:
         return _of_rotary(heads, drawn, num_tokens)
@@ -287,8 +288,7 @@ def _of_norms(model: nn.Module, parts: LeanParts, drawn: Any, num_tokens: int) -
     return Pair(lambda: run(norm.BY_TORCH), lambda: run(liger.LigerNorm()))
 
 
-def _of_gated(model: nn.Module, parts: LeanParts, drawn: Any, num_tokens: int) -> Pair:
-    module: Any = model.get_submodule(parts.mlps[0])
+def _of_gated(module: Any, drawn: Any, num_tokens: int) -> Pair:
     act: Activation = module.act_fn
     gate, up, given = (drawn(1, num_tokens, module.gate_proj.out_features) for _ in range(3))
 

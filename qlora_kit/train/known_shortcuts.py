@@ -145,7 +145,7 @@ def _counted(one: Shortcuts) -> str:
     kernels += f", {BLOCKS}" * one.blockwise
     return (
         f"{loss}, {num_layers} fused LoRA layers, {len(one.lean.mlps)} MLPs and "
-        f"{len(one.lean.norms)} norms that keep less, rotary embeddings as one operation in "
+        f"{one.lean.num_norms} norms that keep less, rotary embeddings as one operation in "
         f"{len(one.lean.rotary)} files{kernels}"
     )
 
@@ -166,6 +166,7 @@ def _as_values(one: Shortcuts) -> dict[str, Any]:
         "mlps": list(one.lean.mlps),
         "norms": {name: asdict(kind) for name, kind in one.lean.norms.items()},
         "rotary": list(one.lean.rotary),
+        "layer_norms": list(one.lean.layer_norms),
         "last_mlp": one.last_mlp,
         "liger": list(one.liger),
         "onednn": one.onednn,
@@ -179,7 +180,12 @@ def _as_values(one: Shortcuts) -> dict[str, Any]:
 
 def _from_values(values: Mapping[str, Any]) -> Shortcuts:
     groups = values["groups"]
-    norms = {name: NormKind(**kind) for name, kind in values["norms"].items()}
+    lean = LeanParts(
+        mlps=tuple(values["mlps"]),
+        norms={name: NormKind(**kind) for name, kind in values["norms"].items()},
+        rotary=tuple(values.get("rotary", ())),
+        layer_norms=tuple(values.get("layer_norms", ())),
+    )
     return Shortcuts(
         supervised_loss=values["supervised_loss"],
         fusion=None
@@ -187,7 +193,7 @@ def _from_values(values: Mapping[str, Any]) -> Shortcuts:
         else Fusion(tuple(map(tuple, groups)), Counter(values["not_fused"])),
         difference=values["difference"],
         left=tuple(values["left"]),
-        lean=LeanParts(tuple(values["mlps"]), norms, tuple(values.get("rotary", ()))),
+        lean=lean,
         last_mlp=values.get("last_mlp"),
         liger=tuple(values.get("liger", ())),
         onednn=values.get("onednn", False),

@@ -49,7 +49,7 @@ class Shortcuts:
     left: tuple[str, ...] = ()
     """What was asked for and cannot be, and why."""
     lean: LeanParts = NO_PARTS
-    """Gated MLPs, norms and rotary embeddings that keep or take less."""
+    """MLPs, norms and rotary embeddings that keep or take less."""
     liger: tuple[str, ...] = ()
     """Which of them Liger's kernels compute, of `model.fused.liger.OPERATIONS`."""
     last_mlp: str | None = None
@@ -142,8 +142,8 @@ def _candidates(
             left.append(f"{_LAST_MLP}: the loss depends on what it gives at others")
         elif is_read_elsewhere is not None:
             candidates.append((_LAST_MLP, {"last_mlp": last_mlp}))
-    if spec.fused_norm and parts.norms:
-        candidates.append(("norms that keep less", {"lean": LeanParts(norms=parts.norms)}))
+    if spec.fused_norm and parts.num_norms:
+        candidates.append(("norms that keep less", {"lean": parts.all_norms}))
     if spec.fused_rotary and parts.rotary:
         candidates.append((_ROTARY, {"lean": LeanParts(rotary=parts.rotary)}))
     return candidates, left

@@ -113,6 +113,8 @@ def _is_by_place(mlp: nn.Module) -> bool:
             drops = any(getattr(one, "p", 0.0) > 0 for one in layer.lora_dropout.values())
             if drops or why_left(layer) is not None:
                 return False
-        elif list(module.parameters()) and not is_frozen_linear(module):
+        elif (isinstance(module, nn.Dropout) and module.p > 0) or (
+            list(module.parameters()) and not is_frozen_linear(module)
+        ):
             return False
     return True

@@ -1,6 +1,6 @@
 """Parts of a model that keep less for the backward pass than their own code does, or take less.
 
-They are known by what they compute: a module that looks like a gated MLP or an RMSNorm is given
+They are known by what they compute: a module that looks like an MLP or an RMSNorm is given
 real hidden states, and has to come to the same bits; a family's rotary embedding, queries and keys.
 """
 
@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from qlora_kit.model.fused import gated, liger, norm, rotary
+from qlora_kit.model.fused import gated, layer_norm, liger, norm, rotary
 from qlora_kit.model.fused.gated import GatedForward, is_gated, looks_gated
+from qlora_kit.model.fused.layer_norm import LayerNormForward
 from qlora_kit.model.fused.norm import NormForward, NormKind, kind_of, looks_like_norm
 from qlora_kit.model.fused.remade import Origins
 from qlora_kit.model.fused.replaced import replaced_forward
@@ -27,6 +28,7 @@ from qlora_kit.model.fused.rotary import (
     replaced_rotary,
     rotary_files,
 )
+from qlora_kit.model.fused.two_layer_mlp import TwoLayerForward, is_two_layers, two_layers_of
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,26 @@ class LeanParts:
 
     mlps: tuple[str, ...] = ()
     norms: Mapping[str, NormKind] = field(default_factory=dict)
+    """RMSNorms."""
     rotary: tuple[str, ...] = ()
     """Of Python."""
+    layer_norms: tuple[str, ...] = ()
+
+    @property
+    def num_norms(self) -> int:
+        return len(self.norms) + len(self.layer_norms)
+
+    @property
+    def all_norms(self) -> LeanParts:
+        """Its norms, of either kind."""
+        return LeanParts(norms=self.norms, layer_norms=self.layer_norms)
 
     def joined(self, other: LeanParts) -> LeanParts:
         return LeanParts(
-            self.mlps + other.mlps, {**self.norms, **other.norms}, self.rotary + other.rotary
+            self.mlps + other.mlps,
+            {**self.norms, **other.norms},
+            self.rotary + other.rotary,
+            self.layer_norms + other.layer_norms,
         )
 
 
@@ -54,15 +70,17 @@ class Seen:
     mlps: dict[str, bool] = field(default_factory=dict)
     norms: dict[str, NormKind | None] = field(default_factory=dict)
     rotary: dict[str, bool] = field(default_factory=dict)
+    layer_norms: dict[str, bool] = field(default_factory=dict)
 
     @property
     def parts(self) -> LeanParts:
         """Those of which each call came to the same."""
-        mlps = tuple(name for name, is_same in self.mlps.items() if is_same)
         norms = {name: kind for name, kind in self.norms.items() if kind}
-        return LeanParts(
-            mlps, norms, tuple(name for name, is_same in self.rotary.items() if is_same)
-        )
+        return LeanParts(_same(self.mlps), norms, _same(self.rotary), _same(self.layer_norms))
+
+
+def _same(found: Mapping[str, bool]) -> tuple[str, ...]:
+    return tuple(name for name, is_same in found.items() if is_same)
 
 
 @contextmanager
@@ -73,7 +91,7 @@ def looking_for_lean_parts(model: nn.Module) -> Iterator[Seen]:
     def at_mlp(name: str) -> Callable[..., None]:
         def hook(module: Any, arguments: tuple[Any, ...], output: Any) -> None:
             so_far = len(arguments) == 1 and seen.mlps.get(name, True)
-            seen.mlps[name] = so_far and is_gated(module, arguments[0])
+            seen.mlps[name] = so_far and is_mlp(module, arguments[0])
 
         return hook
 
@@ -82,6 +100,15 @@ def looking_for_lean_parts(model: nn.Module) -> Iterator[Seen]:
             is_plain = len(arguments) == 1 and isinstance(output, torch.Tensor)
             kind = kind_of(module, arguments[0].detach(), output.detach()) if is_plain else None
             seen.norms[name] = kind if seen.norms.get(name, kind) == kind else None
+
+        return hook
+
+    def at_layer_norm(name: str) -> Callable[..., None]:
+        def hook(module: Any, arguments: tuple[Any, ...], output: Any) -> None:
+            so_far = len(arguments) == 1 and seen.layer_norms.get(name, True)
+            seen.layer_norms[name] = so_far and layer_norm.is_same(
+                module, arguments[0].detach(), output.detach()
+            )
 
         return hook
 
@@ -95,16 +122,29 @@ def looking_for_lean_parts(model: nn.Module) -> Iterator[Seen]:
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            if looks_gated(module):
+            if looks_like_mlp(module):
                 handle = module.register_forward_hook(at_mlp(name))
             elif looks_like_norm(module):
                 handle = module.register_forward_hook(at_norm(name))
+            elif layer_norm.is_layer_norm(module):
+                handle = module.register_forward_hook(at_layer_norm(name))
             else:
                 continue
             stack.callback(handle.remove)
         for name, file in rotary_files(model).items():
             stack.enter_context(replaced_rotary(file, partial(at_rotary, name)))
         yield seen
+
+
+def looks_like_mlp(module: nn.Module) -> bool:
+    """Of two layers, or of three."""
+    return looks_gated(module) or two_layers_of(module) is not None
+
+
+def is_mlp(module: nn.Module, x: torch.Tensor) -> bool:
+    """Whether one that looks so gives the same numbers when it is computed here."""
+    layers = two_layers_of(module)
+    return is_gated(module, x) if layers is None else is_two_layers(module, layers, x)
 
 
 @contextmanager
@@ -124,12 +164,21 @@ def lean(
     with ExitStack() as stack:
         for name in parts.mlps:
             module = model.get_submodule(name)
-            forward = GatedForward(module, origins, gated_ops)
+            layers = two_layers_of(module)
+            forward: Callable[..., Any] = (
+                GatedForward(module, origins, gated_ops)
+                if layers is None
+                else TwoLayerForward(module, layers, origins)
+            )
             stack.enter_context(replaced_forward(module, forward))
         for name, kind in parts.norms.items():
             module = model.get_submodule(name)
             normed = NormForward(module, kind, origins, norm_ops)
             stack.enter_context(replaced_forward(module, normed))
+        for name in parts.layer_norms:
+            module = model.get_submodule(name)
+            assert isinstance(module, nn.LayerNorm)
+            stack.enter_context(replaced_forward(module, LayerNormForward(module, origins)))
         for name in parts.rotary:
             made = partial(RotaryForward, ops=rotary_ops)
             stack.enter_context(replaced_rotary(files[name], made))

@@ -21,6 +21,17 @@ from qlora_kit.model.fused.remade import Origins
 from ..zoo import COMMON, DENSE, MIXTURES
 
 IDS = torch.randint(3, 300, (3, 20), generator=torch.Generator().manual_seed(0))
+TWO_LAYERS = (
+    "gpt2: Conv1D, tied",
+    "gpt-neo",
+    "gpt-neox: fused QKV",
+    "gpt-j: head with a bias",
+    "phi",
+    "phi3: fused QKV and gate",
+    "starcoder2",
+    "glm4",
+    "nemotron: norm plus one",
+)
 GATED = ("llama, untied", "qwen2: biases", "gemma: norm plus one", "gemma2: soft caps", "olmo2")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 1e-2}
 
@@ -73,6 +84,13 @@ def require_same(found: Any, wanted: Any, tolerance: float) -> None:
         assert float((gradient - wanted[1][name]).norm()) <= tolerance * size, name
 
 
+def require_equal(found: Any, wanted: Any) -> None:
+    """To the bit."""
+    assert found[0] == wanted[0]
+    assert found[1].keys() == wanted[1].keys()
+    assert all(torch.equal(found[1][name], one) for name, one in wanted[1].items())
+
+
 @contextmanager
 def all_fused(model: Any, parts: LeanParts) -> Iterator[None]:
     fusion = plan_fusion(model, lambda: model(input_ids=IDS[:, :5]))
@@ -104,6 +122,51 @@ def test_they_compute_what_their_own_code_does(
     require_same(alone, wanted, TOLERANCE[dtype])
     with all_fused(model, parts):
         require_same(outcome(model, dtype), wanted, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("dropout", "recomputes"), [(0.0, False), (0.3, True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", TWO_LAYERS)
+def test_mlps_of_two_layers_and_layer_norms_give_the_same_bits(
+    name: str, dtype: torch.dtype, dropout: float, recomputes: bool
+) -> None:
+    """Also where the first layer makes gate and up; GPT-2's dropout draws the same."""
+    model = adapted(name, dtype, dropout)
+    parts = found_in(model)
+    assert len(parts.mlps) == 2
+    has_layer_norms = not name.startswith(("phi3", "glm4", "nemotron"))
+    assert bool(parts.layer_norms) == has_layer_norms
+    if recomputes:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    wanted = outcome(model, dtype)
+    for some in (LeanParts(mlps=parts.mlps), LeanParts(layer_norms=parts.layer_norms)):
+        with lean(model, some, Origins()):
+            require_equal(outcome(model, dtype), wanted)
+    with all_fused(model, LeanParts()):
+        wanted = outcome(model, dtype)
+    with all_fused(model, LeanParts(mlps=parts.mlps, layer_norms=parts.layer_norms)):
+        require_equal(outcome(model, dtype), wanted)
+
+
+@pytest.mark.parametrize("name", TWO_LAYERS)
+def test_they_keep_less(name: str) -> None:
+    model = adapted(name)
+    parts = found_in(model)
+
+    def run(length: int) -> torch.Tensor:
+        ids = IDS[:1].repeat(1, 4)[:, :length]
+        loss: torch.Tensor = model(input_ids=ids, labels=ids, use_cache=False).loss
+        return loss
+
+    kept = []
+    for some in (LeanParts(), LeanParts(mlps=parts.mlps), parts):
+        with all_fused(model, some):
+            kept.append(measure_kept(model, run).peak_bytes(0, (64,)))
+    wide = 4 * 64 * 128 * 2  # an activation of each layer, at least
+    assert kept[0] - kept[1] >= wide
+    assert kept[2] <= kept[1]
+    if parts.layer_norms and not name.startswith("gpt2"):  # whose Conv1D are PEFT's to compute
+        assert kept[2] < kept[1]
 
 
 @pytest.mark.parametrize("name", [*DENSE, "qwen3-moe, one dense layer"])
