@@ -17,6 +17,7 @@ from qlora_kit.train.supervised_loss import SupervisedForward, supervised_only
 
 from .test_lean import GATED, adapted, all_fused, found_in, require_same
 
+_TWO_LAYERS = ("gpt-neox: fused QKV", "phi", "phi3: fused QKV and gate", "starcoder2")
 _GENERATOR = torch.Generator().manual_seed(1)
 IDS = torch.randint(3, 300, (3, 50), generator=_GENERATOR)
 LABELS = IDS.masked_fill(torch.rand(IDS.shape, generator=_GENERATOR) < 0.6, -100)
@@ -49,7 +50,7 @@ def outcome(model: Any, labels: torch.Tensor = LABELS) -> tuple[float, dict[str,
 
 
 @pytest.mark.parametrize("is_fused", [False, True])
-@pytest.mark.parametrize("name", GATED)
+@pytest.mark.parametrize("name", [*GATED, *_TWO_LAYERS])
 def test_loss_and_gradients_are_the_same(name: str, is_fused: bool) -> None:
     model = adapted(name)
     parts = found_in(model)
@@ -61,7 +62,8 @@ def test_loss_and_gradients_are_the_same(name: str, is_fused: bool) -> None:
         if is_fused:
             stack.enter_context(all_fused(model, parts))
         seen = stack.enter_context(narrowed(model, last))
-        require_same(outcome(model), wanted, 1e-5)
+        # Of attention with biases the gradients are a thousandth of others, and rounding is not.
+        require_same(outcome(model), wanted, 3e-5 if name in _TWO_LAYERS else 1e-5)
     assert seen == [NUM_SUPERVISED]
     assert IDS.numel() / 2 > NUM_SUPERVISED
 
@@ -141,6 +143,11 @@ def test_dropout_and_products_that_see_all_places_leave_it_alone() -> None:
     assert last_of(torch.nn.Sequential(), ()) is None
     dropping = adapted("llama, untied", dropout=0.1)
     assert last_of(dropping, found_in(dropping).mlps) is None
+    of_two_layers = adapted("gpt-j: head with a bias")
+    mlp = of_two_layers.get_submodule(found_in(of_two_layers).mlps[-1])
+    for p, last in ((0.0, found_in(of_two_layers).mlps[-1]), (0.1, None)):
+        mlp.dropout.p = p
+        assert last_of(of_two_layers, found_in(of_two_layers).mlps) == last
     down = model.get_submodule(mlps[-1]).down_proj
     type_of_base = type(down.base_layer)
     down.base_layer.__class__ = type("Linear8bitLt", (type_of_base,), {})
