@@ -70,7 +70,7 @@ def main() -> int:
         failures += unable(sides, work)
         left_of(sides, failures)
         outcomes = all_rounds(arguments, folder, failures)
-    return told(outcomes, failures, work, recipe, arguments)
+        return told(outcomes, failures, work, recipe, arguments)
 
 
 def all_rounds(

@@ -57,6 +57,14 @@ class LiveTensors(TorchDispatchMode):
                 self.now[was] -= size
                 self.now[component] += size
 
+    def pass_by(self, num_bytes: int, component: Component) -> None:
+        """Count what is there for a moment, and no tensor that is seen."""
+        self.now[component] += num_bytes
+        self._total += num_bytes
+        self._look()
+        self.now[component] -= num_bytes
+        self._total -= num_bytes
+
     @property
     def num_bytes(self) -> int:
         """Alive now."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, pairwise
@@ -47,19 +47,22 @@ _last_lengths = _LastLengths()
 
 
 class _Given:
-    """The positions that a model was called with last, for layers that do not hand them on to their
-    attention (GPTBigCode, Persimmon, Ministral 3).
+    """The positions that a model's stack of layers was called with last, for layers that do not
+    hand them on to their attention (GPTBigCode, Persimmon, Ministral 3). They hold until its next
+    call, so that layers which recompute in the backward pass find those of their batch.
     """
 
     def __init__(self) -> None:
         self._positions: torch.Tensor | None = None
+        self._is_kept = False
 
     @contextmanager
     def watched(self, model: PreTrainedModel) -> Iterator[None]:
-        """Within, whatever stands behind the head is given."""
+        """Calls of the model's stack of layers within are noted."""
 
         def note(_: torch.nn.Module, __: Any, named: Mapping[str, Any]) -> None:
-            self._positions = named.get("position_ids")
+            if not self._is_kept:
+                self._positions = named.get("position_ids")
 
         handle = model.base_model.register_forward_pre_hook(note, with_kwargs=True)
         try:
@@ -67,6 +70,15 @@ class _Given:
         finally:
             handle.remove()
             self._positions = None
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Calls within are not noted."""
+        self._is_kept = True
+        try:
+            yield
+        finally:
+            self._is_kept = False
 
     def positions_of(self, query: torch.Tensor) -> torch.Tensor | None:
         """(B, S), of queries (B, heads, S, D) of all that was given; None: they are of something
@@ -78,6 +90,13 @@ class _Given:
 
 
 _given = _Given()
+
+
+def keeping_positions() -> AbstractContextManager[None]:
+    """Where the model is called for its head alone, with a stand-in for the layers: they have
+    passed already, and may recompute.
+    """
+    return _given.kept()
 
 
 @dataclass

@@ -37,13 +37,14 @@ class ImaginedResidents(Residents):
         if is_transposed:
             self._asked.add((module, dtype))
             if module is self.head and self.turned_bytes:
-                self.live.hold([torch.empty(self.turned_bytes, dtype=torch.uint8)], UNPACKED)
+                self.live.pass_by(self.turned_bytes, UNPACKED)
         return found
 
     @property
     def never_asked_bytes(self) -> int:
         """Of those for gradients that nothing has asked for: of the first layer's q, k and v, whose
-        input has none. (Where no gradient reaches further layers a few do not stand for all.)
+        input has none. Where none reaches whole layers, as below the first adapter, a trial goes
+        through all of them, so that none is counted for others.
         """
         return sum(
             weight.nbytes

@@ -27,12 +27,12 @@ def lean_parts_by_stand_ins(model: nn.Module) -> LeanParts:
     for name, module in model.named_modules():
         if looks_like_mlp(module) and _is_mlp(module):
             mlps.append(name)
+        elif is_layer_norm(module):
+            layer_norms.append(name)
         elif looks_like_norm(module):
             kind = _kind_of(module)
             if kind is not None:
                 norms[name] = kind
-        elif is_layer_norm(module):
-            layer_norms.append(name)
     files = rotary_files(model).items()
     rotary = tuple(name for name, one in files if rotates_in_halves(one))
     return LeanParts(tuple(mlps), norms, rotary, tuple(layer_norms))

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from qlora_kit.recipe import DataSpec, TrainSpec
 
 _KIND = "isolation"  # in the cache
+_NOT_TOLD = "the model does not tell its attention where examples end"
 _NO_KERNEL = "no kernel takes the examples of a row in one call here"
 # Kernels that are given where each example ends, and so do not pay for a row of many of them.
 _VARIABLE_LENGTH = ("flash_attention_2", "flash_attention_3", "flex_attention")
@@ -159,7 +160,8 @@ def plan_batches(
             return _without_padding(base.model, train, held_out, pad_token_id, *how)
         if spec.padding_free is True:
             raise leaking("data.padding_free", probe.leakage)
-        why = _NO_KERNEL if probe.leakage.is_isolated else told_of(probe.leakage)
+        why = _NO_KERNEL if device.type != "cpu" else _NOT_TOLD
+        why = why if probe.leakage.is_isolated else told_of(probe.leakage)
         return _padded(train, held_out, pad_token_id, why)
     return _padded(train, held_out, pad_token_id, _why_padded(base.model, spec))
 

@@ -153,7 +153,7 @@ def _counted(one: Shortcuts) -> str:
 def _taken(one: Shortcuts) -> dict[str, Any]:
     """Without what is only told, or gives the same bits."""
     values = _as_values(one)
-    told = ("not_fused", "difference", "left", "why_kernels", "reorders")
+    told = ("not_fused", "difference", "left", "why_kernels", "reorders", "layer_norms")
     return {name: one for name, one in values.items() if name not in told}
 
 

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from qlora_kit.data.sequences import IGNORE_INDEX
+from qlora_kit.model.by_example import keeping_positions
 from qlora_kit.model.fused.at_places import Places, Wanted
 from qlora_kit.model.fused.replaced import replaced_forward
 
@@ -213,6 +214,7 @@ class SupervisedForward:
         given = self._output_type(last_hidden_state=hidden[None])
         place = torch.zeros((1, len(hidden)), dtype=torch.long, device=hidden.device)
         with ExitStack() as stack:
+            stack.enter_context(keeping_positions())
             for one in (self.backbone, getattr(self.backbone, "decoder", None)):
                 if isinstance(one, nn.Module):  # OPT's own forward passes over its backbone
                     stack.enter_context(replaced_forward(one, lambda *_, **__: given))

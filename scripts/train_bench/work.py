@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from qlora_kit.data.sequences import TokenSequence
 
 RANK, ALPHA, RATE = 16, 32, 2e-4
+_OF_OTHER_HEADS = ("classifier", "summary")
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,17 @@ def prepared(arguments: argparse.Namespace, folder: Path) -> tuple[Work, dict[st
 
 
 def without_dropout(base: Path, folder: Path) -> Path:
-    """The base itself where it has no dropout; else `folder`, with the same files and all of its
-    dropout set to 0: each side would draw other numbers, and losses could not be compared.
+    """The base itself where it has no dropout; else `folder`, with the same files and the dropout
+    of its configuration set to 0: each side would draw other numbers, and losses could not be
+    compared.
     """
     from transformers import AutoConfig
 
     found = {
         name: value
         for name, value in AutoConfig.from_pretrained(base).to_dict().items()
-        if ("drop" in name) and isinstance(value, float) and value > 0
+        if "drop" in name and not name.startswith(_OF_OTHER_HEADS)
+        if isinstance(value, float) and value > 0
     }
     if not found:
         return base

@@ -8,12 +8,14 @@ Shazeer 2020, https://arxiv.org/abs/2002.05202.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from qlora_kit.model.fused.remade import Origins
+from qlora_kit.model.fused.remade import Origins, autocast_as_now
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 _CHILDREN = {"gate_proj", "up_proj", "down_proj", "act_fn"}
@@ -56,11 +58,13 @@ class Gated(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(gate, up)
         ctx.act, ctx.ops = act, ops
+        ctx.autocast = autocast_as_now(gate.device.type)
         return ops.product(gate, up, act)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *ctx.ops.gradients(gradients[0], *ctx.saved_tensors, ctx.act), None, None
+        with ctx.autocast():
+            return *ctx.ops.gradients(gradients[0], *ctx.saved_tensors, ctx.act), None, None
 
 
 class GatedForward:
@@ -79,9 +83,16 @@ class GatedForward:
             y = module.down_proj(self._made(gate, up))
             return y
         inner = Gated.apply(gate, up, module.act_fn, self.ops)
-        self.origins.note(inner, self._made, gate, up)
+        now = autocast_as_now(gate.device.type)
+        self.origins.note(inner, partial(self._made_again, now), gate, up)
         y = module.down_proj(inner)
         return y
+
+    def _made_again(
+        self, now: Callable[[], AbstractContextManager[None]], gate: torch.Tensor, up: torch.Tensor
+    ) -> torch.Tensor:
+        with now():
+            return self._made(gate, up)
 
     def _made(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return self.ops.product(gate, up, self.module.act_fn)

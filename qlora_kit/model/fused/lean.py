@@ -89,8 +89,10 @@ def looking_for_lean_parts(model: nn.Module) -> Iterator[Seen]:
     seen = Seen()
 
     def at_mlp(name: str) -> Callable[..., None]:
-        def hook(module: Any, arguments: tuple[Any, ...], output: Any) -> None:
-            so_far = len(arguments) == 1 and seen.mlps.get(name, True)
+        def hook(
+            module: Any, arguments: tuple[Any, ...], named: Mapping[str, Any], output: Any
+        ) -> None:
+            so_far = len(arguments) == 1 and not named and seen.mlps.get(name, True)
             seen.mlps[name] = so_far and is_mlp(module, arguments[0])
 
         return hook
@@ -123,11 +125,11 @@ def looking_for_lean_parts(model: nn.Module) -> Iterator[Seen]:
     with ExitStack() as stack:
         for name, module in model.named_modules():
             if looks_like_mlp(module):
-                handle = module.register_forward_hook(at_mlp(name))
-            elif looks_like_norm(module):
-                handle = module.register_forward_hook(at_norm(name))
+                handle = module.register_forward_hook(at_mlp(name), with_kwargs=True)
             elif layer_norm.is_layer_norm(module):
                 handle = module.register_forward_hook(at_layer_norm(name))
+            elif looks_like_norm(module):
+                handle = module.register_forward_hook(at_norm(name))
             else:
                 continue
             stack.callback(handle.remove)

@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
+
+
+def autocast_as_now(device: str) -> Callable[[], AbstractContextManager[None]]:
+    """What is made again in a backward pass, where autocast is off, is so within: of some
+    activations a GPU computes parts in float32.
+    """
+    is_on = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if is_on else None
+    return partial(torch.autocast, device, dtype=dtype, enabled=is_on)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)

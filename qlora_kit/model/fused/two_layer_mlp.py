@@ -8,14 +8,16 @@ in one (Phi-3, GLM-4), second(act(gate) · up); see `gated`.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
 from qlora_kit.model.fused import gated
-from qlora_kit.model.fused.remade import Origins
+from qlora_kit.model.fused.remade import Origins, autocast_as_now
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
 
@@ -107,12 +109,14 @@ class _Inner(torch.autograd.Function):
     def forward(ctx: Any, first: torch.Tensor, between: _Between, act: Activation) -> torch.Tensor:
         ctx.save_for_backward(first)
         ctx.between, ctx.act = between, act
+        ctx.autocast = autocast_as_now(first.device.type)
         return between.made(first, act)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (first,) = ctx.saved_tensors
-        return ctx.between.gradient(gradients[0], first, ctx.act), None, None
+        with ctx.autocast():
+            return ctx.between.gradient(gradients[0], first, ctx.act), None, None
 
 
 class TwoLayerForward:
@@ -128,13 +132,20 @@ class TwoLayerForward:
         first = getattr(module, layers.first)(x)
         if torch.is_grad_enabled() and first.requires_grad:
             inner = _Inner.apply(first, layers.between, getattr(module, layers.act))
-            self.origins.note(inner, self._made, first)
+            now = autocast_as_now(first.device.type)
+            self.origins.note(inner, partial(self._made_again, now), first)
         else:
             inner = self._made(first)
         y: torch.Tensor = getattr(module, layers.second)(inner)
         for name in layers.dropouts:
             y = getattr(module, name)(y)
         return y
+
+    def _made_again(
+        self, now: Callable[[], AbstractContextManager[None]], first: torch.Tensor
+    ) -> torch.Tensor:
+        with now():
+            return self._made(first)
 
     def _made(self, first: torch.Tensor) -> torch.Tensor:
         return self.layers.between.made(first, getattr(self.module, self.layers.act))

@@ -25,6 +25,7 @@ from qlora_kit.model.by_example import (
     can_attend_by_example,
     example_lengths,
 )
+from qlora_kit.train.supervised_loss import supervised_only
 
 from .zoo import COMMON, DENSE, NEW, OLD
 
@@ -86,9 +87,11 @@ def test_a_model_need_not_hand_positions_to_its_attention(kind: str) -> None:
         model.gradient_checkpointing_enable()
         model.train()
         again = outcome(model, IsolatingCollator(0, flatten=True)(rows(9, 20, 5)))
+        with supervised_only(model):
+            supervised = outcome(model, IsolatingCollator(0, flatten=True)(rows(9, 20, 5)))
         model.eval()
     behind = outcome(model, Collator(0)(rows(9, 20, 5)))
-    for loss, gradients in (found, again, behind):
+    for loss, gradients in (found, again, supervised, behind):
         assert loss == pytest.approx(wanted[0], rel=1e-6)
         for key, one in wanted[1].items():
             torch.testing.assert_close(gradients[key], one, rtol=1e-4, atol=1e-6)

@@ -72,7 +72,7 @@ def test_dropout_of_a_model_is_off_for_every_side(
     off = json.loads((made / "config.json").read_text())
     assert off == {
         **written,
-        **dict.fromkeys(("attn_pdrop", "resid_pdrop", "summary_first_dropout"), 0.0),
+        **dict.fromkeys(("attn_pdrop", "resid_pdrop"), 0.0),
     }
     assert "resid_pdrop 0.1, attn_pdrop 0.2" in capsys.readouterr().out
     (base / "config.json").write_text(json.dumps(LLAMA))

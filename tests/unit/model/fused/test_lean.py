@@ -246,3 +246,38 @@ def test_a_layer_keeps_neither_the_product_nor_what_norms_give() -> None:
         after = kept_by_a_layer(model)
     width, hidden = 128, 64
     assert before - after >= 2 * width + 2 * hidden - 4
+
+
+def test_what_is_made_again_is_made_under_the_same_autocast() -> None:
+    """As of GELU's tanh form, of which a GPU computes the powers in float32 under autocast."""
+    seen: list[bool] = []
+
+    class Activation(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.is_autocast_enabled("cpu"))
+            return nn.functional.silu(x)
+
+    for name in ("phi", "llama, untied"):
+        model = adapted(name, torch.bfloat16)
+        parts = found_in(model)
+        mlps = [model.get_submodule(one) for one in parts.mlps]
+        for mlp in mlps:
+            setattr(mlp, "activation_fn" if name == "phi" else "act_fn", Activation())
+        seen.clear()
+        with all_fused(model, LeanParts(mlps=parts.mlps)):
+            seen.clear()
+            outcome(model, torch.bfloat16)
+        assert len(seen) == 3 * len(mlps), "forward, for its gradient and for that of the next"
+        assert all(seen)
+        seen.clear()
+        outcome(model)
+        assert not any(seen)
+
+
+def test_a_layer_norm_without_a_bias_is_found() -> None:
+    """It looks like an RMSNorm, and is none."""
+    model = adapted("mpt")
+    assert found_in(model).layer_norms
+    wanted = outcome(model)
+    with lean(model, found_in(model), Origins()):
+        require_equal(outcome(model), wanted)
