@@ -78,12 +78,12 @@ class TrainSpec(Spec):
     the same numbers up to rounding. Tried first, too; what it does not cover stays with PEFT."""
 
     fused_mlp: bool = True
-    """Let gated MLPs keep two of their four wide tensors for the backward pass, and make the others
-    again there: the same numbers. Tried first, too."""
+    """Let MLPs keep what their layers make for the backward pass (gated ones two of four wide
+    tensors), and make what comes between again there: the same numbers. Tried first, too."""
 
     fused_norm: bool = True
-    """Compute RMSNorm as one operation that keeps its input alone: the same numbers up to rounding
-    of gradients. Tried first, too."""
+    """Compute RMSNorm and LayerNorm as one operation that keeps its input alone: the same numbers
+    up to rounding of RMSNorm's gradients. Tried first, too."""
 
     fused_rotary: bool = True
     """Compute the rotary embedding of queries and keys as one operation: the same numbers up to
