@@ -176,7 +176,8 @@ def kit(folder: Path, keeps: bool) -> Any:
     def load(quantized: Path | None = None) -> Any:
         return load_model(source, spec, config, skeleton, torch.float32, hardware, quantized)
 
-    entry = entry_folder(str(folder), config.to_dict(), torch.float32, "cpu")
+    facts = (config.to_dict(), torch.float32, "cpu", skeleton.model.config.to_dict())
+    entry = entry_folder(str(folder), *facts)
     return (lambda: load_for_all(entry, load, print)[0]) if keeps else load
 
 

@@ -133,7 +133,8 @@ def load_base(
     if bnb is None or not is_kept or spec.trust_remote_code:
         model, origin = load(None), ""
     else:
-        entry = entry_folder(fingerprint, bnb.to_dict(), compute_dtype, hardware.device)
+        configured = skeleton.model.config.to_dict()
+        entry = entry_folder(fingerprint, bnb.to_dict(), compute_dtype, hardware.device, configured)
         keep = load_for_all if is_shared else load_kept
         model, origin = keep(entry, load, reporter.warn)
     laps.lap("load and quantize")

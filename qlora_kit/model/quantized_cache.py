@@ -57,22 +57,32 @@ _CANNOT_BE_SAVED = (RuntimeError, ValueError, NotImplementedError)
 
 ANEW = "quantized anew"
 KEPT = "quantized anew and kept for the next start"
+_OF_A_PLACE = ("_name_or_path", "transformers_version")
 READ = "quantized before: read from the cache, verified"
 
 Load = Callable[[Path | None], "PreTrainedModel"]
 """From the given folder, or from the base itself."""
 
 
-def entry_folder(fingerprint: str, config: dict[str, Any], dtype: torch.dtype, device: str) -> Path:
+def entry_folder(
+    fingerprint: str,
+    config: dict[str, Any],
+    dtype: torch.dtype,
+    device: str,
+    model_config: dict[str, Any],
+) -> Path:
     """Where a base with this fingerprint is kept, quantized as `config` says (bitsandbytes').
 
-    A GPU may round otherwise than a CPU, so the device counts.
+    A GPU may round otherwise than a CPU, so the device counts. So does what the model is configured
+    to be, which an entry holds beside the weights: the same weights may be given another dropout or
+    another scaling of their positions.
     """
     versions = package_versions()
     facts = {
         "format": _FORMAT,
         "base": fingerprint,
         "quantization": config,
+        "model": {name: one for name, one in model_config.items() if name not in _OF_A_PLACE},
         "dtype": str(dtype),
         "device": device,
         "versions": {name: versions[name] for name in _DECIDING},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import time
 from collections.abc import Iterator
@@ -128,14 +129,18 @@ def test_no_room_is_said(tiny_llama: Path, cache: Path, monkeypatch: pytest.Monk
 
 
 def test_everything_that_decides_the_numbers_is_in_the_name() -> None:
-    given = ("f" * 64, {"load_in_4bit": True}, torch.float32, "cpu")
+    model = {"attention_dropout": 0.0, "_name_or_path": "here"}
+    given = ("f" * 64, {"load_in_4bit": True}, torch.float32, "cpu", model)
     others = [
         ("e" * 64, *given[1:]),
         (given[0], {"load_in_4bit": False}, *given[2:]),
-        (*given[:2], torch.bfloat16, "cpu"),
-        (*given[:3], "cuda"),
+        (*given[:2], torch.bfloat16, "cpu", model),
+        (*given[:3], "cuda", model),
+        (*given[:4], {**model, "attention_dropout": 0.1}),
     ]
-    assert len({entry_folder(*one) for one in [given, *others]}) == 5
+    assert len({entry_folder(*one) for one in [given, *others]}) == 6
+    elsewhere = (*given[:4], {**model, "_name_or_path": "there"})
+    assert entry_folder(*elsewhere) == entry_folder(*given)
 
 
 @pytest.fixture
@@ -174,6 +179,18 @@ class TestOneProcessAlone:
         build_llama(one, seed=1)
         other = load_alone(one)
         assert other.origin == "quantized anew and kept for the next start"
+
+    def test_the_same_weights_configured_otherwise_are_not_taken_for_it(
+        self, tmp_path: Path
+    ) -> None:
+        """As where somebody has written another scaling of positions, or dropout, into it."""
+        one = build_llama(tmp_path / "m", seed=0)
+        assert load_alone(one).model.config.attention_dropout == 0
+        config = json.loads((one / "config.json").read_text())
+        (one / "config.json").write_text(json.dumps({**config, "attention_dropout": 0.25}))
+        other = load_alone(one)
+        assert other.model.config.attention_dropout == 0.25
+        assert load_alone(one).origin == "quantized before: read from the cache, verified"
 
     def test_keeps_nothing_where_that_is_asked(
         self, tiny_llama: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
