@@ -8,8 +8,6 @@ Shazeer 2020, https://arxiv.org/abs/2002.05202.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from functools import partial
 from typing import Any
 
 import torch
@@ -83,16 +81,9 @@ class GatedForward:
             y = module.down_proj(self._made(gate, up))
             return y
         inner = Gated.apply(gate, up, module.act_fn, self.ops)
-        now = autocast_as_now(gate.device.type)
-        self.origins.note(inner, partial(self._made_again, now), gate, up)
+        self.origins.note(inner, self._made, gate, up)
         y = module.down_proj(inner)
         return y
-
-    def _made_again(
-        self, now: Callable[[], AbstractContextManager[None]], gate: torch.Tensor, up: torch.Tensor
-    ) -> torch.Tensor:
-        with now():
-            return self._made(gate, up)
 
     def _made(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return self.ops.product(gate, up, self.module.act_fn)

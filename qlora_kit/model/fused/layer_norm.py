@@ -68,7 +68,7 @@ class LayerNormForward:
         dtype = _of_autocast(x.device.type)
         with torch.autocast(x.device.type, enabled=False):
             y: torch.Tensor = _LayerNorm.apply(x, self.module, dtype)
-        self.origins.note(y, partial(self._made, dtype), x)
+            self.origins.note(y, partial(self._made, dtype), x)
         return y
 
     def _made(self, dtype: torch.dtype | None, x: torch.Tensor) -> torch.Tensor:

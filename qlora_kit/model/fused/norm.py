@@ -127,7 +127,7 @@ class NormForward:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         with torch.autocast(x.device.type, enabled=False):
             y, reciprocal = _RmsNorm.apply(x, self.module.weight, self.eps, self.kind, self.ops)
-        self.origins.note(y, self._made, x, reciprocal)
+            self.origins.note(y, self._made, x, reciprocal)
         result: torch.Tensor = y
         return result
 

@@ -39,10 +39,20 @@ class Origins:
     def note(
         self, tensor: torch.Tensor, make: Callable[..., torch.Tensor], *parts: torch.Tensor
     ) -> None:
-        """Only where a backward pass will follow."""
+        """Only where a backward pass will follow. It is made again under the autocast of now."""
         if tensor.requires_grad:
-            self._of[tensor] = Remade(make, tuple(one.detach() for one in parts))
+            again = partial(_made_under, autocast_as_now(tensor.device.type), make)
+            self._of[tensor] = Remade(again, tuple(one.detach() for one in parts))
 
     def of(self, tensor: torch.Tensor) -> Remade | None:
         found: Remade | None = self._of.get(tensor)
         return found
+
+
+def _made_under(
+    now: Callable[[], AbstractContextManager[None]],
+    make: Callable[..., torch.Tensor],
+    *parts: torch.Tensor,
+) -> torch.Tensor:
+    with now():
+        return make(*parts)

@@ -8,9 +8,7 @@ in one (Phi-3, GLM-4), second(act(gate) · up); see `gated`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -132,20 +130,13 @@ class TwoLayerForward:
         first = getattr(module, layers.first)(x)
         if torch.is_grad_enabled() and first.requires_grad:
             inner = _Inner.apply(first, layers.between, getattr(module, layers.act))
-            now = autocast_as_now(first.device.type)
-            self.origins.note(inner, partial(self._made_again, now), first)
+            self.origins.note(inner, self._made, first)
         else:
             inner = self._made(first)
         y: torch.Tensor = getattr(module, layers.second)(inner)
         for name in layers.dropouts:
             y = getattr(module, name)(y)
         return y
-
-    def _made_again(
-        self, now: Callable[[], AbstractContextManager[None]], first: torch.Tensor
-    ) -> torch.Tensor:
-        with now():
-            return self._made(first)
 
     def _made(self, first: torch.Tensor) -> torch.Tensor:
         return self.layers.between.made(first, getattr(self.module, self.layers.act))
