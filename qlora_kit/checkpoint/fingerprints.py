@@ -10,12 +10,13 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.checkpoint.drift import Change, Drift
+from qlora_kit.checkpoint.drift import Change, Drift, shortened
 from qlora_kit.errors import RunError
 
 FINGERPRINTS_FILE = "fingerprints.json"
 _SOURCES = "sources"
 _DIGEST_CHARACTERS = 12
+_MAX_SETTINGS = 8
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,9 @@ class Fingerprints:
     """Yes or no: what the machine was found to be, which decides what `auto` is."""
     qlora_kit: str = ""
     """Version and commit of this program. Empty, so unknown, in checkpoints of earlier ones."""
+    model_config: str = ""
+    """What the base's config.json holds, as JSON: the same weights may be computed with otherwise.
+    Empty in checkpoints of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ _WORDS = {
     "compute": "the products are computed in another dtype, so all numbers are others",
     "native_bf16": "auto may stand for another dtype",
     "qlora_kit": "the same recipe may come out otherwise in the last bits",
+    "model_config": "with the same weights the base computes otherwise than before",
 }
 _ACCEPTED = ("packages", "hardware", "native_bf16", "qlora_kit")
 
@@ -85,7 +90,7 @@ def differences(
             getattr(saved, field.name),
             getattr(now, field.name),
             _WORDS[field.name],
-            _which_sources(field.name, sources_saved, sources_now),
+            _detail(field.name, (saved, sources_saved), (now, sources_now)),
         )
         for field in fields(Fingerprints)
         if getattr(saved, field.name) not in ("", getattr(now, field.name))
@@ -96,10 +101,48 @@ def differences(
     )
 
 
-def _which_sources(field: str, saved: Sources, now: Sources) -> str:
-    """Of a part of the data: which files have changed, and how; empty of all else."""
+def _detail(
+    field: str, saved: tuple[Fingerprints, Sources], now: tuple[Fingerprints, Sources]
+) -> str:
+    """What has changed within a field that says nothing to people; empty of all others."""
+    if field == "model_config":
+        return _which_settings(saved[0].model_config, now[0].model_config)
     kind, _, part = field.partition("_")
-    if kind != "data" or not saved or not now:
+    return _which_sources(part, saved[1], now[1]) if kind == "data" else ""
+
+
+def _which_settings(saved: str, now: str) -> str:
+    """The entries of a config.json that are others."""
+    try:
+        before, after = (dict(_settings(json.loads(text))) for text in (saved, now))
+    except ValueError:
+        return ""
+    names = sorted(before.keys() | after.keys())
+    changed = [
+        f"{name} {_value(before, name)} → {_value(after, name)}"
+        for name in names
+        if _value(before, name) != _value(after, name)
+    ]
+    more = len(changed) - _MAX_SETTINGS
+    return ", ".join(changed[:_MAX_SETTINGS]) + f" and {more} more" * (more > 0)
+
+
+def _settings(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Every entry of a mapping under its dotted name, mappings within it included."""
+    if isinstance(value, dict) and value:
+        for name, one in value.items():
+            yield from _settings(one, f"{path}.{name}" if path else name)
+    else:
+        yield path, value
+
+
+def _value(settings: dict[str, Any], name: str) -> str:
+    return shortened(json.dumps(settings[name])) if name in settings else "not set"
+
+
+def _which_sources(part: str, saved: Sources, now: Sources) -> str:
+    """Of a part of the data: which files have changed, and how."""
+    if not saved or not now:
         return ""
     told = list(_changed([one for one in saved if one.part == part], [*now], part))
     return "; ".join(told) or (

@@ -25,9 +25,10 @@ def words(text: str) -> str:
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, tiny_llama: Path) -> Path:
     folder = tmp_path_factory.mktemp("changed")
+    shutil.copytree(tiny_llama, folder / "base")
     path = write_recipe(
         folder,
-        tiny_llama,
+        folder / "base",
         train={
             "learning_rate": 1e-3,
             "max_steps": LAST,
@@ -97,6 +98,27 @@ def test_other_rows_are_refused_by_the_name_of_their_file(cut_short: Path, call:
     assert "some are seen twice or never" in told
     assert "held-out.jsonl" not in told
     assert (cut_short / "run" / "recipe.yaml").read_bytes() == before
+
+
+def test_a_base_that_is_configured_otherwise_is_refused_by_what_has_changed(
+    cut_short: Path, call: Call
+) -> None:
+    path = cut_short / "base" / "config.json"
+    before = path.read_text()
+    config = {**json.loads(before), "attention_dropout": 0.25}
+    try:
+        path.write_text(json.dumps(config))
+        ended = train(call, cut_short)
+        assert ended.code == 1
+        told = words(ended.err)
+        assert "model_config: attention_dropout 0.0 → 0.25 (" in told
+        assert "computes otherwise" in told
+        path.write_text(json.dumps({**json.loads(before), "dtype": "float16"}, indent=9))
+        ended = train(call, cut_short)
+        assert ended.code == 0, ended.err
+        assert "changed since" not in words(ended.out)
+    finally:
+        path.write_text(before)
 
 
 def test_a_run_keeps_the_optimizer_that_it_was_begun_with(cut_short: Path, call: Call) -> None:
