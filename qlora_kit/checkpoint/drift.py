@@ -137,7 +137,7 @@ class Change:
 
     @property
     def difference(self) -> str:
-        told = self.detail or f"{shortened(self.before)} → {shortened(self.now)}"
+        told = self.detail or f"{_short(self.before)} → {_short(self.now)}"
         return f"{self.field}: {told}"
 
     def __str__(self) -> str:
@@ -384,7 +384,7 @@ def refusal(drift: Drift, run_folder: str) -> str:
     )
 
 
-def shortened(value: Any) -> str:
+def _short(value: Any) -> str:
     """A value as a message may hold it."""
     if value is None:
         return "unset"

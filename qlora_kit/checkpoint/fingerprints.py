@@ -10,13 +10,13 @@ from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from qlora_kit.checkpoint.drift import Change, Drift, shortened
+from qlora_kit.checkpoint.drift import Change, Drift
 from qlora_kit.errors import RunError
+from qlora_kit.model.configured import changed_settings
 
 FINGERPRINTS_FILE = "fingerprints.json"
 _SOURCES = "sources"
 _DIGEST_CHARACTERS = 12
-_MAX_SETTINGS = 8
 
 
 @dataclass(frozen=True)
@@ -106,38 +106,9 @@ def _detail(
 ) -> str:
     """What has changed within a field that says nothing to people; empty of all others."""
     if field == "model_config":
-        return _which_settings(saved[0].model_config, now[0].model_config)
+        return changed_settings(saved[0].model_config, now[0].model_config)
     kind, _, part = field.partition("_")
     return _which_sources(part, saved[1], now[1]) if kind == "data" else ""
-
-
-def _which_settings(saved: str, now: str) -> str:
-    """The entries of a config.json that are others."""
-    try:
-        before, after = (dict(_settings(json.loads(text))) for text in (saved, now))
-    except ValueError:
-        return ""
-    names = sorted(before.keys() | after.keys())
-    changed = [
-        f"{name} {_value(before, name)} → {_value(after, name)}"
-        for name in names
-        if _value(before, name) != _value(after, name)
-    ]
-    more = len(changed) - _MAX_SETTINGS
-    return ", ".join(changed[:_MAX_SETTINGS]) + f" and {more} more" * (more > 0)
-
-
-def _settings(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every entry of a mapping under its dotted name, mappings within it included."""
-    if isinstance(value, dict) and value:
-        for name, one in value.items():
-            yield from _settings(one, f"{path}.{name}" if path else name)
-    else:
-        yield path, value
-
-
-def _value(settings: dict[str, Any], name: str) -> str:
-    return shortened(json.dumps(settings[name])) if name in settings else "not set"
 
 
 def _which_sources(part: str, saved: Sources, now: Sources) -> str:

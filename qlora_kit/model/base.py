@@ -12,6 +12,7 @@ import torch
 from qlora_kit.errors import ModelError
 from qlora_kit.model.bits import quantized_bits
 from qlora_kit.model.blocks import refuse_misread
+from qlora_kit.model.configured import config_text
 from qlora_kit.model.find import find_skeleton
 from qlora_kit.model.load import load_model
 from qlora_kit.model.prequantized import (
@@ -66,6 +67,9 @@ class Base:
     source: ModelSource
     skeleton: Skeleton
     fingerprint: str
+    """Of its weights."""
+    configured: str
+    """What its config.json said when it was loaded (`model/configured.py`)."""
     compute_dtype: torch.dtype
     compute_reason: str
     pad: PadChoice
@@ -147,6 +151,7 @@ def load_base(
         source=source,
         skeleton=skeleton,
         fingerprint=fingerprint,
+        configured=config_text(source.folder),
         compute_dtype=compute_dtype,
         compute_reason=compute_reason,
         pad=pad,

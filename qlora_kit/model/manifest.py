@@ -14,6 +14,7 @@ from typing import Any
 import qlora_kit
 from qlora_kit.errors import AdapterError
 from qlora_kit.model.base import Base, quantization_record
+from qlora_kit.model.configured import changed_settings
 from qlora_kit.model.source import ModelSource
 from qlora_kit.model.tokenizer import template_hash, tokenizer_hash
 from qlora_kit.recipe import ModelSpec, QuantizationSpec
@@ -59,6 +60,8 @@ class Manifest:
     """Where `base_name` holds several GGUF files, the one that was taken."""
     quantization_aware: dict[str, Any] | None = None
     """How the merged weights were quantized in training, where they were."""
+    base_config: str | None = None
+    """What the base's config.json held, as JSON. None in manifests of earlier versions."""
     format: int = _FORMAT
 
 
@@ -87,6 +90,7 @@ def manifest_for(
         },
         base_gguf_file=base.source.gguf_file,
         quantization_aware=quantization_aware,
+        base_config=base.configured,
     )
 
 
@@ -143,7 +147,7 @@ def _manifest(path: Path, values: object) -> Manifest:
     wrong += ["format"] if type(values.get("format")) is not int else []
     wrong += [
         name
-        for name in ("base_revision", "chat_template_sha256", "base_gguf_file")
+        for name in ("base_revision", "chat_template_sha256", "base_gguf_file", "base_config")
         if not isinstance(values.get(name), str | None)
     ]
     wrong += [
@@ -213,6 +217,9 @@ def differences(manifest: Manifest, base: Base, quantization: QuantizationSpec) 
             f"the weights: trained on {manifest.base_name} ({manifest.base_fingerprint[:12]}), "
             f"this is {base.source.name} ({base.fingerprint[:12]})"
         )
+    if manifest.base_config not in (None, base.configured):
+        changed = changed_settings(manifest.base_config, base.configured)
+        found.append(f"its config.json, by which it computes otherwise: {changed}")
     now = quantization_record(quantization, base.compute_dtype)
     for key in _DECISIVE:
         was = manifest.quantization.get(key, _BEFORE.get(key))

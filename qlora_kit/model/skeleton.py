@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from qlora_kit.errors import ModelError
-from qlora_kit.model.json_file import read_json
+from qlora_kit.model.configured import read_mapping
 from qlora_kit.model.reason import reason_of
 
 if TYPE_CHECKING:
@@ -32,9 +31,6 @@ _BAD_CONFIG = (
     AssertionError,
     RuntimeError,
 )
-
-# What a config.json says of its place and its writer, and of the dtype that a recipe decides.
-_NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 # Linear layers whose weights an architecture's kernels read past the module, so that they can
 # neither be packed nor carry an adapter.
@@ -76,7 +72,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     path = folder / "config.json"
     if not path.is_file():
         raise ModelError(f"{folder} has no config.json, so it is not a model folder{_what(folder)}")
-    _mapping(path)
+    read_mapping(path)
     try:
         config = AutoConfig.from_pretrained(
             folder, trust_remote_code=trust_remote_code, local_files_only=True
@@ -92,18 +88,6 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> PreTrainedConf
     return config
 
 
-def config_text(folder: Path) -> str:
-    """What a model's config.json says of how it computes, as one text that is the same however the
-    file is laid out.
-
-    Raises:
-        ModelError: it cannot be read.
-    """
-    content = _mapping(folder / "config.json")
-    said = {name: one for name, one in content.items() if name not in _NOT_COMPUTED_WITH}
-    return json.dumps(said, sort_keys=True, ensure_ascii=False)
-
-
 def _what(folder: Path) -> str:
     """What a folder without config.json seems to be instead."""
     if (folder / "adapter_config.json").is_file():
@@ -112,14 +96,6 @@ def _what(folder: Path) -> str:
     if ggufs:
         return f"; set model.gguf_file: {ggufs[0]} to read that file."
     return "."
-
-
-def _mapping(path: Path) -> dict[str, Any]:
-    """transformers takes any JSON for a configuration, and stumbles over it later."""
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise ModelError(f"{path} is no configuration: it holds a {type(content).__name__}.")
-    return content
 
 
 def build_skeleton(config: PreTrainedConfig, trust_remote_code: bool = False) -> Skeleton:

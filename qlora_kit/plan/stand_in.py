@@ -62,6 +62,7 @@ def stand_in_base(
         source=vocabulary.source,
         skeleton=replace(skeleton, model=model),
         fingerprint="",
+        configured="",
         compute_dtype=compute_dtype,
         compute_reason="",
         pad=vocabulary.pad,

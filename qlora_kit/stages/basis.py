@@ -8,7 +8,6 @@ from qlora_kit.checkpoint.entry import Entry, require_same_work
 from qlora_kit.checkpoint.fingerprints import Fingerprints, SourcePrint
 from qlora_kit.data.prepare import fingerprint_of
 from qlora_kit.environment import Hardware
-from qlora_kit.model.skeleton import config_text
 from qlora_kit.model.tokenizer import template_hash, tokenizer_hash
 from qlora_kit.processes import Processes
 from qlora_kit.recipe import Recipe
@@ -36,7 +35,7 @@ def fingerprints(recipe: Recipe, ready: Prepared, hardware: Hardware) -> Fingerp
         compute=str(ready.base.compute_dtype).removeprefix("torch."),
         native_bf16="yes" if hardware.native_bf16 else "no",
         qlora_kit=kit_version(),
-        model_config=config_text(ready.base.source.folder),
+        model_config=ready.base.configured,
     )
 
 

@@ -102,6 +102,17 @@ class TestWhatDecides:
         assert saved.base.fingerprint[:12] in fact
         assert other.fingerprint[:12] in fact
 
+    def test_another_configuration_of_the_same_weights(self, saved: Saved) -> None:
+        config = json.loads(saved.base.configured)
+        other = replace(saved.base, configured=json.dumps({**config, "rope_theta": 5.0}))
+        (fact,) = refusal(saved.folder, other)
+        assert fact.startswith("its config.json, by which it computes otherwise: rope_theta ")
+        assert fact.endswith(" → 5.0")
+
+    def test_a_manifest_of_an_earlier_version_says_nothing_of_it(self, saved: Saved) -> None:
+        older = replace(read_manifest(saved.folder), base_config=None)
+        assert differences(older, saved.base, TRAINED_WITH) == []
+
     @pytest.mark.parametrize(
         ("setting", "now", "said"),
         [
@@ -234,6 +245,7 @@ class TestDamage:
             ({"base_name": 1}, "base_name"),
             ({"base_revision": 1}, "base_revision"),
             ({"base_gguf_file": []}, "base_gguf_file"),
+            ({"base_config": {}}, "base_config"),
             ({"chat_template_sha256": 1}, "chat_template_sha256"),
             ({"tokenizer_sha256": None}, "tokenizer_sha256"),
             ({"recipe_sha256": {}}, "recipe_sha256"),
