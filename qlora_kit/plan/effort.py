@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils.flop_counter import flop_registry
 _aten = torch.ops.aten
 _ATTENTION = _aten._scaled_dot_product_flash_attention_for_cpu
 _ATTENTION_BACKWARD = _aten._scaled_dot_product_flash_attention_for_cpu_backward
+_GROUPED_PRODUCT = _aten._grouped_mm  # which torch's own counter does not know
 _DEVICE = torch.ops.prim.device  # asked of tensors without numbers at every turn
 
 
@@ -46,6 +48,8 @@ class CountedEffort(TorchDispatchMode):
         effort.num_operations += 1
         if packet in (_ATTENTION, _ATTENTION_BACKWARD):
             effort.products += _attention_products(packet, args)
+        elif packet is _GROUPED_PRODUCT:
+            effort.products += _grouped_products(args[0].shape, args[1].shape)
         elif packet in flop_registry:
             effort.products += int(flop_registry[packet](*args, **options, out_val=made))
         elif not function.is_view:
@@ -62,6 +66,13 @@ def _attention_products(packet: Any, args: Any) -> int:
     num_products = 2 if packet is _ATTENTION else 5
     products: int = num_products * math.prod(query.shape) * int(key.shape[-2])
     return products
+
+
+def _grouped_products(one: Sequence[int], other: Sequence[int]) -> int:
+    """Of rows, columns or what two matrices share, each of which meets one group's matrix alone."""
+    if len(one) > len(other):  # (G, M, K) with columns (K, S)
+        return 2 * one[-2] * math.prod(other)
+    return 2 * math.prod(one) * other[-1]
 
 
 def _num_bytes(one: Any) -> int:

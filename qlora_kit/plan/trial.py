@@ -14,7 +14,6 @@ from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kit.memory.allocator import holes_left_by
 from qlora_kit.memory.kept import Kept, measure_kept, recomputing_layers
@@ -37,6 +36,7 @@ from qlora_kit.plan.few_layers import (
     fusion_of_all,
     in_place,
 )
+from qlora_kit.plan.numberless import Numberless
 from qlora_kit.plan.residents import on_a_trial, require_all_alike
 from qlora_kit.plan.shape import Shape, batch_of
 from qlora_kit.plan.stand_in import give_tensors, stand_in_base, unpacked_for_dora
@@ -114,7 +114,7 @@ class ImaginedTraining:
             adapted = attach_adapter(base, spec, recipe.train.seed)
         self.model: PeftModel = adapted.model
         self.causal = base.model
-        self.mode = FakeTensorMode()
+        self.mode = Numberless()
         with self.mode:
             give_tensors(base.model, recipe.quantization, compute_dtype)
         self.num_entries = int(base.model.config.get_text_config().vocab_size)

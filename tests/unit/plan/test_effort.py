@@ -7,10 +7,10 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from qlora_kit.plan.effort import CountedEffort, Effort
+from qlora_kit.plan.numberless import Numberless
 
 ROWS, INPUTS, OUTPUTS = 6, 5, 7
 BATCH, HEADS, TOKENS, WIDTH = 2, 4, 16, 8
@@ -26,7 +26,7 @@ def counted(run: Callable[[], object]) -> Effort:
 
 @pytest.fixture(params=["real", "fake"], autouse=True)
 def _with_numbers_or_without(request: pytest.FixtureRequest) -> object:
-    with FakeTensorMode() if request.param == "fake" else nullcontext():
+    with Numberless() if request.param == "fake" else nullcontext():
         yield
 
 
@@ -53,6 +53,22 @@ def test_its_backward_pass_has_two_such_products() -> None:
     gradient = torch.ones_like(made)
     effort = counted(lambda: made.backward(gradient))
     assert effort.products == 2 * 2 * ROWS * INPUTS * OUTPUTS
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [((16, 8), (3, 8, 4)), ((3, 4, 8), (8, 16)), ((4, 16), (16, 8)), ((3, 4, 8), (3, 8, 4))],
+    ids=["rows", "columns", "shared", "each"],
+)
+def test_each_row_of_a_product_by_groups_meets_one_matrix(
+    one: tuple[int, ...], other: tuple[int, ...]
+) -> None:
+    """All but the last, of three matrices each, are one product of 4 × 8 with 16 others."""
+    matrices = torch.ones(one), torch.ones(other)
+    shared = len(one) == 2 or len(other) == 2
+    ends = torch.tensor([4, 8, 16], dtype=torch.int32) if shared else None
+    effort = counted(lambda: torch._grouped_mm(*matrices, offs=ends))
+    assert effort == Effort(2 * 4 * 8 * (16 if shared else 3 * 4), 0, 1)
 
 
 def test_causal_attention_computes_half_of_its_scores() -> None:

@@ -8,20 +8,25 @@ import pytest
 
 from qlora_kit.recipe import Recipe
 
-from ..model.zoo import DENSE, build
+from ..model.zoo import DENSE, MIXTURES, build
 from .test_trial import recipe_for, told_and_taken
 
 
 def recipe_of(name: str, folder: Path, batch: int, padding_free: str | bool) -> Recipe:
-    """Of a family's tiny model, with so many rows at a time."""
-    kind, values = DENSE[name]
+    """Of a family's tiny model, with so many rows at a time. Mixtures cannot be quantized."""
+    kind, values = {**DENSE, **MIXTURES}[name]
     build(folder / "model", kind, values)
-    train = {"per_device_train_batch_size": batch}
-    return recipe_for(folder, folder / "model", train=train, data={"padding_free": padding_free})
+    return recipe_for(
+        folder,
+        folder / "model",
+        train={"per_device_train_batch_size": batch},
+        data={"padding_free": padding_free},
+        **({"quantization": {"load_in_4bit": False}} if name in MIXTURES else {}),
+    )
 
 
 @pytest.mark.parametrize("count", [0, 2])
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", [*DENSE, *MIXTURES])
 def test_a_trial_says_what_a_step_takes(
     name: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
