@@ -49,7 +49,7 @@ def choice_of(
     """
     device = imagined.device
     update = bytes_of_update(imagined.model, spec.optim)
-    weights = sum(imagined.weights.values())
+    weights = sum(imagined.standing.values())
     counts = counts_of_recomputing(
         spec.gradient_checkpointing, imagined.num_layers > 0, imagined.num_layers
     )

@@ -239,6 +239,9 @@ class Planner:
         key = repr(
             (recipe.model, recipe.quantization, recipe.lora, shortcuts, products, train.precision)
         )
+        if recipe.quantization_aware is not None:
+            merged, compares = recipe.export.merge_options.dtype, recipe.evaluate.baseline
+            key += repr((recipe.quantization_aware, merged, compares))
         if key not in self._imagined:
             self._imagined[key] = _imagined(recipe, self.vocabulary, self.hardware)
         return self._imagined[key]
@@ -294,8 +297,6 @@ def _seconds_to_train(
 @contextmanager
 def _told_apart(recipe: Recipe) -> Iterator[None]:
     """What a trial cannot do is said to be the model's, and not a fault of the recipe."""
-    if recipe.quantization_aware is not None:
-        raise ModelError("plan does not know what quantization_aware takes.")
     try:
         yield
     except _BEYOND_A_TRIAL as error:

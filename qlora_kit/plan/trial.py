@@ -25,6 +25,7 @@ from qlora_kit.model.fused.at_places import last_of
 from qlora_kit.model.fused.attach import Fusion, plan_fusion
 from qlora_kit.model.fused.lean import LeanParts
 from qlora_kit.model.fused.residents import NO_ROOM, Residents, Room
+from qlora_kit.model.qat.aware import aware_of
 from qlora_kit.plan.effort import CountedEffort, Effort
 from qlora_kit.plan.few_layers import (
     BEGIN,
@@ -40,6 +41,7 @@ from qlora_kit.plan.numberless import Numberless
 from qlora_kit.plan.residents import on_a_trial, require_all_alike
 from qlora_kit.plan.shape import Shape, batch_of
 from qlora_kit.plan.stand_in import give_tensors, stand_in_base, unpacked_for_dora
+from qlora_kit.plan.stand_in_codes import ImaginedCodes, quantizing_without_numbers
 from qlora_kit.plan.stand_in_parts import lean_parts_by_stand_ins
 from qlora_kit.plan.whole_rows import hiding_nothing
 from qlora_kit.runtime.forward import CHUNK_CELLS
@@ -110,13 +112,18 @@ class ImaginedTraining:
         self.device = device
         base = stand_in_base(skeleton, vocabulary, recipe.quantization, compute_dtype)
         spec = recipe.lora.model_copy(update={"init": "default"})
+        merged = recipe.export.merge_options.dtype
+        aware = aware_of(recipe.quantization_aware, merged, compute_dtype)
         with torch.device("meta"), unpacked_for_dora():
-            adapted = attach_adapter(base, spec, recipe.train.seed)
+            adapted = attach_adapter(base, spec, recipe.train.seed, aware)
         self.model: PeftModel = adapted.model
         self.causal = base.model
+        self.compares = recipe.evaluate.baseline
+        """Whether the model is measured without what was trained as well."""
         self.mode = Numberless()
         with self.mode:
             give_tensors(base.model, recipe.quantization, compute_dtype)
+        self.codes = self._codes()
         self.num_entries = int(base.model.config.get_text_config().vocab_size)
         self.is_quick = is_quick
         self.why_all: list[str] = []
@@ -159,6 +166,10 @@ class ImaginedTraining:
                 self.model.zero_grad()
         return trial(None)
 
+    def _codes(self) -> ImaginedCodes:
+        with self.mode, quantizing_without_numbers(self.device):
+            return ImaginedCodes(self.model)
+
     @property
     def num_layers(self) -> int:
         """That can recompute."""
@@ -181,6 +192,17 @@ class ImaginedTraining:
         live = LiveTensors()
         hold_weights(self.model, live)
         return live.peak
+
+    @property
+    def standing(self) -> Peak:
+        """Of the same, with the copies that it computes with where those are quantized anew."""
+        return self._standing().peak
+
+    def _standing(self, with_base: bool = False) -> LiveTensors:
+        live = LiveTensors(self.num_entries)
+        hold_weights(self.model, live)
+        self.codes.hold(live, with_base)
+        return live
 
     @cached_property
     def kept(self) -> Kept:
@@ -223,6 +245,7 @@ class ImaginedTraining:
 
         def found(few: FewLayers | None) -> Effort:
             counting = CountedEffort()
+            self.codes.grow_old()
             course = Course(few, counts=lambda: vars(counting.effort))
             with self._on(shape) as batch, counting, in_place(few):
                 with self._recomputing(among(few, num_recomputing)), course.watched():
@@ -258,8 +281,7 @@ class ImaginedTraining:
         return self._told_by_few(partial(self._step_of, shape, how), how.num_recomputing)
 
     def _step_of(self, shape: Shape, how: Taken, few: FewLayers | None) -> Peak:
-        live = LiveTensors(self.num_entries)
-        hold_weights(self.model, live)
+        live = self._standing()
         gradients = sum(one.nbytes for one in self.trained) * how.is_accumulated
         residents = on_a_trial(how.stays, live, self.causal, gradients)
         course = Course(few, live)
@@ -287,8 +309,7 @@ class ImaginedTraining:
 
     def _held_out_loss(self, shape: Shape, stays: Room) -> Peak:
         def found(few: FewLayers | None) -> Peak:
-            live = LiveTensors(self.num_entries)
-            hold_weights(self.model, live)
+            live = self._standing()
             residents = on_a_trial(stays, live, self.causal)
             course = Course(few, live)
             on_batch = self._on(shape, residents)
@@ -305,8 +326,7 @@ class ImaginedTraining:
 
     def _scoring_of(self, num_rows: int, num_tokens: int, few: FewLayers | None) -> Peak:
         shape = Shape(((num_tokens,),) * num_rows, 0, num_rows > 1, by_example=False)
-        live = LiveTensors(self.num_entries)
-        hold_weights(self.model, live)
+        live = self._standing(self.compares)
         course = Course(few, live)
         with self._on(shape) as batch, live, torch.no_grad(), in_place(few), course.watched():
             columns = torch.zeros(num_tokens - 1, dtype=torch.long)
@@ -317,19 +337,19 @@ class ImaginedTraining:
         return course.peak
 
     def _answering(self, num_rows: int, num_prompt: int, num_new: int) -> Peak:
-        live = LiveTensors(self.num_entries)
-        hold_weights(self.model, live)
+        live = self._standing(self.compares)
+        standing = live.peak
         shape = Shape(((num_prompt,),) * num_rows, 0, num_rows > 1, by_example=False)
         with self._on(shape) as batch, live, torch.no_grad():
             output = self._forward(batch, use_cache=True, logits_to_keep=1)
             before = sum(live.now.values())
             del output
             cache = before - sum(live.now.values())
-        reading, weights = live.peak, self.weights
+        reading = live.peak
         longest = int(cache * (num_prompt + num_new) / num_prompt)
-        if sum(reading.values()) > sum(weights.values()) + longest:
+        if sum(reading.values()) > sum(standing.values()) + longest:
             return reading
-        return {**weights, CACHE: longest}
+        return {**standing, CACHE: longest}
 
     def _forward(self, batch: Mapping[str, torch.Tensor], **options: Any) -> Any:
         dtype = _AUTOCAST.get(self.precision)
@@ -365,6 +385,7 @@ class ImaginedTraining:
         with ExitStack() as stack:
             stack.enter_context(self.mode)
             stack.enter_context(unpacked_for_dora())
+            stack.enter_context(quantizing_without_numbers(self.device))
             stack.enter_context(attending_by_example(self.causal, is_seen))
             stack.enter_context(hiding_nothing(self.causal, not is_masked))
             if not self.has_own_loss:

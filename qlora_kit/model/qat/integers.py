@@ -62,6 +62,9 @@ class IntegerCodes:
         groups = self.codes.view(num_out, self.scale.shape[1], -1).to(dtype)
         return groups.mul_(self.scale.to(dtype).unsqueeze(-1)).view(num_out, num_in)
 
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.codes, self.scale]
+
     def stored(self) -> dict[str, torch.Tensor]:
         """Tensors of a checkpoint, by what follows the module's name: compressed-tensors' packing.
 

@@ -61,10 +61,13 @@ class Held:
     made_of: tuple[torch.Tensor, ...] = ()
 
     def get(self, made_of: tuple[torch.Tensor, ...], make: Callable[[], Codes]) -> Codes:
-        if self.codes is None or not _are_same(self.made_of, made_of):
+        if self.codes is None or not self.is_made_of(made_of):
             self.codes = make()
             self.made_of = tuple(one.detach().clone() for one in made_of)
         return self.codes
+
+    def is_made_of(self, made_of: tuple[torch.Tensor, ...]) -> bool:
+        return _are_same(self.made_of, made_of)
 
 
 def _are_same(one: tuple[torch.Tensor, ...], other: tuple[torch.Tensor, ...]) -> bool:
@@ -103,9 +106,9 @@ class QuantizedLora(lora.Linear):
     @torch.no_grad()
     def codes(self, adapter: str) -> Codes:
         """Of the merged weight; of the base's alone while the adapter is off."""
-        weight = turned_weight(self.get_base_layer())
         if self.disable_adapters:
-            return self.held_without_update.get((), lambda: self.shared.quantize(weight.float()))
+            return self.base_codes()
+        weight = turned_weight(self.get_base_layer())
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
 
         def make() -> Codes:
@@ -113,6 +116,12 @@ class QuantizedLora(lora.Linear):
                 return self.shared.quantize(weight.float() + (b @ a) * self.scaling[adapter])
 
         return self.held.get((a, b), make)
+
+    @torch.no_grad()
+    def base_codes(self) -> Codes:
+        """Of the base's weight alone."""
+        weight = turned_weight(self.get_base_layer())
+        return self.held_without_update.get((), lambda: self.shared.quantize(weight.float()))
 
 
 class QuantizedLinear(nn.Linear):
@@ -158,15 +167,17 @@ def turned_weight(layer: nn.Module) -> torch.Tensor:
     return weight.T if isinstance(layer, Conv1D) else weight
 
 
-def multiply(x: torch.Tensor, layer: QuantizedLinear | QuantizedConv1D) -> torch.Tensor:
-    """x · Q(W)ᵀ + b, with the gradients of W and b where those are trained.
-
-    Of a trained W what is compared, and so kept, is its rounding: all that its codes depend on.
-    """
+@torch.no_grad()
+def codes_of(layer: QuantizedLinear | QuantizedConv1D) -> Codes:
+    """Of a trained W what is compared, and so kept, is its rounding: all that they depend on."""
     shared, weight = layer.shared, turned_weight(layer)
-    with torch.no_grad():
-        made_of = (weight.to(shared.aware.merged_dtype),) if layer.is_trained else ()
-        codes = layer.held.get(made_of, lambda: shared.quantize(weight.float()))
+    made_of = (weight.to(shared.aware.merged_dtype),) if layer.is_trained else ()
+    return layer.held.get(made_of, lambda: shared.quantize(weight.float()))
+
+
+def multiply(x: torch.Tensor, layer: QuantizedLinear | QuantizedConv1D) -> torch.Tensor:
+    """x · Q(W)ᵀ + b, with the gradients of W and b where those are trained."""
+    shared, weight, codes = layer.shared, turned_weight(layer), codes_of(layer)
     if not layer.is_trained:
         return product(x, None, None, layer.bias, codes, 0.0, shared.compute_dtype)
     result: torch.Tensor = _TrainedProduct.apply(

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from qlora_kit.model.quantized import quant_state_tensors
+
 # fp32 numbers that share their upper 16 bits: a cell. Two bounds of NF4 never share one.
-_CELLS = 1 << 16
+NUM_CELLS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ class Nf4Codes:
         weight: torch.Tensor = bnb.dequantize_4bit(self.packed, self.state)
         return weight
 
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.packed, *quant_state_tensors(self.state)]
+
     def stored(self) -> dict[str, torch.Tensor]:
         """Tensors of a checkpoint, by what follows the module's name."""
         parts = self.state.as_dict(packed=True)
@@ -94,25 +99,25 @@ def quantize_on_cpu(weight: torch.Tensor, block_size: int) -> tuple[torch.Tensor
     absmax = blocks.abs().amax(dim=-1)
     scaled = blocks * (1.0 / absmax.clamp(min=1e-38).view(-1, 1))
     scaled = scaled.clamp_(-1, 1).view(-1)
-    lower_codes, bounds = _tables()
-    cells = (scaled.view(torch.int32) >> 16).bitwise_and_(_CELLS - 1)
+    lower_codes, bounds = tables()
+    cells = (scaled.view(torch.int32) >> 16).bitwise_and_(NUM_CELLS - 1)
     codes = lower_codes.index_select(0, cells)
     codes += scaled > bounds.index_select(0, cells)
     return ((codes[::2] << 4) | codes[1::2]).unsqueeze(1), absmax
 
 
 @cache
-def _tables() -> tuple[torch.Tensor, torch.Tensor]:
+def tables() -> tuple[torch.Tensor, torch.Tensor]:
     """By cell: the lowest code in it, and the bound above that, infinite where none is inside."""
     import bitsandbytes.functional as bnb
 
     code = bnb.get_4bit_type("nf4", device="cpu")
     between = (code[:-1] + code[1:]) / 2
-    upper = torch.arange(_CELLS, dtype=torch.int64)
-    upper = torch.where(upper >= _CELLS // 2, upper - _CELLS, upper) << 16
+    upper = torch.arange(NUM_CELLS, dtype=torch.int64)
+    upper = torch.where(upper >= NUM_CELLS // 2, upper - NUM_CELLS, upper) << 16
     ends = [
         torch.bucketize((upper | lower).to(torch.int32).view(torch.float32), between)
-        for lower in (0, _CELLS - 1)
+        for lower in (0, NUM_CELLS - 1)
     ]
     lowest, highest = torch.minimum(*ends), torch.maximum(*ends)
     is_number = upper.to(torch.int32).view(torch.float32).isfinite()

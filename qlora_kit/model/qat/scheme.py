@@ -16,6 +16,9 @@ class Codes(Protocol):
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The numbers it stands for, (out, in)."""
 
+    def tensors(self) -> list[torch.Tensor]:
+        """All that it takes memory for."""
+
     def stored(self) -> dict[str, torch.Tensor]:
         """Tensors of a checkpoint, by what follows the module's name."""
 

@@ -78,6 +78,9 @@ def alive_in_a_step(ready: Prepared, recipe: Recipe, count: int) -> int:
             live.hold([*beside, state.state2.code], "weights")
         if type(weight).__name__ == "Int8Params":
             live.hold([module.state.SCB if weight.SCB is None else weight.SCB], "weights")  # type: ignore[union-attr]
+        held: Any = getattr(module, "held", None)
+        if held is not None and held.codes is not None:
+            live.hold([*held.codes.tensors(), *held.made_of], "weights")
     model.train()
     by_example = attending_by_example(model.get_base_model(), ready.batches.by_example)
     residents = Residents(0 if count else 2**30)  # no tiny model has more
