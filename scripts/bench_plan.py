@@ -3,6 +3,7 @@
 python scripts/bench_plan.py
 python scripts/bench_plan.py --only llama-base gpt2 --json found.json
 python scripts/bench_plan.py --families
+python scripts/bench_plan.py --aware
 python scripts/bench_plan.py --padded --precision bf16 --only mistral phi3
 
 Every shape is a model of random weights that is trained for a few updates through `run_recipe`,
@@ -10,7 +11,8 @@ in a process of its own, twice: once for the memory of the process, and then und
 which notes whatever the allocator of tensors gives and takes back, also inside operations. The
 prediction is the command line's, from the recipe, its rows and the headers alone. The exit code is
 1 where it is off by more than 5 % (tensors, training) or 10 % (process, the whole run).
-`--families` takes one shape of each of many architectures instead.
+`--families` takes one shape of each of many architectures instead, `--aware` training that
+quantizes what it trains.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from plainly import Parser, at_least, output_file, plainly
-from plan_bench.cases import CASES, FAMILIES, Case, configuration_of
+from plan_bench.cases import AWARE, CASES, FAMILIES, Case, configuration_of
 
 from qlora_kit.__main__ import begin
 
@@ -44,11 +46,17 @@ def main() -> int:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=[one.name for one in (*CASES, *FAMILIES)],
+        choices=[one.name for one in (*CASES, *FAMILIES, *AWARE)],
         metavar="SHAPE",
-        help=f"of {', '.join(one.name for one in (*CASES, *FAMILIES))}; unset: the first 20",
+        help=f"of {', '.join(one.name for one in (*CASES, *FAMILIES, *AWARE))}; "
+        "unset: the first 20",
     )
-    parser.add_argument("--families", action="store_true", help="unless --only: all the others")
+    parser.add_argument(
+        "--families", action="store_true", help="unless --only: other architectures"
+    )
+    parser.add_argument(
+        "--aware", action="store_true", help="unless --only: quantizing in training"
+    )
     parser.add_argument("--padded", action="store_true", help="batches that could lie in one row")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=at_least(1), default=1)
@@ -57,8 +65,8 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.child:
         return measure(arguments.child)
-    named = [one for one in (*CASES, *FAMILIES) if one.name in (arguments.only or ())]
-    chosen = named or (FAMILIES if arguments.families else CASES)
+    named = [one for one in (*CASES, *FAMILIES, *AWARE) if one.name in (arguments.only or ())]
+    chosen = named or (FAMILIES if arguments.families else AWARE if arguments.aware else CASES)
     found = []
     for one in chosen:
         with tempfile.TemporaryDirectory(prefix="bench-plan-") as scratch:
@@ -111,7 +119,8 @@ def prepared(one: Case, folder: Path, precision: str = "fp32", is_padded: bool =
     recipe = {
         "model": {"name_or_path": str(folder / "model"), "attn_implementation": one.attention},
         "quantization": {"load_in_4bit": one.bits == 4, "compute_dtype": _DTYPES[precision]},
-        "lora": {"r": one.rank, "alpha": 16},
+        **({"quantization_aware": one.aware} if one.aware else {}),
+        **({} if one.aware.get("train") == "full" else {"lora": {"r": one.rank, "alpha": 16}}),
         "data": {
             "train": [{"path": str(rows)}],
             "max_length": one.tokens,

@@ -28,6 +28,8 @@ class Case:
     attention: str = "auto"
     more: dict[str, Any] = field(default_factory=dict)
     """Of the configuration, as its family has it alone."""
+    aware: dict[str, Any] = field(default_factory=dict)
+    """`quantization_aware`, of a base in 16 or 32 bits."""
 
 
 def case(name: str, family: str = "llama", *sizes: int, **others: Any) -> Case:
@@ -52,6 +54,7 @@ def case(name: str, family: str = "llama", *sizes: int, **others: Any) -> Case:
 
 _ALL, _NONE = {"gradient_checkpointing": True}, {"gradient_checkpointing": False}
 _ACCUMULATED = {"gradient_accumulation_steps": 2}
+_EIGHT = {"optim": "paged_adamw_8bit"}
 CASES = (
     case("llama-base", "llama", 256, 1024, 6, 4, 2, 8192, 256, 4, 16),
     case("llama-long", "llama", 256, 768, 4, 4, 4, 8192, 1024, 1, 16),
@@ -78,7 +81,7 @@ CASES = (
         128,
         1,
         64,
-        train={"optim": "paged_adamw_8bit"},
+        train=_EIGHT,
     ),
     case(
         "llama-plain",
@@ -130,6 +133,30 @@ FAMILIES = (
     _family("lfm2"),
 )
 """Other architectures, each once."""
+
+
+def _aware(name: str, *sizes: int, family: str = "llama", **others: Any) -> Case:
+    aware = {"method": others.pop("method", "nf4"), "train": others.pop("what", "adapter")}
+    return case(f"aware-{name}", family, *sizes, bits=16, aware=aware, **others)
+
+
+AWARE = (
+    _aware("base", 256, 1024, 6, 4, 2, 8192, 256, 4, 16),
+    _aware("wide", 1024, 4096, 3, 16, 4, 4096, 64, 1, 16),
+    _aware("deep", 192, 512, 16, 3, 3, 4096, 256, 2, 8),
+    _aware("all", 512, 1536, 8, 8, 2, 8192, 512, 2, 16, train=_ALL),
+    _aware("int8", 768, 2048, 3, 12, 4, 4096, 128, 4, 8, method="int8"),
+    _aware("int4", 768, 2048, 3, 12, 4, 4096, 128, 4, 8, method="int4-group"),
+    _aware("full", 384, 1024, 6, 6, 2, 8192, 256, 4, 8, what="full"),
+    _aware("full-wide", 1024, 4096, 3, 16, 4, 4096, 64, 1, 8, what="full"),
+    _aware("full-all", 512, 1536, 8, 8, 2, 8192, 512, 2, 8, what="full", train=_ALL),
+    _aware("full-8-bits", 512, 1536, 6, 8, 2, 8192, 256, 2, 8, what="full", train=_EIGHT),
+    _aware(
+        "full-accumulated", 512, 1536, 6, 8, 2, 8192, 256, 2, 8, what="full", train=_ACCUMULATED
+    ),
+    _aware("full-gpt2", 384, 1536, 5, 6, 6, 8192, 256, 3, 8, what="full", family="gpt2"),
+)
+"""Training that quantizes what it trains."""
 
 
 def configuration_of(one: Case) -> dict[str, Any]:
