@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     from qlora_kit.recipe import Recipe, TrainSpec
 
 CACHE = "cache of keys and values"
+TRAINED = "trained weights"
 HOLES = "holes in the heap"
 
 _SHORT = (1, 8)
@@ -117,6 +118,7 @@ class ImaginedTraining:
         with torch.device("meta"), unpacked_for_dora():
             adapted = attach_adapter(base, spec, recipe.train.seed, aware)
         self.model: PeftModel = adapted.model
+        self.trains_weights = aware is not None and aware.spec.train == "full"
         self.causal = base.model
         self.compares = recipe.evaluate.baseline
         """Whether the model is measured without what was trained as well."""
@@ -189,9 +191,7 @@ class ImaginedTraining:
     @property
     def weights(self) -> Peak:
         """Of the loaded model with its adapter."""
-        live = LiveTensors()
-        hold_weights(self.model, live)
-        return live.peak
+        return self._loaded().peak
 
     @property
     def standing(self) -> Peak:
@@ -199,9 +199,16 @@ class ImaginedTraining:
         return self._standing().peak
 
     def _standing(self, with_base: bool = False) -> LiveTensors:
+        live = self._loaded()
+        self.codes.hold(live, with_base)
+        return live
+
+    def _loaded(self) -> LiveTensors:
         live = LiveTensors(self.num_entries)
         hold_weights(self.model, live)
-        self.codes.hold(live, with_base)
+        if self.trains_weights:
+            live.hold(self.trained, TRAINED)
+            live.forget_peak()
         return live
 
     @cached_property
