@@ -44,10 +44,14 @@ class ImaginedHeld(Held):
         return not (made_of and self.is_old)
 
     def get(self, made_of: tuple[torch.Tensor, ...], make: Callable[[], Codes]) -> Codes:
+        if self.live is None or not self.is_old:
+            return super().get(made_of, make)
+        gone_before = self.live.gone_bytes
         codes = super().get(made_of, make)
-        if self.is_old:
-            self.is_old = False
-            self.count()
+        self.is_old = False
+        self.count()
+        # What is made on the way is gone before the graph, which keeps others' holes open, grows.
+        self.live.gone_bytes = gone_before
         return codes
 
     def count(self) -> None:
