@@ -4,7 +4,8 @@ The files are safetensors files, and any library can read them; reading one runs
 unpickling would. The bytes are copies, so that training may go on while they are written. An
 optimizer's state is thousands of tensors of a few kilobytes, for which `torch.save` takes several
 times as long as the disk: `value_parts` joins those of one dtype end to end, and keeps the
-structure around them in the file's metadata.
+structure around them in the file's metadata. Where training waits until they are written
+(`is_copied=False`), large tensors on the CPU are their own bytes, and take no memory twice.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from qlora_kit.checkpoint.draft import Buffer
 
 STRUCTURE = "structure"
 _PART_BYTES = 1 << 25
+_FEWEST_UNCOPIED = 1 << 20
 _PLAIN = frozenset({type(None), bool, int, float, str})
 _ALIGNMENT = 8
 # https://github.com/huggingface/safetensors#format
@@ -41,18 +43,23 @@ _DTYPES = {
 
 
 def tensor_parts(
-    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+    tensors: Mapping[str, torch.Tensor],
+    metadata: Mapping[str, str] | None = None,
+    is_copied: bool = True,
 ) -> list[Buffer]:
     """A safetensors file, part by part; the tensors may be on any device.
+
+    Args:
+        is_copied: False where none of them changes before the parts are written.
 
     Raises:
         TypeError: a dtype that no checkpoint has.
     """
     whole = {name: (list(one.shape), [one]) for name, one in tensors.items()}
-    return _parts(whole, dict(metadata or {}))
+    return _parts(whole, dict(metadata or {}), is_copied)
 
 
-def value_parts(values: Any) -> list[Buffer]:
+def value_parts(values: Any, is_copied: bool = True) -> list[Buffer]:
     """The same of dicts, lists, tuples, numbers, texts, None and strided tensors, nested at will.
 
     Tensors come back on the CPU and contiguous, one that stands in several places as one.
@@ -63,7 +70,7 @@ def value_parts(values: Any) -> list[Buffer]:
     packer = _Packer()
     structure = json.dumps(packer.encode(values))
     joined = {name: ([row.length], row.parts) for name, row in packer.rows.items()}
-    return _parts(joined, {STRUCTURE: structure})
+    return _parts(joined, {STRUCTURE: structure}, is_copied)
 
 
 def load_values(path: Path) -> Any:
@@ -75,7 +82,9 @@ def load_values(path: Path) -> Any:
 
 
 def _parts(
-    entries: dict[str, tuple[list[int], list[torch.Tensor]]], metadata: dict[str, str]
+    entries: dict[str, tuple[list[int], list[torch.Tensor]]],
+    metadata: dict[str, str],
+    is_copied: bool,
 ) -> list[Buffer]:
     """Each entry is a shape, and the tensors that one after the other make it up."""
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
@@ -92,14 +101,23 @@ def _parts(
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % _ALIGNMENT)
     tensors = [part for name in order for part in entries[name][1]]
-    return [len(text).to_bytes(8, "little") + text, *map(_bytes_of, _joined(tensors))]
+    return [len(text).to_bytes(8, "little") + text, *map(_bytes_of, _joined(tensors, is_copied))]
 
 
-def _joined(tensors: list[torch.Tensor]) -> Iterator[torch.Tensor]:
-    """Copies on the CPU of neighbours of a dtype, end to end."""
+def _joined(tensors: list[torch.Tensor], is_copied: bool) -> Iterator[torch.Tensor]:
+    """Copies on the CPU of neighbours of a dtype, end to end; large ones that need not be copied
+    by themselves.
+    """
     group: list[torch.Tensor] = []
     num_bytes = 0
     for tensor in tensors:
+        is_there = tensor.device.type == "cpu" and tensor.nbytes >= _FEWEST_UNCOPIED
+        if is_there and not is_copied:
+            if group:
+                yield _copy_of(group)
+                group, num_bytes = [], 0
+            yield tensor.detach().reshape(-1)
+            continue
         is_alike = not group or (tensor.dtype, tensor.device) == (group[0].dtype, group[0].device)
         if group and (not is_alike or num_bytes + tensor.nbytes > _PART_BYTES):
             yield _copy_of(group)

@@ -73,7 +73,7 @@ def training_beside(
     try:
         vocabulary = load_vocabulary(recipe.model)
         held = memory.host_at_start
-        predicted = foretold_training(recipe, vocabulary, hardware, shape, how, held)
+        predicted = foretold_training(recipe, vocabulary, hardware, batches, shape, how, held)
     except QloraKitError:
         return None
     total = predicted.tensor_bytes if is_gpu else predicted.num_bytes

@@ -14,7 +14,7 @@ from qlora_kit.environment import Hardware
 from qlora_kit.errors import ModelError
 from qlora_kit.evaluate.evaluate import PERPLEXITY_BATCH_SIZE
 from qlora_kit.memory.kept import Kept
-from qlora_kit.memory.optimizer import state_bytes
+from qlora_kit.memory.optimizer import checkpoint_bytes, state_bytes
 from qlora_kit.memory.process import resident_bytes
 from qlora_kit.memory.ways import largest_quantized
 from qlora_kit.model.fused.residents import Room
@@ -29,6 +29,7 @@ from qlora_kit.plan.trial import HOLES, ImaginedTraining, Peak, Taken
 from qlora_kit.runtime.batches import BATCH_TOKENS, LOGITS_BYTES
 from qlora_kit.train.arguments import optimizer_for, resolve_training_dtypes
 from qlora_kit.train.batching import foreseen_batches
+from qlora_kit.train.cadence import is_saved_beside, saves_on_its_way
 from qlora_kit.train.loader import lengths_of
 from qlora_kit.train.product_choice import may_stay
 from qlora_kit.train.shortcuts import SWITCHES
@@ -36,11 +37,11 @@ from qlora_kit.train.shortcuts import SWITCHES
 if TYPE_CHECKING:
     from qlora_kit.model.vocabulary import Vocabulary
     from qlora_kit.plan.effort import Effort
-    from qlora_kit.recipe import Recipe
+    from qlora_kit.recipe import Recipe, TrainSpec
     from qlora_kit.train.batching import Batching
 
 OPTIMIZER, FRAMEWORK = "optimizer", "framework"
-IN_FLIGHT = "a weight on its way"
+IN_FLIGHT, SAVED = "a weight on its way", "a checkpoint on its way"
 
 _GIB, _MIB = 2**30, 2**20
 # What training adds to interpreter and libraries as they are before there is a model, tensors and
@@ -178,7 +179,9 @@ class Planner:
             how = _taken(recipe, choice, len(worst.items))
             moments = (
                 _loading(imagined, framework),
-                _training(imagined, recipe, framework, worst.first(choice.way.at_a_time), how),
+                _training(
+                    imagined, recipe, framework, batches, worst.first(choice.way.at_a_time), how
+                ),
                 *_evaluation(imagined, recipe, framework, batches, choice.stays),
             )
             rate = None if calibration is None else self._rate(imagined, worst, choice, calibration)
@@ -251,6 +254,7 @@ def foretold_training(
     recipe: Recipe,
     vocabulary: Vocabulary,
     hardware: Hardware,
+    batches: Batching,
     shape: Shape,
     how: Taken,
     held_bytes: int,
@@ -267,7 +271,7 @@ def foretold_training(
         imagined = _imagined(recipe, vocabulary, hardware)
         calibration = recalled(hardware, imagined.precision)
         framework = framework_bytes(hardware, calibration, held_bytes)
-        return _training(imagined, recipe, framework, shape, how)
+        return _training(imagined, recipe, framework, batches, shape, how)
 
 
 def framework_bytes(hardware: Hardware, calibration: Calibration | None, held_bytes: int) -> int:
@@ -335,9 +339,29 @@ def _taken(recipe: Recipe, choice: Choice, num_sequences: int) -> Taken:
 
 
 def _training(
-    imagined: ImaginedTraining, recipe: Recipe, framework: int, shape: Shape, how: Taken
+    imagined: ImaginedTraining,
+    recipe: Recipe,
+    framework: int,
+    batches: Batching,
+    shape: Shape,
+    how: Taken,
 ) -> Moment:
-    return Moment("training", {**imagined.step(shape, how), **_around(imagined, recipe, framework)})
+    around = _around(imagined, recipe, framework)
+    if saved := _saved_beside(imagined, recipe.train, batches):
+        around[SAVED] = saved
+    return Moment("training", {**imagined.step(shape, how), **around})
+
+
+def _saved_beside(imagined: ImaginedTraining, spec: TrainSpec, batches: Batching) -> int:
+    """What is copied of a checkpoint that is written while updates are made, on a CPU; on a GPU it
+    is in the host's memory.
+    """
+    if imagined.device != "cpu" or not is_saved_beside(spec, imagined.device):
+        return 0
+    num_items = spec.per_device_train_batch_size * spec.gradient_accumulation_steps
+    if not saves_on_its_way(spec, batches.updates_per_pass(num_items)):
+        return 0
+    return checkpoint_bytes(spec.optim, [one.numel() for one in imagined.trained])
 
 
 def _around(imagined: ImaginedTraining, recipe: Recipe, framework: int) -> dict[str, int]:

@@ -14,7 +14,7 @@ from qlora_kit.out_of_memory import MemoryLimit
 from qlora_kit.train.arguments import training_arguments
 from qlora_kit.train.batching import Batching
 from qlora_kit.train.budget import Fit
-from qlora_kit.train.cadence import Cadence
+from qlora_kit.train.cadence import Cadence, is_saved_beside
 from qlora_kit.train.callbacks import StepCallback
 from qlora_kit.train.continuation import Continuation, GoOn, MakeUp
 from qlora_kit.train.fitting import put_back_what_fits
@@ -94,7 +94,9 @@ def _saver_and_batches(course: Course) -> tuple[Saver, MicroBatches]:
     spec, shape, batches = course.spec, course.shape, course.batches
     begin = course.continuation.place if course.continuation else None
     items = batches.items(spec, shape.items_per_update, begin)
-    is_beside = course.limit.data_bytes is None
+    is_beside = course.limit.data_bytes is None and is_saved_beside(
+        spec, course.around.hardware.device
+    )
     saver = Saver(
         course.around, shape, course.num_updates, spec, course.choice, items, is_beside=is_beside
     )

@@ -101,6 +101,32 @@ class Cadence(TrainerCallback):
         return strategy == "epoch" and (update % self.updates_per_pass == 0 or is_last)
 
 
+def is_saved_beside(spec: TrainSpec, device: str) -> bool:
+    """Whether training goes on while a copy of its state is written: not where that copy would be
+    in the memory that a limit or a budget is of.
+    """
+    is_free = spec.memory_budget_bytes is None and spec.max_memory_mib is None
+    return device != "cpu" or is_free
+
+
+def saves_on_its_way(spec: TrainSpec, updates_per_pass: int) -> bool:
+    """Whether a checkpoint may be written that is not of the last update.
+
+    Args:
+        updates_per_pass: over the rows; 0 where nobody knows.
+    """
+    if spec.save_minutes is not None or spec.save_strategy == "no":
+        return spec.save_minutes is not None
+    num_updates: float | None = spec.max_steps
+    if num_updates is None and updates_per_pass:
+        num_updates = spec.num_train_epochs * updates_per_pass
+    if spec.save_strategy == "steps":
+        return num_updates is None or spec.save_steps < num_updates
+    if spec.max_steps is None:
+        return spec.num_train_epochs > 1
+    return not updates_per_pass or updates_per_pass < spec.max_steps
+
+
 def _agreed(flags: list[int], args: TrainingArguments) -> list[int]:
     """The largest of each over all processes, since a clock or a signal may reach one alone."""
     if args.world_size == 1:

@@ -50,7 +50,8 @@ if TYPE_CHECKING:
 class Saver:
     """Writes checkpoint-N from what the trainer holds after update N, and clears older ones.
 
-    Training waits while its state is copied; the copy is written beside the next updates.
+    Training waits while its state is copied; the copy is written beside the next updates. Where
+    there is none, or memory is limited, it waits until the state is written.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Saver:
         self.choice = choice
         self.items = items
         self.is_beside = is_beside
-        """False where a limit on the memory of the process would reach the writing too."""
+        """False where a limit on the memory of the process would reach the copy, too."""
         self.trainer: QloraTrainer | None = None
         self.step: StepCallback | None = None
         self._moving: Moving | None = None
@@ -175,11 +176,12 @@ class Saver:
             log = history(around.run.log, progress.log_bytes)
         texts = {**around.records, **self._place_of(progress.update)}
         records = {HISTORY_FILE: log, **{name: text.encode() for name, text in texts.items()}}
-        copied = snapshot(taken, progress, shape, randoms, records)
+        is_beside = self.is_beside and progress.update < self.num_updates
+        copied = snapshot(taken, progress, shape, randoms, records, is_copied=is_beside)
         require_room(around.run.folder, copied.num_bytes, around.disk)
         self._has_begun = True
         self._writing = self._writer.submit(self._write, progress.update, copied)
-        if not self.is_beside:
+        if not is_beside:
             self.settle()
 
     def _place_of(self, update: int) -> dict[str, str]:

@@ -188,7 +188,9 @@ def take(moving: Moving) -> Taken:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """The bytes of a checkpoint's files, which no later update changes."""
+    """The bytes of a checkpoint's files, which no later update changes, or none is to be made
+    before they are written.
+    """
 
     files: Mapping[str, Sequence[Buffer]]
     adapter: AdapterFiles
@@ -215,10 +217,13 @@ def snapshot(
     shape: dict[str, int],
     randoms: list[dict[str, Any]],
     records: Mapping[str, bytes] | None = None,
+    is_copied: bool = True,
 ) -> Snapshot:
     """Copy what was taken.
 
     Args:
+        is_copied: False where training waits until it is written: then only what is small, or on
+            a GPU, is copied.
         shape: the numbers of `Shared`.
         randoms: `random_state()` of every process.
         records: further files, by name.
@@ -226,8 +231,8 @@ def snapshot(
     shared = Shared(**shape, optimizer_kind=taken.optimizer_kind)
     values = {**progress.as_dict(), **asdict(shared)}
     files: dict[str, Sequence[Buffer]] = {
-        WEIGHTS_FILE: tensor_parts(taken.weights, {"format": "pt"}),
-        OPTIMIZER_FILE: value_parts(taken.state),
+        WEIGHTS_FILE: tensor_parts(taken.weights, {"format": "pt"}, is_copied),
+        OPTIMIZER_FILE: value_parts(taken.state, is_copied),
         RANDOM_FILE: value_parts(randoms),
         PROGRESS_FILE: [(json.dumps(values, indent=1) + "\n").encode()],
         **{name: [content] for name, content in (records or {}).items()},

@@ -83,6 +83,22 @@ class TestTensors:
         assert ours[-num_bytes:] == theirs[-num_bytes:]
         assert (len(ours) - num_bytes) % 8 == 0
 
+    @pytest.mark.parametrize("is_copied", [True, False])
+    def test_large_ones_that_do_not_change_are_not_copied(
+        self, tmp_path: Path, is_copied: bool
+    ) -> None:
+        """The file is the same; small ones are joined in any case."""
+        torch.manual_seed(0)
+        large = torch.randn(600, 600)
+        tensors = {"a": torch.randn(3), "b": large, "c": torch.randn(4), "d": large.t()}
+        parts = tensor_parts(tensors, is_copied=is_copied)
+        (tmp_path / "file").write_bytes(b"".join(parts))
+        read = load_file(tmp_path / "file")
+        assert all(equal(tensors[name], read[name]) for name in tensors)
+        assert len(parts) == (2 if is_copied else 5)  # behind a header
+        large.zero_()
+        assert any(not any(bytes(part)) for part in parts) == (not is_copied)
+
     def test_none_at_all(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_bytes(b"".join(tensor_parts({})))
         assert load_file(tmp_path / "file") == {}

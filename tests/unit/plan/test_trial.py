@@ -22,7 +22,7 @@ from qlora_kit.model.by_example import attending_by_example
 from qlora_kit.model.fused.residents import Residents
 from qlora_kit.model.vocabulary import load_vocabulary
 from qlora_kit.plan.gpus import GPUS, known_gpu
-from qlora_kit.plan.plan import FRAMEWORK, OPTIMIZER, Planner
+from qlora_kit.plan.plan import FRAMEWORK, OPTIMIZER, SAVED, Planner
 from qlora_kit.plan.rows import train_rows
 from qlora_kit.plan.suggest import suggestions
 from qlora_kit.plan.trial import HOLES
@@ -230,6 +230,29 @@ def test_a_budget_that_speed_was_given_up_for_leaves_no_holes(
     recipe = recipe_for(tmp_path, tiny_llama, train=train)
     plan = Planner(load_vocabulary(recipe.model), probe_hardware(), 8 * _GIB).plan(recipe)
     assert (HOLES in plan.moment("training").components) == has_holes
+
+
+@pytest.mark.parametrize(
+    ("train", "is_counted"),
+    [
+        ({"num_train_epochs": 2}, True),
+        ({"num_train_epochs": 1}, False),
+        ({"num_train_epochs": 2, "memory_budget": "4GiB"}, False),
+    ],
+)
+def test_a_checkpoint_that_is_written_beside_training_takes_memory_on_a_cpu(
+    train: dict[str, Any], is_counted: bool, tiny_llama: Path, tmp_path: Path
+) -> None:
+    """A copy of what is trained and of two averages of it."""
+    recipe = recipe_for(tmp_path, tiny_llama, train=train)
+    vocabulary = load_vocabulary(recipe.model)
+    components = {}
+    for hardware in (probe_hardware(), known_gpu("T4")):
+        plan = Planner(vocabulary, hardware, 8 * _GIB).plan(recipe, train_rows(recipe, vocabulary))
+        components[hardware.device] = plan.moment("training").components
+    on_cpu = components["cpu"]
+    assert on_cpu.get(SAVED, 0) == (on_cpu["adapter"] + on_cpu["optimizer"]) * is_counted
+    assert SAVED not in components["cuda"]
 
 
 def test_what_does_not_fit_is_told_what_each_change_saves(tiny_llama: Path, tmp_path: Path) -> None:

@@ -190,6 +190,39 @@ def test_a_write_that_fails_is_known_once_it_has(tmp_path: Path) -> None:
     assert not training.saver.has_failed()
 
 
+@pytest.mark.parametrize(
+    ("update", "is_limited", "is_copied"), [(5, False, True), (100, False, False), (5, True, False)]
+)
+def test_nothing_is_copied_where_training_waits(
+    update: int,
+    is_limited: bool,
+    is_copied: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As behind the last of 100 updates, or where memory is limited: the checkpoint is whole then,
+    whatever becomes of the weights, of which the saver has no copy.
+    """
+    asked: list[bool] = []
+    own = saving.snapshot
+
+    def noted(*arguments: Any, is_copied: bool) -> Any:
+        asked.append(is_copied)
+        return own(*arguments, is_copied=is_copied)
+
+    monkeypatch.setattr(saving, "snapshot", noted)
+    training = Training(tmp_path / "run")
+    training.saver.is_beside = not is_limited
+    training.update(update)
+    training.saver.save()
+    assert asked == [is_copied]
+    if not is_copied:
+        assert training.saver._writing is None
+    training.saver.settle()
+    assert training.saved == [update]
+    assert newest_whole(training.folder) is not None
+
+
 def until_told(is_so: Callable[[], bool]) -> None:
     for _ in range(int(PATIENCE_SECONDS / 0.01)):
         if is_so():
