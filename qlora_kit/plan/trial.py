@@ -142,6 +142,8 @@ class ImaginedTraining:
         )
         self._train = recipe.train
         self._told: dict[tuple[Any, ...], Peak] = {}
+        self._never_asked: dict[Room, int] = {}
+        """By what stays, of its bytes in a step: see `ImaginedResidents.never_asked_bytes`."""
 
     def _fusion(self) -> Fusion:
         def found(few: FewLayers | None) -> Fusion:
@@ -266,7 +268,7 @@ class ImaginedTraining:
 
     def held_out_loss(self, shape: Shape, stays: Room = NO_ROOM) -> Peak:
         """The peak of a forward pass in evaluation while training goes on, with the weights that
-        stay.
+        stay. Ask for a step with the same ones before.
         """
         return self._once(self._held_out_loss, shape, stays)
 
@@ -306,9 +308,8 @@ class ImaginedTraining:
             self.model.zero_grad()
             self.model.eval()
         require_all_alike(few, residents, course, how.stays)
-        peak = dict(course.peak)
-        if never_asked := residents.never_asked_bytes:
-            peak[UNPACKED] = peak.get(UNPACKED, 0) - never_asked
+        self._never_asked[how.stays] = residents.never_asked_bytes
+        peak = self._asked_for(course.peak, how.stays)
         if self.device != "cpu" or how.gives_back:
             return peak
         recomputing = how.num_recomputing / max(self.num_layers, 1)
@@ -324,9 +325,16 @@ class ImaginedTraining:
                 self.model.eval()
                 self._loss(batch)
             require_all_alike(few, residents, course, stays)
-            return course.peak
+            return self._asked_for(course.peak, stays)
 
         return self._told_by_few(found)
+
+    def _asked_for(self, peak: Peak, stays: Room) -> dict[Component, int]:
+        """Without weights that stay for gradients which no step has asked for."""
+        found, never_asked = dict(peak), self._never_asked.get(stays, 0)
+        if never_asked:
+            found[UNPACKED] = found.get(UNPACKED, 0) - never_asked
+        return found
 
     def _scoring(self, num_rows: int, num_tokens: int) -> Peak:
         return self._told_by_few(partial(self._scoring_of, num_rows, num_tokens))

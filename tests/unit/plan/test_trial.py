@@ -15,7 +15,7 @@ from qlora_kit import kept
 from qlora_kit.environment import Hardware, probe_hardware
 from qlora_kit.errors import HardwareError
 from qlora_kit.memory.kept import Kept, measure_kept
-from qlora_kit.memory.live import LiveTensors
+from qlora_kit.memory.live import UNPACKED, LiveTensors
 from qlora_kit.memory.optimizer import state_bytes
 from qlora_kit.memory.ways import lengths_of_rows
 from qlora_kit.model.by_example import attending_by_example
@@ -283,6 +283,25 @@ def test_weights_stay_as_they_will_in_training(
     plan = Planner(load_vocabulary(recipe.model), probe_hardware(), 8 * _GIB).plan(recipe)
     assert plan.choice.stays.is_for_reordered == (gain > 1)
     assert plan.choice.stays.num_bytes > 0
+
+
+def test_weights_that_stay_are_the_same_while_held_out_rows_are_measured(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without those of the first layer that no gradient asks for."""
+    monkeypatch.setattr(product_choice, "FEWEST_WEIGHTS", 0)
+    monkeypatch.setattr(product_choice, "_known_or_raced", lambda *_: (Raced(1.5, 0.0), None))
+    evaluating = {"eval_strategy": "epoch"}
+    recipe = recipe_for(tmp_path, tiny_llama, train=evaluating, data={"held_out": 0.5})
+    recipe = recipe.model_copy(
+        update={"evaluate": recipe.evaluate.model_copy(update={"perplexity": False})}
+    )
+    plan = Planner(load_vocabulary(recipe.model), probe_hardware(), 8 * _GIB).plan(recipe)
+    assert plan.choice.stays.is_for_reordered
+    queries_keys_values = 4 * 64 * (64 + 32 + 32)
+    head = 2 * 4 * 64 * 384  # which comes behind the worst point
+    evaluation = plan.moment("evaluation").components
+    assert evaluation[UNPACKED] == plan.choice.stays.num_bytes - head - queries_keys_values
 
 
 def test_a_plan_times_what_training_would(
