@@ -37,7 +37,8 @@ def plan(reporter: Reporter, found: Plan, is_of_rows: bool) -> None:
         + f"; within train.memory_budget: {found.memory_budget}" * (found.memory_budget != "auto")
     )
     _say_how_fast(reporter, found)
-    names = list(dict.fromkeys(name for one in found.moments for name in one.components))
+    told = (name for one in found.moments for name, size in one.components.items() if size)
+    names = list(dict.fromkeys(told))
     rows = [(name, *(_mib(one.components.get(name, 0)) for one in found.moments)) for name in names]
     rows.append(("all together", *(_mib(one.num_bytes) for one in found.moments)))
     reporter.table("MiB at the worst point of", ("", *(one.name for one in found.moments)), rows)
