@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 _PLOTS = (".png", ".svg", ".pdf")
+# Torch logs that torchao registers what it need not.
+logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 class Fault(Exception):

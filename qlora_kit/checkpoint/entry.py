@@ -218,8 +218,7 @@ def require_alike(prints: Sequence[Fingerprints]) -> None:
         drift = differences(prints[0], one)
         if drift.breaking:
             listed = "\n".join(
-                f"  - {change.field}: {change.before} in process 0, {change.now} in process {rank}"
-                for change in drift.breaking
+                f"  - {change.difference} (process 0 → process {rank})" for change in drift.breaking
             )
             raise RunError(
                 f"the processes do not train on the same things:\n{listed}\n"

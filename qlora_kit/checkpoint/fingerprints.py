@@ -38,7 +38,7 @@ class Fingerprints:
     """Version and commit of this program. Empty, so unknown, in checkpoints of earlier ones."""
     model_config: str = ""
     """What the base's config.json holds, as JSON: the same weights may be computed with otherwise.
-    Empty in checkpoints of earlier versions."""
+    Empty in checkpoints of earlier versions, and where this program has written the file."""
 
 
 @dataclass(frozen=True)

@@ -111,8 +111,7 @@ def _joined(tensors: list[torch.Tensor], is_copied: bool) -> Iterator[torch.Tens
     group: list[torch.Tensor] = []
     num_bytes = 0
     for tensor in tensors:
-        is_there = tensor.device.type == "cpu" and tensor.nbytes >= _FEWEST_UNCOPIED
-        if is_there and not is_copied:
+        if not is_copied and _is_there(tensor):
             if group:
                 yield _copy_of(group)
                 group, num_bytes = [], 0
@@ -126,6 +125,12 @@ def _joined(tensors: list[torch.Tensor], is_copied: bool) -> Iterator[torch.Tens
         num_bytes += tensor.nbytes
     if group:
         yield _copy_of(group)
+
+
+def _is_there(tensor: torch.Tensor) -> bool:
+    """Whether it is written from where it lies, which of bitsandbytes' paged ones may be a GPU."""
+    is_paged = getattr(tensor, "is_paged", False)
+    return tensor.device.type == "cpu" and tensor.nbytes >= _FEWEST_UNCOPIED and not is_paged
 
 
 def _copy_of(group: list[torch.Tensor]) -> torch.Tensor:

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora_kit.memory.live import LiveTensors
 from qlora_kit.memory.weights import hold_weights
+from qlora_kit.model.qat.attach import fake_quantization_of
 
 LENGTHS = (16, 32, 64)
 """Tokens of the sequences that are counted."""
@@ -110,6 +111,9 @@ def measure_kept(
         of_all: makes of what is known of each layer of the model that of each layer there is to be,
             where a few stand for all.
     """
+    if fake_quantization_of(model) is not None:
+        with torch.no_grad():  # what it quantizes stays, and is no part of what passes keep
+            run(LENGTHS[0])
     layers = recomputing_layers(model)
     counts = [_count(model, layers, partial(run, length), of_all) for length in LENGTHS]
     by_layer = zip(*(one.layers for one in counts), strict=True)

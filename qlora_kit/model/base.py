@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
 # Architectures whose forward pass scales linear weights in place.
 _REWRITES_ITS_WEIGHTS = ("rwkv",)
+# Sources whose folder this program has written.
+_OWN_KINDS = ("demo", "gguf")
 # Quantized parameters, from which on a quantized base is kept in the cache.
 _WORTH_KEEPING = 16_000_000
 
@@ -69,7 +71,9 @@ class Base:
     fingerprint: str
     """Of its weights."""
     configured: str
-    """What its config.json said when it was loaded (`model/configured.py`)."""
+    """What its config.json said when it was loaded (`model/configured.py`); empty where that was
+    made by this program.
+    """
     compute_dtype: torch.dtype
     compute_reason: str
     pad: PadChoice
@@ -151,7 +155,7 @@ def load_base(
         source=source,
         skeleton=skeleton,
         fingerprint=fingerprint,
-        configured=config_text(source.folder),
+        configured="" if source.kind in _OWN_KINDS else config_text(source.folder),
         compute_dtype=compute_dtype,
         compute_reason=compute_reason,
         pad=pad,

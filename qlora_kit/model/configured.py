@@ -14,22 +14,34 @@ from typing import Any
 from qlora_kit.errors import ModelError
 from qlora_kit.model.json_file import read_json
 
-# What it says of its place and its writer, and of the dtype that a recipe decides.
-_NOT_COMPUTED_WITH = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
+# What it says of its place and its writer, of how it is to be used, and of the dtype that a recipe
+# decides; at whatever depth, as a model of several parts has it in each.
+_NOT_COMPUTED_WITH = frozenset(
+    {"_name_or_path", "transformers_version", "architectures", "use_cache", "dtype", "torch_dtype"}
+)
 _MAX_SETTINGS = 8
 _MAX_CHARACTERS = 60
+_NOTHING = object()
 
 
 def config_text(folder: Path) -> str:
     """What a model's config.json says of how it computes, as one text that is the same however the
-    file is laid out.
+    file is laid out and its numbers are written.
 
     Raises:
         ModelError: it cannot be read.
     """
-    content = read_mapping(folder / "config.json")
-    said = {name: one for name, one in content.items() if name not in _NOT_COMPUTED_WITH}
+    said = _computed_with(read_mapping(folder / "config.json"))
     return json.dumps(said, sort_keys=True, ensure_ascii=False)
+
+
+def _computed_with(value: Any) -> Any:
+    if isinstance(value, dict):
+        told = {name: one for name, one in value.items() if name not in _NOT_COMPUTED_WITH}
+        return {name: _computed_with(one) for name, one in told.items()}
+    if isinstance(value, list):
+        return [_computed_with(one) for one in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
@@ -53,24 +65,25 @@ def changed_settings(saved: str, now: str) -> str:
     except ValueError:
         return ""
     changed = [
-        f"{name} {_value(before, name)} → {_value(after, name)}"
+        f"{name} {_text(before, name)} → {_text(after, name)}"
         for name in sorted(before.keys() | after.keys())
-        if _value(before, name) != _value(after, name)
+        if before.get(name, _NOTHING) != after.get(name, _NOTHING)
     ]
     more = len(changed) - _MAX_SETTINGS
     return ", ".join(changed[:_MAX_SETTINGS]) + f" and {more} more" * (more > 0)
 
 
 def _settings(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every entry of a mapping under its dotted name, mappings within it included."""
-    if isinstance(value, dict) and value:
-        for name, one in value.items():
-            yield from _settings(one, f"{path}.{name}" if path else name)
-    else:
+    """Every entry of mappings and lists under its dotted name."""
+    numbered = dict(enumerate(value)) if isinstance(value, list) else value
+    if not isinstance(numbered, dict) or not numbered:
         yield path, value
+        return
+    for name, one in numbered.items():
+        yield from _settings(one, f"{path}.{name}" if path else str(name))
 
 
-def _value(settings: dict[str, Any], name: str) -> str:
+def _text(settings: dict[str, Any], name: str) -> str:
     if name not in settings:
         return "not set"
     text = json.dumps(settings[name], ensure_ascii=False)

@@ -61,7 +61,9 @@ class Manifest:
     quantization_aware: dict[str, Any] | None = None
     """How the merged weights were quantized in training, where they were."""
     base_config: str | None = None
-    """What the base's config.json held, as JSON. None in manifests of earlier versions."""
+    """What the base's config.json held, as JSON; empty where this program has written that. None in
+    manifests of earlier versions.
+    """
     format: int = _FORMAT
 
 
@@ -217,9 +219,9 @@ def differences(manifest: Manifest, base: Base, quantization: QuantizationSpec) 
             f"the weights: trained on {manifest.base_name} ({manifest.base_fingerprint[:12]}), "
             f"this is {base.source.name} ({base.fingerprint[:12]})"
         )
-    if manifest.base_config not in (None, base.configured):
+    if manifest.base_config and base.configured not in ("", manifest.base_config):
         changed = changed_settings(manifest.base_config, base.configured)
-        found.append(f"its config.json, by which it computes otherwise: {changed}")
+        found.append(f"its config.json, by which it computes otherwise{changed and f': {changed}'}")
     now = quantization_record(quantization, base.compute_dtype)
     for key in _DECISIVE:
         was = manifest.quantization.get(key, _BEFORE.get(key))

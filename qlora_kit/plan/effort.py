@@ -29,6 +29,13 @@ class Effort:
     """Read and written by all other operations."""
     num_operations: int = 0
 
+    def averaged(self, other: Effort, number: int) -> Effort:
+        """Of one like this, and all others of so many like the other."""
+        mine, theirs = vars(self), vars(other)
+        return Effort(
+            **{name: (mine[name] + (number - 1) * theirs[name]) // number for name in mine}
+        )
+
 
 class CountedEffort(TorchDispatchMode):
     """Adds up what operations have to do, with numbers or without."""

@@ -4,34 +4,60 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 _GROUPED_PRODUCT = torch.ops.aten._grouped_mm
+_ALIGNED_BYTES = 16
+_REFUSED = (torch.float32, torch.float16)
+_LOG = logging.getLogger(fake_tensor.__name__)
 
 
 class Numberless(FakeTensorMode):
     """FakeTensorMode that also knows products by groups of rows, as mixtures of experts make them,
-    in float32: torch's kernels compute them, and its rule for tensors without numbers refuses them.
-    Why an operation cannot be tried is in the exception alone, not in a log as well.
+    in float32 and float16: torch's kernels for a CPU compute them, and its rule for tensors without
+    numbers refuses them. Why an operation cannot be tried is in the exception alone, not in a log
+    as well.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        logging.getLogger(fake_tensor.__name__).addFilter(_is_no_echo)
+        self._depth = 0
+
+    def __enter__(self) -> Self:
+        self._depth += 1
+        _LOG.addFilter(_is_no_echo)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *raised: Any) -> None:
+        super().__exit__(*raised)
+        self._depth -= 1
+        if not self._depth:
+            _LOG.removeFilter(_is_no_echo)
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        if function._overloadpacket is _GROUPED_PRODUCT and args[0].dtype == torch.float32:
+        if function._overloadpacket is _GROUPED_PRODUCT and args[0].dtype in _REFUSED:
             ends = args[2] if len(args) > 2 else (kwargs or {}).get("offs")
             num_groups = 0 if ends is None else len(ends)
             with self:
-                return args[0].new_empty(_grouped_shape(args[0].shape, args[1].shape, num_groups))
+                return _with_aligned_rows(
+                    args[0], _grouped_shape(args[0].shape, args[1].shape, num_groups)
+                )
         return super().__torch_dispatch__(function, types, args, kwargs)
+
+
+def _with_aligned_rows(like: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """As the kernels make it: every row begins at a multiple of 16 bytes."""
+    numbers = _ALIGNED_BYTES // like.element_size()
+    row = -(-shape[-1] // numbers) * numbers
+    strides = (shape[-2] * row, row, 1)
+    return like.new_empty_strided(shape, strides[-len(shape) :])
 
 
 def _grouped_shape(one: Sequence[int], other: Sequence[int], num_groups: int) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from qlora_kit.memory.optimizer import checkpoint_bytes, state_bytes
 from qlora_kit.memory.process import resident_bytes
 from qlora_kit.memory.ways import largest_quantized
 from qlora_kit.model.fused.residents import Room
+from qlora_kit.model.qat.attach import refuse_unaware
 from qlora_kit.model.reason import reason_of
 from qlora_kit.model.skeleton import build_skeleton, load_config
 from qlora_kit.model.vocabulary import load_vocabulary
@@ -184,7 +185,10 @@ class Planner:
                 ),
                 *_evaluation(imagined, recipe, framework, batches, choice.stays),
             )
-            rate = None if calibration is None else self._rate(imagined, worst, choice, calibration)
+            rate = None
+            if calibration is not None:
+                accumulation = recipe.train.gradient_accumulation_steps
+                rate = self._rate(imagined, worst, choice, calibration, accumulation)
         return Plan(
             hardware=hardware,
             compute_dtype=str(imagined.compute_dtype).removeprefix("torch."),
@@ -221,10 +225,13 @@ class Planner:
         worst: WorstBatch,
         choice: Choice,
         calibration: Calibration,
+        accumulation: int,
     ) -> float:
         """Tokens a second."""
-        shape = worst.first(choice.way.at_a_time)
-        effort = imagined.effort(shape, choice.way.num_recomputing)
+        way = choice.way
+        shape = worst.first(way.at_a_time)
+        num_micro_batches = accumulation * -(-len(worst.items) // way.at_a_time)
+        effort = imagined.effort(shape, way.num_recomputing, num_micro_batches)
         return sum(map(sum, shape.rows)) / calibration.seconds(effort)
 
     def _batches(self, recipe: Recipe, imagined: ImaginedTraining, train: Part | None) -> Batching:
@@ -320,6 +327,8 @@ def _imagined(
     if spec.attn_implementation != "auto":
         skeleton.model.set_attn_implementation(spec.attn_implementation)
     dtype: torch.dtype = getattr(torch, dtypes.compute)
+    if recipe.quantization_aware is not None:
+        refuse_unaware(skeleton, recipe.quantization_aware)
     return ImaginedTraining(
         recipe, skeleton, vocabulary, dtype, dtypes.precision, hardware.device, is_quick
     )

@@ -6,23 +6,18 @@ trained are quantized anew in its first forward pass, while what they were befor
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from qlora_kit.memory.live import LiveTensors
-from qlora_kit.model.qat import nf4
-from qlora_kit.model.qat.linear import (
-    Held,
-    QuantizedConv1D,
-    QuantizedLinear,
-    QuantizedLora,
-    codes_of,
-)
+from qlora_kit.model.qat.attach import fake_quantization_of
+from qlora_kit.model.qat.linear import Held
+from qlora_kit.model.qat.nf4 import NUM_CELLS, Nf4, Nf4Codes, quantize_on_cpu
 
 if TYPE_CHECKING:
     from qlora_kit.model.qat.scheme import Codes
@@ -34,7 +29,7 @@ _DYNAMIC_MAP_ENTRIES = 256  # of bitsandbytes' table for 8 bits
 
 @dataclass
 class ImaginedHeld(Held):
-    """Codes that are made anew once in each trial, where training changes what they are made of."""
+    """Codes that are made anew once where a trial has an update change what they are made of."""
 
     live: LiveTensors | None = None
     """What counts them."""
@@ -44,14 +39,14 @@ class ImaginedHeld(Held):
         return not (made_of and self.is_old)
 
     def get(self, made_of: tuple[torch.Tensor, ...], make: Callable[[], Codes]) -> Codes:
-        if self.live is None or not self.is_old:
-            return super().get(made_of, make)
-        gone_before = self.live.gone_bytes
-        codes = super().get(made_of, make)
+        gone_before = 0 if self.live is None else self.live.gone_bytes
+        was_old, codes = self.is_old, super().get(made_of, make)
         self.is_old = False
-        self.count()
-        # What is made on the way is gone before the graph, which keeps others' holes open, grows.
-        self.live.gone_bytes = gone_before
+        if was_old and self.live is not None:
+            self.count()
+            # What is made on the way is gone before the graph, which keeps others' holes open,
+            # grows.
+            self.live.gone_bytes = gone_before
         return codes
 
     def count(self) -> None:
@@ -62,17 +57,33 @@ class ImaginedHeld(Held):
 class ImaginedCodes:
     """Those of all quantized layers of a model: what is trained, and its base without that."""
 
-    def __init__(self, model: nn.Module):
-        """Call it within `quantizing_without_numbers`."""
-        from peft.utils import ModulesToSaveWrapper
+    def __init__(self, model: nn.Module, device: str):
+        """Call it where tensors are without numbers.
 
+        Args:
+            device: cpu or cuda, whose kernel makes nothing on the way that could be seen.
+        """
+        self.trained: list[ImaginedHeld] = []
+        self.base: list[ImaginedHeld] = []
+        shared = fake_quantization_of(model)
+        if shared is None:
+            return
+        from qlora_kit.model.qat.linear import (
+            QuantizedConv1D,
+            QuantizedLinear,
+            QuantizedLora,
+            codes_of,
+        )
+
+        if isinstance(shared.scheme, Nf4):
+            shared.scheme = ImaginedNf4(
+                shared.scheme.block_size, shared.scheme.double_quant, device
+            )
         originals = {
             id(one.original_module)
             for one in model.modules()
             if isinstance(one, ModulesToSaveWrapper)
         }
-        self.trained: list[ImaginedHeld] = []
-        self.base: list[ImaginedHeld] = []
         for layer in model.modules():
             if isinstance(layer, QuantizedLora):
                 layer.held, layer.held_without_update = ImaginedHeld(), ImaginedHeld()
@@ -86,46 +97,35 @@ class ImaginedCodes:
                 (self.base if id(layer) in originals else self.trained).append(layer.held)
 
     def hold(self, live: LiveTensors, with_base: bool = False) -> None:
-        """Have them counted, as they are when an update has been made.
+        """Have them counted, as they are and as they will be.
 
         Args:
             with_base: also those that the model has without what was trained, which stay from when
                 it has been measured.
         """
-        self.grow_old()
         for one in (*self.trained, *self.base):
             one.live = live
         for one in (*self.trained, *self.base * with_base):
             one.count()
 
-    def grow_old(self) -> None:
-        """All are of the weights before an update."""
+    def age(self, is_old: bool = True) -> None:
+        """Whether all are of the weights before an update."""
         for one in self.trained:
-            one.is_old = True
+            one.is_old = is_old
 
 
-@contextmanager
-def quantizing_without_numbers(device: str) -> Iterator[None]:
-    """What quantizing looks up is without numbers as well. Call it where tensors are.
+@dataclass(frozen=True)
+class ImaginedNf4(Nf4):
+    """The same with tables that have no numbers, and on a GPU in one step, as its kernel does."""
 
-    Args:
-        device: cpu or cuda, whose kernel makes nothing on the way that could be seen.
-    """
-    from bitsandbytes import functional
+    device: str = "cpu"
 
-    tables = torch.empty(nf4.NUM_CELLS, dtype=torch.uint8), torch.empty(nf4.NUM_CELLS)
-    module: Any = nf4
-    dynamic, own = functional.name2qmap, (module.tables, module.quantize_on_cpu)
-    functional.name2qmap = {"dynamic": torch.empty(_DYNAMIC_MAP_ENTRIES)}
-    module.tables = lambda: tables
-    module.quantize_on_cpu = own[1] if device == "cpu" else _packed
-    try:
-        yield
-    finally:
-        functional.name2qmap = dynamic
-        module.tables, module.quantize_on_cpu = own
-
-
-def _packed(weight: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    num_bytes, num_blocks = weight.numel() // 2, weight.numel() // block_size
-    return torch.empty((num_bytes, 1), dtype=torch.uint8), torch.empty(num_blocks)
+    def quantize(self, weight: torch.Tensor) -> Nf4Codes:
+        if self.device == "cpu" and weight.numel() % (2 * self.block_size) == 0:
+            tables = torch.empty(NUM_CELLS, dtype=torch.uint8), torch.empty(NUM_CELLS)
+            packed, absmax = quantize_on_cpu(weight, self.block_size, tables)
+        else:
+            num_bytes, num_blocks = -(-weight.numel() // 2), -(-weight.numel() // self.block_size)
+            packed = torch.empty((num_bytes, 1), dtype=torch.uint8)
+            absmax = torch.empty(num_blocks)
+        return Nf4Codes(packed, self._state(weight, absmax, torch.empty(_DYNAMIC_MAP_ENTRIES)))

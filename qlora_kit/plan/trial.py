@@ -41,7 +41,7 @@ from qlora_kit.plan.numberless import Numberless
 from qlora_kit.plan.residents import on_a_trial, require_all_alike
 from qlora_kit.plan.shape import Shape, batch_of
 from qlora_kit.plan.stand_in import give_tensors, stand_in_base, unpacked_for_dora
-from qlora_kit.plan.stand_in_codes import ImaginedCodes, quantizing_without_numbers
+from qlora_kit.plan.stand_in_codes import ImaginedCodes
 from qlora_kit.plan.stand_in_parts import lean_parts_by_stand_ins
 from qlora_kit.plan.whole_rows import hiding_nothing
 from qlora_kit.runtime.forward import CHUNK_CELLS
@@ -125,7 +125,7 @@ class ImaginedTraining:
         self.mode = Numberless()
         with self.mode:
             give_tensors(base.model, recipe.quantization, compute_dtype)
-        self.codes = self._codes()
+            self.codes = ImaginedCodes(self.model, device)
         self.num_entries = int(base.model.config.get_text_config().vocab_size)
         self.is_quick = is_quick
         self.why_all: list[str] = []
@@ -170,10 +170,6 @@ class ImaginedTraining:
                 self.model.zero_grad()
         return trial(None)
 
-    def _codes(self) -> ImaginedCodes:
-        with self.mode, quantizing_without_numbers(self.device):
-            return ImaginedCodes(self.model)
-
     @property
     def num_layers(self) -> int:
         """That can recompute."""
@@ -197,12 +193,14 @@ class ImaginedTraining:
 
     @property
     def standing(self) -> Peak:
-        """Of the same, with the copies that it computes with where those are quantized anew."""
-        return self._standing().peak
+        """Of the same, with the copies that it computes with where it is aware of quantization."""
+        return self._before().peak
 
-    def _standing(self, with_base: bool = False) -> LiveTensors:
+    def _before(self, with_base: bool = False) -> LiveTensors:
+        """What is there before a trial, and what counts it: an update has made the copies old."""
         live = self._loaded()
         self.codes.hold(live, with_base)
+        self.codes.age()
         return live
 
     def _loaded(self) -> LiveTensors:
@@ -221,6 +219,8 @@ class ImaginedTraining:
 
         def run(length: int) -> torch.Tensor:
             return self._loss(batch_of(Shape(((length,),), _NUM_SUPERVISED), is_seen))
+
+        self.codes.age(False)
 
         def found(few: FewLayers | None) -> Kept:
             with self._computing(_NUM_SUPERVISED, is_seen), in_place(few):
@@ -249,12 +249,20 @@ class ImaginedTraining:
         """
         return self._once(self._step, shape, how)
 
-    def effort(self, shape: Shape, num_recomputing: int) -> Effort:
-        """What forward and backward passes have to do."""
+    def effort(self, shape: Shape, num_recomputing: int, num_micro_batches: int = 1) -> Effort:
+        """What forward and backward passes have to do, of as many micro-batches an update on the
+        average: the first alone quantizes what is trained anew.
+        """
+        first = self._effort(shape, num_recomputing, is_first=True)
+        if num_micro_batches == 1 or not self.codes.trained:
+            return first
+        other = self._effort(shape, num_recomputing, is_first=False)
+        return first.averaged(other, num_micro_batches)
 
+    def _effort(self, shape: Shape, num_recomputing: int, is_first: bool) -> Effort:
         def found(few: FewLayers | None) -> Effort:
             counting = CountedEffort()
-            self.codes.grow_old()
+            self.codes.age(is_first)
             course = Course(few, counts=lambda: vars(counting.effort))
             with self._on(shape) as batch, counting, in_place(few):
                 with self._recomputing(among(few, num_recomputing)), course.watched():
@@ -290,7 +298,7 @@ class ImaginedTraining:
         return self._told_by_few(partial(self._step_of, shape, how), how.num_recomputing)
 
     def _step_of(self, shape: Shape, how: Taken, few: FewLayers | None) -> Peak:
-        live = self._standing()
+        live = self._before()
         gradients = sum(one.nbytes for one in self.trained) * how.is_accumulated
         residents = on_a_trial(how.stays, live, self.causal, gradients)
         course = Course(few, live)
@@ -317,7 +325,7 @@ class ImaginedTraining:
 
     def _held_out_loss(self, shape: Shape, stays: Room) -> Peak:
         def found(few: FewLayers | None) -> Peak:
-            live = self._standing()
+            live = self._before()
             residents = on_a_trial(stays, live, self.causal)
             course = Course(few, live)
             on_batch = self._on(shape, residents)
@@ -341,7 +349,7 @@ class ImaginedTraining:
 
     def _scoring_of(self, num_rows: int, num_tokens: int, few: FewLayers | None) -> Peak:
         shape = Shape(((num_tokens,),) * num_rows, 0, num_rows > 1, by_example=False)
-        live = self._standing(self.compares)
+        live = self._before(self.compares)
         course = Course(few, live)
         with self._on(shape) as batch, live, torch.no_grad(), in_place(few), course.watched():
             columns = torch.zeros(num_tokens - 1, dtype=torch.long)
@@ -352,7 +360,7 @@ class ImaginedTraining:
         return course.peak
 
     def _answering(self, num_rows: int, num_prompt: int, num_new: int) -> Peak:
-        live = self._standing(self.compares)
+        live = self._before(self.compares)
         standing = live.peak
         shape = Shape(((num_prompt,),) * num_rows, 0, num_rows > 1, by_example=False)
         with self._on(shape) as batch, live, torch.no_grad():
@@ -400,7 +408,6 @@ class ImaginedTraining:
         with ExitStack() as stack:
             stack.enter_context(self.mode)
             stack.enter_context(unpacked_for_dora())
-            stack.enter_context(quantizing_without_numbers(self.device))
             stack.enter_context(attending_by_example(self.causal, is_seen))
             stack.enter_context(hiding_nothing(self.causal, not is_masked))
             if not self.has_own_loss:

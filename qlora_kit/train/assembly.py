@@ -94,9 +94,7 @@ def _saver_and_batches(course: Course) -> tuple[Saver, MicroBatches]:
     spec, shape, batches = course.spec, course.shape, course.batches
     begin = course.continuation.place if course.continuation else None
     items = batches.items(spec, shape.items_per_update, begin)
-    is_beside = course.limit.data_bytes is None and is_saved_beside(
-        spec, course.around.hardware.device
-    )
+    is_beside = is_saved_beside(spec, course.around.hardware.device)
     saver = Saver(
         course.around, shape, course.num_updates, spec, course.choice, items, is_beside=is_beside
     )

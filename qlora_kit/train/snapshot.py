@@ -46,7 +46,7 @@ _SETTINGS = ("betas", "eps", "weight_decay", "initial_lr")
 # Of a file system: of each file's last block a part stays empty.
 _BLOCK_BYTES = 4096
 # Both manifests, at most so many for each file that they name.
-_MANIFEST_BYTES = 1024
+_MANIFEST_BYTES = 1024 * 4
 
 
 @dataclass

@@ -37,14 +37,20 @@ class Nf4:
         packed, absmax = quantize_on_cpu(weight, self.block_size)
         return Nf4Codes(packed, self._state(weight, absmax))
 
-    def _state(self, weight: torch.Tensor, absmax: torch.Tensor) -> Any:
-        """What `bnb.quantize_4bit` returns beside the codes."""
+    def _state(
+        self, weight: torch.Tensor, absmax: torch.Tensor, table: torch.Tensor | None = None
+    ) -> Any:
+        """What `bnb.quantize_4bit` returns beside the codes.
+
+        Args:
+            table: of the 8 bits that scales are kept in; unset: bitsandbytes' own.
+        """
         import bitsandbytes.functional as bnb
 
         nested: dict[str, Any] = {}
         if self.double_quant:
             offset = absmax.mean()
-            absmax, second = bnb.quantize_blockwise(absmax - offset, blocksize=256)
+            absmax, second = bnb.quantize_blockwise(absmax - offset, code=table, blocksize=256)
             nested = {"offset": offset, "state2": second}
         return bnb.QuantState(
             absmax=absmax,
@@ -85,7 +91,12 @@ class Nf4Codes:
         return {".weight": self.packed, **{f".weight.{key}": one for key, one in parts.items()}}
 
 
-def quantize_on_cpu(weight: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+Tables = tuple[torch.Tensor, torch.Tensor]
+
+
+def quantize_on_cpu(
+    weight: torch.Tensor, block_size: int, tables: Tables | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The packed codes and scales of bitsandbytes' own CPU kernel, bit for bit.
 
     That kernel searches the 15 bounds between codes for every weight, which takes longer than the
@@ -93,13 +104,15 @@ def quantize_on_cpu(weight: torch.Tensor, block_size: int) -> tuple[torch.Tensor
     lower of two codes and the bound between them. The arithmetic before is the kernel's
     (`bitsandbytes/backends/default/ops.py`); a test holds the two equal.
 
-    weight: any shape, of a multiple of 2 * block_size numbers.
+    Args:
+        weight: any shape, of a multiple of 2 * block_size numbers.
+        tables: in place of those that it looks up.
     """
     blocks = weight.contiguous().view(-1, block_size).float()
     absmax = blocks.abs().amax(dim=-1)
     scaled = blocks * (1.0 / absmax.clamp(min=1e-38).view(-1, 1))
     scaled = scaled.clamp_(-1, 1).view(-1)
-    lower_codes, bounds = tables()
+    lower_codes, bounds = _tables() if tables is None else tables
     cells = (scaled.view(torch.int32) >> 16).bitwise_and_(NUM_CELLS - 1)
     codes = lower_codes.index_select(0, cells)
     codes += scaled > bounds.index_select(0, cells)
@@ -107,7 +120,7 @@ def quantize_on_cpu(weight: torch.Tensor, block_size: int) -> tuple[torch.Tensor
 
 
 @cache
-def tables() -> tuple[torch.Tensor, torch.Tensor]:
+def _tables() -> Tables:
     """By cell: the lowest code in it, and the bound above that, infinite where none is inside."""
     import bitsandbytes.functional as bnb
 

@@ -25,6 +25,17 @@ def test_the_layout_place_writer_and_dtype_say_nothing(tmp_path: Path) -> None:
     assert text(tmp_path, **dict(reversed(other.items()))) == written
 
 
+def test_nor_does_it_within_the_parts_of_a_model(tmp_path: Path) -> None:
+    written = text(tmp_path, text_config={"dtype": "float32", "hidden_size": 8}, scale=10000)
+    other = {"text_config": {"hidden_size": 8.0, "dtype": "float16"}, "scale": 1e4}
+    assert text(tmp_path, **other, use_cache=False, architectures=["A"]) == written
+
+
+def test_what_is_set_to_nothing_is_not_what_is_not_set(tmp_path: Path) -> None:
+    """Where nothing is said some families have a window."""
+    assert text(tmp_path, **CONFIG, sliding_window=None) != text(tmp_path, **CONFIG)
+
+
 def test_all_else_does(tmp_path: Path) -> None:
     written = text(tmp_path, **CONFIG)
     assert text(tmp_path, **{**CONFIG, "rope_parameters": {"rope_type": "yarn"}}) != written
@@ -52,8 +63,13 @@ def test_of_many_changes_a_few_are_told() -> None:
 
 
 def test_long_values_are_cut() -> None:
-    told = changed_settings(json.dumps({"a": "x" * 500}), json.dumps({"a": 1}))
-    assert len(told) < 100
+    told = changed_settings(json.dumps({"a": "x" * 500}), json.dumps({"a": "x" * 500 + "y"}))
+    assert 0 < len(told) < 200
+
+
+def test_of_a_list_the_entry_is_told() -> None:
+    saved, now = (json.dumps({"layer_types": ["full"] * 30 + [last]}) for last in ("full", "near"))
+    assert changed_settings(saved, now) == 'layer_types.30 "full" → "near"'
 
 
 def test_of_no_text_nothing_is_told() -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+
 import pytest
 import torch
+from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from qlora_kit.plan.numberless import Numberless
@@ -16,7 +19,7 @@ def ends_for(one: tuple[int, ...], other: tuple[int, ...]) -> torch.Tensor | Non
     return torch.tensor([4, 8, 16], dtype=torch.int32) if shared else None
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("one", "other"), SHAPES)
 def test_the_form_is_that_of_the_kernel(
     one: tuple[int, ...], other: tuple[int, ...], dtype: torch.dtype
@@ -54,3 +57,4 @@ def test_why_an_operation_fails_is_told_once(caplog: pytest.LogCaptureFixture) -
     with Numberless(), pytest.raises(RuntimeError):
         torch.ones(2, 3) @ torch.ones(2, 3)
     assert not caplog.records
+    assert not logging.getLogger(fake_tensor.__name__).filters

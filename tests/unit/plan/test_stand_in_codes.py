@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,15 +12,23 @@ from bitsandbytes import functional
 from conftest import build_llama
 
 from qlora_kit.environment import probe_hardware
+from qlora_kit.errors import ModelError
+from qlora_kit.memory.kept import Kept, measure_kept
 from qlora_kit.memory.live import LiveTensors
 from qlora_kit.model.qat import nf4
+from qlora_kit.model.qat.nf4 import Nf4
 from qlora_kit.model.skeleton import build_skeleton, load_config
 from qlora_kit.model.vocabulary import load_vocabulary
 from qlora_kit.plan.numberless import Numberless
 from qlora_kit.plan.plan import Plan, Planner
 from qlora_kit.plan.rows import train_rows
-from qlora_kit.plan.stand_in_codes import CODES, quantizing_without_numbers
+from qlora_kit.plan.shape import Shape
+from qlora_kit.plan.stand_in_codes import CODES, ImaginedNf4
+from qlora_kit.processes import ALONE
 from qlora_kit.recipe import Recipe
+from qlora_kit.report.reporter import SILENT
+from qlora_kit.stages.prepare import prepare
+from qlora_kit.train.loss_of_length import loss_of_length
 
 from ..model.zoo import DENSE, build
 from .test_trial import recipe_for, told_and_taken
@@ -105,13 +114,12 @@ def test_the_copies_are_told_apart(tiny_llama: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_gpu_quantizes_without_what_a_cpu_makes_on_the_way(device: str) -> None:
     """On both the codes and scales are of the same size as real ones."""
-    scheme = nf4.Nf4(64, double_quant=True)
-    real = scheme.quantize(torch.randn(64, 128))
+    real = Nf4(64, double_quant=True).quantize(torch.randn(64, 128))
     live = LiveTensors()
-    with Numberless(), quantizing_without_numbers(device):
+    with Numberless():
         weight = torch.empty(64, 128)
         with live:
-            codes = scheme.quantize(weight)
+            codes = ImaginedNf4(64, True, device).quantize(weight)
             peak = sum(live.peak.values())
             sizes = [one.nbytes for one in codes.tensors()]
     assert sizes == [one.nbytes for one in real.tensors()]
@@ -121,4 +129,64 @@ def test_a_gpu_quantizes_without_what_a_cpu_makes_on_the_way(device: str) -> Non
 def test_nothing_without_numbers_is_left_behind(tiny_llama: Path, tmp_path: Path) -> None:
     plan_of(aware_recipe(tmp_path, tiny_llama))
     assert all(type(one) is torch.Tensor for one in functional.name2qmap.values())
-    assert all(type(one) is torch.Tensor for one in nf4.tables())
+    assert all(type(one) is torch.Tensor for one in nf4._tables())
+
+
+@pytest.mark.parametrize("train", ["adapter", "full"])
+def test_what_passes_keep_does_not_depend_on_what_was_asked_before(
+    train: str, wide_llama: Path, tmp_path: Path
+) -> None:
+    """Else what is quantized anew counts as kept, by the shortest sequence alone."""
+    recipe = aware_recipe(tmp_path, wide_llama, train=train)
+    planner = Planner(load_vocabulary(recipe.model), probe_hardware(), 8 * _GIB)
+    first, then = planner._model_of(recipe), planner._model_of(recipe.model_copy())
+    wanted = first.kept
+    del then.__dict__["kept"]
+    assert sum(then.standing.values()) > 0
+    assert then.kept == wanted
+
+
+@pytest.mark.parametrize("train", ["adapter", "full"])
+def test_a_budget_that_fits_is_met_as_training_meets_it(
+    train: str, wide_llama: Path, tmp_path: Path
+) -> None:
+    recipe = aware_recipe(tmp_path, wide_llama, train=train)
+    tight = recipe.train.model_copy(update={"memory_budget": "1.6GiB"})
+    plan = plan_of(recipe.model_copy(update={"train": tight}))
+    assert plan.choice.way.at_a_time == 4
+    assert plan.choice.way.num_recomputing == 0
+
+
+def test_real_passes_are_counted_without_what_the_first_quantizes(
+    wide_llama: Path, tmp_path: Path
+) -> None:
+    """As where all is known from a checkpoint, and nothing was tried."""
+    recipe = aware_recipe(tmp_path, wide_llama)
+    ready = prepare(recipe, probe_hardware(), ALONE, SILENT)
+    around: Any = SimpleNamespace(precision="fp32")
+    collator = ready.batches.collator
+
+    def counted() -> Kept:
+        model = ready.adapted.model
+        return measure_kept(model, lambda n: loss_of_length(model, collator, n, around))
+
+    assert counted() == counted()
+
+
+def test_quantizing_is_shared_by_the_micro_batches_of_an_update(
+    wide_llama: Path, tmp_path: Path
+) -> None:
+    recipe = aware_recipe(tmp_path, wide_llama)
+    imagined = Planner(load_vocabulary(recipe.model), probe_hardware(), _GIB)._model_of(recipe)
+    shape = Shape(((32,),), 16)
+    alone, shared = imagined.effort(shape, 0), imagined.effort(shape, 0, 4)
+    quantizing = alone.moved_bytes - shared.moved_bytes
+    assert quantizing > 0
+    assert shared.moved_bytes - quantizing / 3 == pytest.approx(
+        imagined.effort(shape, 0, 10**9).moved_bytes, rel=1e-6
+    )
+
+
+def test_what_training_refuses_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="nonsense is neither the start nor the end"):
+        plan_of(aware_recipe(tmp_path, tiny_llama, skip_modules=["nonsense"]))

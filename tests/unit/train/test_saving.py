@@ -219,8 +219,10 @@ def test_nothing_is_copied_where_training_waits(
     if not is_copied:
         assert training.saver._writing is None
     training.saver.settle()
-    assert training.saved == [update]
-    assert newest_whole(training.folder) is not None
+    training.update(update + 1)
+    whole = newest_whole(training.folder).folder
+    assert whole is not None
+    assert whole.name == f"checkpoint-{update}"
 
 
 def until_told(is_so: Callable[[], bool]) -> None:
