@@ -16,7 +16,13 @@ from torch import nn
 
 from qlora_kit.memory.live import LiveTensors
 from qlora_kit.model.qat.attach import fake_quantization_of
-from qlora_kit.model.qat.linear import Held
+from qlora_kit.model.qat.linear import (
+    Held,
+    QuantizedConv1D,
+    QuantizedLinear,
+    QuantizedLora,
+    codes_of,
+)
 from qlora_kit.model.qat.nf4 import NUM_CELLS, Nf4, Nf4Codes, quantize_on_cpu
 
 if TYPE_CHECKING:
@@ -68,13 +74,6 @@ class ImaginedCodes:
         shared = fake_quantization_of(model)
         if shared is None:
             return
-        from qlora_kit.model.qat.linear import (
-            QuantizedConv1D,
-            QuantizedLinear,
-            QuantizedLora,
-            codes_of,
-        )
-
         if isinstance(shared.scheme, Nf4):
             shared.scheme = ImaginedNf4(
                 shared.scheme.block_size, shared.scheme.double_quant, device
