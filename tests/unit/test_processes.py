@@ -218,7 +218,7 @@ def test_all_decide_by_what_all_can_do() -> None:
 def test_other_data_on_another_machine_is_refused() -> None:
     first = Fingerprints("b", "t", "c", "d", "e", "p", "h")
     require_alike([first, replace(first, packages="q", hardware="i")])
-    with pytest.raises(RunError, match="data_train: d in process 0, z in process 1"):
+    with pytest.raises(RunError, match=r"data_train: d → z \(process 0 → process 1\)"):
         require_alike([first, replace(first, data_train="z")])
 
 
