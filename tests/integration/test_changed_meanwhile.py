@@ -111,7 +111,7 @@ def test_a_base_that_is_configured_otherwise_is_refused_by_what_has_changed(
         ended = train(call, cut_short)
         assert ended.code == 1
         told = words(ended.err)
-        assert "model_config: attention_dropout 0.0 → 0.25 (" in told
+        assert "model_config: attention_dropout 0 → 0.25 (" in told
         assert "computes otherwise" in told
         path.write_text(json.dumps({**json.loads(before), "dtype": "float16"}, indent=9))
         ended = train(call, cut_short)
