@@ -6,11 +6,12 @@ python scripts/bench_products.py --tokens 64 512 2048 --threads 2
 For every shape of a model's adapted layers, and its head, x Wᵀ and the gradient g W, in 10⁹
 operations a second, each product with another weight, so that all come from memory; then forward
 and backward of the whole model as training computes them (NF4, r = 16 on all linear layers,
-unpacked weights that stay, 40 % of the tokens supervised), in CPU seconds. torch's own products are
-MKL's in float32, as a rule, and oneDNN's in bfloat16. `stays` is oneDNN with weights that lie in
-its own layout. Each round measures all ways one after the other: what disturbs one disturbs the
-others. Ratios are of rounds, with their spread; above 1 oneDNN is faster than torch, and `stays`
-faster than oneDNN.
+unpacked weights that stay, 40 % of the tokens supervised), in CPU seconds. The head's x Wᵀ, which
+makes the logits, has a line of its own, and the whole model a column where oneDNN computes that
+alone. torch's own products are MKL's in float32, as a rule, and oneDNN's in bfloat16. `stays` is
+oneDNN with weights that lie in its own layout. Each round measures all ways one after the other:
+what disturbs one disturbs the others. Ratios are of rounds, with their spread; above 1 oneDNN is
+faster than torch, and `stays` faster than oneDNN.
 
 python scripts/bench_products.py --precision bf16
 """
@@ -81,11 +82,19 @@ def main() -> None:
     ratios = "torch / oneDNN (spread)   oneDNN / stays (spread)"
     print(f"layers  tokens  output × input    torch  oneDNN   stays, 10⁹/s   {ratios}")
     with freed_blocks_kept(True):
+        how = (arguments.rounds, DTYPES[precision])
         for sizes, count in sizes_of(model).items():
             for num_tokens in arguments.tokens:
-                of_shape(sizes, count, num_tokens, arguments.rounds, DTYPES[precision])
+                of_shape(sizes, str(count), num_tokens, *how)
+        head = head_of(model)
+        for num_tokens in arguments.tokens if head is not None else ():
+            sizes = (head.out_features, head.in_features)
+            of_shape(sizes, "logits", num_tokens, *how, is_forward=True)
         print()
-        print(f"the whole model, forward and backward, CPU s   {ratios}")
+        print(
+            "the whole model, forward and backward, CPU s: torch, logits by oneDNN, oneDNN, stays\n"
+            f"{' ' * 62}torch / logits (spread)   {ratios}"
+        )
         for num_tokens in arguments.tokens:
             of_model(model, num_tokens, arguments.rounds, precision)
 
@@ -93,13 +102,26 @@ def main() -> None:
 def sizes_of(model: Any) -> Counter[Sizes]:
     """Of all layers with an adapter, and of the head, with how many there are."""
     layers: list[Any] = [one.base_layer for one in model.modules() if is_lora_layer(one)]
-    head = model.get_base_model().get_output_embeddings()
-    layers += [head] * isinstance(head, nn.Linear)
+    head = head_of(model)
+    layers += [head] * (head is not None)
     return Counter((layer.out_features, layer.in_features) for layer in layers)
 
 
-def of_shape(sizes: Sizes, count: int, num_tokens: int, rounds: int, dtype: torch.dtype) -> None:
-    """Prints the line of one shape."""
+def head_of(model: Any) -> Any:
+    """None where it is no linear layer."""
+    head = model.get_base_model().get_output_embeddings()
+    return head if isinstance(head, nn.Linear) else None
+
+
+def of_shape(
+    sizes: Sizes,
+    name: str,
+    num_tokens: int,
+    rounds: int,
+    dtype: torch.dtype,
+    is_forward: bool = False,
+) -> None:
+    """Prints the line of one shape, of both directions or of the first alone."""
     height, width = sizes
     x, g = (torch.randn(num_tokens, one).to(dtype) for one in (width, height))
     num = max(BEYOND_A_CACHE // (height * width * dtype.itemsize), 1)
@@ -109,7 +131,8 @@ def of_shape(sizes: Sizes, count: int, num_tokens: int, rounds: int, dtype: torc
     def run(by: Products, with_weights: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
         for one, other in with_weights:
             by.product(x, one)
-            by.product(g, other)
+            if not is_forward:
+                by.product(g, other)
 
     ways: list[Callable[[], None]] = [
         lambda: run(BY_TORCH, weights),
@@ -117,10 +140,10 @@ def of_shape(sizes: Sizes, count: int, num_tokens: int, rounds: int, dtype: torc
         lambda: run(BY_ONEDNN, blocks),
     ]
     found = [[seconds(way) for way in ways] for _ in range(rounds + 1)][1:]
-    operations = 4.0 * num_tokens * height * width * num
+    operations = (2.0 if is_forward else 4.0) * num_tokens * height * width * num
     rates = [operations / statistics.median(column) / 1e9 for column in zip(*found, strict=True)]
     print(
-        f"{count:6} {num_tokens:7,} {f'{height:,} × {width:,}':>15} "
+        f"{name:>6} {num_tokens:7,} {f'{height:,} × {width:,}':>15} "
         + " ".join(f"{rate:7.1f}" for rate in rates)
         + f"   {spread(found, 0):>29} {spread(found, 1):>25}",
         flush=True,
@@ -140,10 +163,11 @@ def of_model(model: Any, num_tokens: int, rounds: int, precision: str) -> None:
     plain, blocks = Residents(1 << 62), Residents(1 << 62, reordered)
     losses: list[float] = []
 
-    def step(onednn: bool, residents: Residents) -> float:
+    def step(onednn: bool, logits: bool, residents: Residents) -> float:
         model.zero_grad()
         with ExitStack() as stack:
-            stack.enter_context(taken(model, replace(chosen, onednn=onednn), residents))
+            way = replace(chosen, onednn=onednn, onednn_logits=logits)
+            stack.enter_context(taken(model, way, residents))
             stack.enter_context(torch.autocast("cpu", enabled=precision == "bf16"))
             started = time.process_time()
             loss = model(input_ids=ids, labels=labels, use_cache=False).loss
@@ -152,7 +176,12 @@ def of_model(model: Any, num_tokens: int, rounds: int, precision: str) -> None:
         losses.append(float(loss.detach()))
         return took
 
-    ways = ((False, plain), (chosen.onednn, plain), (chosen.onednn, blocks))
+    ways = (
+        (False, False, plain),
+        (False, chosen.onednn, plain),
+        (chosen.onednn, False, plain),
+        (chosen.onednn, False, blocks),
+    )
     found = [[step(*way) for way in ways] for _ in range(rounds + 1)][1:]
     apart = max(losses) / min(losses) - 1
     if not apart < (1e-4 if precision == "fp32" else 1e-2):
@@ -161,7 +190,7 @@ def of_model(model: Any, num_tokens: int, rounds: int, precision: str) -> None:
     print(
         f"{num_tokens:6,} tokens, losses {apart:.0e} apart "
         + " ".join(f"{one:7.2f}" for one in medians)
-        + f"   {spread(found, 0):>22} {spread(found, 1):>25}",
+        + f"   {spread(found, 0):>22} {spread(found, 0, 2):>25} {spread(found, 2):>25}",
         flush=True,
     )
 
@@ -175,9 +204,12 @@ def seconds(way: Callable[[], object]) -> float:
     return (time.perf_counter() - started) / count
 
 
-def spread(found: Sequence[Sequence[float]], way: int = 0) -> str:
-    """Median, with the lowest and the highest, of one way over the next in each round."""
-    ratios = [times[way] / times[way + 1] for times in found]
+def spread(found: Sequence[Sequence[float]], way: int = 0, over: int | None = None) -> str:
+    """Median, with the lowest and the highest, of one way over another in each round; unset: over
+    the next.
+    """
+    over = way + 1 if over is None else over
+    ratios = [times[way] / times[over] for times in found]
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
 
 

@@ -30,13 +30,15 @@ from qlora_kit.model.heads import heads_of
 from qlora_kit.out_of_memory import is_out_of_memory
 from qlora_kit.train.trial import TOLERANCE
 
-PRODUCTS, LAYOUT = "products", "layout"
-"""Beside `liger.OPERATIONS`: oneDNN's, and with weights in its own layout."""
+PRODUCTS, LAYOUT, LOGITS = "products", "layout", "logits"
+"""Beside `liger.OPERATIONS`: oneDNN's, with weights in its own layout, and of the head alone."""
 _NUM_TOKENS = 4096
 _NUM_TOKENS_OF_A_PRODUCT = 256
 _LENGTHS_OF_EXAMPLES = (blockwise_attention.FEWEST_TOKENS, 256, 384, 512)
 FEWEST_WEIGHTS = 1 << 17
 """Of a layer whose product takes long enough to be timed by a clock."""
+# Of a head: as many entries of its vocabulary tell how fast a product with all of them is.
+_MOST_ENTRIES = 1 << 14
 _BYTES_BEYOND_A_CACHE = 1 << 25
 _NUM_RUNS = 7
 _NUM_RUNS_ON_A_CPU = 15
@@ -125,7 +127,7 @@ def raced_or_why(
 
 def timed_tokens(operation: str) -> int:
     """How many it is timed on."""
-    return _NUM_TOKENS_OF_A_PRODUCT if operation in (PRODUCTS, LAYOUT) else _NUM_TOKENS
+    return _NUM_TOKENS_OF_A_PRODUCT if operation in _OF_PRODUCTS else _NUM_TOKENS
 
 
 def timed_tokens_of(longest: int) -> int:
@@ -143,7 +145,7 @@ def pair_of(
     """Of the model's own widths, on its device; None where there is nothing to compute so.
 
     Args:
-        operation: of `liger.OPERATIONS`, `PRODUCTS` or `LAYOUT`.
+        operation: of `liger.OPERATIONS`, `PRODUCTS`, `LAYOUT` or `LOGITS`.
         num_tokens: 0: as many as that operation is timed on.
     """
     num_tokens = num_tokens or timed_tokens(operation)
@@ -153,10 +155,9 @@ def pair_of(
     def drawn(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=generator).to(device, dtype)
 
-    sizes = most_weights(model) if operation in (PRODUCTS, LAYOUT) else None
-    if sizes is not None:
-        made = _of_products if operation == PRODUCTS else _of_layouts
-        return made(sizes, drawn, num_tokens)
+    if operation in _OF_PRODUCTS:
+        sizes = timed_sizes(model, operation)
+        return None if sizes is None else _OF_PRODUCTS[operation](sizes, drawn, num_tokens)
     if operation == liger.NORM and parts.norms:
         return _of_norms(model, parts, drawn, num_tokens)
     gated_mlps = [one for one in map(model.get_submodule, parts.mlps) if looks_gated(one)]
@@ -186,6 +187,19 @@ def seconds_on_a_cpu(run: Run) -> float:
     return time.perf_counter() - start
 
 
+def timed_sizes(model: nn.Module, operation: str) -> tuple[int, int] | None:
+    """Width of the output and of the input of the layer that products are timed on; None where
+    there is none.
+    """
+    if operation != LOGITS:
+        return most_weights(model)
+    find = getattr(model, "get_output_embeddings", None)
+    head: Any = find() if find is not None else None
+    if not isinstance(head, nn.Linear) or not is_frozen_linear(head):
+        return None
+    return min(int(head.out_features), _MOST_ENTRIES), int(head.in_features)
+
+
 def most_weights(model: nn.Module) -> tuple[int, int] | None:
     """Width of the output and of the input of those frozen layers that hold the most weights
     together, of all that have an adapter; None where there are none.
@@ -210,6 +224,16 @@ def _of_products(sizes: tuple[int, int], drawn: Any, num_rows: int) -> Pair:
     return Pair(lambda: run(products.BY_TORCH), lambda: run(products.BY_ONEDNN))
 
 
+def _of_logits(sizes: tuple[int, int], drawn: Any, num_rows: int) -> Pair:
+    """x Wᵀ alone: of a wide output it is another matter than the gradient."""
+    weight, x = drawn(*sizes), drawn(num_rows, sizes[1])
+
+    def run(by: Products) -> tuple[torch.Tensor, ...]:
+        return (by.product(x, weight),)
+
+    return Pair(lambda: run(products.BY_TORCH), lambda: run(products.BY_ONEDNN))
+
+
 def _of_layouts(sizes: tuple[int, int], drawn: Any, num_rows: int) -> Pair:
     """The same products, of weights as torch holds them and of such that lie reordered: of so many
     that each comes from memory, as in a pass through a model. In 16 bits torch's own stand beside
@@ -229,6 +253,9 @@ def _of_layouts(sizes: tuple[int, int], drawn: Any, num_rows: int) -> Pair:
         return made[-1]
 
     return Pair(lambda: run(plain, as_torch), lambda: run(products.BY_ONEDNN, blocks))
+
+
+_OF_PRODUCTS = {PRODUCTS: _of_products, LAYOUT: _of_layouts, LOGITS: _of_logits}
 
 
 def attention_pair(heads: tuple[int, int, int], num_tokens: int, dtype: torch.dtype) -> Pair:

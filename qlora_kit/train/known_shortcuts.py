@@ -18,7 +18,7 @@ from qlora_kit.model.fused.norm import NormKind
 from qlora_kit.train.facts import facts_of
 from qlora_kit.train.kernel_choice import BLOCKS, LIGER_PARTS
 from qlora_kit.train.kernel_race import timed_tokens_of
-from qlora_kit.train.product_choice import ONEDNN, may_stay
+from qlora_kit.train.product_choice import ONEDNN, ONEDNN_LOGITS, may_stay
 from qlora_kit.train.shortcuts import SWITCHES, Shortcuts, choose_shortcuts
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ def known_or_tried(
         found,
         liger=tuple(one for one in found.liger if all(one in other for other in of_all)),
         onednn=onednn,
+        onednn_logits=all(gathered(found.onednn_logits)),
         reorders=reorders and onednn == found.onednn,
         blockwise=all(gathered(found.blockwise)),
     )
@@ -142,6 +143,7 @@ def _counted(one: Shortcuts) -> str:
     liger = [LIGER_PARTS[name] for name in one.liger]
     kernels = f", Liger's kernels for {', '.join(liger)}" * bool(liger)
     kernels += f", {ONEDNN}" * one.onednn
+    kernels += f", {ONEDNN_LOGITS}" * one.onednn_logits
     kernels += f", {BLOCKS}" * one.blockwise
     return (
         f"{loss}, {num_layers} fused LoRA layers, {len(one.lean.mlps)} MLPs and "
@@ -170,6 +172,7 @@ def _as_values(one: Shortcuts) -> dict[str, Any]:
         "last_mlp": one.last_mlp,
         "liger": list(one.liger),
         "onednn": one.onednn,
+        "onednn_logits": one.onednn_logits,
         "reorders": one.reorders,
         "blockwise": one.blockwise,
         "why_kernels": one.why_kernels,
@@ -197,6 +200,7 @@ def _from_values(values: Mapping[str, Any]) -> Shortcuts:
         last_mlp=values.get("last_mlp"),
         liger=tuple(values.get("liger", ())),
         onednn=values.get("onednn", False),
+        onednn_logits=values.get("onednn_logits", False),
         reorders=values.get("reorders", False),
         blockwise=values.get("blockwise", False),
         why_kernels=values.get("why_kernels", ""),

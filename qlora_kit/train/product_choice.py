@@ -18,12 +18,14 @@ from qlora_kit.train.kernel_race import (
     FEWEST_WEIGHTS,
     LAYOUT,
     LEAST_GAIN,
+    LOGITS,
     PRODUCTS,
     Raced,
     most_weights,
     pair_of,
     raced_on_a_cpu,
     raced_or_why,
+    timed_sizes,
     timed_tokens,
 )
 from qlora_kit.train.trial import Trial
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 _KIND = "races"  # in the cache
 LORA = "LoRA as one operation"
 ONEDNN = "oneDNN's products"
+ONEDNN_LOGITS = "oneDNN's logits"
 # Of oneDNN's products with other weights, where it gains with those that stay.
 _LITTLE_LESS = 0.97
 # Of the layout: where a clock was wrong about it, nothing but memory is lost.
@@ -52,6 +55,8 @@ class _Races:
     """None: torch multiplies by oneDNN itself, in 16 bits; the same bits in either layout."""
     layout: Raced | None
     """None: it cannot be taken."""
+    logits: Raced | None = None
+    """None: nobody asked, as the head goes with the layers."""
 
     def is_taken(self) -> bool:
         """Also where it loses a little with other weights: the bits then do not depend on whether
@@ -72,19 +77,30 @@ class _Races:
         reorders = self.layout is not None and (self.gains_by_layout() or is_asked_for)
         return onednn, reorders and (onednn or self.products is None)
 
-    def told(self, found: Shortcuts, sizes: tuple[int, int]) -> str:
+    def told(self, found: Shortcuts, model: nn.Module) -> str:
         """What was chosen, and by which figures."""
+        what = {PRODUCTS: "a layer"}
         parts = []
         if self.products is not None:
             whose = "oneDNN's" if found.onednn else "torch's own"
             parts.append(f"{whose} for products ({self.products.gain:.2f} ×)")
+        if self.logits is not None:
+            whose = "oneDNN's" if found.onednn_logits else "torch's own"
+            parts.append(f"{whose} for logits ({self.logits.gain:.2f} ×)")
+            what[LOGITS] = "the head"
         if self.layout is not None:
             whose = "oneDNN's layout" if found.reorders else "torch's layout"
             parts.append(f"{whose} for weights that stay ({self.layout.gain:.2f} ×)")
+        timed = " and ".join(_told_sizes(whose, model, one) for one, whose in what.items())
         return (
             f"{', '.join(parts)}: time of torch's over oneDNN's on {timed_tokens(PRODUCTS)} tokens "
-            f"of a layer of {sizes[0]:,} × {sizes[1]:,}"
+            f"of {timed}"
         )
+
+
+def _told_sizes(whose: str, model: nn.Module, operation: str) -> str:
+    height, width = timed_sizes(model, operation) or (0, 0)
+    return f"{whose} of {height:,} × {width:,}"
 
 
 def with_products(
@@ -108,6 +124,9 @@ def with_products(
     if races is None:
         return found, left
     onednn, reorders = races.chosen(is_asked_for)
+    if races.products is not None and not onednn:
+        races, found, faults = _with_logits(races, trial, tried, found)
+        left += faults
     if onednn or reorders:
         found, fault = tried(found, {"onednn": onednn, "reorders": reorders})
         if fault is not None and reorders and onednn:
@@ -115,7 +134,25 @@ def with_products(
             found, fault = tried(found, {"onednn": True})
         if fault is not None:
             return found, [*left, f"{ONEDNN}: {fault}"]
-    return replace(found, why_kernels=races.told(found, sizes)), left
+    return replace(found, why_kernels=races.told(found, trial.model)), left
+
+
+def _with_logits(
+    races: _Races, trial: Trial, tried: Tried, found: Shortcuts
+) -> tuple[_Races, Shortcuts, list[str]]:
+    """(with the race of the head; with its products by oneDNN where they gain; what fails, why)
+
+    torch's own may be good for layers, and far behind where an output is as wide as a vocabulary.
+    """
+    sizes = timed_sizes(trial.model, LOGITS)
+    if sizes is None or sizes[0] * sizes[1] < FEWEST_WEIGHTS:
+        return races, found, []
+    how = (trial.model, trial.device, trial.dtype, trial.precision)
+    logits, fault = _known_or_raced(LOGITS, *how)
+    if logits is not None and logits.is_faster:
+        found, fault = tried(found, {"onednn_logits": True})
+    why = [] if fault is None else [f"{ONEDNN_LOGITS}: {fault}"]
+    return replace(races, logits=logits), found, why
 
 
 def will_reorder(
@@ -188,7 +225,7 @@ def _known_or_raced(
         {
             **facts_of_machine(device),
             "operation": operation,
-            "sizes": most_weights(model),
+            "sizes": timed_sizes(model, operation),
             "dtype": dtype,
             "precision": precision,
             "threads": torch.get_num_threads(),

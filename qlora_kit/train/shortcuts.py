@@ -56,6 +56,8 @@ class Shortcuts:
     """That of the last layer, where it computes at supervised places alone."""
     onednn: bool = False
     """Whether oneDNN multiplies with frozen weights."""
+    onednn_logits: bool = False
+    """Whether it makes the logits, where torch does all else."""
     reorders: bool = False
     """Whether those that stay lie in oneDNN's own layout, too: the same bits."""
     blockwise: bool = False
@@ -187,7 +189,9 @@ def taken(
             stack.enter_context(supervised_only(model.get_base_model()))
         if shortcuts.fusion is not None:
             products = BY_ONEDNN if shortcuts.onednn else BY_TORCH
-            stack.enter_context(fused(model, shortcuts.fusion, origins, residents, products))
+            of_logits = BY_ONEDNN if shortcuts.onednn_logits else None
+            how = (origins, residents, products, of_logits)
+            stack.enter_context(fused(model, shortcuts.fusion, *how))
         stack.enter_context(lean(model, shortcuts.lean, origins, shortcuts.liger))
         loss = model.get_base_model().forward
         if shortcuts.last_mlp is not None and isinstance(loss, SupervisedForward):

@@ -216,8 +216,14 @@ class _FrozenForward:
     inside of a layer that is left to PEFT.
     """
 
-    def __init__(self, layer: Any, residents: Residents, products: Products):
-        self.base = FrozenLinear(layer, residents, products)
+    def __init__(
+        self,
+        layer: Any,
+        residents: Residents,
+        products: Products,
+        of_outputs: Products | None,
+    ):
+        self.base = FrozenLinear(layer, residents, products, of_outputs)
         self.own_forward: Callable[..., torch.Tensor] = layer.forward
 
     def __call__(self, *arguments: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -232,7 +238,11 @@ class _FrozenForward:
         bitsandbytes multiplies a few rows without unpacking at all.
         """
         base = self.base
-        is_another = base.products is not BY_TORCH or base.residents.reorder is not None
+        is_another = (
+            base.products is not BY_TORCH
+            or base.of_outputs is not None
+            or base.residents.reorder is not None
+        )
         return base.module.weight.device.type == "cpu" and (base.is_packed or is_another)
 
 
@@ -243,6 +253,7 @@ def fused(
     origins: Origins | None = None,
     residents: Residents | None = None,
     products: Products = BY_TORCH,
+    of_logits: Products | None = None,
 ) -> Iterator[None]:
     """The layers of a plan computed as one operation, while the context lasts; frozen layers by
     themselves with the same weights that stay, by the same products.
@@ -251,11 +262,14 @@ def fused(
         origins: how inputs came about that need not be kept.
         residents: frozen weights that stay.
         products: by what frozen weights are multiplied.
+        of_logits: by what those of a frozen head are to make logits, where that is another.
     """
     origins, residents = origins or Origins(), residents or Residents()
+    head = model.get_base_model().get_output_embeddings()
     with ExitStack() as stack:
         for layer in filter(is_frozen_linear, model.modules()):
-            alone = _FrozenForward(layer, residents, products)
+            of_outputs = of_logits if layer is head else None
+            alone = _FrozenForward(layer, residents, products, of_outputs)
             if alone.is_worth_it:
                 stack.enter_context(replaced_forward(layer, alone))
         for names in fusion.groups:

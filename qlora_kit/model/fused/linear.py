@@ -33,6 +33,8 @@ class FrozenLinear:
     module: Any
     residents: Residents = field(default_factory=Residents)
     products: Products = BY_TORCH
+    of_outputs: Products | None = None
+    """By which outputs are multiplied, where that is another."""
 
     @property
     def is_packed(self) -> bool:
@@ -59,7 +61,8 @@ class FrozenLinear:
     def output(self, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         """Of (N, I), (N, O)."""
         weight = self._multiplied(dtype, is_transposed=False)
-        return products_with(weight, self.products).product(x, weight, self.bias(dtype))
+        products = products_with(weight, self.of_outputs or self.products)
+        return products.product(x, weight, self.bias(dtype))
 
     def gradient(
         self, g: torch.Tensor, dtype: torch.dtype, others: torch.Tensor | None

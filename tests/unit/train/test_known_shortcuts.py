@@ -199,7 +199,7 @@ def test_processes_take_the_kernels_that_all_of_them_found_faster(
     assert chosen.lean == found.lean
 
 
-@pytest.mark.parametrize("name", ["onednn", "reorders", "blockwise"])
+@pytest.mark.parametrize("name", ["onednn", "onednn_logits", "reorders", "blockwise"])
 def test_processes_take_what_is_faster_for_all_of_them(
     model: Any, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -209,6 +209,7 @@ def test_processes_take_what_is_faster_for_all_of_them(
     found = replace(
         found,
         onednn=name in ("onednn", "reorders"),
+        onednn_logits=name == "onednn_logits",
         reorders=name == "reorders",
         blockwise=name == "blockwise",
     )
@@ -223,7 +224,10 @@ def test_processes_take_what_is_faster_for_all_of_them(
         )
         # Which no earlier start knows.
         spec = TrainSpec(
-            use_onednn=name != "blockwise", fused_norm=theirs, fused_rotary=name != "reorders"
+            use_onednn=name != "blockwise",
+            fused_norm=theirs,
+            fused_rotary=name != "reorders",
+            fused_mlp=name != "onednn_logits",
         )
         chosen = known_or_tried(model, spec, around, False, None, FEWEST_TOKENS).shortcuts
         assert getattr(chosen, name) is theirs
@@ -268,3 +272,12 @@ def test_a_checkpoint_keeps_that_onednn_multiplied(start: Start) -> None:
     start(Choice(replace(first.shortcuts, onednn=False), "another machine"), use_onednn=True)
     (warning,) = start.heard.warnings
     assert "oneDNN's products" in warning
+
+
+def test_a_checkpoint_keeps_that_onednn_made_the_logits(start: Start) -> None:
+    first = start()
+    with_logits = replace(first.shortcuts, onednn_logits=True)
+    assert start(Choice(with_logits, first.key)).shortcuts == with_logits
+    start(Choice(replace(first.shortcuts, onednn_logits=True), "another machine"))
+    (warning,) = start.heard.warnings
+    assert "oneDNN's logits" in warning

@@ -19,12 +19,14 @@ from qlora_kit.recipe import TrainSpec
 from qlora_kit.train import kernel_race, product_choice, shortcuts
 from qlora_kit.train.kernel_race import (
     LAYOUT,
+    LOGITS,
     PRODUCTS,
     Pair,
     Raced,
     most_weights,
     pair_of,
     raced_on_a_cpu,
+    timed_sizes,
 )
 from qlora_kit.train.product_choice import may_reorder, will_reorder
 from qlora_kit.train.shortcuts import NONE, SWITCHES, Shortcuts, choose_shortcuts, taken
@@ -32,6 +34,11 @@ from qlora_kit.train.shortcuts import NONE, SWITCHES, Shortcuts, choose_shortcut
 from .left_out import require_left_out_where_it_fails, require_left_out_where_off
 
 IDS = torch.arange(3, 40)[None]
+SIDES = {
+    PRODUCTS: ("torch", "oneDNN"),
+    LAYOUT: ("oneDNN", "its layout"),
+    LOGITS: ("torch", "its logits"),
+}
 
 
 @pytest.fixture
@@ -49,13 +56,13 @@ def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """By which each side takes so many seconds, also of small layers."""
-    takes = {"torch": 3.0, "oneDNN": 2.0, "its layout": 1.6}
+    takes = {"torch": 3.0, "oneDNN": 2.0, "its layout": 1.6, "its logits": 3.0}
     sides: dict[Any, str] = {}
 
     def paired(operation: str, *given: Any) -> Pair:
         pair = pair_of(operation, *given)
         assert pair is not None
-        one, other = list(takes)[:2] if operation == PRODUCTS else list(takes)[1:]
+        one, other = SIDES[operation]
         sides.update({pair.by_torch: one, pair.by_other: other})
         return pair
 
@@ -136,10 +143,79 @@ def test_it_is_left_where_it_is_not_faster(model: Any, clock: dict[str, float]) 
     found = chosen(model)
     assert (found.onednn, found.reorders, found.left) == (False, False, ())
     assert found.why_kernels.startswith(
-        "torch's own for products (1.00 ×), torch's layout for weights that stay (1.00 ×)"
+        "torch's own for products (1.00 ×), torch's own for logits (1.00 ×), torch's layout for "
+        "weights that stay (1.00 ×)"
     )
+    assert not found.onednn_logits
     found = chosen(model, use_onednn=True)
-    assert (found.onednn, found.reorders) == (True, True)
+    assert (found.onednn, found.reorders, found.onednn_logits) == (True, True, False)
+
+
+def test_logits_go_by_themselves(
+    model: Any, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch's products are faster with layers, and slower where they are as wide as a
+    vocabulary: forward alone. The head is looked at once beforehand.
+    """
+    clock.update({"oneDNN": 3.2, "its layout": 3.2, "its logits": 2.0})
+    found = chosen(model)
+    assert (found.onednn, found.reorders, found.onednn_logits) == (False, False, True)
+    height, width = most_weights(model) or (0, 0)
+    entries = model.config.vocab_size
+    assert found.why_kernels == (
+        "torch's own for products (0.94 ×), oneDNN's for logits (1.50 ×), torch's layout for "
+        "weights that stay (1.00 ×): time of torch's over oneDNN's on 256 tokens of a layer of "
+        f"{height} × {width} and the head of {entries} × {model.config.hidden_size}"
+    )
+    shapes: list[tuple[int, ...]] = []
+    own = OneDnnProducts.product
+
+    def noted(self: Any, left: torch.Tensor, weight: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if len(left) > 1:  # of one row a product is made of two
+            shapes.append((*left.shape, *weight.shape))
+        return own(self, left, weight, *rest)
+
+    monkeypatch.setattr(OneDnnProducts, "product", noted)
+    loss, gradients = outcome(model, found)
+    wide = model.config.hidden_size
+    assert shapes == [(2, wide, entries, wide), (IDS.numel() - 1, wide, entries, wide)]
+    wanted, wanted_gradients = outcome(model, NONE)
+    assert loss == pytest.approx(wanted, rel=1e-6)
+    for one, other in zip(gradients, wanted_gradients, strict=True):
+        assert float((one - other).norm()) <= 1e-5 * float(other.norm())
+
+
+def test_logits_that_fail_on_the_model_are_left_out(
+    model: Any, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock.update({"oneDNN": 3.2, "its layout": 3.2, "its logits": 2.0})
+    own = OneDnnProducts.product
+
+    def fails(self: Any, left: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if len(left) < 256:
+            raise RuntimeError("could not create a primitive")
+        return own(self, left, *rest)
+
+    monkeypatch.setattr(OneDnnProducts, "product", fails)
+    found = chosen(model)
+    assert not found.onednn_logits
+    (why,) = found.left
+    assert why.startswith("oneDNN's logits: it fails (RuntimeError: could not create a primitive")
+    assert found.fusion is not None
+
+
+def test_only_a_frozen_head_is_timed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a part of its vocabulary, where that is large."""
+    head = model.get_output_embeddings()
+    assert timed_sizes(model, LOGITS) == (head.out_features, head.in_features)
+    monkeypatch.setattr(kernel_race, "_MOST_ENTRIES", 5)
+    assert timed_sizes(model, LOGITS) == (5, head.in_features)
+    pair = pair_of(LOGITS, model, NO_PARTS, torch.float32, 6)
+    assert pair is not None
+    assert [tuple(one.shape) for one in pair.by_other()] == [(6, 5)]
+    head.weight.requires_grad_()
+    assert timed_sizes(model, LOGITS) is None
+    assert pair_of(LOGITS, model, NO_PARTS, torch.float32) is None
 
 
 @pytest.mark.parametrize(
@@ -162,7 +238,7 @@ def test_it_is_left_where_it_is_not_faster(model: Any, clock: dict[str, float]) 
 def test_both_races_count(
     model: Any, clock: dict[str, float], times: tuple[float, ...], wanted: tuple[bool, bool]
 ) -> None:
-    clock.update(zip(list(clock), times, strict=True))
+    clock.update(zip(("torch", "oneDNN", "its layout"), times, strict=True))
     found = chosen(model)
     assert (found.onednn, found.reorders) == wanted
 
