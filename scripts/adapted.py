@@ -6,14 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-from qlora_kit.model.quantized import never_repacked
 
 
 def adapted(folder: str | Path, rank: int) -> Any:
     """It computes in float32 and is ready to train."""
+    # Not before `plainly` has hushed what they log.
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    from qlora_kit.model.quantized import never_repacked
+
+    disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,

@@ -17,8 +17,6 @@ from collections.abc import Callable
 
 import bitsandbytes as bnb
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import Linear as LoraLinear
 from plainly import Parser, at_least, plainly
 from torch import nn
 
@@ -38,6 +36,9 @@ def layers(hidden: int, inner: int, quantized: bool) -> nn.ModuleList:
         (hidden, hidden), (hidden, small), (hidden, small), (hidden, hidden),
         (hidden, inner), (hidden, inner), (inner, hidden),
     ]  # fmt: skip
+    # Not before `plainly` has hushed what it logs.
+    from peft import LoraConfig, inject_adapter_in_model
+
     made = nn.ModuleList()
     for num_in, num_out in shapes:
         linear: nn.Module = nn.Linear(num_in, num_out, bias=False)
@@ -62,7 +63,6 @@ def aware(plain: nn.ModuleList, method: str) -> nn.ModuleList:
     shared = FakeQuantization(seen, seen.scheme(), torch.float32)
     made = nn.ModuleList()
     for layer in plain:
-        assert isinstance(layer, LoraLinear)
         made.append(QuantizedLora(layer, shared))
     return made
 
