@@ -4,6 +4,7 @@ python scripts/bench_plan.py
 python scripts/bench_plan.py --only llama-base gpt2 --json found.json
 python scripts/bench_plan.py --families
 python scripts/bench_plan.py --aware
+python scripts/bench_plan.py --dora
 python scripts/bench_plan.py --padded --precision bf16 --only mistral phi3
 
 Every shape is a model of random weights that is trained for a few updates through `run_recipe`,
@@ -12,7 +13,7 @@ which notes whatever the allocator of tensors gives and takes back, also inside 
 prediction is the command line's, from the recipe, its rows and the headers alone. The exit code is
 1 where it is off by more than 5 % (tensors, training) or 10 % (process, the whole run).
 `--families` takes one shape of each of many architectures instead, `--aware` training that
-quantizes what it trains.
+quantizes what it trains, `--dora` DoRA.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from pathlib import Path
 from typing import Any
 
 from plainly import Parser, at_least, output_file, plainly
-from plan_bench.cases import AWARE, CASES, FAMILIES, Case, configuration_of
+from plan_bench.cases import AWARE, CASES, DORA, FAMILIES, Case, configuration_of
 
 from qlora_kit.__main__ import begin
 
 MOST_OFF = {"tensors": 0.05, "process": 0.10}
 _MIB = 2**20
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+_ALL_CASES = (*CASES, *FAMILIES, *AWARE, *DORA)
 _BESIDE_TENSORS = ("framework", "holes in the heap")
 
 
@@ -46,10 +48,9 @@ def main() -> int:
     parser.add_argument(
         "--only",
         nargs="+",
-        choices=[one.name for one in (*CASES, *FAMILIES, *AWARE)],
+        choices=[one.name for one in _ALL_CASES],
         metavar="SHAPE",
-        help=f"of {', '.join(one.name for one in (*CASES, *FAMILIES, *AWARE))}; "
-        "unset: the first 20",
+        help=f"of {', '.join(one.name for one in _ALL_CASES)}; unset: the first 20",
     )
     parser.add_argument(
         "--families", action="store_true", help="unless --only: other architectures"
@@ -57,6 +58,7 @@ def main() -> int:
     parser.add_argument(
         "--aware", action="store_true", help="unless --only: quantizing in training"
     )
+    parser.add_argument("--dora", action="store_true", help="unless --only: DoRA")
     parser.add_argument("--padded", action="store_true", help="batches that could lie in one row")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--threads", type=at_least(1), default=1)
@@ -65,8 +67,9 @@ def main() -> int:
     arguments = parser.parse_args()
     if arguments.child:
         return measure(arguments.child)
-    named = [one for one in (*CASES, *FAMILIES, *AWARE) if one.name in (arguments.only or ())]
-    chosen = named or (FAMILIES if arguments.families else AWARE if arguments.aware else CASES)
+    named = [one for one in _ALL_CASES if one.name in (arguments.only or ())]
+    others = (arguments.families, FAMILIES), (arguments.aware, AWARE), (arguments.dora, DORA)
+    chosen = named or next((cases for is_wanted, cases in others if is_wanted), CASES)
     found = []
     for one in chosen:
         with tempfile.TemporaryDirectory(prefix="bench-plan-") as scratch:
@@ -116,11 +119,12 @@ def prepared(one: Case, folder: Path, precision: str = "fp32", is_padded: bool =
         prompt = f"{number:05}".ljust(int(one.tokens * share / 4), "?")
         lines.append(json.dumps({"prompt": prompt, "completion": "a" * (one.tokens - len(prompt))}))
     rows.write_text("\n".join(lines) + "\n")
+    lora = {"r": one.rank, "alpha": 16, **one.lora}
     recipe = {
         "model": {"name_or_path": str(folder / "model"), "attn_implementation": one.attention},
         "quantization": {"load_in_4bit": one.bits == 4, "compute_dtype": _DTYPES[precision]},
         **({"quantization_aware": one.aware} if one.aware else {}),
-        **({} if one.aware.get("train") == "full" else {"lora": {"r": one.rank, "alpha": 16}}),
+        **({} if one.aware.get("train") == "full" else {"lora": lora}),
         "data": {
             "train": [{"path": str(rows)}],
             "max_length": one.tokens,

@@ -17,14 +17,14 @@ import torch
 
 from qlora_kit.memory.allocator import holes_left_by
 from qlora_kit.memory.kept import Kept, measure_kept, recomputing_layers
-from qlora_kit.memory.live import GRADIENTS, UNPACKED, Component, LiveTensors
+from qlora_kit.memory.live import UNPACKED, Component, LiveTensors
 from qlora_kit.memory.weights import hold_weights
 from qlora_kit.model.adapter import attach_adapter
 from qlora_kit.model.by_example import attending_by_example, can_attend_by_example
 from qlora_kit.model.fused.at_places import last_of
 from qlora_kit.model.fused.attach import Fusion, plan_fusion
 from qlora_kit.model.fused.lean import LeanParts
-from qlora_kit.model.fused.residents import NO_ROOM, Residents, Room
+from qlora_kit.model.fused.residents import NO_ROOM, Room
 from qlora_kit.model.qat.aware import aware_of
 from qlora_kit.plan.effort import CountedEffort, Effort
 from qlora_kit.plan.few_layers import (
@@ -38,17 +38,28 @@ from qlora_kit.plan.few_layers import (
     in_place,
 )
 from qlora_kit.plan.numberless import Numberless
-from qlora_kit.plan.residents import on_a_trial, require_all_alike
+from qlora_kit.plan.residents import ImaginedResidents, on_a_trial, require_all_alike
 from qlora_kit.plan.shape import Shape, batch_of
-from qlora_kit.plan.stand_in import give_tensors, stand_in_base, unpacked_for_dora
+from qlora_kit.plan.stand_in import (
+    dora_leaving_no_holes,
+    give_tensors,
+    stand_in_base,
+    unpacked_for_dora,
+)
 from qlora_kit.plan.stand_in_codes import ImaginedCodes
 from qlora_kit.plan.stand_in_parts import lean_parts_by_stand_ins
+from qlora_kit.plan.stand_in_pass import (
+    ImaginedForward,
+    begin_training,
+    kept_elsewhere,
+    known_gradients,
+)
 from qlora_kit.plan.whole_rows import hiding_nothing
 from qlora_kit.runtime.forward import CHUNK_CELLS
 from qlora_kit.train.product_choice import will_reorder
 from qlora_kit.train.recompute import able_to_recompute, recompute_first
 from qlora_kit.train.shortcuts import Shortcuts, taken, why_no_supervised_loss
-from qlora_kit.train.supervised_loss import SupervisedForward, supervised_only
+from qlora_kit.train.supervised_loss import supervised_only
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -305,8 +316,8 @@ class ImaginedTraining:
         with self._on(shape, residents) as batch, live, in_place(few):
             with self._recomputing(among(few, how.num_recomputing)):
                 begin_training(self.model)
-                offloaded = _kept_elsewhere(how.offloads)
-                with course.watched(), _known_gradients(self.trained, live), offloaded:
+                offloaded = kept_elsewhere(how.offloads)
+                with course.watched(), known_gradients(self.trained, live), offloaded:
                     for _ in range(1 + how.is_accumulated):
                         course.cut(BEGIN)
                         loss = self._loss(batch)
@@ -389,7 +400,7 @@ class ImaginedTraining:
 
     @contextmanager
     def _on(
-        self, shape: Shape, residents: Residents | None = None
+        self, shape: Shape, residents: ImaginedResidents | None = None
     ) -> Iterator[Mapping[str, torch.Tensor]]:
         """A batch of that shape, to be computed as training does."""
         is_seen = self._is_seen(shape)
@@ -402,16 +413,18 @@ class ImaginedTraining:
         num_supervised: int,
         is_seen: bool,
         is_masked: bool = False,
-        residents: Residents | None = None,
+        residents: ImaginedResidents | None = None,
     ) -> Iterator[None]:
         """With the shortcuts that training takes."""
         with ExitStack() as stack:
             stack.enter_context(self.mode)
             stack.enter_context(unpacked_for_dora())
+            live = None if residents is None else residents.live
+            stack.enter_context(dora_leaving_no_holes(live))
             stack.enter_context(attending_by_example(self.causal, is_seen))
             stack.enter_context(hiding_nothing(self.causal, not is_masked))
             if not self.has_own_loss:
-                make = partial(_ImaginedForward, device=self.device, num_supervised=num_supervised)
+                make = partial(ImaginedForward, device=self.device, num_supervised=num_supervised)
                 stack.enter_context(supervised_only(self.causal, make))
             stack.enter_context(taken(self.model, self.shortcuts, residents))
             yield
@@ -423,31 +436,6 @@ class ImaginedTraining:
             yield
 
 
-class _ImaginedForward(SupervisedForward):
-    """As many places as there are to be, since labels without numbers do not say which."""
-
-    def __init__(self, model: Any, device: str, num_supervised: int):
-        super().__init__(model)
-        self.device = device
-        self.num_supervised = num_supervised
-
-    def num_at_a_time(self, device: str) -> int:
-        return super().num_at_a_time(self.device)
-
-    def wanted(self, labels: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(min(self.num_supervised, labels[:, 1:].numel()), dtype=torch.long)
-
-
-def begin_training(model: torch.nn.Module) -> None:
-    """As `model.train()`; but what may leave out whole layers by lot (`layerdrop`, of OPT and its
-    like) leaves out none: a lot without a number cannot be drawn, and none needs most.
-    """
-    model.train()
-    for module in model.modules():
-        if hasattr(module, "layerdrop"):
-            module.training = False
-
-
 def _lean_parts(model: Any, spec: TrainSpec) -> LeanParts:
     """Those that the recipe allows."""
     found = lean_parts_by_stand_ins(model)
@@ -457,37 +445,3 @@ def _lean_parts(model: Any, spec: TrainSpec) -> LeanParts:
         found.rotary if spec.fused_rotary else (),
         found.layer_norms if spec.fused_norm else (),
     )
-
-
-@contextmanager
-def _known_gradients(trained: Sequence[torch.Tensor], live: LiveTensors) -> Iterator[None]:
-    """Counted as such from the moment when they are complete."""
-
-    def note(parameter: torch.Tensor) -> None:
-        if parameter.grad is not None:
-            live.hold([parameter.grad], GRADIENTS)
-
-    handles = [one.register_post_accumulate_grad_hook(note) for one in trained]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _kept_elsewhere(wanted: bool) -> Iterator[None]:
-    """What autograd saves takes no memory until it is asked for."""
-    if not wanted:
-        yield
-        return
-
-    def away(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype]:
-        return tensor.shape, tensor.dtype
-
-    def back(form: tuple[torch.Size, torch.dtype]) -> torch.Tensor:
-        shape, dtype = form
-        return torch.empty(shape, dtype=dtype)
-
-    with torch.autograd.graph.saved_tensors_hooks(away, back):
-        yield

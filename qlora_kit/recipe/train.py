@@ -98,7 +98,8 @@ class TrainSpec(Spec):
     use_onednn: Literal["auto"] | bool = "auto"
     """Let oneDNN multiply with frozen weights on a CPU, and weights that stay lie in its layout; it
     comes with fused_lora. `auto` takes each where it passes the trial and is faster than what torch
-    takes by itself (in float32 MKL, as a rule), timed once on a machine; true, where it passes."""
+    takes by itself (in float32 MKL, as a rule), timed once on a machine, and has it make the logits
+    alone where that is faster and the rest is not; true, where it passes."""
 
     blockwise_attention: Literal["auto"] | bool = "auto"
     """Compute attention on a CPU in blocks of queries, each with the keys up to its own end alone,

@@ -30,6 +30,8 @@ class Case:
     """Of the configuration, as its family has it alone."""
     aware: dict[str, Any] = field(default_factory=dict)
     """`quantization_aware`, of a base in 16 or 32 bits."""
+    lora: dict[str, Any] = field(default_factory=dict)
+    """Of the adapter, beside its rank."""
 
 
 def case(name: str, family: str = "llama", *sizes: int, **others: Any) -> Case:
@@ -157,6 +159,21 @@ AWARE = (
     _aware("full-gpt2", 384, 1536, 5, 6, 6, 8192, 256, 3, 8, what="full", family="gpt2"),
 )
 """Training that quantizes what it trains."""
+
+
+def _dora(name: str, *sizes: int, family: str = "llama", **others: Any) -> Case:
+    return case(f"dora-{name}", family, *sizes, lora={"use_dora": True}, **others)
+
+
+DORA = (
+    _dora("base", 256, 1024, 6, 4, 2, 8192, 256, 4, 16),
+    _dora("wide", 1024, 4096, 3, 16, 4, 4096, 64, 1, 16),
+    _dora("deep", 192, 512, 16, 3, 3, 4096, 256, 2, 8),
+    _dora("all", 512, 1536, 8, 8, 2, 8192, 512, 2, 16, train=_ALL),
+    _dora("whole", 768, 2048, 3, 12, 4, 4096, 128, 4, 8, bits=16),
+    _dora("gpt2", 384, 1536, 5, 6, 6, 8192, 256, 3, 8, family="gpt2"),
+)
+"""Adapters that take norms of unpacked weights."""
 
 
 def configuration_of(one: Case) -> dict[str, Any]:
