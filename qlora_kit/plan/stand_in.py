@@ -24,7 +24,6 @@ from qlora_kit.model.quantized import count_quantized, eight_bit_scale, is_four_
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from qlora_kit.memory.live import LiveTensors
     from qlora_kit.model.skeleton import Skeleton
     from qlora_kit.model.vocabulary import Vocabulary
     from qlora_kit.recipe import QuantizationSpec
@@ -131,34 +130,6 @@ def unpacked_for_dora() -> Iterator[None]:
         yield
     finally:
         dora.dequantize_module_weight = own
-
-
-@contextmanager
-def dora_leaving_no_holes(live: LiveTensors | None) -> Iterator[None]:
-    """What DoRA unpacks and multiplies for its norms is gone again before the graph, which keeps
-    others' holes open, grows.
-
-    Args:
-        live: what counts a trial; None: nothing does.
-    """
-    from peft.tuners.lora import dora
-
-    if live is None:
-        yield
-        return
-    own = dora.DoraLinearLayer.forward
-
-    def forward(*given: Any, **named: Any) -> Any:
-        gone_before = live.gone_bytes
-        result = own(*given, **named)
-        live.gone_bytes = gone_before
-        return result
-
-    dora.DoraLinearLayer.forward = forward
-    try:
-        yield
-    finally:
-        dora.DoraLinearLayer.forward = own
 
 
 def _unpacked(own: Callable[[Any], torch.Tensor], layer: Any) -> torch.Tensor:
