@@ -24,7 +24,7 @@ from qlora_kit.model.by_example import attending_by_example, can_attend_by_examp
 from qlora_kit.model.fused.at_places import last_of
 from qlora_kit.model.fused.attach import Fusion, plan_fusion
 from qlora_kit.model.fused.lean import LeanParts
-from qlora_kit.model.fused.residents import NO_ROOM, Residents, Room
+from qlora_kit.model.fused.residents import NO_ROOM, Room
 from qlora_kit.model.qat.aware import aware_of
 from qlora_kit.plan.effort import CountedEffort, Effort
 from qlora_kit.plan.few_layers import (
@@ -38,9 +38,14 @@ from qlora_kit.plan.few_layers import (
     in_place,
 )
 from qlora_kit.plan.numberless import Numberless
-from qlora_kit.plan.residents import on_a_trial, require_all_alike
+from qlora_kit.plan.residents import ImaginedResidents, on_a_trial, require_all_alike
 from qlora_kit.plan.shape import Shape, batch_of
-from qlora_kit.plan.stand_in import give_tensors, stand_in_base, unpacked_for_dora
+from qlora_kit.plan.stand_in import (
+    dora_with_fewer_holes,
+    give_tensors,
+    stand_in_base,
+    unpacked_for_dora,
+)
 from qlora_kit.plan.stand_in_codes import ImaginedCodes
 from qlora_kit.plan.stand_in_parts import lean_parts_by_stand_ins
 from qlora_kit.plan.stand_in_pass import (
@@ -395,7 +400,7 @@ class ImaginedTraining:
 
     @contextmanager
     def _on(
-        self, shape: Shape, residents: Residents | None = None
+        self, shape: Shape, residents: ImaginedResidents | None = None
     ) -> Iterator[Mapping[str, torch.Tensor]]:
         """A batch of that shape, to be computed as training does."""
         is_seen = self._is_seen(shape)
@@ -408,12 +413,14 @@ class ImaginedTraining:
         num_supervised: int,
         is_seen: bool,
         is_masked: bool = False,
-        residents: Residents | None = None,
+        residents: ImaginedResidents | None = None,
     ) -> Iterator[None]:
         """With the shortcuts that training takes."""
         with ExitStack() as stack:
             stack.enter_context(self.mode)
             stack.enter_context(unpacked_for_dora())
+            live = None if residents is None else residents.live
+            stack.enter_context(dora_with_fewer_holes(live))
             stack.enter_context(attending_by_example(self.causal, is_seen))
             stack.enter_context(hiding_nothing(self.causal, not is_masked))
             if not self.has_own_loss:

@@ -265,7 +265,7 @@ def fused(
         of_logits: by what those of a frozen head are to make logits, where that is another.
     """
     origins, residents = origins or Origins(), residents or Residents()
-    head = model.get_base_model().get_output_embeddings()
+    head = None if of_logits is None else model.get_base_model().get_output_embeddings()
     with ExitStack() as stack:
         for layer in filter(is_frozen_linear, model.modules()):
             of_outputs = of_logits if layer is head else None

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import dora
 
 from qlora_kit import kept
 from qlora_kit.environment import Hardware, probe_hardware
@@ -24,6 +25,7 @@ from qlora_kit.model.vocabulary import load_vocabulary
 from qlora_kit.plan.gpus import GPUS, known_gpu
 from qlora_kit.plan.plan import FRAMEWORK, OPTIMIZER, SAVED, Planner
 from qlora_kit.plan.rows import train_rows
+from qlora_kit.plan.stand_in import dora_with_fewer_holes
 from qlora_kit.plan.suggest import suggestions
 from qlora_kit.plan.trial import HOLES
 from qlora_kit.processes import ALONE
@@ -391,3 +393,23 @@ def test_state_is_what_the_optimizer_keeps(optim: str) -> None:
         if isinstance(value, torch.Tensor) and not name.startswith("qmap") and value.ndim
     }
     assert state_bytes(optim, [100, 5000]) == sum(kept.values())
+
+
+def test_of_what_dora_lets_go_for_a_layer_a_part_leaves_holes() -> None:
+    """It counts while it is there."""
+    layer = dora.DoraLinearLayer(fan_in_fan_out=False)
+    base = torch.nn.Linear(64, 48, bias=False)
+    down, up = torch.nn.Linear(64, 2, bias=False), torch.nn.Linear(2, 48, bias=False)
+    layer.update_layer(base_layer=base, lora_A=down.weight, lora_B=up.weight, scaling=2.0)
+    own, x = dora.DoraLinearLayer.forward, torch.randn(1, 64)
+    gone: list[int] = []
+    for counts in (True, False):
+        live = LiveTensors()
+        with dora_with_fewer_holes(live if counts else None), live:
+            result = layer(x, lora_A=down, lora_B=up, scaling=2.0, base_layer=base)
+        assert sum(live.peak.values()) > 2 * base.weight.nbytes
+        gone.append(live.gone_bytes)
+        del result
+    assert gone[1] > 2 * base.weight.nbytes
+    assert gone[0] == pytest.approx(gone[1] / 2, abs=1)
+    assert dora.DoraLinearLayer.forward is own
