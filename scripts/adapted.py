@@ -10,7 +10,7 @@ import torch
 
 def adapted(folder: str | Path, rank: int) -> Any:
     """It computes in float32 and is ready to train."""
-    # Not before `plainly` has hushed what they log.
+    # Behind `plainly`, which hushes what is logged, wherever a bench imports that.
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.utils.logging import disable_progress_bar

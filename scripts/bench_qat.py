@@ -36,7 +36,7 @@ def layers(hidden: int, inner: int, quantized: bool) -> nn.ModuleList:
         (hidden, hidden), (hidden, small), (hidden, small), (hidden, hidden),
         (hidden, inner), (hidden, inner), (inner, hidden),
     ]  # fmt: skip
-    # Not before `plainly` has hushed what it logs.
+    # Behind `plainly`, which hushes what is logged, wherever a bench imports that.
     from peft import LoraConfig, inject_adapter_in_model
 
     made = nn.ModuleList()

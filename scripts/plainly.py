@@ -85,10 +85,11 @@ def existing_file(text: str) -> Path:
 def plainly(main: Callable[[], int | None]) -> int:
     """Run a script; returns its exit code."""
     # Other tools' environments, which import this file for Fault, have no kit.
-    from qlora_kit.environment import settle_upstream
     from qlora_kit.errors import QloraKitError
 
-    settle_upstream()
+    # Loggers alone: what stands in the environment reaches the tools that a bench starts.
+    for name in ("bitsandbytes", "torch.utils._pytree"):  # of kernels that nothing here uses
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return main() or 0
     except (QloraKitError, Fault) as fault:

@@ -56,7 +56,7 @@ class _Races:
     layout: Raced | None
     """None: it cannot be taken."""
     logits: Raced | None = None
-    """None: nobody asked, as the head goes with the layers."""
+    """None: nobody asked, as the head goes with the layers, has an adapter, or is small."""
 
     def is_taken(self) -> bool:
         """Also where it loses a little with other weights: the bits then do not depend on whether
@@ -79,7 +79,7 @@ class _Races:
 
     def told(self, found: Shortcuts, model: nn.Module) -> str:
         """What was chosen, and by which figures."""
-        what = {PRODUCTS: "a layer"}
+        timed = []
         parts = []
         if self.products is not None:
             whose = "oneDNN's" if found.onednn else "torch's own"
@@ -87,20 +87,23 @@ class _Races:
         if self.logits is not None:
             whose = "oneDNN's" if found.onednn_logits else "torch's own"
             parts.append(f"{whose} for logits ({self.logits.gain:.2f} ×)")
-            what[LOGITS] = "the head"
+            timed.append(f"{_told_sizes(model, LOGITS)} of the head")
         if self.layout is not None:
             whose = "oneDNN's layout" if found.reorders else "torch's layout"
             parts.append(f"{whose} for weights that stay ({self.layout.gain:.2f} ×)")
-        timed = " and ".join(_told_sizes(whose, model, one) for one, whose in what.items())
+        if self.products is not None or self.layout is not None:
+            timed.insert(0, f"a layer of {_told_sizes(model, PRODUCTS)}")
+        if not timed:
+            return ""
         return (
             f"{', '.join(parts)}: time of torch's over oneDNN's on {timed_tokens(PRODUCTS)} tokens "
-            f"of {timed}"
+            f"of {' and '.join(timed)}"
         )
 
 
-def _told_sizes(whose: str, model: nn.Module, operation: str) -> str:
+def _told_sizes(model: nn.Module, operation: str) -> str:
     height, width = timed_sizes(model, operation) or (0, 0)
-    return f"{whose} of {height:,} × {width:,}"
+    return f"{height:,} × {width:,}"
 
 
 def with_products(
@@ -111,20 +114,20 @@ def with_products(
         return found, []
     is_asked_for = spec.use_onednn is True
     why = why_no_reordered(trial.device, trial.dtype)
-    sizes = most_weights(trial.model)
     if why is None and found.fusion is None:
         why = f"it comes with {LORA}"
-    if why is None and sizes is None:
+    if why is None and most_weights(trial.model) is None:
         why = "no frozen layer has an adapter"
-    if why is not None or sizes is None:
+    if why is not None:
         return found, [f"{ONEDNN}: {why}"] * is_asked_for
-    if not is_worth_a_race(trial.model, spec):
-        return found, []
-    races, left = _raced(trial.model, spec, trial.device, trial.dtype, trial.precision)
+    races: _Races | None = _Races(None, None)
+    left: list[str] = []
+    if is_worth_a_race(trial.model, spec):
+        races, left = _raced(trial.model, spec, trial.device, trial.dtype, trial.precision)
     if races is None:
         return found, left
     onednn, reorders = races.chosen(is_asked_for)
-    if races.products is not None and not onednn:
+    if not onednn and why_no_onednn(trial.device, trial.dtype) is None:
         races, found, faults = _with_logits(races, trial, tried, found)
         left += faults
     if onednn or reorders:

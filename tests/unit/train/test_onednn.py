@@ -6,10 +6,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
 
 from qlora_kit import kept
 from qlora_kit.model.fused.lean import NO_PARTS
@@ -165,7 +168,7 @@ def test_logits_go_by_themselves(
     assert found.why_kernels == (
         "torch's own for products (0.94 ×), oneDNN's for logits (1.50 ×), torch's layout for "
         "weights that stay (1.00 ×): time of torch's over oneDNN's on 256 tokens of a layer of "
-        f"{height} × {width} and the head of {entries} × {model.config.hidden_size}"
+        f"{height} × {width} and {entries} × {model.config.hidden_size} of the head"
     )
     shapes: list[tuple[int, ...]] = []
     own = OneDnnProducts.product
@@ -202,6 +205,42 @@ def test_logits_that_fail_on_the_model_are_left_out(
     (why,) = found.left
     assert why.startswith("oneDNN's logits: it fails (RuntimeError: could not create a primitive")
     assert found.fusion is not None
+
+
+def test_a_head_is_timed_where_layers_are_small(
+    model: Any, clock: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not where it is small itself."""
+    clock["its logits"] = 2.0
+    height, width = most_weights(model) or (0, 0)
+    head = model.get_output_embeddings()
+    assert height * width < head.out_features * head.in_features
+    monkeypatch.setattr(product_choice, "FEWEST_WEIGHTS", height * width + 1)
+    found = chosen(model)
+    assert (found.onednn, found.reorders, found.onednn_logits) == (False, False, True)
+    assert found.why_kernels == (
+        "oneDNN's for logits (1.50 ×): time of torch's over oneDNN's on 256 tokens of "
+        f"{head.out_features} × {head.in_features} of the head"
+    )
+    monkeypatch.setattr(product_choice, "FEWEST_WEIGHTS", 1 << 30)
+    found = chosen(model)
+    assert (found.onednn_logits, found.why_kernels, found.left) == (False, "", ())
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{"target_modules": ["q_proj", "lm_head"]}, {"modules_to_save": ["lm_head"]}],
+    ids=["with an adapter", "trained whole"],
+)
+def test_a_head_that_is_trained_stays_torch_s(
+    clock: dict[str, float], tiny_llama: Path, lora: dict[str, Any]
+) -> None:
+    clock.update({"oneDNN": 3.2, "its layout": 3.2, "its logits": 2.0})
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    how = {"r": 4, "target_modules": ["q_proj"], **lora}
+    found = chosen(get_peft_model(base, LoraConfig(**how)))
+    assert (found.onednn, found.onednn_logits, found.left) == (False, False, ())
+    assert "logits" not in found.why_kernels
 
 
 def test_only_a_frozen_head_is_timed(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
