@@ -10,6 +10,7 @@ import torch
 
 from qlora_kit.memory.live import UNPACKED, LiveTensors
 from qlora_kit.memory.ways import turned_bytes
+from qlora_kit.model.fused.linear import FrozenLinear, is_frozen_linear
 from qlora_kit.model.fused.residents import Make, Residents, Room
 from qlora_kit.plan.few_layers import Course, FewLayers, NotAlikeError
 
@@ -39,6 +40,16 @@ class ImaginedResidents(Residents):
             if module is self.head and self.turned_bytes:
                 self.live.pass_by(self.turned_bytes, UNPACKED)
         return found
+
+    def hold_head(self, dtype: torch.dtype) -> None:
+        """Before a pass through the layers: the head's are there from the update before, also
+        where that pass is at its worst before it comes to the head.
+        """
+        if self.reorder is None or self.head is None or not is_frozen_linear(self.head):
+            return
+        base = FrozenLinear(self.head)
+        super().reordered(self.head, dtype, False, lambda: base.weight(dtype))
+        super().reordered(self.head, dtype, True, lambda: base.weight(dtype).T)
 
     @property
     def never_asked_bytes(self) -> int:

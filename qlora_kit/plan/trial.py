@@ -182,6 +182,10 @@ class ImaginedTraining:
         return trial(None)
 
     @property
+    def _dtype_of_products(self) -> torch.dtype:
+        return _AUTOCAST.get(self.precision, self.compute_dtype)
+
+    @property
     def num_layers(self) -> int:
         """That can recompute."""
         is_able = self.causal.supports_gradient_checkpointing
@@ -314,6 +318,7 @@ class ImaginedTraining:
         residents = on_a_trial(how.stays, live, self.causal, gradients)
         course = Course(few, live)
         with self._on(shape, residents) as batch, live, in_place(few):
+            residents.hold_head(self._dtype_of_products)
             with self._recomputing(among(few, how.num_recomputing)):
                 begin_training(self.model)
                 offloaded = kept_elsewhere(how.offloads)
@@ -339,10 +344,11 @@ class ImaginedTraining:
             live = self._before()
             residents = on_a_trial(stays, live, self.causal)
             course = Course(few, live)
-            on_batch = self._on(shape, residents)
-            with on_batch as batch, live, torch.no_grad(), in_place(few), course.watched():
-                self.model.eval()
-                self._loss(batch)
+            with self._on(shape, residents) as batch, live, torch.no_grad(), in_place(few):
+                residents.hold_head(self._dtype_of_products)
+                with course.watched():
+                    self.model.eval()
+                    self._loss(batch)
             require_all_alike(few, residents, course, stays)
             return self._asked_for(course.peak, stays)
 

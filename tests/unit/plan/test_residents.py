@@ -55,6 +55,22 @@ def test_nothing_comes_on_top(num_entries: int, is_for_reordered: bool) -> None:
     assert forward == backward == (2 * 4 * 64 * 4 if is_for_reordered else 0)
 
 
+@pytest.mark.parametrize("is_for_reordered", [True, False])
+def test_the_head_s_are_there_before_the_layers(is_for_reordered: bool) -> None:
+    """In both directions, once."""
+    model, live = _Model(100), LiveTensors()
+    residents = on_a_trial(Room(10**9, is_for_reordered), live, model)
+    residents.hold_head(torch.float32)
+    both = 2 * model.head.weight.nbytes * is_for_reordered
+    assert live.now[UNPACKED] == both
+    residents.reordered(model.head, torch.float32, False, lambda: model.head.weight)
+    assert live.now[UNPACKED] == both
+    model.head.requires_grad_(True)
+    residents = on_a_trial(Room(10**9, is_for_reordered), live, model)
+    residents.hold_head(torch.float32)
+    assert not live.now[UNPACKED], "of a head that is trained none stay"
+
+
 def test_weights_that_no_gradient_is_asked_of_are_not_turned_round() -> None:
     """Of the first layer: its input has none."""
     model = _Model(8)
