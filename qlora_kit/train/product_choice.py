@@ -78,7 +78,7 @@ class _Races:
         return onednn, reorders and (onednn or self.products is None)
 
     def told(self, found: Shortcuts, model: nn.Module) -> str:
-        """What was chosen, and by which figures."""
+        """What was chosen, and by which figures; empty where nothing was timed."""
         timed = []
         parts = []
         if self.products is not None:
@@ -137,7 +137,8 @@ def with_products(
             found, fault = tried(found, {"onednn": True})
         if fault is not None:
             return found, [*left, f"{ONEDNN}: {fault}"]
-    return replace(found, why_kernels=races.told(found, trial.model)), left
+    told = "; ".join(filter(None, (found.why_kernels, races.told(found, trial.model))))
+    return replace(found, why_kernels=told), left
 
 
 def _with_logits(
