@@ -9,10 +9,9 @@ and backward of the whole model as training computes them (NF4, r = 16 on all li
 unpacked weights that stay, 40 % of the tokens supervised), in CPU seconds. The head's x Wᵀ, which
 makes the logits, has a line of its own, and the whole model a column where oneDNN computes that
 alone. torch's own products are MKL's in float32, as a rule, and oneDNN's in bfloat16, in which the
-model's first three columns are the same. `stays` is
-oneDNN with weights that lie in its own layout. Each round measures all ways one after the other:
-what disturbs one disturbs the others. Ratios are of rounds, with their spread; above 1 oneDNN is
-faster than torch, and `stays` faster than oneDNN.
+model's first three columns are the same. `stays` is oneDNN with weights that lie in its own layout.
+Each round measures all ways one after the other: what disturbs one disturbs the others. Ratios are
+of rounds, with their spread; above 1 oneDNN is faster than torch, and `stays` faster than oneDNN.
 
 python scripts/bench_products.py --precision bf16
 """

@@ -99,6 +99,15 @@ def outcome(
     return float(loss.detach()), [one.clone() for one in gradients if one is not None]
 
 
+def require_as_by_torch(model: Any, made: tuple[float, list[torch.Tensor]]) -> None:
+    """Loss and gradients, up to rounding."""
+    loss, gradients = made
+    wanted, wanted_gradients = outcome(model, NONE)
+    assert loss == pytest.approx(wanted, rel=1e-6)
+    for one, other in zip(gradients, wanted_gradients, strict=True):
+        assert float((one - other).norm()) <= 1e-5 * float(other.norm())
+
+
 def test_it_is_taken_where_it_is_faster(model: Any, clock: dict[str, float]) -> None:
     found = chosen(model)
     assert (found.onednn, found.reorders) == (True, True)
@@ -107,11 +116,7 @@ def test_it_is_taken_where_it_is_faster(model: Any, clock: dict[str, float]) -> 
         "oneDNN's for products (1.50 ×), oneDNN's layout for weights that stay (1.25 ×): time of "
         f"torch's over oneDNN's on 256 tokens of a layer of {height} × {width}"
     )
-    loss, gradients = outcome(model, found, Residents(1 << 30, reordered))
-    wanted, wanted_gradients = outcome(model, NONE)
-    assert loss == pytest.approx(wanted, rel=1e-6)
-    for one, other in zip(gradients, wanted_gradients, strict=True):
-        assert float((one - other).norm()) <= 1e-5 * float(other.norm())
+    require_as_by_torch(model, outcome(model, found, Residents(1 << 30, reordered)))
 
 
 def test_it_multiplies_with_every_frozen_weight(
@@ -179,13 +184,10 @@ def test_logits_go_by_themselves(
         return own(self, left, weight, *rest)
 
     monkeypatch.setattr(OneDnnProducts, "product", noted)
-    loss, gradients = outcome(model, found)
+    made = outcome(model, found)
     wide = model.config.hidden_size
     assert shapes == [(2, wide, entries, wide), (IDS.numel() - 1, wide, entries, wide)]
-    wanted, wanted_gradients = outcome(model, NONE)
-    assert loss == pytest.approx(wanted, rel=1e-6)
-    for one, other in zip(gradients, wanted_gradients, strict=True):
-        assert float((one - other).norm()) <= 1e-5 * float(other.norm())
+    require_as_by_torch(model, made)
 
 
 def test_logits_that_fail_on_the_model_are_left_out(
